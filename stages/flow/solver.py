@@ -1,0 +1,67 @@
+"""Solvers of dx/ds = v(x, s) from noise at s = 1 to data at s = 0, and guidance."""
+
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.flow.path import per_sample
+from stages.flow.timesteps import shift as shifted
+
+Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""v(x [b ...], s [b] float64) -> [b ...]."""
+
+Callback: TypeAlias = Callable[[float, Tensor], None]
+"""Called as (s, x) at every point of the grid, the first and the last among them."""
+
+
+def uniform_grid(n: int, shift: float = 1.0) -> Float[Tensor, " n+1"]:
+    """The n + 1 times of n steps from s = 1 to s = 0 inclusive, in float64; shift > 1 puts more of them near noise."""
+    return shifted(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift)
+
+
+def guided(
+    v_cond: Float[Tensor, "b ..."], v_uncond: Float[Tensor, "b ..."], w: float | Float[Tensor, " b"]
+) -> Float[Tensor, "b ..."]:
+    """Classifier-free guidance: v_uncond + w (v_cond - v_uncond); w = 1 is the conditional branch."""
+    scale = per_sample(w, v_cond) if isinstance(w, Tensor) else w
+    return v_uncond + scale * (v_cond - v_uncond)
+
+
+def euler(
+    velocity: Velocity, x: Float[Tensor, "b ..."], grid: Iterable[float] | Tensor, callback: Callback | None = None
+) -> Float[Tensor, "b ..."]:
+    """Euler's method, order 1: one call of the velocity a step, along the times of `grid` in their order."""
+    for s, s_next in _steps(grid):
+        if callback:
+            callback(s, x)
+        x = x + (s_next - s) * velocity(x, _of_each(s, x))
+    if callback:
+        callback(s_next, x)
+    return x
+
+
+def heun(
+    velocity: Velocity, x: Float[Tensor, "b ..."], grid: Iterable[float] | Tensor, callback: Callback | None = None
+) -> Float[Tensor, "b ..."]:
+    """Heun's method, order 2: two calls of the velocity a step, along the times of `grid` in their order."""
+    for s, s_next in _steps(grid):
+        if callback:
+            callback(s, x)
+        v = velocity(x, _of_each(s, x))
+        v_next = velocity(x + (s_next - s) * v, _of_each(s_next, x))
+        x = x + (s_next - s) * (v + v_next) / 2
+    if callback:
+        callback(s_next, x)
+    return x
+
+
+def _steps(grid: Iterable[float] | Tensor) -> list[tuple[float, float]]:
+    return list(pairwise(float(s) for s in grid))
+
+
+def _of_each(s: float, x: Tensor) -> Float[Tensor, " b"]:
+    return torch.full((x.shape[0],), s, dtype=torch.float64, device=x.device)

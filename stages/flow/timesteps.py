@@ -1,0 +1,68 @@
+"""Which times s are drawn, how a time falls into a bin, and what it weighs (mathematics, section 4)."""
+
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from configs.strict import Strict
+
+Time = TypeVar("Time", float, Tensor)
+
+
+def shift(s: Time, shift: float) -> Time:
+    """Move s towards noise for shift > 1, towards data for shift < 1: s' = S s / (1 + (S - 1) s).
+
+    The inverse is the shift by 1 / S.
+    """
+    return shift * s / (1 + (shift - 1) * s)
+
+
+class TimestepDensity(Strict):
+    """The density of s: a share that is uniform, the rest a uniform time that was shifted."""
+
+    shift: float = Field(
+        default=1.8, gt=0, description="shift S of the shifted share, a pure number; above 1 leans to noise"
+    )
+    uniform_share: float = Field(default=0.5, ge=0, le=1, description="share of the draws that is uniform in s, 0 to 1")
+
+    def pdf(self, s: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Density at s in [0, 1]; it integrates to one."""
+        shifted = self.shift / (self.shift - (self.shift - 1) * s) ** 2
+        return self.uniform_share + (1 - self.uniform_share) * shifted
+
+    def cdf(self, s: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Probability of a time below s."""
+        return self.uniform_share * s + (1 - self.uniform_share) * shift(s, 1 / self.shift)
+
+    def quantile(self, u: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The time s with cdf(s) = u.
+
+        With p the uniform share and d = S - 1, cdf(s) = u is p d s^2 - b s + u S = 0; the root in [0, 1] is written so
+        that it loses no digits where p d is zero or small.
+        """
+        d = self.shift - 1
+        b = self.uniform_share * self.shift + (1 - self.uniform_share) + d * u
+        root = (b * b - 4 * self.uniform_share * d * self.shift * u).clamp_min(0).sqrt()
+        return (2 * self.shift * u / (b + root)).clamp(0, 1)
+
+    def sample(self, n: int, generator: torch.Generator, stratified: bool = False) -> Float[Tensor, " n"]:
+        """`n` times in float64; stratified: ascending, one from each n-th of the probability."""
+        u = torch.rand(n, generator=generator, dtype=torch.float64, device=generator.device)
+        if stratified:
+            u = (torch.arange(n, dtype=torch.float64, device=u.device) + u) / n
+        return self.quantile(u)
+
+
+def bin_of(time: Float[Tensor, " b"] | Int[Tensor, " b"], bins: int, steps: int = 1000) -> Int[Tensor, " b"]:
+    """The bin, 0 to bins - 1, of a path time s in [0, 1] if floating, of a teacher's step k < steps if integer."""
+    if time.is_floating_point():
+        return (time * bins).floor().long().clamp(0, bins - 1)
+    return (time.long() * bins // steps).clamp(0, bins - 1)
+
+
+def min_snr_weight(s: Float[Tensor, " b"], gamma: float) -> Float[Tensor, " b"]:
+    """Min-SNR weight of a velocity error on the linear path: min((1 - s)^2, gamma s^2)."""
+    return torch.minimum((1 - s) ** 2, gamma * s**2)
