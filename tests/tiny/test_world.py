@@ -1,0 +1,55 @@
+"""Laws of the embedded world."""
+
+import random
+
+import numpy as np
+
+from stages.prompts import Prompt
+from stages.tiny.world import ATTRIBUTES, BACKGROUND, COLOUR, Scene, draw, grammar, label, read, scene_of
+
+
+def test_a_sentence_is_read_back_word_for_word() -> None:
+    for index in range(200):
+        prompt = grammar().prompt(5, index)
+        assert grammar().say({name: read(prompt.text)[name] for name in ORDER if name in read(prompt.text)}) == prompt.text
+
+
+ORDER = tuple(phrase.name for phrase in grammar().phrases)
+
+
+def test_every_word_can_be_drawn() -> None:
+    assert set(COLOUR) == set(grammar().words_of("colour"))
+    assert set(BACKGROUND) == set(grammar().words_of("background"))
+
+
+def test_a_scene_says_what_its_sentence_says_and_fills_in_the_rest() -> None:
+    scene, _ = scene_of(Prompt("a blue star on a green background", "star/blue", 3))
+    assert (scene.colour, scene.shape, scene.background) == ("blue", "star", "green")
+    others = {scene_of(Prompt("a blue star on a green background", "star/blue", seed))[0].place for seed in range(60)}
+    assert others == set(grammar().words_of("place"))
+
+
+def test_the_same_seed_draws_the_same_picture() -> None:
+    scene = Scene("small", "red", "heart", "left", "white")
+    one, other = (draw(scene, random.Random(seed))[0] for seed in (1, 1))
+    assert np.array_equal(one, other)
+    assert not np.array_equal(one, draw(scene, random.Random(2))[0])
+
+
+def test_shapes_stand_where_they_are_told_in_the_colour_they_are_told() -> None:
+    picture, coverage = draw(Scene("large", "red", "square", "left", "white"), random.Random(0))
+    rows, columns = np.nonzero(coverage > 128)
+    assert columns.mean() < 26 and abs(rows.mean() - 32) < 3
+    red, green, _ = picture[rows, columns].mean(0)
+    assert red > 2 * green
+
+
+def test_edges_are_anti_aliased() -> None:
+    _, coverage = draw(Scene("large", "red", "circle", "middle", "white"), random.Random(0))
+    assert len(np.unique(coverage)) > 10
+
+
+def test_labels_follow_the_order_of_the_attributes() -> None:
+    scene = Scene("small", "red", "heart", "left", "white")
+    words = [grammar().words_of(name)[index] for name, index in zip(ATTRIBUTES, label(scene), strict=True)]
+    assert words == ["small", "red", "heart", "left", "white"]
