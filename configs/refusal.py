@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 class Refused(Exception):
-    """Bad input, told in one line that names the thing, its value and the way out; the door turns it into exit code 2."""
+    """Bad input, told in one line that names the thing, its value and the way out; the door exits with 2."""
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

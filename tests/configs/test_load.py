@@ -1,0 +1,206 @@
+"""Laws of the configuration door: what is said is either obeyed or refused by name."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import pytest
+from pydantic import Field, ImportString, ValidationError, model_validator
+
+from configs.load import load, request, save_resolved
+from configs.refusal import Refused
+from configs.strict import Strict
+
+
+class Grammar(Strict):
+    source: Literal["grammar"] = Field("grammar", description="the world's sentences")
+    unsaid: float = Field(0.3, ge=0, le=1, description="share of sentences, 0..1")
+
+
+class TextFile(Strict):
+    source: Literal["text"] = Field("text", description="a file")
+    file: Path = Field(description="one prompt a line")
+
+
+class Train(Strict):
+    batch_size: int = Field(8, ge=1, description="rows in a step")
+    learning_rate: float = Field(1e-3, gt=0, description="peak, per step")
+    size: tuple[int, int] = Field((1, 2), description="pixels")
+    grids_at: tuple[int, ...] = Field((), description="samples")
+    weights: dict[str, float] = Field({"mid": 1.0}, description="per block")
+    clip: float | None = Field(1.0, description="largest gradient norm")
+    ema: bool = Field(False, description="average the weights")
+
+
+class ClassSpec(Strict):
+    pattern: str = Field(description="which classes")
+    priority: Literal["top", "mid", "low"] = Field(description="how much they matter")
+
+
+class Config(Strict):
+    """A story for tests."""
+
+    run: Path = Field(description="the run folder")
+    judge: ImportString[Callable[[float], float]] = Field("math.cos", description="a function")
+    classes: tuple[ClassSpec, ...] = Field((), description="priorities")
+    prompts: Annotated[Grammar | TextFile, Field(discriminator="source")] = Field(
+        Grammar(unsaid=0.5), description="where prompts come from"
+    )
+    train: Train = Field(Train(learning_rate=0.5), description="the steps")
+
+    @model_validator(mode="after")
+    def _grids_fit(self) -> Self:
+        if self.train.grids_at and self.train.grids_at[-1] < self.train.batch_size:
+            raise ValueError(f"train.grids_at = {self.train.grids_at[-1]} is below train.batch_size, raise it")
+        return self
+
+
+def written(folder: Path, text: str, name: str = "one.yaml") -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def told(words: str = "--run r", *files: Path) -> Config:
+    return load(Config, "distill", files, words.split())
+
+
+def refusal(words: str = "--run r", *files: Path) -> str:
+    with pytest.raises(Refused) as refused:
+        told(words, *files)
+    return str(refused.value)
+
+
+def test_later_files_lie_over_earlier_ones_and_options_over_both(tmp_path: Path) -> None:
+    one = written(tmp_path, "distill: {run: a, train: {batch_size: 2, learning_rate: 1e-4, grids_at: [10, 20, 30]}}")
+    two = written(tmp_path, "distill: {train: {batch_size: 3, grids_at: [40]}}", "two.yaml")
+    config = told("--train.batch-size 4", one, two)
+    assert (config.run, config.train.batch_size, config.train.learning_rate) == (Path("a"), 4, 1e-4)
+    assert config.train.grids_at == (40,)
+    assert told("", two, one).train.batch_size == 2
+
+
+def test_a_file_that_changes_one_key_of_a_nested_default_keeps_the_others(tmp_path: Path) -> None:
+    config = told(
+        "--run r", written(tmp_path, "distill: {train: {batch_size: 3, weights: {up: 2}}, prompts: {unsaid: 0}}")
+    )
+    assert config.train.learning_rate == 0.5
+    assert config.train.weights == {"mid": 1.0, "up": 2.0}
+    assert config.prompts == Grammar(unsaid=0)
+
+
+def test_options_spell_every_kind_of_value() -> None:
+    words = "--run=r --train.size 4 5 --train.grids-at 8 9 --train.weights up=2 --train.clip none --train.ema"
+    config = told(f"{words} --judge math.sin")
+    assert (config.train.size, config.train.grids_at, config.train.clip) == ((4, 5), (8, 9), None)
+    assert (config.train.weights, config.train.ema, config.judge) == ({"mid": 1.0, "up": 2.0}, True, math.sin)
+    assert load(Config, "distill", (), ["--run", "r", "--classes", "[{pattern: a/*, priority: top}]"]).classes == (
+        ClassSpec(pattern="a/*", priority="top"),
+    )
+
+
+def test_another_member_of_a_union_replaces_the_earlier_one() -> None:
+    assert told("--run r --prompts.source text --prompts.file p.txt").prompts == TextFile(file=Path("p.txt"))
+
+
+def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
+    said = refusal("--run r", written(tmp_path, "distil: {run: a}"))
+    assert re.search(r"one\.yaml: distil: unknown section - did you mean distill\?", said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {bach_size: 3}", "one.yaml: distill.train.bach_size = 3: unknown key - did you mean batch_size?"),
+        ("trian: {batch_size: 3}", "one.yaml: distill.trian: unknown key - did you mean train?"),
+        (
+            "classes: [{patern: a, pattern: b, priority: top}]",
+            "distill.classes.0.patern = a: unknown key - did you mean pattern?",
+        ),
+        ("train: {batch_size: 0}", "one.yaml: distill.train.batch_size = 0: should be greater than or equal to 1"),
+        ("train: {size: [1]}", "distill.train.size.1: required"),
+        ("classes: [{pattern: b, priority: tpo}]", "distill.classes.0.priority = tpo: should be 'top', 'mid' or 'low'"),
+        ("prompts: {source: tex}", "one.yaml: distill.prompts.source = tex: should be one of 'grammar', 'text'"),
+        ("prompts: {source: text}", "distill.prompts.file: required"),
+        ("judge: math.cosine", "one.yaml: distill.judge = math.cosine: "),
+        ("train: {grids_at: [4]}", "distill: train.grids_at = 4 is below train.batch_size, raise it"),
+    ],
+)
+def test_a_slip_in_a_file_is_refused_by_its_full_path(tmp_path: Path, text: str, said: str) -> None:
+    message = refusal("--run r", written(tmp_path, f"distill:\n  {text}\n"))
+    assert said in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--train.bach-size 3", "--train.bach-size: unknown option - did you mean --train.batch-size?"),
+        ("--train.batch-size -3", "command line: distill.train.batch_size = -3: should be greater than or equal to 1"),
+        ("--train.batch-size many", "command line: distill.train.batch_size = many: should be a valid integer"),
+        ("--train.batch-size 3 4", "--train.batch-size: takes one value (INT), not 2: 3 4"),
+        ("--train.batch-size", "--train.batch-size: needs a value (INT)"),
+        ("--train.weights up", "--train.weights: up is not of the form NAME=VALUE"),
+        ("--train.grids-at 2", "distill: train.grids_at = 2 is below train.batch_size"),
+        ("--classes [{", "--classes: [{ is not a YAML list or mapping"),
+    ],
+)
+def test_a_slip_on_the_command_line_is_refused(words: str, said: str) -> None:
+    message = refusal(f"--run r {words}")
+    assert said in message
+    assert "\n" not in message
+
+
+def test_a_required_key_that_nobody_says_is_asked_for() -> None:
+    assert refusal("") == "distill.run: required - write it in a YAML file or give --run"
+
+
+def test_every_slip_has_its_own_line() -> None:
+    assert len(refusal("--train.batch-size 0 --train.learning-rate 0").splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("distill: {run: a\n", "one.yaml:2: not good YAML"),
+        ("distill:\n  run: a\n  run: b\n", "one.yaml:3: not good YAML: run is said twice"),
+        ("- distill\n", "one.yaml: should be a mapping of sections"),
+        ("distill: 3\n", "one.yaml: distill = 3: should be a mapping of keys to values"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    assert said in refusal("--run r", written(tmp_path, text))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    assert "nowhere.yaml: cannot be read (No such file" in refusal("--run r", tmp_path / "nowhere.yaml")
+
+
+def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
+    config = told("--run r --prompts.source text --prompts.file p.txt --train.clip none --train.learning-rate 1e-7")
+    save_resolved(config, tmp_path / "config.yaml", "distill")
+    assert told("", tmp_path / "config.yaml") == config
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        told().run = Path("other")  # type: ignore[misc]
+
+
+def test_help_shows_every_field_with_default_and_meaning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        told("--help", written(tmp_path, "distill: {train: {batch_size: 77}}"))
+    shown = " ".join(re.sub(r"[│─╭╮╰╯+|]|-{3,}", " ", capsys.readouterr().out).split())
+    assert stopped.value.code == 0
+    assert "--run PATH the run folder (required)" in shown
+    assert "train options the steps" in shown
+    assert "--train.batch-size INT rows in a step (default: 77)" in shown
+    assert "--train.learning-rate FLOAT peak, per step (default: 0.5)" in shown
+    assert "--prompts.file PATH one prompt a line [source text]" in shown
+
+
+def test_files_and_print_config_are_taken_out_of_the_words() -> None:
+    asked = request(["--config", "a.yaml", "b.yaml", "--run", "r", "--print-config", "--config", "c.yaml"])
+    assert asked.files == (Path("a.yaml"), Path("b.yaml"), Path("c.yaml"))
+    assert (asked.print_config, asked.options) == (True, ("--run", "r"))
