@@ -1,0 +1,90 @@
+# sollune: three stories, each a make target. Every target makes .venv first and asks only for what is missing.
+
+CONFIG ?= configs/tiny.yaml
+empty :=
+RUN ?= runs/$(subst $(empty) $(empty),-,$(basename $(notdir $(CONFIG))))
+ARGS ?=
+PYTHON ?= python3
+
+STAMP := .venv/.stamp
+BIN := .venv/bin
+CACHE := $(RUN)/cache/COMPLETE
+DISTILL := $(RUN)/distill/COMPLETE
+CLASSES := $(RUN)/classes/COMPLETE
+
+# Spinning threads and an allocator that returns every big tensor to the kernel cost a third of the time on a CPU.
+export OMP_WAIT_POLICY ?= passive
+export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
+export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
+export MALLOC_TOP_PAD_ ?= 268435456
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+# $(call story,NAME): ARGS go to the story that was asked for, not to the ones that it needs first.
+story = $(eval called := yes)$(BIN)/sollune $(1) --config $(CONFIG) --run $(RUN) $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS))
+# $(call rest,FOLDER): what to say when nothing had to be called.
+rest = $(if $(called),:,echo "$(RUN)/$(1) is complete: nothing to do")
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv cache-teacher distill finetune-classes test check format clean clean-run FORCE
+
+help: ## this list
+	@echo "usage: make TARGET [CONFIG='a.yaml b.yaml'] [RUN=runs/name] [ARGS='--option value']"
+	@echo "now:   CONFIG=$(CONFIG)  RUN=$(RUN)"
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{ printf "  %-17s %s\n", $$1, $$2 }'
+
+cache-teacher: $(CACHE) ## ask the teacher once, keep its answers in RUN/cache
+	@$(call rest,cache)
+
+distill: $(DISTILL) ## teach a velocity model from the cache, export it to RUN/distill
+	@$(call rest,distill)
+
+finetune-classes: $(CLASSES) ## fine-tune it by class priorities, export it to RUN/classes
+	@$(call rest,classes)
+
+# A story writes COMPLETE last. It is called again when its configuration is newer, or when ARGS ask something of it;
+# the program then finds what is already there, or says which fields differ.
+$(CACHE): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter cache-teacher,$(MAKECMDGOALS))),FORCE) | $(STAMP)
+	$(call story,cache-teacher)
+	@touch -c $@
+
+$(DISTILL): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter distill,$(MAKECMDGOALS))),FORCE) | $(STAMP) $(CACHE)
+	$(call story,distill)
+	@touch -c $@
+
+$(CLASSES): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter finetune-classes,$(MAKECMDGOALS))),FORCE) | $(STAMP) $(DISTILL)
+	$(call story,finetune-classes)
+	@touch -c $@
+
+FORCE:
+
+test: $(STAMP) ## run the tests, two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q tests $(ARGS)
+
+check: $(STAMP) ## formatting, lint, strict types, the import staircase
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## format the code and repair what lint can repair
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+venv: $(STAMP) ## make .venv (the other targets do it themselves)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "sollune needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1) - say make PYTHON=python3.12" >&2; exit 2; }
+	@echo "making .venv: torch and its company take some minutes and 1.5 GB (more with CUDA)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean: ## remove what test and check leave behind; keeps .venv and runs
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find configs shards stages tests -name __pycache__ -prune -exec rm -rf {} +
+
+clean-run: ## remove the run folder RUN with its cache, checkpoints and exports
+	rm -rf $(RUN)

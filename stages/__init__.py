@@ -1,0 +1,1 @@
+"""The three stories of sollune and the rooms that they share."""

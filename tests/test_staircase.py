@@ -1,0 +1,73 @@
+"""The staircase of imports holds, and import-linter sees it when it does not."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("configs", "shards", "stages")
+LINT = "import sys; from importlinter.cli import lint_imports_command; lint_imports_command(['--no-cache'])"
+
+
+def lint(tree: Path) -> subprocess.CompletedProcess[str]:
+    """Run import-linter on a tree as `make check` does."""
+    return subprocess.run([sys.executable, "-c", LINT], cwd=tree, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the source files and of the contracts."""
+    for package in PACKAGES:
+        shutil.copytree(
+            ROOT / package,
+            tmp_path / package,
+            ignore=lambda folder, names: [
+                name for name in names if Path(folder, name).is_file() and not name.endswith(".py")
+            ],
+        )
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_the_staircase_holds_as_it_is(tree: Path) -> None:
+    done = lint(tree)
+    assert done.returncode == 0, done.stdout
+    assert "4 kept, 0 broken" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden", "contract"),
+    [
+        ("configs/extra.py", "import stages.prompts", "The staircase"),
+        ("shards/extra.py", "from stages.flow import path", "The staircase"),
+        ("stages/nets/extra.py", "import stages.__main__", "The staircase"),
+        ("stages/flow/extra.py", "import zarr", "The mathematics knows no network and no disk"),
+        ("stages/train/losses.py", "import diffusers", "The mathematics knows no network and no disk"),
+        ("stages/david/fusion.py", "import stages.nets", "David sees features, never a network"),
+        ("stages/targets.py", "import stages.tiny", "Nobody outside knows the embedded teacher"),
+    ],
+)
+def test_a_forbidden_import_fails_the_check(tree: Path, module: str, forbidden: str, contract: str) -> None:
+    file = tree / module
+    file.parent.mkdir(exist_ok=True)
+    (file.parent / "__init__.py").touch()
+    with file.open("a") as source:
+        source.write(f"\n{forbidden}\n")
+    done = lint(tree)
+    assert done.returncode == 1
+    assert f"{contract} BROKEN" in done.stdout
+
+
+def test_every_room_has_its_step() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    steps = {room.strip(" ()") for layer in contracts[0]["layers"] for room in layer.split("|")}
+    rooms = {
+        f"stages.{path.stem}"
+        for path in (ROOT / "stages").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert rooms - {"stages.__init__"} <= steps
