@@ -1,0 +1,1 @@
+"""The training loop that distillation and fine-tuning share: losses, optimizer, average, checkpoints, journal."""

@@ -1,0 +1,80 @@
+"""A moving average of the weights whose memory is counted in samples."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from configs.strict import Strict
+
+
+class EmaConfig(Strict):
+    """How far back the averaged weights remember."""
+
+    half_life_samples: int = Field(8000, ge=1, description="samples after which a weight counts half in the average")
+    ramp_ratio: float = Field(
+        0.05,
+        gt=0,
+        description="the half-life is at most this share of the samples seen, so that the start is forgotten",
+    )
+
+
+def decay(config: EmaConfig, before: int, after: int) -> float:
+    """What is left of the average while the samples seen rise from `before` to `after`.
+
+    The half-life is h(n) = min(half_life_samples, ramp_ratio n) (EDM2), and decay = 2^-integral dn / h(n), so that
+    decay(a, b) decay(b, c) = decay(a, c): the batch size never moves it.
+    """
+    half_life, turn = config.half_life_samples, config.half_life_samples / config.ramp_ratio
+    if before <= 0:
+        return 0.0
+    ramped = math.log(min(after, turn) / before) / config.ramp_ratio if before < turn else 0.0
+    steady = max(0.0, after - max(before, turn)) / half_life
+    return float(2.0 ** -(ramped + steady))
+
+
+class Ema:
+    """The average of a module's parameters, beside them; both in fp32, as master weights are."""
+
+    def __init__(self, module: nn.Module) -> None:
+        names, parameters = zip(*module.named_parameters(), strict=True)
+        self._names: tuple[str, ...] = names
+        self._parameters: list[Tensor] = list(parameters)
+        self._averages: list[Tensor] = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, kept: float) -> None:
+        """average <- kept average + (1 - kept) weights."""
+        torch._foreach_lerp_(self._averages, self._parameters, 1 - kept)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameter name -> average, sharing memory with this object."""
+        return dict(zip(self._names, self._averages, strict=True))
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over averages that `tensors` once gave."""
+        for name, average in zip(self._names, self._averages, strict=True):
+            average.copy_(tensors[name])
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """Give the averages to the module, for good."""
+        for parameter, average in zip(self._parameters, self._averages, strict=True):
+            parameter.copy_(average)
+
+    @contextmanager
+    def worn(self) -> Iterator[None]:
+        """Let the module wear the averages for a while; its own weights come back untouched, and nothing is copied."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, parameter in enumerate(self._parameters):
+            parameter.data, self._averages[i] = self._averages[i], parameter.data

@@ -1,0 +1,38 @@
+"""A polite end: the first SIGTERM or SIGINT asks the loop to finish its step, the second ends the program at once."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interruption:
+    """Whether a signal asked this run to stop; a context that gives the signals back at its end."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._earlier: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "Interruption":
+        # Python hands signals to the main thread only; elsewhere they keep their meaning.
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._give_back()
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self._give_back()
+        # A handler may run in the middle of a print: it writes past the buffers.
+        os.write(2, f"\n{self.signal.name}: finishing this step, then a checkpoint; again to leave at once\n".encode())
+
+    def _give_back(self) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._earlier = {}

@@ -1,0 +1,137 @@
+"""The loop of distillation and of fine-tuning: from wherever the run was left to its last sample."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from configs.refusal import Refused
+from shards.batch import Batch
+from stages.nets.student import Student
+from stages.train.checkpoint import Checkpoints, Resume, TrainingState
+from stages.train.ema import Ema
+from stages.train.interrupt import Interruption
+from stages.train.journal import Journal
+from stages.train.objective import Lambdas, Objective
+from stages.train.optim import build_optimizer, learning_rate
+from stages.train.step import Omega, Stepper, TrainConfig
+
+__all__ = ["Batches", "TrainConfig", "fit"]
+
+Batches: TypeAlias = Callable[[int], Iterator[Batch]]
+"""The batches from this sample on; what they hold depends on the number alone."""
+
+FREE_TO_CHANGE = {"journal_every_samples", "checkpoint_every_samples", "keep"}
+
+
+def fit(
+    student: Student,
+    objective: Objective,
+    batches: Batches,
+    uncond: Float[Tensor, "1 l d"],
+    config: TrainConfig,
+    folder: Path,
+    at_checkpoint: Callable[[int, Student], None],
+    *,
+    device: torch.device,
+    identity: Mapping[str, Any],
+    lambdas: Lambdas | None = None,
+    omega: Omega | None = None,
+    samples_per_epoch: int | None = None,
+    resume: Resume = "auto",
+) -> Student:
+    """Train the student up to `max_samples` and hand it back wearing its averaged weights.
+
+    `identity` holds what the weights depend on beyond `config` and the objective (the recipe's fingerprint, say), as
+    JSON values.
+    `at_checkpoint` sees the averaged student after each checkpoint, and again when a run goes on from one.
+    A run that was left at any sample goes on to the very bits of one that was not.
+    """
+    # What a step changes, and where the run was left
+    student = student.to(device).train()
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    state = TrainingState(student, Ema(student), build_optimizer(config.optimizer, trained))
+    checkpoints = Checkpoints(folder / "checkpoints", _identity(config, objective, identity), config.keep)
+    taken = checkpoints.restore(state, resume)
+    if taken is not None:
+        _show(state, student, at_checkpoint)
+
+    # The data from there on
+    if state.samples >= config.max_samples:
+        print(f"{folder}: all {config.max_samples} samples seen already")
+        state.ema.hand_over()
+        return student.eval()
+    checkpoints.refuse_small_disk(state)
+    stream = iter(batches(state.samples))
+    first = next(stream, None)
+    if taken is not None and first is not None:
+        print(_resumed(taken, state.samples, config, samples_per_epoch, first.keys[0]))
+
+    # The steps
+    step = Stepper(state, objective.to(device), uncond.to(device), config, device, lambdas, omega)
+    with (
+        Journal(folder, state.samples, config.max_samples, objective.blocks) as journal,
+        Interruption() as interruption,
+    ):
+        waiting = time.perf_counter()
+        for batch in chain([first] if first is not None else [], stream):
+            before = state.samples
+            journal.add(step(batch, time.perf_counter() - waiting))
+            over = state.samples >= config.max_samples
+            leave = interruption.signal is not None
+
+            if over or leave or _due(before, state.samples, config.checkpoint_every_samples):
+                journal.write(state.samples)
+                checkpoints.save(state)
+                if leave and not over:
+                    _leave(interruption, state.samples, folder)
+                _show(state, student, at_checkpoint)
+                journal.pause()
+            elif _due(before, state.samples, config.journal_every_samples):
+                journal.write(state.samples)
+            if over:
+                break
+            waiting = time.perf_counter()
+        else:
+            raise Refused(f"data: ended after {state.samples} samples of {config.max_samples} - lower max_samples")
+
+    # The end
+    state.ema.hand_over()
+    return student.eval()
+
+
+def _due(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of `every` was reached by this step."""
+    return after // every > before // every
+
+
+@torch.no_grad()
+def _show(state: TrainingState, student: Student, at_checkpoint: Callable[[int, Student], None]) -> None:
+    """Let the caller look at the averaged student."""
+    with state.ema.worn():
+        at_checkpoint(state.samples, student.eval())
+    student.train()
+
+
+def _identity(config: TrainConfig, objective: Objective, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run must have in common with the one that it continues."""
+    train = config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+    return {**identity, "train": train, "objective": objective.config.model_dump(mode="json")}
+
+
+def _resumed(taken: Path, samples: int, config: TrainConfig, samples_per_epoch: int | None, next_key: str) -> str:
+    epoch = f", epoch {samples / samples_per_epoch:.2f}" if samples_per_epoch else ""
+    rate = learning_rate(config.optimizer, samples, config.max_samples)
+    seen = f"{samples} of {config.max_samples} samples"
+    return f"{taken}: going on after {seen}{epoch}, learning rate {rate:.3g}, next {next_key}"
+
+
+def _leave(interruption: Interruption, samples: int, folder: Path) -> NoReturn:
+    number = interruption.signal
+    print(f"{folder}: left after {samples} samples, with a checkpoint - the same command goes on from there")
+    raise SystemExit(128 + int(number) if number is not None else 1)

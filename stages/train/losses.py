@@ -1,0 +1,93 @@
+"""Errors of a velocity, of its guidance and of pooled features: plain functions of tensors, reduced in fp32."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.flow.path import per_sample
+from stages.flow.timesteps import bin_of
+
+DEVIATION_FLOOR = 0.01
+
+
+def velocity_error(v: Float[Tensor, "b ..."], v_star: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+    """Mean square over everything but the batch."""
+    return (v.float() - v_star.float()).square().flatten(1).mean(dim=1)
+
+
+def guidance_error(
+    e_cond: Float[Tensor, "b ..."], e_uncond: Float[Tensor, "b ..."], w: Float[Tensor, " b"]
+) -> Float[Tensor, " b"]:
+    """Mean square of the guided velocity's error, over what independent branch errors of size 1 would give.
+
+    mean |e_u + w (e_c - e_u)|^2 / (w^2 + (w - 1)^2)   (mathematics.md section 5)
+    """
+    e_cond, e_uncond = e_cond.float(), e_uncond.float()
+    guided = e_uncond + per_sample(w, e_cond) * (e_cond - e_uncond)
+    return guided.square().flatten(1).mean(dim=1) / (w**2 + (w - 1) ** 2)
+
+
+@dataclass(frozen=True)
+class FeatureScale:
+    """How far each pooled channel of each block varies; apart for each of several equal bins of s."""
+
+    deviations: Mapping[str, Float[Tensor, "bins n"]]
+
+    @classmethod
+    def measure(
+        cls, features: Mapping[str, Float[Tensor, "m n"]], s: Float[Tensor, " m"], bins: int = 1
+    ) -> "FeatureScale":
+        """Standard deviations over m states; a bin with fewer than two of them takes those of all states."""
+        bin_index = bin_of(s, bins)
+        rows = [(bin_index == i).nonzero().squeeze(1) for i in range(bins)]
+        return cls({block: _deviations(feature.float(), rows) for block, feature in features.items()})
+
+    def at(self, s: Float[Tensor, " b"]) -> Mapping[str, Float[Tensor, "b n"]]:
+        """The deviations that hold at these times."""
+        return {block: deviation[bin_of(s, len(deviation))] for block, deviation in self.deviations.items()}
+
+    def to(self, device: torch.device) -> "FeatureScale":
+        """The same numbers on another device."""
+        return FeatureScale({block: deviation.to(device) for block, deviation in self.deviations.items()})
+
+
+def _deviations(feature: Float[Tensor, "m n"], rows: list[Tensor]) -> Float[Tensor, "bins n"]:
+    overall = feature.std(dim=0)
+    each = torch.stack([feature[index].std(dim=0) if len(index) > 1 else overall for index in rows])
+    # A channel that hardly moves would outweigh all others: none counts as steadier than a hundredth of its block.
+    return each.clamp_min(DEVIATION_FLOOR * float(overall.mean()))
+
+
+def block_errors(
+    features: Mapping[str, Float[Tensor, "b n"]],
+    targets: Mapping[str, Float[Tensor, "b n"]],
+    deviations: Mapping[str, Float[Tensor, "#b n"]],
+    weights: Float[Tensor, " b"] | None = None,
+) -> Float[Tensor, " n_blocks"]:
+    """Mean square of the standardised features' difference, one number for each block of `targets`, in its order.
+
+    Standardising subtracts the same mean on both sides, so only the deviations are needed.
+    """
+    return _each(
+        [((features[b].float() - targets[b].float()) / deviations[b]).square().mean(dim=1) for b in targets], weights
+    )
+
+
+def cosine_errors(
+    features: Mapping[str, Float[Tensor, "b n"]],
+    targets: Mapping[str, Float[Tensor, "b n"]],
+    weights: Float[Tensor, " b"] | None = None,
+) -> Float[Tensor, " n_blocks"]:
+    """1 - cos of the plain pooled features, one number for each block of `targets`: the original experiment's form."""
+    return _each([1 - F.cosine_similarity(features[b].float(), targets[b].float(), dim=1) for b in targets], weights)
+
+
+def _each(errors: list[Float[Tensor, " b"]], weights: Float[Tensor, " b"] | None) -> Float[Tensor, " n_blocks"]:
+    if not errors:
+        return torch.zeros(0)
+    stacked = torch.stack(errors)
+    return (stacked if weights is None else stacked * weights).mean(dim=1)

@@ -1,0 +1,156 @@
+"""What the student is asked to match: both velocities, their guidance, and what each block says."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from configs.refusal import Refused, did_you_mean
+from configs.strict import Strict
+from shards.batch import Batch
+from stages.flow.timesteps import min_snr_weight
+from stages.nets.student import StudentOutput
+from stages.train.losses import FeatureScale, block_errors, cosine_errors, guidance_error, velocity_error
+
+Lambdas: TypeAlias = Callable[[Batch, StudentOutput], Float[Tensor, " n_blocks"]]
+"""One weight for each block, asked anew at every batch; David's place."""
+
+
+class ObjectiveConfig(Strict):
+    """The terms of the loss and their weights (mathematics.md sections 4 to 6)."""
+
+    uncond_weight: float = Field(
+        1.0,
+        ge=0,
+        description="weight u of the unconditional branch: flow error = (conditional + u unconditional) / (1 + u)",
+    )
+    guidance_weight: float = Field(1.0, ge=0, description="weight of the guidance-consistent term; 0 leaves it out")
+    guidance_range: tuple[float, float] = Field(
+        (1.0, 8.0), description="lowest and highest guidance scale w of that term, drawn uniformly per sample"
+    )
+    block_weight: float = Field(0.05, ge=0, description="weight of the block term at the start of training")
+    block_form: Literal["standardised", "cosine"] = Field(
+        "standardised", description="pooled features compared as standardised differences, or by their plain cosine"
+    )
+    block_bins: int = Field(10, ge=1, description="bins of s with deviations of their own, for the standardised form")
+    block_weights: Mapping[str, Annotated[float, Field(ge=0)]] = Field(
+        {"up_3": 0.0}, description="weight w_b of single blocks within the block term; 1 for a block not named"
+    )
+    blocks_until: float | None = Field(
+        0.6,
+        gt=0,
+        description="share of training at which the block term has sunk to 0, in a straight line; none keeps it",
+    )
+    loss_weighting: Literal["uniform", "min_snr"] = Field(
+        "uniform", description="weight w(s) of the velocity errors: 1, or min((1 - s)^2, gamma s^2)"
+    )
+    min_snr_gamma: float = Field(5.0, gt=0, description="gamma of the min_snr weighting, a signal-to-noise ratio")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ObjectiveConfig":
+        lowest, highest = self.guidance_range
+        if not 0 <= lowest <= highest:
+            raise ValueError(f"guidance_range {lowest} {highest} should rise from a number not below 0")
+        return self
+
+    def annealed_block_weight(self, progress: float) -> float:
+        """Weight of the block term after the share `progress` of training."""
+        if self.blocks_until is None:
+            return self.block_weight
+        return self.block_weight * max(0.0, 1 - progress / self.blocks_until)
+
+    def weight_of_time(self, s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """w(s) of the velocity errors."""
+        return min_snr_weight(s, self.min_snr_gamma) if self.loss_weighting == "min_snr" else torch.ones_like(s)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One batch's loss: `total` carries the gradient, the parts are for the journal and carry none."""
+
+    total: Float[Tensor, ""]
+    flow: Float[Tensor, ""]
+    guidance: Float[Tensor, ""]
+    blocks: Float[Tensor, " n_blocks"]
+    """Error of each block, before any weight."""
+    flow_errors: Float[Tensor, " b"]
+    """Flow error of each sample, before any weight."""
+
+
+class Objective:
+    """The loss of one batch.
+
+    `blocks` names the blocks in the order of the batch's features; `scale` is asked for by the standardised form.
+    Raises `Refused` when the configuration weighs a block that the cache does not have.
+    """
+
+    def __init__(self, config: ObjectiveConfig, blocks: tuple[str, ...], scale: FeatureScale | None = None) -> None:
+        self.config, self.blocks, self.scale = config, blocks, scale
+        for name in config.block_weights:
+            if blocks and name not in blocks:
+                raise Refused(
+                    f"objective.block_weights.{name}: the cache has no such block - {did_you_mean(name, blocks)}"
+                )
+        if blocks and config.block_form == "standardised" and scale is None:
+            raise ValueError("the standardised block form needs the deviations of the features")
+
+    def to(self, device: torch.device) -> "Objective":
+        """The same objective, with its numbers on another device."""
+        return Objective(self.config, self.blocks, self.scale.to(device) if self.scale else None)
+
+    def static_lambdas(self, device: torch.device) -> Float[Tensor, " n_blocks"]:
+        """w_b of every block: the weights when nobody assesses the student."""
+        return torch.tensor([self.config.block_weights.get(block, 1.0) for block in self.blocks], device=device)
+
+    def __call__(
+        self,
+        output: StudentOutput,
+        batch: Batch,
+        lambdas: Float[Tensor, " n_blocks"],
+        progress: float,
+        generator: torch.Generator,
+        omega: Float[Tensor, " b"] | None = None,
+    ) -> Losses:
+        """The loss after the share `progress` of training.
+
+        `omega` weighs whole samples and is not normalised inside the batch (mathematics.md section 4); `generator`
+        lies on the CPU.
+        """
+        config = self.config
+        omega = torch.ones_like(batch.s) if omega is None else omega
+        weights = omega * config.weight_of_time(batch.s)
+
+        conditional = velocity_error(output.v_cond, batch.v_cond)
+        unconditional = velocity_error(output.v_uncond, batch.v_uncond)
+        flow_errors = (conditional + config.uncond_weight * unconditional) / (1 + config.uncond_weight)
+        flow = (weights * flow_errors).mean()
+
+        w = self._guidance_scales(batch, generator)
+        guided_errors = guidance_error(output.v_cond - batch.v_cond, output.v_uncond - batch.v_uncond, w)
+        guidance = (weights * guided_errors).mean()
+
+        block_weight = config.annealed_block_weight(progress)
+        with torch.set_grad_enabled(block_weight > 0 and torch.is_grad_enabled()):
+            blocks = self._block_errors(output, batch, omega)
+
+        total = flow + config.guidance_weight * guidance
+        if block_weight > 0 and self.blocks:
+            total = total + block_weight * (lambdas * blocks).sum()
+        return Losses(total, flow.detach(), guidance.detach(), blocks.detach(), flow_errors.detach())
+
+    def _guidance_scales(self, batch: Batch, generator: torch.Generator) -> Float[Tensor, " b"]:
+        lowest, highest = self.config.guidance_range
+        drawn = lowest + (highest - lowest) * torch.rand(len(batch.s), generator=generator)
+        return drawn.to(batch.s.device)
+
+    def _block_errors(
+        self, output: StudentOutput, batch: Batch, omega: Float[Tensor, " b"]
+    ) -> Float[Tensor, " n_blocks"]:
+        targets = {block: batch.features[block] for block in self.blocks}
+        if self.config.block_form == "cosine" or self.scale is None:
+            return cosine_errors(output.features, targets, omega)
+        return block_errors(output.features, targets, self.scale.at(batch.s), omega)

@@ -1,0 +1,163 @@
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from configs.refusal import Refused
+from stages.nets.student import Student
+from stages.tiny.anatomy import build_unet
+from stages.train.checkpoint import fault_of
+from stages.train.objective import Objective, ObjectiveConfig
+from stages.train.step import told_time
+
+
+def files(folder: Path, samples: int) -> dict[str, str]:
+    """The hashes of a checkpoint: weights, average, optimizer."""
+    content = json.loads((folder / "checkpoints" / f"{samples:09d}" / "state.json").read_text())
+    return content["files"]
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("cut", [10, 14, 20])
+def test_a_run_cut_anywhere_goes_on_to_the_very_bits_of_an_uninterrupted_one(tmp_path, train, power_cut, cut):
+    whole = train(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        train(tmp_path / "cut", batches=power_cut(cut))
+    resumed = train(tmp_path / "cut")
+    assert same(resumed, whole)
+    assert files(tmp_path / "cut", 24) == files(tmp_path / "whole", 24)
+    assert files(tmp_path / "whole", 16) != files(tmp_path / "whole", 24)
+
+
+def test_a_resumed_unet_has_the_very_bits_of_an_uninterrupted_one(tmp_path, train, unet_batches):
+    def run(folder: Path, **options):
+        torch.manual_seed(0)
+        student = Student(build_unet())
+        options = {"batches": unet_batches(None), "uncond": torch.zeros(1, 3, 64), **options}
+        objective = Objective(ObjectiveConfig(), ())
+        return train(
+            folder, {"max_samples": 6, "checkpoint_every_samples": 2}, student=student, objective=objective, **options
+        )
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "cut", batches=unet_batches(4))
+    assert same(run(tmp_path / "cut"), whole)
+    assert files(tmp_path / "cut", 6) == files(tmp_path / "whole", 6)
+
+
+def test_the_journal_of_a_resumed_run_has_each_sample_once(tmp_path, train, power_cut):
+    with pytest.raises(InterruptedError):
+        train(tmp_path, batches=power_cut(14))
+    train(tmp_path)
+    seen = [json.loads(line)["samples"] for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert seen == [4, 8, 12, 16, 20, 24]
+
+
+def test_a_resumed_run_says_where_it_goes_on(tmp_path, train, power_cut, capsys):
+    with pytest.raises(InterruptedError):
+        train(tmp_path, batches=power_cut(14))
+    train(tmp_path, samples_per_epoch=16)
+    said = capsys.readouterr().out
+    assert "000000008: going on after 8 of 24 samples, epoch 0.50, learning rate" in said
+    assert "next 000000008" in said
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path, train, capsys):
+    whole = train(tmp_path)
+    again = train(tmp_path, batches=lambda first: pytest.fail("asked for data"))
+    assert same(again, whole)
+    assert "all 24 samples seen already" in capsys.readouterr().out
+
+
+def test_the_student_that_comes_back_wears_its_average(tmp_path, train):
+    shown = {}
+    averaged = train(
+        tmp_path, at_checkpoint=lambda samples, student: shown.update({samples: student.conv.weight.clone()})
+    )
+    assert sorted(shown) == [8, 16, 24]
+    assert torch.equal(shown[24], averaged.conv.weight)
+    assert not averaged.training
+
+
+def test_looking_at_the_student_does_not_move_it(tmp_path, train):
+    assert same(train(tmp_path / "a", {"checkpoint_every_samples": 2}), train(tmp_path / "b"))
+
+
+def test_training_lowers_the_loss(tmp_path, train):
+    train(tmp_path, {"max_samples": 400, "journal_every_samples": 100, "checkpoint_every_samples": 400})
+    losses = [json.loads(line)["flow"] for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_sample(tmp_path, train, batches_with_nan):
+    with pytest.raises(Refused, match=r"not finite after 12 samples, at 000000013 - "):
+        train(tmp_path, batches=batches_with_nan)
+    assert fault_of(tmp_path / "checkpoints" / "000000008") is None
+    assert not (tmp_path / "checkpoints" / "000000016").exists()
+
+
+def test_another_configuration_is_refused_but_another_rhythm_is_not(tmp_path, train, power_cut):
+    with pytest.raises(InterruptedError):
+        train(tmp_path, batches=power_cut(14))
+    with pytest.raises(Refused, match=r"train\.optimizer\.clip_norm was 1\.0, is 2\.0"):
+        train(tmp_path, {"optimizer": {"learning_rate": 0.01, "warmup_samples": 4, "clip_norm": 2.0}})
+    with pytest.raises(Refused, match=r"train\.max_samples was 24, is 30: the learning rate's cosine would change"):
+        train(tmp_path, {"max_samples": 30})
+    with pytest.raises(Refused, match=r"recipe\.teacher was abc, is xyz"):
+        train(tmp_path, identity={"recipe": {"teacher": "xyz"}})
+    train(tmp_path, {"keep": 1, "checkpoint_every_samples": 6, "journal_every_samples": 2})
+
+
+def test_lambdas_are_asked_at_every_batch_and_reach_the_journal(tmp_path, train):
+    asked = []
+
+    def lambdas(batch, output):
+        asked.append(batch.keys[0])
+        assert output.features["mid"].shape == (2, 3)
+        return torch.tensor([2.0, 0.5])
+
+    train(tmp_path, lambdas=lambdas)
+    assert len(asked) == 12
+    first = json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])
+    assert first["lambdas"] == {"mid": 2.0, "up_3": 0.5}
+
+
+def test_a_sample_without_weight_teaches_nothing(tmp_path, train, toy):
+    settings = {"optimizer": {"weight_decay": 0.0}}
+    assert same(train(tmp_path / "still", settings, omega=lambda batch: torch.zeros(2)), toy)
+    assert not same(train(tmp_path / "moved", settings), toy)
+
+
+def test_data_that_ends_too_early_is_refused(tmp_path, train, batch):
+    with pytest.raises(Refused, match="ended after 2 samples of 24"):
+        train(tmp_path, batches=lambda first: iter([batch]))
+
+
+def test_sigterm_ends_the_run_with_a_checkpoint_from_which_it_goes_on(tmp_path, train, capsys):
+    def asked_to_stop(samples: int, student: nn.Module) -> None:
+        if samples == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        train(tmp_path / "left", at_checkpoint=asked_to_stop)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "left after 10 samples, with a checkpoint" in capsys.readouterr().out
+    assert same(train(tmp_path / "left"), train(tmp_path / "whole"))
+
+
+def test_the_told_time_stays_within_half_a_step_of_a_sampler():
+    s = torch.full((200,), 0.5)
+    apart = 1000 * (told_time(s, 0.5, torch.Generator().manual_seed(0)) - s)
+    assert 0.4 < apart.abs().max() <= 0.5001
+    assert apart.mean().abs() < 0.1
