@@ -1,11 +1,14 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from configs.refusal import Refused
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
 def fsync_folder(folder: Path) -> None:
@@ -32,6 +35,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         fsync_folder(path.parent)
     except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
         raise Refused(
             f"{path}: cannot be written ({error.strerror}) - free some space or choose another folder"
         ) from error

@@ -1,0 +1,131 @@
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from configs.refusal import Refused
+from shards.codec import PER_DRAW, decode, encode
+
+
+def same(a, b):
+    """Whether two tensors hold the same bits."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+
+
+def test_a_record_comes_back_bit_for_bit(make_record):
+    sent = make_record(5)
+    back = decode(*encode(sent))
+    for name in ("key", "text", "class_name", "seed", "guidance_scale"):
+        assert getattr(back, name) == getattr(sent, name)
+    assert same(back.cond, sent.cond)
+    assert same(back.x0, sent.x0)
+    assert all(same(getattr(back.draws, name), getattr(sent.draws, name)) for name in PER_DRAW)
+    assert list(back.features.by_block) == ["mid", "down_0"]
+    assert all(same(back.features.by_block[block], values) for block, values in sent.features.by_block.items())
+
+
+def test_encoding_what_was_decoded_gives_the_same_bytes(make_record):
+    stored = encode(make_record(5))
+    assert encode(decode(*stored)) == stored
+
+
+def test_negative_zero_infinity_and_nan_survive(make_record):
+    sent = make_record(1)
+    odd = torch.tensor([-0.0, float("inf"), float("-inf"), float("nan")]).half()
+    sent.x0.view(-1)[:4] = odd
+    assert same(decode(*encode(sent)).x0, sent.x0)
+
+
+STORED = {  # in the order of the file: widest type first, then by name
+    "k": ("I64", "<i8", [2]),
+    "s": ("F32", "<f4", [2]),
+    "cond": ("F16", "<f2", [6, 7]),
+    "features.down_0": ("F16", "<f2", [2, 3]),
+    "features.mid": ("F16", "<f2", [2, 8]),
+    "v_cond": ("F16", "<f2", [2, 3, 4, 5]),
+    "v_uncond": ("F16", "<f2", [2, 3, 4, 5]),
+    "x0": ("F16", "<f2", [3, 4, 5]),
+    "x_t": ("F16", "<f2", [2, 3, 4, 5]),
+    "trajectory": ("BOOL", "?", [2]),
+}
+
+
+def written_by_hand(values):
+    """A safetensors file of STORED whose tensors all count up through `values`, by the format's description."""
+    header, body = {}, b""
+    for name, (kind, dtype, shape) in STORED.items():
+        part = np.resize(values, shape).astype(dtype).tobytes()
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [len(body), len(body) + len(part)]}
+        body += part
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def test_the_bytes_are_the_ones_of_schema_1(make_record):
+    sent = make_record(0)
+    features = sent.features.by_block.values()
+    for values in (sent.cond, sent.x0, *(getattr(sent.draws, name) for name in PER_DRAW), *features):
+        values.copy_(torch.arange(values.numel()).view_as(values) % 7)
+    json_bytes, st_bytes = encode(sent)
+    assert json_bytes == (
+        b'{"blocks": ["mid", "down_0"], "class_name": "shape/star", "draws": 2, "guidance_scale": 3.0, '
+        b'"key": "000000000", "schema_version": 1, "seed": 4611686018427387904, "text": "a star, number 0"}'
+    )
+    assert st_bytes == written_by_hand(np.arange(7))
+    assert hashlib.sha256(st_bytes).hexdigest() == "65f30744110fac43a4e9f3cb9a51f6a08b6fee3fd490bf149a385c6d5951d1fd"
+
+
+def test_a_whole_guidance_scale_is_written_as_a_float(make_record):
+    said = encode(dataclasses.replace(make_record(0), guidance_scale=5))[0]
+    assert b'"guidance_scale": 5.0' in said
+
+
+def test_every_json_has_the_same_keys_and_types(make_record):
+    a, b = (json.loads(encode(make_record(number))[0]) for number in (0, 8))
+    assert {name: type(value) for name, value in a.items()} == {name: type(value) for name, value in b.items()}
+
+
+def test_views_of_one_storage_are_stored_as_any_other_tensor(make_record):
+    sent = make_record(2)
+    both = torch.stack([sent.draws.v_cond, sent.draws.v_uncond])
+    views = dataclasses.replace(sent, draws=dataclasses.replace(sent.draws, v_cond=both[0], v_uncond=both[1]))
+    assert encode(views) == encode(sent)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"key": "12"}, "nine digits"),
+        ({"seed": 2**63}, "63 bits"),
+        ({"x0": torch.zeros(3, 4, 5)}, "x0 is torch.float32"),
+        ({"guidance_scale": float("nan")}, "JSON"),
+    ],
+)
+def test_what_is_not_of_the_schema_is_not_written(make_record, change, words):
+    with pytest.raises(ValueError, match=words):
+        encode(dataclasses.replace(make_record(0), **change))
+
+
+def test_features_of_another_number_of_draws_are_not_written(make_record):
+    mixed = dataclasses.replace(make_record(0), features=make_record(0, draws=3).features)
+    with pytest.raises(ValueError, match=r"features\.mid has 3 draws, s has 2"):
+        encode(mixed)
+
+
+def test_another_schema_is_refused(make_record):
+    json_bytes, st_bytes = encode(make_record(0))
+    with pytest.raises(Refused, match="record 000000000: schema 2"):
+        decode(json_bytes.replace(b'"schema_version": 1', b'"schema_version": 2'), st_bytes)
+
+
+@pytest.mark.parametrize("cut", [slice(0, 20), slice(0, -1)])
+def test_broken_bytes_are_refused(make_record, cut):
+    json_bytes, st_bytes = encode(make_record(0))
+    with pytest.raises(Refused, match="cannot be read"):
+        decode(json_bytes[cut], st_bytes)
+    with pytest.raises(Refused, match="record 000000000: not good safetensors"):
+        decode(json_bytes, st_bytes[cut])

@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+
+from configs.refusal import Refused
+from shards import order
+from shards.order import Pairs, UniformOrder, WeightedOrder
+
+DRAWS = np.array([2, 2, 3, 1, 4])
+
+
+def listed(ordered, first, last):
+    """The samples [first, last) of an order as (record, draw)."""
+    return list(zip(*(part.tolist() for part in ordered.at(np.arange(first, last))), strict=True))
+
+
+def every_pair():
+    return sorted((record, draw) for record, draws in enumerate(DRAWS) for draw in range(draws))
+
+
+def test_pairs_number_each_draw_of_each_record_once():
+    pairs = Pairs(DRAWS)
+    assert len(pairs) == 12
+    assert list(zip(*(part.tolist() for part in pairs.split(np.arange(12))), strict=True)) == every_pair()
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_each_epoch_is_a_permutation(epoch):
+    ordered = UniformOrder(3, Pairs(DRAWS))
+    assert sorted(listed(ordered, 12 * epoch, 12 * epoch + 12)) == every_pair()
+
+
+def test_epochs_and_seeds_differ():
+    pairs = Pairs(np.full(100, 2))
+    one = UniformOrder(3, pairs)
+    assert listed(one, 0, 200) != listed(one, 200, 400)
+    assert listed(one, 0, 200) != listed(UniformOrder(4, pairs), 0, 200)
+
+
+def test_a_span_over_several_epochs_is_its_parts_put_together():
+    ordered = UniformOrder(3, Pairs(DRAWS))
+    assert listed(ordered, 5, 40) == listed(ordered, 5, 13) + listed(ordered, 13, 40)
+
+
+def test_the_order_of_seed_0_is_the_one_it_always_was():
+    pairs, weights = Pairs(np.full(10, 1)), {"a": 1, "b": 1}
+    uniform, weighted = UniformOrder(0, pairs), WeightedOrder(0, pairs, "ababababab", weights)
+    assert uniform.at(np.arange(10))[0].tolist() == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]
+    assert weighted.at(np.arange(10))[0].tolist() == [9, 8, 4, 5, 1, 5, 6, 4, 4, 2]
+
+
+def test_every_pair_comes_first_equally_often():
+    firsts = [UniformOrder(seed, Pairs(DRAWS)).at(np.arange(1)) for seed in range(2400)]
+    counts = np.bincount([Pairs(DRAWS).starts[record[0]] + draw[0] for record, draw in firsts], minlength=12)
+    assert (abs(counts - 200) < 4 * np.sqrt(200 * 11 / 12)).all()
+
+
+CLASSES = ["a", "b", "a", "c", "b"]
+
+
+def test_shares_of_classes_are_their_weights_within_three_standard_errors():
+    n, weights = 20000, {"a": 5.0, "b": 3.0, "c": 2.0}
+    records, _ = WeightedOrder(1, Pairs(DRAWS), CLASSES, weights).at(np.arange(n))
+    for name, weight in weights.items():
+        share, expected = np.mean([CLASSES[record] == name for record in records]), weight / 10
+        assert abs(share - expected) < 3 * np.sqrt(expected * (1 - expected) / n)
+
+
+def test_pairs_of_a_class_are_all_alike():
+    n = 20000
+    records, draws = WeightedOrder(1, Pairs(DRAWS), CLASSES, {"a": 1, "b": 0, "c": 0}).at(np.arange(n))
+    counts = np.bincount(Pairs(DRAWS).starts[records] + draws, minlength=12)
+    of_a = counts[[0, 1, 4, 5, 6]]
+    assert of_a.sum() == n
+    assert (abs(of_a - n / 5) < 4 * np.sqrt(n * 0.2 * 0.8)).all()
+
+
+def test_a_class_of_weight_zero_never_comes():
+    for weights in ({"a": 0, "b": 1, "c": 1}, {"a": 1, "b": 0, "c": 1}, {"a": 1, "b": 1, "c": 0}):
+        records, _ = WeightedOrder(1, Pairs(DRAWS), CLASSES, weights).at(np.arange(5000))
+        assert {CLASSES[record] for record in records} == {name for name, weight in weights.items() if weight}
+
+
+def test_a_weighted_sample_depends_on_its_number_alone():
+    ordered = WeightedOrder(1, Pairs(DRAWS), CLASSES, {"a": 5, "b": 3, "c": 2})
+    whole = listed(ordered, 4000, 9000)
+    assert listed(ordered, 4090, 4100) == whole[90:100]
+    assert listed(ordered, 8191, 8193) == whole[4191:4193]
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"a": 1, "b": 1}, "class c: has records and no weight"),
+        ({"a": 1, "b": 1, "c": 1, "cc": 1}, "class cc: has a weight and no record - did you mean c"),
+        ({"a": -1, "b": 1, "c": 1}, "class a: weight -1"),
+        ({"a": 0, "b": 0, "c": 0}, "all are 0"),
+    ],
+)
+def test_weights_that_do_not_fit_the_classes_are_refused(weights, words):
+    with pytest.raises(Refused, match=words):
+        WeightedOrder(1, Pairs(DRAWS), CLASSES, weights)
+
+
+def test_rounding_never_draws_a_class_of_weight_zero(monkeypatch):
+    # Eight tenths add up to a hair less than eight times a tenth: the greatest chance lies beyond the last boundary.
+    monkeypatch.setattr(order, "chances", lambda _seed, _block: np.full((order.BLOCK, 2), np.nextafter(1, 0)))
+    weights = dict.fromkeys("abcdefgh", 0.1) | {"z": 0.0}
+    records, _ = WeightedOrder(1, Pairs(np.full(9, 1)), "abcdefghz", weights).at(np.arange(1))
+    assert records.tolist() == [7]

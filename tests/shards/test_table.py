@@ -1,0 +1,101 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from configs.refusal import Refused
+from shards import tabulate
+from shards.reader import Reader
+from shards.table import Table, write_table
+from shards.writer import CacheWriter
+
+
+def content(folder):
+    """Every file of a folder with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("rows_per_file", [16384, 3])
+def test_the_table_says_what_the_shards_say(cache, monkeypatch, rows_per_file):
+    monkeypatch.setattr(tabulate, "ROWS_PER_FILE", rows_per_file)
+    monkeypatch.setattr(tabulate, "ROWS_PER_CHUNK", 3 if rows_per_file == 3 else 1024)
+    write_table(cache)
+    table, reader = Table.open(cache), Reader(cache)
+    records = [*reader.records("train"), *reader.records("validation")]
+    assert table.key.tolist() == [int(record.key) for record in records for _ in range(2)]
+    assert table.draw.tolist() == [0, 1] * 9
+    assert table.s.tolist() == [s for record in records for s in record.draws.s.tolist()]
+    assert table.k.tolist() == [k for record in records for k in record.draws.k.tolist()]
+    assert table.blocks == ("mid", "down_0")
+    for block in table.blocks:
+        expected = torch.cat([record.features.by_block[block] for record in records])
+        assert table.features(block).equal(expected)
+        assert table.features(block, np.array([17, 3, 3])).equal(expected[[17, 3, 3]])
+
+
+def test_two_tables_of_the_same_shards_are_the_same_bytes(cache, make_cache, tmp_path):
+    other = make_cache(tmp_path / "other")
+    write_table(cache)
+    write_table(other)
+    assert content(cache / "table.zarr") == content(other / "table.zarr")
+    write_table(cache)
+    assert content(cache / "table.zarr") == content(other / "table.zarr")
+
+
+def test_rows_are_found_by_split_class_and_time(cache):
+    write_table(cache)
+    table = Table.open(cache)
+    assert table.rows("validation").tolist() == [14, 15, 16, 17]
+    assert table.rows("train", "shape/disc").tolist() == [2, 3, 8, 9]
+    assert table.rows(s_from=0.25, s_to=0.75).tolist() == [i for i, s in enumerate(table.s) if 0.25 <= s <= 0.75]
+    assert len(table.rows()) == len(table) == 18
+
+
+def test_statistics_are_those_of_the_training_states(cache):
+    write_table(cache)
+    seen = torch.cat([record.features.by_block["mid"] for record in Reader(cache).records("train")]).double()
+    found = Table.open(cache).statistics("mid")
+    torch.testing.assert_close(found.mean.double(), seen.mean(0), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.std.double(), seen.std(0, correction=0), rtol=1e-6, atol=1e-7)
+
+
+def test_the_attributes_tell_what_it_belongs_to(cache, make_recipe):
+    write_table(cache)
+    said = json.loads((cache / "table.zarr/zarr.json").read_text())["attributes"]
+    assert said["schema_version"] == 1
+    assert said["recipe_sha256"] == make_recipe().fingerprint()
+    assert said["blocks"] == ["mid", "down_0"]
+    assert said["class_names"] == ["shape/disc", "shape/ring", "shape/star"]
+
+
+def test_a_missing_table_is_refused(cache):
+    with pytest.raises(Refused, match=r"table\.zarr: not there"):
+        Table.open(cache)
+
+
+def test_a_table_of_other_shards_is_refused(cache, make_recipe, make_record):
+    write_table(cache)
+    CacheWriter(cache, make_recipe()).add("train", 2, [make_record(7)])
+    with pytest.raises(Refused, match=r"table\.zarr: was made from other shards"):
+        Table.open(cache)
+
+
+def test_unknown_blocks_and_classes_are_refused_with_the_nearest(cache):
+    write_table(cache)
+    table = Table.open(cache)
+    with pytest.raises(Refused, match="block middle: not in the table - did you mean mid"):
+        table.features("middle")
+    with pytest.raises(Refused, match="class shape/stars: not in the table - did you mean shape/star"):
+        table.rows(class_name="shape/stars")
+
+
+def test_a_failure_leaves_no_half_table(cache, monkeypatch):
+    def full(*_words, **_more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zarr.Array, "__setitem__", full)
+    with pytest.raises(Refused, match=r"table\.zarr: cannot be written \(No space left on device\)"):
+        write_table(cache)
+    assert sorted(path.name for path in cache.iterdir()) == ["data", "manifest.json"]
