@@ -1,0 +1,42 @@
+"""What each of the nine blocks says: the output of its last resnet, averaged over the picture."""
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import UNet2DConditionModel
+from jaxtyping import Float
+from torch import Tensor, nn
+
+HOOK_POINT = "last resnet of each block, spatial mean, fp32"
+
+
+def last_resnets(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
+    """Block name -> its last resnet, in the order in which they run."""
+    found = {f"down_{i}": block.resnets[-1] for i, block in enumerate(unet.down_blocks)}
+    found["mid"] = unet.mid_block.resnets[-1]
+    return found | {f"up_{i}": block.resnets[-1] for i, block in enumerate(unet.up_blocks)}
+
+
+def widths(unet: UNet2DConditionModel) -> dict[str, int]:
+    """Block name -> number of channels of its pooled feature."""
+    return {name: len(resnet.get_parameter("conv2.weight")) for name, resnet in last_resnets(unet).items()}
+
+
+class FeatureTap:
+    """Listens to the last resnets of a UNet; `take` hands over what the latest forward pass left."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        self._latest: dict[str, Tensor] = {}
+        for name, resnet in last_resnets(unet).items():
+            resnet.register_forward_hook(self._listener(name))
+
+    def _listener(self, name: str):  # type: ignore[no-untyped-def]
+        def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Float[Tensor, "b n h w"]) -> None:
+            self._latest[name] = output.mean(dim=(2, 3), dtype=torch.float32)
+
+        return keep
+
+    def take(self, rows: slice) -> Mapping[str, Float[Tensor, "b n"]]:
+        """Pooled features of these rows of the latest forward pass, in fp32; the tap is empty afterwards."""
+        taken, self._latest = self._latest, {}
+        return {name: feature[rows] for name, feature in taken.items()}

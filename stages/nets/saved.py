@@ -1,0 +1,124 @@
+"""What a run folder of `distill` or `finetune-classes` left for others: its teacher, its tail policy, its weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from configs.atomic import atomic_write
+from configs.refusal import Refused
+from shards.manifest import Manifest
+from stages.flow.bridge import Tail
+from stages.nets.components import Components, identity, load_components
+from stages.nets.student import Student
+
+ORIGIN, CHECKPOINTS, WEIGHTS = "origin.json", "checkpoints", "ema.safetensors"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a student comes from; it lies in the run folder, so that the run outlives its cache."""
+
+    teacher: str
+    """A diffusers folder or a hub repository."""
+    teacher_sha256: Mapping[str, str]
+    """What the teacher was when the cache was made, by component."""
+    tail: Tail
+    recipe_sha256: str
+
+    @classmethod
+    def of(cls, manifest: Manifest, teacher: str | None = None) -> "Origin":
+        """The origin of a student of this cache; `teacher` says where the teacher lies now, if it moved."""
+        recipe = manifest.recipe
+        made_by: Any = recipe.identity["teacher"]
+        render: Any = recipe.identity["render"]
+        location = teacher or str(recipe.information["teacher_location"])
+        return cls(location, made_by, render["tail"], recipe.fingerprint())
+
+    @classmethod
+    def open(cls, folder: Path) -> "Origin":
+        """The origin of a run; raises `Refused` when its file is broken."""
+        path = folder / ORIGIN
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise Refused(f"{path}: cannot be read ({error}) - start the run's command again, it writes it") from error
+
+    def at(self, teacher: str | None) -> "Origin":
+        """The same, with the teacher lying elsewhere if told so."""
+        return self if teacher is None else replace(self, teacher=teacher)
+
+    def save(self, folder: Path) -> None:
+        """Write it into a run folder."""
+        atomic_write(folder / ORIGIN, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run folder and one of its checkpoints."""
+
+    folder: Path
+    origin: Origin
+    weights: Path
+    """The averaged weights of the checkpoint."""
+    samples: int
+    """Samples seen when it was written."""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `folder` is a run, finished or not."""
+    return (folder / ORIGIN).is_file()
+
+
+def cache_of(folder: Path) -> Path:
+    """The cache that a run was distilled from: it lies beside the run."""
+    return folder.parent / "cache"
+
+
+def open_run(folder: Path, samples: int | None = None) -> SavedRun:
+    """The run with its newest checkpoint, or the one at `samples`; raises `Refused` when there is none."""
+    if not is_run(folder):
+        raise Refused(f"{folder}: no run lies here ({ORIGIN} is missing) - name a folder such as runs/tiny/distill")
+    found = _checkpoints(folder)
+    if not found:
+        raise Refused(f"{folder}: no checkpoint yet (checkpoints/<samples>/{WEIGHTS}) - let the run write one")
+    chosen = max(found) if samples is None else samples
+    if chosen not in found:
+        raise Refused(f"{folder}: no checkpoint at {samples} samples - there are {', '.join(map(str, sorted(found)))}")
+    return SavedRun(folder, Origin.open(folder), found[chosen], chosen)
+
+
+def load_teacher_parts(origin: Origin, device: torch.device, dtype: torch.dtype) -> Components:
+    """The teacher of a run; raises `Refused` when it is no longer the one that filled the cache."""
+    parts = load_components(origin.teacher, device, dtype)
+    now = identity(parts.folder)
+    changed = [name for name, sha256 in origin.teacher_sha256.items() if now.get(name) != sha256]
+    if changed:
+        raise Refused(
+            f"teacher: {parts.folder}: {', '.join(changed)} changed since the cache was made - "
+            "put the same model there, or make the cache again"
+        )
+    return parts
+
+
+def load_student(run: SavedRun, parts: Components) -> Student:
+    """The checkpoint's student, frozen, on the teacher's device; raises `Refused` for a foreign or broken file."""
+    student = Student.from_teacher(parts.unet)
+    try:
+        weights = load_file(run.weights)
+        student.unet.load_state_dict({name.removeprefix("unet."): value for name, value in weights.items()})
+    except (SafetensorError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"{run.weights}: not the student's weights ({reason}) - choose another checkpoint") from error
+    return student.eval().requires_grad_(False)
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """Samples seen -> averaged weights."""
+    found = (folder / CHECKPOINTS).glob(f"[0-9]*/{WEIGHTS}")
+    return {int(path.parent.name): path for path in found if path.parent.name.isdecimal()}
