@@ -1,0 +1,217 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
+
+from configs.refusal import Refused
+from stages.export import main
+from stages.export.diffusers import export_diffusers, flow_scheduler
+from stages.flow.solver import euler, guided
+from stages.nets.components import identity
+from stages.nets.saved import Origin
+from stages.nets.student import TIME_SCALE, Student
+
+TEXTS = ["a small red star at the left", "a large blue ring"]
+
+
+def open_stock(folder: Path) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def paint(pipeline: StableDiffusionPipeline, steps: int) -> torch.Tensor:
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    return pipeline(TEXTS, num_inference_steps=steps, guidance_scale=3.0, latents=noise, output_type="latent").images
+
+
+def own_euler(pipeline: StableDiffusionPipeline, steps: int, whole_times: bool) -> torch.Tensor:
+    """Our solver on the grid of the stock scheduler."""
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    cond, uncond = pipeline.encode_prompt(TEXTS, torch.device("cpu"), 1, True)
+    student = Student(pipeline.unet)
+
+    def velocity(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        told = (TIME_SCALE * s).floor() / TIME_SCALE if whole_times else s
+        out = student(x, told, cond, uncond[:1])
+        return guided(out.v_cond, out.v_uncond, 3.0)
+
+    scheduler = flow_scheduler()
+    scheduler.set_timesteps(steps)
+    with torch.inference_mode():
+        return euler(velocity, x, scheduler.sigmas)
+
+
+def test_the_scheduler_loads_as_unipc_on_flow_sigmas(exported: Path) -> None:
+    config = (scheduler := open_stock(exported).scheduler).config
+    assert isinstance(scheduler, UniPCMultistepScheduler)
+    assert config.prediction_type == "flow_prediction"
+    assert config.use_flow_sigmas
+    assert config.solver_order == 1
+    assert config.flow_shift == 1.0
+    assert config.final_sigmas_type == "zero"
+    assert config.steps_offset == 1
+
+
+def test_stock_pipeline_in_order_one_is_our_euler(exported: Path) -> None:
+    """With the corrector off. The stock pipeline truncates 1000 s to a whole number, so ours is told the same."""
+    pipeline = open_stock(exported)
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, disable_corrector=[*range(8)])
+    stock = paint(pipeline, 8)
+    assert torch.allclose(stock, own_euler(pipeline, 8, whole_times=True), atol=2e-4)
+    told_exactly = own_euler(pipeline, 8, whole_times=False)
+    assert (stock - told_exactly).norm() < 5e-3 * told_exactly.norm()
+
+
+def test_stock_pipeline_approaches_our_euler_with_the_shipped_scheduler(exported: Path) -> None:
+    pipeline = open_stock(exported)
+    exact = own_euler(pipeline, 80, whole_times=True)
+    near, far = ((paint(pipeline, n) - exact).norm() / exact.norm() for n in (16, 4))
+    assert near < 0.02
+    assert near < far
+
+
+def test_unet_is_the_students_and_its_config_the_teachers(
+    exported: Path, student: Student, teacher_folder: Path
+) -> None:
+    written = load_file(exported / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in student.unet.state_dict().items())
+    own, teachers = (
+        UNet2DConditionModel.load_config(folder, subfolder="unet") for folder in (exported, teacher_folder)
+    )
+    assert {**own, "_name_or_path": ""} == {**teachers, "_name_or_path": ""}
+
+
+def test_no_file_tells_where_it_was_made(exported: Path, teacher_folder: Path) -> None:
+    for file in exported.rglob("*.json"):
+        assert str(teacher_folder) not in file.read_text()
+
+
+def test_half_precision_is_the_default(student: Student, teacher_folder: Path, tmp_path: Path) -> None:
+    folder = export_diffusers(student, teacher_folder, tmp_path, {})
+    for part in ("unet", "vae", "text_encoder"):
+        for file in (folder / part).glob("*.safetensors"):
+            assert {value.dtype for value in load_file(file).values()} == {torch.float16}
+
+
+def test_text_encoder_keys_are_nested(exported: Path) -> None:
+    with safe_open(exported / "text_encoder" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert all(name.startswith("text_model.") and ".text_model." not in name for name in file.keys())  # noqa: SIM118
+
+
+def test_tokenizer_can_be_read_by_every_transformers(exported: Path) -> None:
+    assert (exported / "tokenizer" / "vocab.json").is_file()
+    assert (exported / "tokenizer" / "merges.txt").is_file()
+    tokenizer = CLIPTokenizer.from_pretrained(exported / "tokenizer")
+    assert tokenizer("a red star").input_ids[1:-1] == [tokenizer.vocab[f"{w}</w>"] for w in ("a", "red", "star")]
+
+
+def test_facts_and_card_say_what_it_is(exported: Path) -> None:
+    facts = json.loads((exported / "sollune.json").read_text())
+    assert (facts["samples"], facts["tail"], facts["prediction"], facts["time_scale"]) == (
+        64,
+        "hold",
+        "velocity",
+        1000.0,
+    )
+    assert len(facts["teacher_sha256"]["unet"]) == 64
+    _, head, body = (exported / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head)["library_name"] == "diffusers"
+    assert "samples: `64`" in body
+    index = json.loads((exported / "model_index.json").read_text())
+    assert index["safety_checker"] == [None, None]
+
+
+def test_a_scheduler_for_noise_prediction_refuses_it_loudly(exported: Path) -> None:
+    pipeline = open_stock(exported)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match="flow_prediction"):
+        paint(pipeline, 2)
+
+
+def test_the_teachers_own_weights_are_refused(teacher_folder: Path, tmp_path: Path) -> None:
+    teacher = Student.from_teacher(UNet2DConditionModel.from_pretrained(teacher_folder, subfolder="unet"))
+    with pytest.raises(Refused, match="still the teacher's"):
+        export_diffusers(teacher, teacher_folder, tmp_path, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_tensor_of_the_teacher_is_refused_by_name(student: Student, teacher_folder: Path, tmp_path: Path) -> None:
+    teacher = UNet2DConditionModel.from_pretrained(teacher_folder, subfolder="unet")
+    student.unet.conv_out.load_state_dict(teacher.conv_out.state_dict())
+    with pytest.raises(Refused, match=r"2 of \d+ tensors .*conv_out"):
+        export_diffusers(student, teacher_folder, tmp_path, {})
+
+
+def test_values_that_do_not_fit_half_precision_are_refused(
+    student: Student, teacher_folder: Path, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        student.unet.conv_in.bias[0] = 1e5
+    with pytest.raises(Refused, match=r"conv_in\.bias"):
+        export_diffusers(student, teacher_folder, tmp_path, {})
+
+
+def test_an_earlier_export_stays_until_the_new_one_is_whole(
+    student: Student, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = export_diffusers(student, teacher_folder, tmp_path, {"samples": 64}, torch.float32)
+    before = (exported / "sollune.json").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.export.diffusers._keep_tokenizer", full)
+        with pytest.raises(Refused, match="No space left on device"):
+            export_diffusers(student, teacher_folder, tmp_path, {"samples": 128}, torch.float32)
+    assert (exported / "sollune.json").read_bytes() == before
+    assert list(tmp_path.iterdir()) == [exported]
+    export_diffusers(student, teacher_folder, tmp_path, {"samples": 128}, torch.float32)
+    assert json.loads((exported / "sollune.json").read_text())["samples"] == 128
+    assert list(tmp_path.iterdir()) == [exported]
+
+
+def test_a_folder_that_is_no_export_is_never_replaced(student: Student, teacher_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "diffusers").mkdir()
+    (tmp_path / "diffusers" / "mine.txt").write_text("keep me")
+    with pytest.raises(Refused, match="no export of ours"):
+        export_diffusers(student, teacher_folder, tmp_path, {})
+    assert (tmp_path / "diffusers" / "mine.txt").read_text() == "keep me"
+
+
+def save_run(folder: Path, teacher_folder: Path, student: Student) -> Path:
+    (folder / "checkpoints" / "64").mkdir(parents=True)
+    save_file(student.unet.state_dict(), folder / "checkpoints" / "64" / "ema.safetensors")
+    Origin(str(teacher_folder), identity(teacher_folder), "hold", "0" * 64).save(folder)
+    return folder
+
+
+def test_export_command_writes_the_newest_checkpoint(
+    student: Student, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(tmp_path / "distill", teacher_folder, student)
+    assert main([str(run), "--dtype", "float32"]) == 0
+    assert str(run / "export" / "diffusers") in capsys.readouterr().out
+    written = load_file(run / "export" / "diffusers" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(written["conv_in.weight"], student.unet.conv_in.weight)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [((), "which run"), (("nowhere",), "no run lies here"), (("RUN", "--checkpoint", "65"), "there are 64")],
+)
+def test_export_command_refuses_in_one_line(
+    words: tuple[str, ...], said: str, student: Student, teacher_folder: Path, tmp_path: Path
+) -> None:
+    run = save_run(tmp_path / "distill", teacher_folder, student)
+    with pytest.raises(Refused, match=said) as refusal:
+        main([str(run) if word == "RUN" else word for word in words])
+    assert "\n" not in str(refusal.value)
