@@ -1,0 +1,132 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs.refusal import Refused
+from stages.evaluate.fields import Field
+from stages.evaluate.grid import fixed_noise, fixed_noises, read_settings, save_sheet, sheet
+from stages.evaluate.sample import Sampler, main, sample_student, sample_teacher
+from stages.nets.student import Student
+from stages.nets.teacher import Teacher
+
+B, C, H, W = 2, 3, 4, 5
+
+
+def constant(cond: float, uncond: float) -> Field:
+    """A field whose branches say the same everywhere."""
+    return Field(lambda x, s, *_: (torch.full_like(x, cond), torch.full_like(x, uncond)))
+
+
+def draw(sampler: Sampler, field: Field) -> torch.Tensor:
+    return sampler.draw(field, torch.zeros(B, 1, 1), torch.zeros(1, 1, 1), fixed_noises(0, B, (C, H, W)))
+
+
+@pytest.mark.parametrize(("guidance", "velocity"), [(0.0, 1.0), (1.0, 2.0), (3.0, 4.0)])
+def test_guidance_goes_from_one_branch_through_the_other(guidance: float, velocity: float) -> None:
+    drawn = draw(Sampler(steps=3, guidance=guidance), constant(2.0, 1.0))
+    assert torch.allclose(drawn, fixed_noises(0, B, (C, H, W)) - velocity, atol=1e-6)
+
+
+def test_guidance_one_is_the_conditional_branch(student: Student, teacher: Teacher) -> None:
+    cond, noise = teacher.encode(["a red star"]), fixed_noises(0, 1, (4, 8, 8))
+    one, other = (
+        sample_student(student, cond, teacher.encode([uncond]), noise, Sampler(steps=2, guidance=1.0))
+        for uncond in ("", "a large blue ring")
+    )
+    assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_batches_change_nothing(student: Student, teacher: Teacher) -> None:
+    cond, uncond = teacher.encode(["a red star", "a blue ring", "a green moon"]), teacher.encode([""])
+    noise = fixed_noises(0, 3, (4, 8, 8))
+    together, apart = (
+        sample_student(student, cond, uncond, noise, Sampler(steps=2, batch_size=size)) for size in (3, 2)
+    )
+    assert torch.allclose(together, apart, atol=1e-5)
+
+
+def test_heun_is_exact_where_velocity_is_linear_in_time() -> None:
+    field = Field(lambda x, s, *_: (s.float().reshape(-1, 1, 1, 1).expand_as(x),) * 2)
+    exact = fixed_noises(0, B, (C, H, W)) - 0.5
+    assert torch.allclose(draw(Sampler(steps=2, solver="heun"), field), exact, atol=1e-6)
+    assert not torch.allclose(draw(Sampler(steps=2), field), exact, atol=1e-2)
+
+
+def test_teacher_is_asked_at_its_own_states_only(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    answer = teacher.answer
+
+    def listening(x: torch.Tensor, s: torch.Tensor, *rest: torch.Tensor) -> object:
+        asked.extend(s.tolist())
+        return answer(x, s, *rest)
+
+    monkeypatch.setattr(teacher, "answer", listening)
+    noise = fixed_noises(0, 1, (4, 8, 8))
+    sample_teacher(teacher, teacher.encode(["a"]), teacher.encode([""]), noise, Sampler(steps=5, solver="heun"))
+    own = {1.0, *teacher.bridge.s_table.tolist()}
+    assert len(asked) == 5
+    assert set(asked) <= own
+
+
+def test_noise_never_depends_on_how_many_are_asked() -> None:
+    few, many = fixed_noises(3, 2, (C, H, W)), fixed_noises(3, 5, (C, H, W))
+    assert torch.equal(few, many[:2])
+    assert torch.equal(many[4], fixed_noise(3, 4, (C, H, W)))
+    assert len({float(noise.sum()) for noise in [*many, fixed_noise(4, 0, (C, H, W))]}) == 6
+
+
+def test_sheet_shows_tiny_pictures_doubled_and_holds_its_settings(tmp_path: Path) -> None:
+    pictures = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
+    path = tmp_path / "sheet.png"
+    save_sheet(sheet(["first", "second"], ["one"], [pictures]), path, {"seed": 7, "texts": ["für"]})
+    assert read_settings(path) == {"seed": 7, "texts": ["für"]}
+    with Image.open(path) as image:
+        pixels = np.asarray(image)[20:, 180:]
+    assert (pixels == 0).all(axis=2).sum() == 16 * 16
+    assert [file.name for file in tmp_path.iterdir()] == ["sheet.png"]
+
+
+@pytest.mark.parametrize("kind", ["run", "export", "teacher"])
+def test_sample_command_paints_with_whatever_lies_there(
+    kind: str, run_folder: Path, teacher_folder: Path, tmp_path: Path
+) -> None:
+    folder = {"run": run_folder, "export": run_folder / "export", "teacher": teacher_folder}[kind]
+    (tmp_path / "more.txt").write_text("a green moon\n")
+    out, more = tmp_path / "out.png", tmp_path / "more.txt"
+    words = ["a red star", "--prompts", str(more), "--steps", "2", "--count", "3", "--negative", "a ring"]
+    assert main([str(folder), *words, "--out", str(out)]) == 0
+    settings = read_settings(out)
+    assert settings["texts"] == ["a red star", "a green moon"]
+    assert (settings["run"], settings["steps"], settings["negative"]) == (str(folder), 2, "a ring")
+    with Image.open(out) as image:
+        assert image.size == (180 + 3 * (128 + 4), 20 + 2 * (128 + 4))
+
+
+def test_run_and_its_export_paint_the_same(run_folder: Path, tmp_path: Path) -> None:
+    for name, folder in (("run.png", run_folder), ("export.png", run_folder / "export" / "diffusers")):
+        main([str(folder), "a red star", "--steps", "2", "--count", "1", "--out", str(tmp_path / name)])
+    with Image.open(tmp_path / "run.png") as one, Image.open(tmp_path / "export.png") as other:
+        assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "which model"),
+        (("RUN",), "no sentence"),
+        (("RUN", "a star", "--checkpoint", "65"), "there are 64"),
+        (("TEACHER", "a star", "--solver", "heun"), "use euler"),
+        (("TEACHER", "a star", "--checkpoint", "64"), "no run folder"),
+        (("RUN", "a star", "--prompts", "missing.txt"), "missing.txt"),
+    ],
+)
+def test_sample_command_refuses_in_one_line(
+    words: tuple[str, ...], said: str, run_folder: Path, teacher_folder: Path
+) -> None:
+    places = {"RUN": str(run_folder), "TEACHER": str(teacher_folder)}
+    with pytest.raises(Refused, match=said) as refusal:
+        main([places.get(word, word) for word in words])
+    assert "\n" not in str(refusal.value)
