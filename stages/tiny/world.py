@@ -110,7 +110,7 @@ def scene_of(prompt: Prompt) -> tuple[Scene, random.Random]:
 
 
 def draw(scene: Scene, rng: random.Random) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """The picture [64, 64, 3] and the coverage of its shape [64, 64], both anti-aliased, with slight free variations."""
+    """The picture [64, 64, 3] and the coverage of its shape [64, 64], anti-aliased, with slight free variations."""
     x, y = (c + rng.uniform(-2, 2) for c in CENTRE[scene.place])
     radius = RADIUS[scene.size] * rng.uniform(0.95, 1.05)
     shade = rng.uniform(0.92, 1.04)
