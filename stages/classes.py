@@ -56,7 +56,8 @@ class ClassFile(Strict):
         owners = [spec for spec in self.classes if spec.claims(class_name)]
         if len(owners) > 1:
             raise Refused(
-                f"classes {owners[0].name!r} and {owners[1].name!r} both claim {class_name!r} - make their patterns disjoint"
+                f"classes {owners[0].name!r} and {owners[1].name!r} both claim {class_name!r} - "
+                "make their patterns disjoint"
             )
         return owners[0] if owners else None
 
@@ -69,7 +70,9 @@ class ClassFile(Strict):
             shares[name] += 1
         empty = [name for name, share in shares.items() if share == 0]
         if empty:
-            raise Refused(f"class {empty[0]!r} gets none of {total} pictures - ask for more pictures or raise its priority")
+            raise Refused(
+                f"class {empty[0]!r} gets none of {total} pictures - ask for more pictures or raise its priority"
+            )
         return shares
 
 
@@ -99,7 +102,8 @@ def class_prompts(
         if looked_at > LOOKED_AT_PER_PROMPT + 200 * sum(quotas.values()):
             name = next(name for name in found if len(found[name]) < quotas[name])
             raise Refused(
-                f"class {name!r}: {len(found[name])} of {quotas[name]} prompts found - does its pattern fit the class names?"
+                f"class {name!r}: {len(found[name])} of {quotas[name]} prompts found - "
+                "does its pattern fit the class names?"
             )
         for spec in classes:
             open_place = len(found[spec.name]) < quotas[spec.name]

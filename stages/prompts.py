@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from configs.refusal import Refused
 from configs.strict import Strict
@@ -111,7 +111,7 @@ class GrammarSource(Strict):
 
 
 class FileSource(Strict):
-    """Sentences from a text file: one a line, optionally `class<TAB>sentence`; read round and round with fresh seeds."""
+    """Sentences from a text file, one a line, or `class<TAB>sentence`; read round and round with fresh seeds."""
 
     source: Literal["file"] = "file"
     path: Path = Field(description="text file, one prompt a line, optionally class<TAB>prompt")
@@ -139,6 +139,11 @@ class FileSource(Strict):
 
 
 PromptSource = Annotated[GrammarSource | FileSource, Field(discriminator="source")]
+
+
+def source_identity(source: GrammarSource | FileSource, seed: int) -> dict[str, JsonValue]:
+    """What a list of prompts depends on, for a recipe."""
+    return {"source": source.source, "sha256": source.identity(), "seed": seed}
 
 
 def prompts(source: GrammarSource | FileSource, seed: int, split: Split, count: int) -> list[Prompt]:

@@ -52,7 +52,8 @@ def test_a_prompt_file_gives_classes_and_goes_round_with_fresh_seeds(tmp_path: P
     first, second, again = islice(FileSource(path=file).endless(0), 3)
     assert (first.text, first.class_name) == ("a cat on a mat", "cat")
     assert (second.text, second.class_name) == ("a plain house", "prompt")
-    assert again.text == first.text and again.seed != first.seed
+    assert again.text == first.text
+    assert again.seed != first.seed
 
 
 def test_missing_sources_are_refused_by_name(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def rows_of(batch_size: int, prior_share: float) -> tuple[int, int]:
     prior = round(batch_size * prior_share)
     if not 0 < prior < batch_size:
         raise Refused(
-            f"prior_share = {prior_share}: gives {prior} of {batch_size} rows to the prior - both streams need at least one"
+            f"prior_share = {prior_share}: gives {prior} of {batch_size} rows to the prior - "
+            "both streams need at least one"
         )
     return batch_size - prior, prior

@@ -84,7 +84,7 @@ class Stepper:
 
         # Backward
         state.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()  # type: ignore[no-untyped-call]
+        losses.total.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip_norm)
         if not bool(torch.isfinite(losses.total.detach() + grad_norm)):
             _refuse_non_finite(batch, losses.flow_errors, state.samples)

@@ -1,0 +1,55 @@
+"""Story one: ask the teacher about many prompts, once, and keep its answers."""
+
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from configs.atomic import atomic_write
+from configs.load import save_resolved
+from configs.strict import Strict
+from shards.table import write_table
+from shards.writer import CacheWriter
+from stages.cluster import device_of, fill, tasks_of
+from stages.nets.components import load_components
+from stages.nets.teacher import Teacher
+from stages.prompts import Prompt, PromptSource, Split, prompts, source_identity
+from stages.targets import RenderConfig, make_records, recipe_of
+
+
+class Config(Strict):
+    """Render prompts with the frozen teacher and keep what it answered, in shards under RUN/cache."""
+
+    run: Path = Field(description="run folder; the cache lies in RUN/cache")
+    teacher: str = Field(description="diffusers folder or hub id of an SD-1.x model")
+    prompts: PromptSource = Field(description="where the sentences come from")
+    seed: int = Field(0, description="seed of the prompts and of their pictures")
+    count: int = Field(2000, ge=1, description="prompts in the training split")
+    validation_count: int = Field(100, ge=1, description="prompts held out for validation")
+    render: RenderConfig = Field(RenderConfig(), description="how prompts become records")
+    device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the teacher")
+
+
+def run(config: Config) -> None:
+    """Fill RUN/cache; what is there already is kept, and another recipe is refused."""
+    folder = config.run / "cache"
+    teacher = Teacher(
+        load_components(config.teacher, device_of(config.device), getattr(torch, config.dtype)), config.render.tail
+    )
+    asked: dict[Split, list[Prompt]] = {
+        "train": prompts(config.prompts, config.seed, "train", config.count),
+        "validation": prompts(config.prompts, config.seed, "validation", config.validation_count),
+    }
+    source = source_identity(config.prompts, config.seed)
+
+    writer = CacheWriter(folder, recipe_of(teacher, config.render, source))
+    make = partial(make_records, teacher, config=config.render.states)
+    made = fill(writer, tasks_of(asked, config.render.records_per_shard), config.render.batch_size, make)
+    write_table(folder)
+
+    save_resolved(config, config.run / "cache.yaml", "cache_teacher")
+    atomic_write(folder / "COMPLETE", f"{config.count + config.validation_count}\n")
+    print(f"{folder}: {made} shards made, {len(writer.manifest.shards)} in all")

@@ -1,0 +1,67 @@
+"""Story two: teach a velocity model what the teacher answered, from the shards alone."""
+
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from configs.atomic import atomic_write
+from configs.load import save_resolved
+from configs.strict import Strict
+from shards.manifest import Manifest
+from shards.reader import Reader
+from stages.cluster import device_of
+from stages.evaluate.beside import GridConfig, grids_beside
+from stages.export.diffusers import export_diffusers
+from stages.nets.graft import graft_time_embedding
+from stages.nets.saved import Origin, load_teacher_parts
+from stages.nets.student import Student
+from stages.nets.teacher import Teacher
+from stages.train.loop import TrainConfig, fit
+from stages.train.objective import Objective, ObjectiveConfig
+from stages.train.statistics import feature_scale
+
+
+class Config(Strict):
+    """Distil RUN/cache into a velocity model; checkpoints, journal, grids and export go to RUN/distill."""
+
+    run: Path = Field(description="run folder; reads RUN/cache, writes RUN/distill")
+    teacher: str | None = Field(None, description="where the teacher lies now, if it moved since the cache was made")
+    graft: bool = Field(True, description="start from the closed-form graft of the time embedding")
+    train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="terms of the loss")
+    grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
+    device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
+
+
+def run(config: Config) -> None:
+    """Train from wherever the run was left, then export; nothing is done twice."""
+    cache, folder, device = config.run / "cache", config.run / "distill", device_of(config.device)
+    manifest = Manifest.open(cache)
+    origin = Origin.of(manifest, config.teacher)
+    teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
+
+    student = Student.from_teacher(teacher.parts.unet)
+    left = graft_time_embedding(student.unet, teacher.bridge) if config.graft else None
+    print(f"student: time embedding grafted, relative error {left:.3f}" if config.graft else "student: a plain copy")
+
+    save_resolved(config, folder / "config.yaml", "distill")
+    origin.save(folder)
+    reader = Reader(cache, "train", config.train.seed, config.train.batch_size)
+    student = fit(
+        student,
+        Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins)),
+        reader.batches,
+        teacher.encode([""]),
+        config.train,
+        folder,
+        grids_beside(teacher, config.grid, folder / "grids"),
+        device=device,
+        identity={"recipe": manifest.recipe.fingerprint(), "graft": config.graft},
+        samples_per_epoch=reader.samples_per_epoch,
+    )
+
+    facts = {"teacher": teacher.parts.folder.name, "tail": origin.tail, "samples": config.train.max_samples}
+    exported = export_diffusers(student, teacher.parts.folder, folder / "export", facts)
+    atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
+    print(f"{exported}: written and read back; pictures in {folder / 'grids'}")

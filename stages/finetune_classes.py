@@ -1,0 +1,147 @@
+"""Story three: classes that matter are painted by the teacher and studied again, without forgetting the rest."""
+
+import hashlib
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, ImportString
+
+from configs.atomic import atomic_write
+from configs.load import save_resolved
+from configs.strict import Strict
+from shards.reader import Reader
+from shards.writer import CacheWriter
+from stages.classes import ClassFile, class_prompts, load_classes
+from stages.cluster import device_of, fill, tasks_of
+from stages.evaluate.beside import GridConfig, grids_beside
+from stages.evaluate.per_class import ExamConfig, examine, save_table, show_table
+from stages.export.diffusers import export_diffusers
+from stages.nets.saved import load_student, load_teacher_parts, open_run
+from stages.nets.student import Student
+from stages.nets.teacher import Teacher
+from stages.prompts import Prompt, PromptSource, Split, source_identity
+from stages.targets import RenderConfig, make_records, recipe_of
+from stages.train.loop import TrainConfig, fit
+from stages.train.mixture import Mixture, rows_of
+from stages.train.objective import Objective, ObjectiveConfig
+from stages.train.statistics import feature_scale
+
+
+class Config(Strict):
+    """Fine-tune RUN/distill on the classes of a class file; everything goes to RUN/classes."""
+
+    run: Path = Field(description="run folder; reads RUN/cache and RUN/distill, writes RUN/classes")
+    teacher: str | None = Field(None, description="where the teacher lies now, if it moved since the cache was made")
+    classes: Path = Field(description="YAML file: classes with name, pattern and priority (top, mid, low)")
+    prompts: PromptSource = Field(description="where the sentences of the classes come from")
+    seed: int = Field(1, description="seed of the prompts and of their pictures")
+    count: int = Field(300, ge=1, description="pictures in all, shared among the classes by priority")
+    render: RenderConfig = Field(RenderConfig(), description="how prompts become records")
+    prior_share: float = Field(
+        0.3, gt=0, lt=1, description="share of each batch that comes from the distillation cache"
+    )
+    train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(block_weight=0), description="terms of the loss")
+    grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
+    scorer: ImportString[Any] | None = Field(None, description="function (texts, pictures) -> scores, for the table")
+    exam: ExamConfig = Field(ExamConfig(), description="how each class is measured before and after")
+    device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
+
+
+def run(config: Config) -> None:
+    """Paint, study, measure and export; what is finished already is kept."""
+    folder, device = config.run / "classes", device_of(config.device)
+    saved = open_run(config.run / "distill")
+    origin = saved.origin.at(config.teacher)
+    teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
+    classes = load_classes(config.classes)
+
+    paint(config, folder / "cache", teacher, classes)
+    save_resolved(config, folder / "config.yaml", "finetune_classes")
+    atomic_write(folder / "classes.yaml", config.classes.read_text(encoding="utf-8"))
+    origin.save(folder)
+
+    distilled = load_student(saved, teacher.parts)
+    student = study(config, folder, teacher, classes, load_student(saved, teacher.parts), saved.weights)
+
+    asked = exam_prompts(config, classes)
+    results = {
+        name: examine(model, teacher, asked, config.scorer, config.exam)
+        for name, model in (("before", distilled), ("after", student))
+    }
+    save_table(classes, results, folder / "per_class.csv")
+    show_table(classes, results)
+
+    facts = {
+        "teacher": teacher.parts.folder.name,
+        "tail": origin.tail,
+        "classes": [spec.name for spec in classes.classes],
+    }
+    exported = export_diffusers(student, teacher.parts.folder, folder / "export", facts)
+    atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
+    print(f"{exported}: written and read back; table in {folder / 'per_class.csv'}")
+
+
+def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> None:
+    """Let the teacher paint each class's quota of prompts, as records like those of story one."""
+    quotas = classes.quotas(config.count)
+    found = class_prompts(config.prompts, config.seed, "train", classes.classes, quotas)
+    for spec in classes.classes:
+        share = f"{100 * classes.weight(spec):.0f} % of the draws"
+        print(f"class {spec.name}: {spec.priority}, {quotas[spec.name]} pictures, {share}")
+
+    prompts: dict[Split, list[Prompt]] = {"train": [prompt for listed in found.values() for prompt in listed]}
+    chosen = hashlib.sha256(classes.model_dump_json().encode()).hexdigest()
+    source = {**source_identity(config.prompts, config.seed), "classes": chosen}
+    writer = CacheWriter(cache, recipe_of(teacher, config.render, source))
+    make = partial(make_records, teacher, config=config.render.states)
+    fill(writer, tasks_of(prompts, config.render.records_per_shard), config.render.batch_size, make)
+
+
+def study(config: Config, folder: Path, teacher: Teacher, classes: ClassFile, student: Student, start: Path) -> Student:
+    """Train on batches of class pictures, weighted by priority, and of the distillation cache."""
+    in_classes, in_prior = rows_of(config.train.batch_size, config.prior_share)
+    painted = Reader(folder / "cache", "train")
+    weights = draw_weights(classes, Counter(painted.class_names()))
+    seed = config.train.seed
+    mixture = Mixture(
+        classes=Reader(folder / "cache", "train", seed, in_classes, class_weights=weights),
+        prior=Reader(config.run / "cache", "train", seed, in_prior),
+    )
+    return fit(
+        student.requires_grad_(True),
+        Objective(config.objective, student.blocks, feature_scale(config.run / "cache", config.objective.block_bins)),
+        mixture.batches,
+        teacher.encode([""]),
+        config.train,
+        folder,
+        grids_beside(teacher, config.grid, folder / "grids"),
+        device=device_of(config.device),
+        identity={
+            "recipe": painted.manifest.recipe.fingerprint(),
+            "prior": mixture.prior.manifest.recipe.fingerprint(),
+            "prior_share": config.prior_share,
+            "start": hashlib.sha256(start.read_bytes()).hexdigest(),
+        },
+    )
+
+
+def draw_weights(classes: ClassFile, records: Counter[str]) -> dict[str, float]:
+    """The share of the stream that each class name gets: its class's share, spread evenly over the class's records."""
+    owners = {name: classes.owner(name) for name in records}
+    in_class = Counter[str]()
+    for name, spec in owners.items():
+        in_class[spec.name if spec else ""] += records[name]
+    return {
+        name: classes.weight(spec) * records[name] / in_class[spec.name] if spec else 0.0
+        for name, spec in owners.items()
+    }
+
+
+def exam_prompts(config: Config, classes: ClassFile) -> dict[str, list[Prompt]]:
+    """Prompts of each class that no training saw."""
+    quotas = {spec.name: config.exam.pictures for spec in classes.classes}
+    return class_prompts(config.prompts, config.seed, "validation", classes.classes, quotas)

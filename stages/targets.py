@@ -1,0 +1,199 @@
+"""Prompts -> records: the teacher paints each picture by its own guided sampling; what it said on the way is kept."""
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, JsonValue, model_validator
+from torch import Tensor
+
+from configs.strict import Strict
+from shards.recipe import Recipe
+from shards.record import BlockFeatures, Draws, Record
+from stages.flow.bridge import Tail
+from stages.flow.path import Linear, per_sample, point
+from stages.flow.solver import guided
+from stages.flow.timesteps import TimestepDensity
+from stages.nets.components import identity
+from stages.nets.features import HOOK_POINT, widths
+from stages.nets.teacher import Answer, Teacher
+from stages.prompts import Prompt, derived_seed
+
+
+class StatesConfig(Strict):
+    """Which states of a picture are kept (mathematics.md section 2)."""
+
+    steps: int = Field(25, ge=2, description="steps of the teacher's guided sampling, a number of calls")
+    guidance_min: float = Field(3.0, ge=0, description="lowest guidance scale w, drawn uniformly per prompt")
+    guidance_max: float = Field(8.0, ge=0, description="highest guidance scale w")
+    trajectory_states: int = Field(4, ge=1, description="states kept of each sampling, stratified over its times")
+    renoised_states: int = Field(2, ge=0, description="states made by adding fresh noise to the finished picture")
+    density: TimestepDensity = Field(TimestepDensity(), description="times of the renoised states")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "StatesConfig":
+        if self.guidance_max < self.guidance_min:
+            raise ValueError(f"guidance_max {self.guidance_max} is below guidance_min {self.guidance_min}")
+        if self.trajectory_states > self.steps:
+            raise ValueError(f"trajectory_states {self.trajectory_states} is more than steps {self.steps}")
+        return self
+
+
+class RenderConfig(Strict):
+    """How prompts become records."""
+
+    tail: Tail = Field("hold", description="velocity beyond the teacher's last step: hold, faithful or data")
+    states: StatesConfig = Field(StatesConfig(), description="which states of a picture are kept")
+    records_per_shard: int = Field(250, ge=1, description="prompts in one shard: the unit of work and of resuming")
+    batch_size: int = Field(50, ge=1, description="prompts that the teacher is asked at once; part of the recipe")
+
+
+VERSIONS = ("torch", "diffusers", "transformers", "webdataset")
+
+
+def recipe_of(teacher: Teacher, config: RenderConfig, source: Mapping[str, JsonValue]) -> Recipe:
+    """What the records depend on, and what is merely good to know."""
+    parts, (channels, height, width) = teacher.parts, teacher.parts.latent_shape
+    return Recipe(
+        identity={
+            "teacher": dict(identity(parts.folder)),
+            "prompts": dict(source),
+            "render": config.model_dump(mode="json"),
+            "dtype": str(parts.unet.dtype).removeprefix("torch."),
+            "hook_point": HOOK_POINT,
+            "blocks": dict(widths(parts.unet)),
+            "latent_shape": [channels, height, width],
+        },
+        information={
+            "teacher_location": str(parts.folder),
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Every random choice of one prompt, drawn on the CPU from its own seed, so that no batch or device changes it."""
+
+    guidance_scale: float
+    times: Float[Tensor, " n"]
+    noise: Float[Tensor, "c h w"]
+    kept: Int[Tensor, " m"]
+    renoised_times: Float[Tensor, " r"]
+    renoised_noise: Float[Tensor, "r c h w"]
+
+
+def choose(prompt: Prompt, config: StatesConfig, latent_shape: tuple[int, int, int]) -> Choices:
+    """The choices for one prompt: s = 1 first, then an even grid whose phase is random, so that all times are met."""
+    generator = torch.Generator().manual_seed(derived_seed("states", prompt.seed))
+    scale, phase = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    inner = (torch.arange(config.steps - 2, -1, -1, dtype=torch.float64) + phase) / (config.steps - 1)
+    strata = torch.linspace(0, config.steps, config.trajectory_states + 1)
+    within = torch.rand(config.trajectory_states, generator=generator)
+    kept = (strata[:-1] + within * strata.diff()).floor().long().clamp_max(config.steps - 1)
+    return Choices(
+        guidance_scale=config.guidance_min + scale * (config.guidance_max - config.guidance_min),
+        times=torch.cat([torch.ones(1, dtype=torch.float64), inner]),
+        noise=torch.randn(latent_shape, generator=generator),
+        kept=kept,
+        renoised_times=config.density.sample(config.renoised_states, generator, stratified=True),
+        renoised_noise=torch.randn(config.renoised_states, *latent_shape, generator=generator),
+    )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One state of each of b prompts, and what the teacher answered there."""
+
+    k: Int[Tensor, " b"]
+    s: Float[Tensor, " b"]
+    x_t: Float[Tensor, "b c h w"]
+    answer: Answer
+
+
+class Asked:
+    """The teacher, asked about one batch of prompts."""
+
+    def __init__(self, teacher: Teacher, cond: Float[Tensor, "b l d"], uncond: Float[Tensor, "1 l d"]) -> None:
+        self.teacher, self.cond, self.uncond = teacher, cond, uncond
+
+    def at(self, x: Float[Tensor, "b c h w"], s: Float[Tensor, " b"]) -> Seen:
+        """The answer at a state whose time the teacher knows; x is rounded to what is stored **before** it is asked."""
+        k, known = self.teacher.bridge.nearest_state(s)
+        s_stored, x_stored = known.float(), x.half().float()
+        return Seen(k, s_stored, x_stored, self.teacher.answer(x_stored, s_stored, k, self.cond, self.uncond))
+
+    def walk(
+        self, noise: Float[Tensor, "b c h w"], times: Float[Tensor, "n b"], scale: Float[Tensor, " b"]
+    ) -> tuple[list[Seen], Float[Tensor, "b c h w"]]:
+        """The teacher's own guided sampling: every state on its way, and the picture.
+
+        Euler's method on the bridged velocity, between the teacher's own states, is DDIM.
+        """
+        x, seen = noise, []
+        grid = torch.cat([times, torch.zeros_like(times[:1])])
+        for s, s_next in pairwise(grid):
+            state = self.at(x, s)
+            v = guided(state.answer.v_cond, state.answer.v_uncond, scale)
+            x = state.x_t + per_sample(s_next - state.s, v) * v
+            seen.append(state)
+        return seen, x
+
+
+@torch.inference_mode()
+def make_records(
+    teacher: Teacher, prompts: Sequence[Prompt], keys: Sequence[str], config: StatesConfig
+) -> list[Record]:
+    """One record for each prompt, all made in one batch."""
+    device, shape = teacher.parts.unet.device, teacher.parts.latent_shape
+    chosen = [choose(prompt, config, shape) for prompt in prompts]
+    cond = teacher.encode([prompt.text for prompt in prompts]).half()
+    asked = Asked(teacher, cond, teacher.encode([""]).half())
+
+    times = torch.stack([choice.times for choice in chosen], dim=1).to(device)
+    _, known_times = teacher.bridge.nearest_state(times.flatten())
+    scale = torch.tensor([choice.guidance_scale for choice in chosen], device=device)
+    noise = torch.stack([choice.noise for choice in chosen]).to(device)
+    walked, x0 = asked.walk(noise, known_times.view_as(times), scale)
+    x0 = x0.half()
+    renoised = [asked.at(*noised_again(teacher, x0.float(), chosen, i)) for i in range(config.renoised_states)]
+
+    records = []
+    for row, (key, prompt, choice) in enumerate(zip(keys, prompts, chosen, strict=True)):
+        seen = [walked[i] for i in choice.kept.tolist()] + renoised
+        trajectory = torch.arange(len(seen)) < len(choice.kept)
+        draws, features = keep(seen, trajectory, row)
+        head = (key, prompt.text, prompt.class_name, prompt.seed, choice.guidance_scale)
+        records.append(Record(*head, cond[row].cpu(), x0[row].cpu(), draws, features))
+    return records
+
+
+def noised_again(
+    teacher: Teacher, x0: Float[Tensor, "b c h w"], chosen: Sequence[Choices], i: int
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"]]:
+    """The finished pictures under their i-th fresh noise, at the nearest times that the teacher knows."""
+    times = torch.stack([choice.renoised_times[i] for choice in chosen]).to(x0.device)
+    eps = torch.stack([choice.renoised_noise[i] for choice in chosen]).to(x0.device)
+    _, s = teacher.bridge.nearest_state(times)
+    return point(Linear(), x0, eps, s), s
+
+
+def keep(seen: Sequence[Seen], trajectory: Bool[Tensor, " K"], row: int) -> tuple[Draws, BlockFeatures]:
+    """One prompt's states as they are stored: fp16, on the CPU."""
+
+    def stack(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([value[row] for value in values]).cpu()
+
+    draws = Draws(
+        k=stack([state.k for state in seen]),
+        s=stack([state.s for state in seen]),
+        x_t=stack([state.x_t for state in seen]).half(),
+        v_cond=stack([state.answer.v_cond for state in seen]).half(),
+        v_uncond=stack([state.answer.v_uncond for state in seen]).half(),
+        trajectory=trajectory,
+    )
+    blocks = seen[0].answer.features
+    return draws, BlockFeatures({b: stack([state.answer.features[b] for state in seen]).half() for b in blocks})
