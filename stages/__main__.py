@@ -37,7 +37,7 @@ COMMANDS = (
     Command("cache-teacher", "stages.cache_teacher", "story", "ask the teacher once and keep its answers in shards"),
     Command("distill", "stages.distill", "story", "teach a velocity model from the cache, and export it"),
     Command("finetune-classes", "stages.finetune_classes", "story", "fine-tune it by class priorities, and export it"),
-    Command("evaluate", "stages.evaluate", "tool", "measure a run against its teacher"),
+    Command("evaluate", "stages.evaluate.measure", "tool", "measure a run against its teacher"),
     Command("sample", "stages.evaluate.sample", "tool", "make pictures from a run"),
     Command("export", "stages.export", "tool", "write a run's model for other programs"),
     Command(

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from configs.refusal import Refused
-from stages.evaluate import Config, distinct, evaluate, main
+from stages.evaluate.measure import Config, distinct, evaluate, main
 from stages.evaluate.report import Gates, verdicts
 from stages.prompts import FileSource, split_of
 
