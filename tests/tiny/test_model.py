@@ -1,0 +1,109 @@
+"""The embedded teacher as it is shipped: a real folder that draws what it is told."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from shards.record import BLOCKS
+from stages.nets.components import load_components
+from stages.nets.features import last_resnets
+from stages.prompts import GrammarSource, prompts
+from stages.tiny.check import MODEL, through
+from stages.tiny.fit import PatchCode, Scenes, draw_scenes, fit_code
+from stages.tiny.judge import load_net
+from stages.tiny.score import score, shares
+from stages.tiny.training import Fit, train
+from stages.tiny.world import grammar
+
+SOURCE = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    """Loaded as anybody would load Stable Diffusion 1.5."""
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Scenes:
+    return draw_scenes(200, seed=99)
+
+
+def test_the_folder_takes_at_most_twelve_megabytes() -> None:
+    assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) < 12e6
+
+
+def test_it_has_the_anatomy_and_schedule_of_stable_diffusion() -> None:
+    parts = load_components(str(MODEL), torch.device("cpu"), torch.float32)
+    assert tuple(last_resnets(parts.unet)) == BLOCKS
+    assert parts.schedule.prediction_type == "epsilon"
+    assert float(parts.schedule.alpha_bar[-1]) == pytest.approx(0.00466, abs=2e-5)
+
+
+def test_stock_diffusers_draws_what_it_is_told(pipeline: StableDiffusionPipeline) -> None:
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    texts = [prompt.text for prompt in prompts(SOURCE, 5, "validation", 40)]
+    generator = torch.Generator().manual_seed(0)
+    asked = {"num_inference_steps": 15, "guidance_scale": 5.0, "generator": generator, "output_type": "pt"}
+    assert shares(score(texts, pipeline(texts, **asked).images))["all"] > 0.8
+
+
+def test_the_judge_reads_true_pictures(scenes: Scenes) -> None:
+    seen = load_net().attributes(scenes.normalised(torch.arange(200)))
+    assert (seen == scenes.labels).float().mean() > 0.99
+
+
+def test_the_judge_reads_pictures_that_went_through_the_autoencoder(
+    scenes: Scenes, pipeline: StableDiffusionPipeline
+) -> None:
+    seen = load_net().attributes(through(pipeline.vae, scenes.normalised(torch.arange(200))))
+    assert (seen == scenes.labels).float().mean() > 0.98
+
+
+def test_scaled_latents_have_unit_variance(scenes: Scenes, pipeline: StableDiffusionPipeline) -> None:
+    with torch.inference_mode():
+        latents = pipeline.vae.encode(scenes.normalised(torch.arange(200))).latent_dist.mean
+    assert float(latents.std() * pipeline.vae.config.scaling_factor) == pytest.approx(1, abs=0.06)
+
+
+def test_every_word_of_the_world_is_one_token(pipeline: StableDiffusionPipeline) -> None:
+    words = {word for phrase in grammar().phrases for word in phrase.words}
+    assert all(len(pipeline.tokenizer.tokenize(word)) == 1 for word in words)
+
+
+def test_a_score_is_nan_where_nothing_was_said() -> None:
+    found = score(["a red star"], torch.zeros(1, 3, 64, 64))
+    assert {name for name, value in found.items() if value.isnan().all()} == {"size", "place", "background"}
+
+
+def test_the_latent_code_is_white(scenes: Scenes) -> None:
+    many = draw_scenes(4000, seed=3)
+    code: PatchCode = fit_code(many)
+    latents = code(many.normalised(torch.arange(4000))).double()
+    covariance = latents.movedim(1, 0).flatten(1).cov()
+    assert torch.allclose(covariance, torch.eye(4, dtype=torch.float64), atol=1e-3)
+
+
+def test_a_fit_that_was_interrupted_ends_on_the_same_weights(tmp_path: Path) -> None:
+    fit = Fit("part", steps=6, learning_rate=0.1, warmup_steps=2, save_every=2)
+
+    def fitted(work: Path, stop_at: int) -> torch.Tensor:
+        work.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        layer, calls = torch.nn.Linear(3, 2), []
+
+        def loss(generator: torch.Generator) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) == stop_at:
+                raise KeyboardInterrupt
+            return layer(torch.randn(4, 3, generator=generator)).square().mean()
+
+        return train(fit, layer, loss, work).weight.detach()
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path / "twice", stop_at=4)
+    assert torch.equal(fitted(tmp_path / "once", stop_at=0), fitted(tmp_path / "twice", stop_at=0))
