@@ -100,7 +100,8 @@ def table(found: Mapping[str, Mapping[str, float]]) -> str:
 README = """# The embedded teacher
 
 A whole diffusers folder with the anatomy of Stable Diffusion 1.5, small, trained from scratch on the world of
-`stages/tiny/world.py`. It is remade by `python -m stages.tiny fit`, and measured by `python -m stages.tiny check`:
+`stages/tiny/world.py`. It is remade by `python -m stages.tiny fit` (about an hour on two
+cores, with `--parts teacher` in one process and the rest in another), and measured by `python -m stages.tiny check`:
 
 {table}
 
