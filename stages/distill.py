@@ -61,7 +61,7 @@ def run(config: Config) -> None:
         samples_per_epoch=reader.samples_per_epoch,
     )
 
-    facts = {"teacher": teacher.parts.folder.name, "tail": origin.tail, "samples": config.train.max_samples}
+    facts = origin.facts(teacher.parts, config.train.max_samples)
     exported = export_diffusers(student, teacher.parts.folder, folder / "export", facts)
     atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
     print(f"{exported}: written and read back; pictures in {folder / 'grids'}")
