@@ -24,6 +24,8 @@ MOST_HEADS = 1 << 16
 """Records whose words and places stay in memory: some 50 MB."""
 GAP_BYTES = 16 << 10
 """To read over this much costs less than to ask for a second read."""
+SINK = memoryview(bytearray(GAP_BYTES))
+"""Where gaps are read to; nobody looks."""
 
 
 class Rows(Protocol):
@@ -58,7 +60,7 @@ class Slices:
             shard, place = self._locate(number)
             for first, size, pieces in runs(head.layout, names, draw):
                 buffers = [
-                    bytes_of[name][row * length : (row + 1) * length] if name else memoryview(bytearray(length))
+                    bytes_of[name][row * length : (row + 1) * length] if name else SINK[:length]
                     for name, length in pieces
                 ]
                 self._shards.read_into(shard, place.st_offset + first, buffers, size)

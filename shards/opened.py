@@ -13,6 +13,7 @@ from shards.archive import Place
 from shards.codec import head
 from shards.layout import LENGTH, MOST_HEADER_BYTES, Head, Layout, layout_of
 from shards.manifest import Shard, refusal
+from shards.order import WINDOW
 from shards.stamps import Facts, is_stamped, stamp
 
 MOST_OPEN = 64
@@ -25,13 +26,23 @@ class Opened:
     """One open file; it closes when nobody reads from it any more, whichever thread that was."""
 
     def __init__(self, path: Path) -> None:
-        self.fd = -1
+        self.fd, self.asked_ahead = -1, False
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.facts = Facts.of(os.fstat(self.fd))
 
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
+
+    def ask_ahead(self, size: int) -> None:
+        """Let the system fetch all of it, in one sweep, unless a window of such files would not fit into memory.
+
+        The draws of a shard in use are asked for in random order, all within one window: one by one they would cost a
+        disk many small reads.
+        """
+        self.asked_ahead = True
+        if 2 * WINDOW * size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            os.posix_fadvise(self.fd, 0, size, os.POSIX_FADV_WILLNEED)
 
     def is_as_it_was(self) -> bool:
         """Whether the file is neither written to nor replaced since it was opened."""
@@ -103,6 +114,8 @@ class OpenShards:
     def read_into(self, shard: Shard, offset: int, buffers: Sequence[memoryview], size: int) -> None:
         """Fill the buffers, which hold `size` bytes together, one after the other from this byte of the tar on."""
         opened = self._handle(shard)
+        if not opened.asked_ahead:
+            opened.ask_ahead(shard.bytes)
         if os.preadv(opened.fd, buffers, offset) != size:
             raise Refused(refusal(self.folder, shard, f"ends before byte {offset + size}"))
 
