@@ -128,6 +128,13 @@ class Manifest(Strict):
         listed = sorted([*others, *failures], key=lambda one: (one.file, one.key))
         return self.model_copy(update={"shards": tuple(shards), "failures": tuple(listed)})
 
+    def without(self, file: str) -> "Manifest":
+        """This manifest as if this shard had never been made."""
+        shards = tuple(shard for shard in self.shards if shard.file != file)
+        return self.model_copy(
+            update={"shards": shards, "failures": tuple(one for one in self.failures if one.file != file)}
+        )
+
     def check_recipe(self, recipe: Recipe, cache: Path | str = "cache") -> None:
         """Raise `Refused`, naming each field that differs, unless `recipe` would make these very shards."""
         if self.recipe.fingerprint() != recipe.fingerprint():

@@ -119,4 +119,4 @@ def test_a_failure_leaves_no_half_table(cache, monkeypatch):
     monkeypatch.setattr(zarr.Array, "__setitem__", full)
     with pytest.raises(Refused, match=r"table\.zarr: cannot be written \(No space left on device\)"):
         write_table(cache)
-    assert sorted(path.name for path in cache.iterdir()) == ["data", "manifest.json"]
+    assert sorted(path.name for path in cache.iterdir()) == ["data", "journal", "manifest.json"]
