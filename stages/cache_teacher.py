@@ -12,9 +12,10 @@ from configs.load import save_resolved
 from configs.strict import Strict
 from shards.table import write_table
 from shards.writer import CacheWriter
-from stages.cluster import device_of, fill, tasks_of
+from stages.cluster import Make, device_of, fill, tasks_of
 from stages.nets.components import load_components
 from stages.nets.teacher import Teacher
+from stages.plan import blank_record, measure, record_bytes, refuse_small_disk, watching
 from stages.prompts import Prompt, PromptSource, Split, prompts, source_identity
 from stages.targets import RenderConfig, make_records, recipe_of
 
@@ -30,6 +31,8 @@ class Config(Strict):
     validation_count: int = Field(100, ge=1, description="prompts held out for validation")
     render: RenderConfig = Field(RenderConfig(), description="how prompts become records")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
+    plan: bool = Field(False, description="measure a few prompts, tell what the rest will cost, and make nothing")
+    no_disk_check: bool = Field(False, description="start, and go on, even if the disk looks too small")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the teacher")
 
 
@@ -46,8 +49,19 @@ def run(config: Config) -> None:
     source = source_identity(config.prompts, config.seed)
 
     writer = CacheWriter(folder, recipe_of(teacher, config.render, source))
-    make = partial(make_records, teacher, config=config.render.states)
-    made = fill(writer, tasks_of(asked, config.render.records_per_shard), config.render.batch_size, make)
+    make: Make = partial(make_records, teacher, config=config.render.states)
+    tasks = tasks_of(asked, config.render.records_per_shard)
+    to_make = sum(len(task.prompts) for task in tasks if not writer.finished(task.split, task.index, len(task.prompts)))
+    if config.plan:
+        cost = measure(make, asked["train"][: config.render.batch_size], to_make)
+        print("\n".join(cost.lines(folder)))
+        refuse_small_disk(folder, cost.bytes)
+        return
+    if not config.no_disk_check:
+        each = record_bytes(blank_record(teacher, config.render.states.draws))
+        refuse_small_disk(folder, each * to_make)
+        make = watching(make, folder, each * config.render.records_per_shard)
+    made = fill(writer, tasks, config.render.batch_size, make)
     write_table(folder)
 
     save_resolved(config, config.run / "cache.yaml", "cache_teacher")

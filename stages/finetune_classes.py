@@ -92,7 +92,7 @@ def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> 
 
     prompts: dict[Split, list[Prompt]] = {"train": [prompt for listed in found.values() for prompt in listed]}
     chosen = hashlib.sha256(classes.model_dump_json().encode()).hexdigest()
-    source = {**source_identity(config.prompts, config.seed), "classes": chosen}
+    source = {**source_identity(config.prompts, config.seed), "classes": chosen, "count": config.count}
     writer = CacheWriter(cache, recipe_of(teacher, config.render, source))
     make = partial(make_records, teacher, config=config.render.states)
     fill(writer, tasks_of(prompts, config.render.records_per_shard), config.render.batch_size, make)

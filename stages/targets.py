@@ -33,6 +33,11 @@ class StatesConfig(Strict):
     renoised_states: int = Field(2, ge=0, description="states made by adding fresh noise to the finished picture")
     density: TimestepDensity = Field(TimestepDensity(), description="times of the renoised states")
 
+    @property
+    def draws(self) -> int:
+        """States kept of each prompt."""
+        return self.trajectory_states + self.renoised_states
+
     @model_validator(mode="after")
     def _ordered(self) -> "StatesConfig":
         if self.guidance_max < self.guidance_min:

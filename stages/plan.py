@@ -1,0 +1,107 @@
+"""What a cache will cost, told before it is made; and the disk watched while it is."""
+
+import resource
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configs.refusal import Refused
+from shards.codec import encode
+from shards.record import BlockFeatures, Draws, Record
+from stages.nets.features import widths
+from stages.nets.teacher import Teacher
+from stages.prompts import Prompt
+
+Make = Callable[[Sequence[Prompt], Sequence[str]], list[Record]]
+
+TAR_BLOCK = 512
+MARGIN_BYTES = 16 << 20
+"""Left free for the manifest, its journal and whatever else writes to the same disk."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the missing part of a cache takes."""
+
+    prompts: int
+    draws: int
+    bytes: int
+    seconds: float
+    peak_bytes: int
+
+    def lines(self, folder: Path) -> list[str]:
+        """The same for a person."""
+        return [
+            f"prompts to make  {self.prompts:,} ({self.draws:,} states)",
+            f"bytes            {self.bytes:,} ({self.bytes / 2**30:.2f} GiB)",
+            f"time             {self.seconds / 3600:.2f} hours on this device ({self.seconds:.0f} s)",
+            f"peak memory      {self.peak_bytes / 2**30:.2f} GiB",
+            f"free disk        {free_bytes(folder) / 2**30:.2f} GiB at {folder}",
+        ]
+
+
+def record_bytes(record: Record) -> int:
+    """What a record takes in its shard and in the table, in bytes: two members of a tar, and one row a draw."""
+    members = sum(TAR_BLOCK + -(-len(member) // TAR_BLOCK) * TAR_BLOCK for member in encode(record))
+    row = 8 + 1 + 2 + 8 + 4 + 4
+    return members + sum(row + sum(v[0].nbytes for v in record.features.by_block.values()) for _ in record.draws.k)
+
+
+def blank_record(teacher: Teacher, draws: int) -> Record:
+    """A record of the shapes that this teacher will give, to be weighed."""
+    parts, latent = teacher.parts, teacher.parts.latent_shape
+    cond = torch.zeros(parts.tokenizer.model_max_length, parts.unet.config["cross_attention_dim"]).half()
+    states = torch.zeros(draws, *latent).half()
+    k, kept = torch.zeros(draws, dtype=torch.int64), torch.zeros(draws, dtype=torch.bool)
+    features = {block: torch.zeros(draws, width).half() for block, width in widths(parts.unet).items()}
+    held = Draws(k, torch.zeros(draws), states, states, states, kept)
+    return Record("0" * 9, " " * 80, "class/name", 0, 0.0, cond, states[0], held, BlockFeatures(features))
+
+
+def measure(make: Make, sample: Sequence[Prompt], prompts: int) -> Cost:
+    """The cost of so many prompts, from making a sample of them twice: the first time is the device's warming up."""
+    keys = [f"{i:09d}" for i in range(len(sample))]
+    make(sample, keys)
+    began = time.perf_counter()
+    records = make(sample, keys)
+    each = [record_bytes(record) for record in records]
+    seconds = (time.perf_counter() - began) / len(sample)
+    draws = sum(len(record.draws) for record in records) / len(sample)
+    size = sum(each) / len(sample)
+    return Cost(prompts, round(draws * prompts), round(size * prompts), seconds * prompts, peak_memory())
+
+
+def peak_memory() -> int:
+    """The most memory that was held at a time, in bytes: the GPU's where there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where `folder` is, or will be."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+
+
+def refuse_small_disk(folder: Path, needed: int) -> None:
+    """Raise `Refused` unless `needed` bytes and a margin fit."""
+    free = free_bytes(folder)
+    if free < needed + MARGIN_BYTES:
+        raise Refused(
+            f"{folder}: {free / 2**20:,.0f} MiB free, {(needed + MARGIN_BYTES) / 2**20:,.0f} MiB are needed - "
+            "free some space, choose another run folder, or say --no-disk-check true; the same command goes on"
+        )
+
+
+def watching(make: Make, folder: Path, shard_bytes: int) -> Make:
+    """`make`, which stops cleanly while there is still room for what is being written."""
+
+    def made(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+        refuse_small_disk(folder, shard_bytes)
+        return make(prompts, keys)
+
+    return made

@@ -1,0 +1,64 @@
+"""What is told before a cache is made, and how a full disk is met before it is full."""
+
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from configs.load import load
+from configs.refusal import Refused
+from shards.manifest import Manifest
+from stages import cache_teacher, plan
+
+FEW = ["--count", "20", "--validation-count", "2", "--render.records-per-shard", "10", "--render.states.steps", "4"]
+Usage = namedtuple("Usage", "total used free")
+
+
+def config(run: Path, *options: str) -> cache_teacher.Config:
+    words = ["--run", str(run), *FEW, "--render.batch-size", "10", *options]
+    return load(cache_teacher.Config, "cache_teacher", [Path("configs/tiny.yaml")], words)
+
+
+def said(text: str, name: str) -> int:
+    return int(next(line for line in text.splitlines() if line.startswith(name)).split()[-3].replace(",", ""))
+
+
+def test_the_bytes_that_are_told_are_the_bytes_that_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache_teacher.run(config(tmp_path, "--plan"))
+    told = said(capsys.readouterr().out, "bytes")
+    assert not (tmp_path / "cache" / "data").exists()
+    cache_teacher.run(config(tmp_path))
+    written = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert told == pytest.approx(written, rel=0.15)
+
+
+def test_a_finished_cache_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache_teacher.run(config(tmp_path))
+    cache_teacher.run(config(tmp_path, "--plan"))
+    assert "prompts to make  0 " in capsys.readouterr().out
+
+
+def test_a_disk_that_cannot_hold_it_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: Usage(0, 0, plan.MARGIN_BYTES + 100_000))
+    with pytest.raises(Refused, match=r"cache: 16 MiB free, .* are needed - free some space"):
+        cache_teacher.run(config(tmp_path))
+    assert not list(tmp_path.rglob("*.tar"))
+    cache_teacher.run(config(tmp_path, "--no-disk-check", "true"))
+
+
+def test_a_disk_that_fills_stops_the_job_between_shards_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter([1 << 40, 1 << 40, plan.MARGIN_BYTES])
+    with monkeypatch.context() as patched:
+        patched.setattr(plan.shutil, "disk_usage", lambda _: Usage(0, 0, next(left)))
+        with pytest.raises(Refused, match="MiB are needed"):
+            cache_teacher.run(config(tmp_path))
+    assert [shard.records for shard in Manifest.open(tmp_path / "cache").shards] == [10]
+    assert not list(tmp_path.rglob("*.partial"))
+    cache_teacher.run(config(tmp_path))
+    assert [shard.records for shard in Manifest.open(tmp_path / "cache").shards] == [10, 10, 2]
