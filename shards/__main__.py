@@ -7,15 +7,28 @@ from pathlib import Path
 
 from configs.refusal import Refused
 
-REFUSED = 2
+DAMAGED, REFUSED = 1, 2
 
 
-def verify(words: argparse.Namespace) -> None:
-    """Check the content of every shard against the manifest."""
-    from shards import manifest
+def verify(words: argparse.Namespace) -> int:
+    """Check every file against the manifest, every record against the schema, and the table against the shards."""
+    from shards.damage import Damaged, way_out
+    from shards.inspection import inspect
+    from shards.manifest import Manifest, find_cache
     from shards.record import SPLITS
 
-    found = manifest.verify(manifest.find_cache(words.folder))
+    folder = find_cache(words.folder)
+    try:
+        found = Manifest.open(folder)
+    except Damaged as damage:
+        print(f"sollune: {damage}", file=sys.stderr)
+        return DAMAGED
+    faults = 0
+    for fault in inspect(folder, found):
+        faults += 1
+        print(f"sollune: {fault.told(folder)} - {way_out(folder)}", file=sys.stderr)
+    if faults:
+        return DAMAGED
     for split in SPLITS:
         shards = found.of(split)
         records, draws = sum(shard.records for shard in shards), sum(shard.draws for shard in shards)
@@ -25,6 +38,7 @@ def verify(words: argparse.Namespace) -> None:
     if found.failures:
         print(f"{len(found.failures)} prompts gave no record (see stats)")
     print("ok")
+    return 0
 
 
 def show(words: argparse.Namespace) -> None:
@@ -56,7 +70,7 @@ def stats(words: argparse.Namespace) -> None:
     print("\n".join(report(reader, stats_of(reader))))
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"verify": verify, "show": show, "stats": stats}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {"verify": verify, "show": show, "stats": stats}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,8 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             words.add_argument("--key", help="nine digits; the first record unless given")
             words.add_argument("--split", choices=("train", "validation"), default="train", help="(default: train)")
     parsed = parser.parse_args(argv)
-    COMMANDS[parsed.command](parsed)
-    return 0
+    return COMMANDS[parsed.command](parsed) or 0
 
 
 if __name__ == "__main__":
