@@ -2,8 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from configs.refusal import Refused
 
@@ -70,15 +71,16 @@ def stats(words: argparse.Namespace) -> None:
     print("\n".join(report(reader, stats_of(reader))))
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {"verify": verify, "show": show, "stats": stats}
+Command: TypeAlias = Callable[[argparse.Namespace], int | None]
+COMMANDS: Mapping[str, Command] = {"verify": verify, "show": show, "stats": stats}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
     """Run one command; raises `Refused` for bad input."""
     parser = argparse.ArgumentParser(prog="sollune shards", description="Look into a cache.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="verify|show|stats")
-    for name, command in COMMANDS.items():
-        words = commands.add_parser(name, help=command.__doc__, description=command.__doc__, allow_abbrev=False)
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands))
+    for name, command in commands.items():
+        words = parsers.add_parser(name, help=command.__doc__, description=command.__doc__, allow_abbrev=False)
         words.add_argument(
             "folder", type=Path, metavar="FOLDER", help="cache folder, or a run folder with a cache in it"
         )
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             words.add_argument("--key", help="nine digits; the first record unless given")
             words.add_argument("--split", choices=("train", "validation"), default="train", help="(default: train)")
     parsed = parser.parse_args(argv)
-    return COMMANDS[parsed.command](parsed) or 0
+    return commands[parsed.command](parsed) or 0
 
 
 if __name__ == "__main__":
