@@ -2,20 +2,34 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from configs.refusal import Refused
 
-REFUSED = 2
+DAMAGED, REFUSED = 1, 2
 
 
-def verify(words: argparse.Namespace) -> None:
-    """Check the content of every shard against the manifest."""
-    from shards import manifest
+def verify(words: argparse.Namespace) -> int:
+    """Check every file against the manifest, every record against the schema, and the table against the shards."""
+    from shards.damage import Damaged, way_out
+    from shards.inspection import inspect
+    from shards.manifest import Manifest, find_cache
     from shards.record import SPLITS
 
-    found = manifest.verify(manifest.find_cache(words.folder))
+    folder = find_cache(words.folder)
+    try:
+        found = Manifest.open(folder)
+    except Damaged as damage:
+        print(f"sollune: {damage}", file=sys.stderr)
+        return DAMAGED
+    faults = 0
+    for fault in inspect(folder, found):
+        faults += 1
+        print(f"sollune: {fault.told(folder)} - {way_out(folder)}", file=sys.stderr)
+    if faults:
+        return DAMAGED
     for split in SPLITS:
         shards = found.of(split)
         records, draws = sum(shard.records for shard in shards), sum(shard.draws for shard in shards)
@@ -25,6 +39,7 @@ def verify(words: argparse.Namespace) -> None:
     if found.failures:
         print(f"{len(found.failures)} prompts gave no record (see stats)")
     print("ok")
+    return 0
 
 
 def show(words: argparse.Namespace) -> None:
@@ -56,15 +71,16 @@ def stats(words: argparse.Namespace) -> None:
     print("\n".join(report(reader, stats_of(reader))))
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"verify": verify, "show": show, "stats": stats}
+Command: TypeAlias = Callable[[argparse.Namespace], int | None]
+COMMANDS: Mapping[str, Command] = {"verify": verify, "show": show, "stats": stats}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
     """Run one command; raises `Refused` for bad input."""
     parser = argparse.ArgumentParser(prog="sollune shards", description="Look into a cache.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="verify|show|stats")
-    for name, command in COMMANDS.items():
-        words = commands.add_parser(name, help=command.__doc__, description=command.__doc__, allow_abbrev=False)
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands))
+    for name, command in commands.items():
+        words = parsers.add_parser(name, help=command.__doc__, description=command.__doc__, allow_abbrev=False)
         words.add_argument(
             "folder", type=Path, metavar="FOLDER", help="cache folder, or a run folder with a cache in it"
         )
@@ -72,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             words.add_argument("--key", help="nine digits; the first record unless given")
             words.add_argument("--split", choices=("train", "validation"), default="train", help="(default: train)")
     parsed = parser.parse_args(argv)
-    COMMANDS[parsed.command](parsed)
-    return 0
+    return commands[parsed.command](parsed) or 0
 
 
 if __name__ == "__main__":

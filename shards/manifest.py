@@ -3,34 +3,62 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from configs.atomic import atomic_write
 from configs.refusal import Refused
 from configs.strict import Strict
-from shards.archive import Place, places, sha256_of
+from shards.archive import Place, places, sha256_of, spoilt
+from shards.damage import Damaged, Fault, inside, read_bounded
+from shards.damage import way_out as way_out
 from shards.recipe import Recipe as Recipe
 from shards.recipe import differences as differences
 from shards.record import SCHEMA, Split
+from shards.seal import sealed, unsealed
 
 NAME = "manifest.json"
+MOST_BYTES = 1 << 28
+"""A million records take a fifth of it."""
+
+Count = Annotated[int, Field(ge=1, lt=1 << 48)]
+Key = Annotated[str, Field(pattern=r"^\d{9}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ShardFile = Annotated[str, Field(pattern=r"^data/(train|validation)-\d{6}\.tar$")]
+TableFile = Annotated[str, Field(pattern=r"^table\.zarr/([a-z0-9_]+/)*(zarr\.json|\d+)$")]
 
 
 class Shard(Strict):
     """One tar of the cache, as it was when it was finished; all its records have the same number of draws."""
 
-    file: str
-    """path inside the cache folder"""
+    file: ShardFile
+    """path inside the cache folder: these names and no others, so that none leads out of it"""
     split: Split
-    records: int
-    draws: int
-    bytes: int
-    sha256: str
-    first_key: str
-    last_key: str
+    records: Count
+    draws: Count
+    bytes: Count
+    sha256: Sha256
+    first_key: Key
+    last_key: Key
     offsets: tuple[Place, ...]
     """where each record lies, in bytes, in the order of the tar"""
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "Shard":
+        if not self.file.startswith(f"data/{self.split}-"):
+            raise ValueError(f"{self.file} is not of split {self.split}")
+        if self.draws % self.records or len(self.offsets) != self.records or self.last_key < self.first_key:
+            raise ValueError(f"{self.file}: its counts do not agree")
+        end = 0
+        for place in self.offsets:
+            gap = place.st_offset - place.json_offset - place.json_size
+            if place.first != end or not 512 <= gap < 1024 or min(place.json_size, place.st_size) < 1:
+                raise ValueError(f"{self.file}: places a record at byte {place.json_offset}, where none can lie")
+            end = place.last
+        if end > self.bytes:
+            raise ValueError(f"{self.file}: places a record at byte {end} of {self.bytes}")
+        return self
 
     @property
     def draws_per_record(self) -> int:
@@ -40,8 +68,9 @@ class Shard(Strict):
     def fault_at_a_glance(self, folder: Path) -> str | None:
         """What is wrong, as far as the file's size tells."""
         path = folder / self.file
-        if not path.is_file():
+        if not path.is_file() and not path.is_symlink():
             return "missing"
+        inside(folder, self.file)
         if path.stat().st_size == self.bytes:
             return None
         found = len(places(path))
@@ -57,6 +86,17 @@ class Shard(Strict):
         found = sha256_of(folder / self.file)
         return None if found == self.sha256 else f"sha256 {found[:12]}..., manifest says {self.sha256[:12]}..."
 
+    def spoilt_key(self, folder: Path) -> str | None:
+        """The key of the first record of a damaged tar that is not what it was, where that can be told."""
+        if not (folder / self.file).is_file():
+            return None
+        number = spoilt(folder / self.file, self.offsets)
+        if number is None:
+            return None
+        gapless = int(self.last_key) - int(self.first_key) + 1 == self.records
+        name = f"{int(self.first_key) + number:09d}" if gapless else f"number {number}"
+        return f"{name} at byte {self.offsets[number].json_offset}"
+
     def misplaced(self, folder: Path) -> str | None:
         """What the manifest says wrongly about a tar whose content is right."""
         found = places(folder / self.file)
@@ -70,10 +110,28 @@ class Shard(Strict):
 class Failure(Strict):
     """A prompt that could not be rendered, and why: it is told, never silently left out."""
 
-    file: str
+    file: ShardFile
     """the shard that should hold it"""
-    key: str
+    key: Key
     reason: str
+
+
+class Part(Strict):
+    """One file of the table as it was written."""
+
+    file: TableFile
+    bytes: Count
+    sha256: Sha256
+
+    def fault(self, folder: Path) -> str | None:
+        """What is wrong with the file; reads all of it."""
+        if not (folder / self.file).exists() and not (folder / self.file).is_symlink():
+            return "missing"
+        path = inside(folder, self.file)
+        if path.stat().st_size != self.bytes:
+            return f"{path.stat().st_size} bytes, manifest says {self.bytes}"
+        found = sha256_of(path)
+        return None if found == self.sha256 else f"sha256 {found[:12]}..., manifest says {self.sha256[:12]}..."
 
 
 class Manifest(Strict):
@@ -83,37 +141,66 @@ class Manifest(Strict):
     recipe: Recipe
     shards: tuple[Shard, ...] = ()
     failures: tuple[Failure, ...] = ()
+    table: tuple[Part, ...] = ()
+    """the files of the table of these very shards; none when it is not made yet"""
+
+    @model_validator(mode="after")
+    def _names_each_file_once(self) -> "Manifest":
+        for name in ("shards", "table"):
+            files = [one.file for one in getattr(self, name)]
+            if files != sorted(set(files)):
+                raise ValueError(f"{name} are not in order, or one is there twice")
+        return self
 
     @classmethod
     def open(cls, folder: Path) -> "Manifest":
         """Read the manifest of a cache folder; raises `Refused` when it is missing, broken or of another schema."""
         path = folder / NAME
         try:
-            said = json.loads(path.read_bytes())
+            content = read_bounded(path, MOST_BYTES)
         except FileNotFoundError as error:
             raise Refused(f"{path}: not there, so {folder} is no cache - run make cache-teacher") from error
         except OSError as error:
             raise Refused(f"{path}: cannot be read ({error.strerror}) - name a cache or run folder") from error
-        except ValueError as error:
-            raise Refused(f"{path}: not good JSON ({error}) - {way_out(folder)}") from error
+        return cls.parse(content, folder)
+
+    @classmethod
+    def parse(cls, content: bytes, folder: Path) -> "Manifest":
+        """The manifest of `folder` from the bytes of its file, which must be the very bytes that `save` wrote."""
+        path = folder / NAME
+        try:
+            said = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise Damaged(f"{path}: not good JSON ({error}) - {way_out(folder)}") from error
         version = said.get("schema_version") if isinstance(said, dict) else None
         if version != SCHEMA:
             raise Refused(
                 f"{path}: schema_version {version}, this program reads {SCHEMA} - make the cache in a new folder"
             )
+        fault = unsealed(content)
+        said.pop("sha256", None)
         try:
-            return cls.model_validate(said)
+            manifest = cls.model_validate(said)
         except ValidationError as error:
             slip = error.errors(include_url=False)[0]
             where = ".".join(map(str, slip["loc"]))
-            raise Refused(f"{path}: {where}: {slip['msg']} - {way_out(folder)}") from error
+            raise Damaged(f"{path}: {where}: {slip['msg']} - {way_out(folder)}") from error
+        if fault is None and manifest.text().encode() != content:
+            fault = "is not in the form in which it is written"
+        if fault:
+            raise Damaged(f"{path}: {fault} - {way_out(folder)}")
+        return manifest
 
-    def save(self, folder: Path) -> None:
-        """Replace manifest.json, all or nothing; the text has one line for each shard."""
+    def text(self) -> str:
+        """The content of manifest.json: one line for each shard, and a last one that seals the others."""
         said = self.model_dump(mode="json")
         parts = [f'"schema_version": {said["schema_version"]}', f'"recipe": {json.dumps(said["recipe"], indent=1)}']
-        parts += [f'"{name}": {_listed(said[name])}' for name in ("failures", "shards")]
-        atomic_write(folder / NAME, "{\n" + ",\n".join(parts) + "\n}\n")
+        parts += [f'"{name}": {_listed(said[name])}' for name in ("failures", "shards", "table")]
+        return sealed("{\n" + ",\n".join(parts) + ",\n")
+
+    def save(self, folder: Path) -> None:
+        """Replace manifest.json, all or nothing."""
+        atomic_write(folder / NAME, self.text())
 
     def of(self, split: Split) -> tuple[Shard, ...]:
         """The shards of one split, in order."""
@@ -126,7 +213,7 @@ class Manifest(Strict):
         )
         others = [failure for failure in self.failures if failure.file != shard.file]
         listed = sorted([*others, *failures], key=lambda one: (one.file, one.key))
-        return self.model_copy(update={"shards": tuple(shards), "failures": tuple(listed)})
+        return self.model_copy(update={"shards": tuple(shards), "failures": tuple(listed), "table": ()})
 
     def without(self, file: str) -> "Manifest":
         """This manifest as if this shard had never been made."""
@@ -143,31 +230,37 @@ class Manifest(Strict):
                 f"{cache}: made by another recipe: {slips} - choose another run folder (RUN=), or remove this one"
             )
 
-    def faults(self, folder: Path) -> Iterator[str]:
-        """What is wrong with each shard that is not what the manifest says; reads every byte."""
+    def faults(self, folder: Path) -> Iterator[Fault]:
+        """What is wrong with each file that is not what the manifest says; reads every byte."""
         for shard in self.shards:
-            fault = shard.fault(folder) or shard.misplaced(folder)
-            if fault:
-                yield refusal(folder, shard, fault)
+            try:
+                fault = shard.fault(folder)
+                if fault:
+                    yield Fault(shard.file, fault, shard.spoilt_key(folder))
+                elif misplaced := shard.misplaced(folder):
+                    yield Fault(shard.file, misplaced)
+            except Damaged as damage:
+                yield Fault(shard.file, str(damage))
+        for part in self.table:
+            try:
+                if fault := part.fault(folder):
+                    yield Fault(part.file, fault)
+            except Damaged as damage:
+                yield Fault(part.file, str(damage))
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest of a cache whose every shard is what it should be; raises `Refused` naming the first that is not."""
+    """The manifest of a cache whose every file is what it should be; raises `Damaged` naming the first that is not."""
     manifest = Manifest.open(folder)
     fault = next(manifest.faults(folder), None)
     if fault:
-        raise Refused(fault)
+        raise Damaged(f"{fault.told(folder)} - {way_out(folder)}")
     return manifest
 
 
 def refusal(folder: Path, shard: Shard, fault: str) -> str:
     """The line that tells a user about a bad shard."""
-    return f"shard {folder / shard.file}: {fault} - {way_out(folder)}: it alone is remade"
-
-
-def way_out(folder: Path) -> str:
-    """How to mend a cache: make asks for nothing while the mark of completion stands."""
-    return f"remove {folder / 'COMPLETE'} and run make cache-teacher again"
+    return f"{Fault(shard.file, fault).told(folder)} - {way_out(folder)}"
 
 
 def find_cache(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 Rows lie in the order of the shards. Names that repeat (splits, classes) are numbers here and words in the attributes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from configs.refusal import Refused, did_you_mean
-from shards.manifest import Manifest, find_cache, way_out
+from shards.damage import Damaged
+from shards.manifest import Manifest, Part, find_cache, way_out
 from shards.moments import Statistics
 from shards.record import SPLITS, Split
+from shards.table_layout import check_files, check_layout
 from shards.tabulate import FEATURE, NAME, ROWS_PER_CHUNK, made_from
 from shards.tabulate import write_table as write_table
 
@@ -27,8 +29,9 @@ ROWS_AT_ONCE = 4 * ROWS_PER_CHUNK
 class Table:
     """The table of a cache, read as it is asked for."""
 
-    def __init__(self, group: zarr.Group) -> None:
-        self._group = group
+    def __init__(self, group: zarr.Group, folder: Path, parts: Sequence[Part]) -> None:
+        self._group, self._folder, self._parts = group, folder, parts
+        self._checked: set[str] = set()
         said: Mapping[str, Any] = group.attrs.asdict()
         self.blocks: tuple[str, ...] = tuple(said["blocks"])
         self.class_names: tuple[str, ...] = tuple(said["class_names"])
@@ -40,11 +43,14 @@ class Table:
         path, manifest = cache / NAME, Manifest.open(cache)
         if not (path / "zarr.json").is_file():
             raise Refused(f"{path}: not there - {way_out(cache)}")
+        if not manifest.table:
+            raise Refused(f"{path}: was made from other shards than {cache}/manifest.json names - {way_out(cache)}")
+        check_layout(cache, manifest)
         group = zarr.open_group(path, mode="r")
         said = group.attrs.asdict()
         if any(said.get(name) != value for name, value in made_from(manifest).items()):
             raise Refused(f"{path}: was made from other shards than {cache}/manifest.json names - {way_out(cache)}")
-        return cls(group)
+        return cls(group, cache, manifest.table)
 
     def __len__(self) -> int:
         return len(self.key)
@@ -52,22 +58,22 @@ class Table:
     @cached_property
     def key(self) -> Int[np.ndarray, " n"]:
         """The record's key, as a number."""
-        return self._column("key")
+        return self.column("key")
 
     @cached_property
     def draw(self) -> Int[np.ndarray, " n"]:
         """The row's place among the draws of its record."""
-        return self._column("draw")
+        return self.column("draw")
 
     @cached_property
     def k(self) -> Int[np.ndarray, " n"]:
         """The teacher's timestep."""
-        return self._column("k")
+        return self.column("k")
 
     @cached_property
     def s(self) -> Float[np.ndarray, " n"]:
         """Path time."""
-        return self._column("s")
+        return self.column("s")
 
     def rows(
         self, split: Split | None = None, class_name: str | None = None, s_from: float = 0.0, s_to: float = 1.0
@@ -75,18 +81,18 @@ class Table:
         """Numbers of the rows of a split and class with s_from <= s <= s_to, rising."""
         wanted: Bool[np.ndarray, " n"] = (self.s >= s_from) & (self.s <= s_to)
         if split is not None:
-            wanted &= self._column("split") == SPLITS.index(split)
+            wanted &= self.column("split") == SPLITS.index(split)
         if class_name is not None:
             if class_name not in self.class_names:
                 raise Refused(f"class {class_name}: not in the table - {did_you_mean(class_name, self.class_names)}")
-            wanted &= self._column("class") == self.class_names.index(class_name)
+            wanted &= self.column("class") == self.class_names.index(class_name)
         return np.flatnonzero(wanted)
 
     def features(self, block: str, rows: Int[np.ndarray, " m"] | slice = slice(None)) -> Float[Tensor, "m n_b"]:
         """Pooled features of a block at these rows, float16."""
         if block not in self.blocks:
             raise Refused(f"block {block}: not in the table - {did_you_mean(block, self.blocks)}")
-        return torch.from_numpy(self._column(f"{FEATURE}{block}", rows))
+        return torch.from_numpy(self.column(f"{FEATURE}{block}", rows))
 
     def statistics(self, bins: int = 10, split: Split = "train") -> dict[str, Statistics]:
         """Mean and deviation of each channel of each block in each bin of s, in one pass over the table.
@@ -95,7 +101,7 @@ class Table:
         """
         found = {block: Statistics.none(bins, self._width(block)) for block in self.blocks}
         bin_of_row = torch.from_numpy(self.s * np.float32(bins)).floor().long().clamp(0, bins - 1)
-        wanted = torch.from_numpy(self._column("split") == SPLITS.index(split))
+        wanted = torch.from_numpy(self.column("split") == SPLITS.index(split))
         for first in range(0, len(self), ROWS_AT_ONCE):
             here = slice(first, first + ROWS_AT_ONCE)
             for block in self.blocks:
@@ -106,8 +112,15 @@ class Table:
     def _width(self, block: str) -> int:
         return self.features(block, slice(0, 0)).shape[1]
 
-    def _column(self, name: str, rows: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
+    def column(self, name: str, rows: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
+        """A column at these rows; its files are checked against the manifest when it is first asked for."""
+        if name not in self._checked:
+            check_files(self._folder, [part for part in self._parts if part.file.startswith(f"{NAME}/{name}/")])
+            self._checked.add(name)
         array = self._group[name]
         if not isinstance(array, zarr.Array):
             raise Refused(f"{NAME}/{name}: not an array - remove the table and make it again")
-        return np.asarray(array.oindex[rows])
+        try:
+            return np.asarray(array.oindex[rows])
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:  # the codecs' words for bytes of a stranger
+            raise Damaged(f"{self._folder / NAME / name}: cannot be decoded ({error})") from error

@@ -13,7 +13,8 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from configs.atomic import fsync_folder, unfinished
 from configs.refusal import Refused
-from shards.manifest import Manifest
+from shards.archive import sha256_of
+from shards.manifest import Manifest, Part
 from shards.reader import Reader
 from shards.record import SCHEMA, SPLITS, Record, Split
 
@@ -34,12 +35,21 @@ def write_table(folder: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         fsync_folder(folder)
+        Manifest.open(folder).model_copy(update={"table": parts_of(folder)}).save(folder)
     except OSError as error:
         raise Refused(
             f"{target}: cannot be written ({error.strerror}) - free some space or choose another folder"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def parts_of(folder: Path) -> tuple[Part, ...]:
+    """Every file of the table, as the manifest names it."""
+    files = sorted(str(path.relative_to(folder)) for path in (folder / NAME).rglob("*") if not path.is_dir())
+    return tuple(
+        Part(file=file, bytes=(folder / file).stat().st_size, sha256=sha256_of(folder / file)) for file in files
+    )
 
 
 def made_from(manifest: Manifest) -> dict[str, str | int]:
@@ -96,7 +106,7 @@ def _blocks(reader: Reader, classes: list[str]) -> Iterator[dict[str, np.ndarray
     count = 0
     for split in SPLITS:
         for record in reader.records(split):
-            waiting.append(_rows(record, split, classes.index(record.class_name)))
+            waiting.append(rows_of(record, split, classes.index(record.class_name)))
             count += len(record.draws)
             if count >= ROWS_PER_FILE:
                 joined = _joined(waiting)
@@ -111,7 +121,8 @@ def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _rows(record: Record, split: Split, class_number: int) -> dict[str, np.ndarray]:
+def rows_of(record: Record, split: Split, class_number: int) -> dict[str, np.ndarray]:
+    """The rows of one record, column by column."""
     draws = record.draws
     alike = {"key": int(record.key), "split": SPLITS.index(split), "class": class_number}
     columns = {name: np.full(len(draws), value, dtype=COLUMNS[name]) for name, value in alike.items()}

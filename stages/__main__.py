@@ -40,9 +40,7 @@ COMMANDS = (
     Command("evaluate", "stages.evaluate.measure", "tool", "measure a run against its teacher"),
     Command("sample", "stages.evaluate.sample", "tool", "make pictures from a run"),
     Command("export", "stages.export", "tool", "write a run's model for other programs"),
-    Command(
-        "shards", "shards.__main__", "tool", "verify, show or count what lies in a cache (verify|show|stats FOLDER)"
-    ),
+    Command("shards", "stages.upkeep", "tool", "verify, mend, show or count a cache (verify|repair|show|stats FOLDER)"),
 )
 
 

@@ -73,6 +73,11 @@ def make_cache() -> Callable[[Path], Path]:
     return fill
 
 
+@pytest.fixture(scope="session")
+def make_module_cache() -> Callable[[Path], Path]:
+    return fill
+
+
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return fill(tmp_path / "run" / "cache")

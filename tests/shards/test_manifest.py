@@ -4,7 +4,10 @@ import os
 import pytest
 
 from configs.refusal import Refused
+from shards.damage import Damaged
 from shards.manifest import Manifest, Recipe, find_cache, verify
+from shards.reader import Reader
+from shards.seal import sealed
 
 
 def test_a_manifest_comes_back_as_it_was_saved(cache, tmp_path):
@@ -74,7 +77,7 @@ def test_a_shard_cut_between_two_records_is_refused_with_its_count(cache):
     os.truncate(cache / shard.file, end)
     with pytest.raises(
         Refused,
-        match=r"train-000000\.tar: 3 records, manifest says 4 - remove .*COMPLETE and run make cache-teacher again",
+        match=r"train-000000\.tar: 3 records, manifest says 4, first in record 000000003 at byte .*shards repair",
     ):
         verify(cache)
 
@@ -109,12 +112,39 @@ def test_a_missing_shard_is_refused(cache):
         verify(cache)
 
 
-def test_a_manifest_that_places_records_elsewhere_is_refused(cache):
+@pytest.mark.parametrize("sealed_again", [False, True])
+def test_a_manifest_that_places_records_elsewhere_is_refused(cache, sealed_again):
     said = json.loads((cache / "manifest.json").read_text())
     said["shards"][0]["offsets"][1][0] += 512
     (cache / "manifest.json").write_text(json.dumps(said))
-    with pytest.raises(Refused, match=r"train-000000\.tar: its records lie elsewhere"):
-        verify(cache)
+    if sealed_again:
+        body = (cache / "manifest.json").read_text().rpartition('"sha256"')[0]
+        (cache / "manifest.json").write_text(sealed(body))
+    with pytest.raises(Damaged, match=r"data/train-000000\.tar: places a record at byte \d+, where none can lie"):
+        Manifest.open(cache)
+
+
+def test_a_manifest_whose_numbers_were_changed_is_refused(cache):
+    said = (cache / "manifest.json").read_bytes()
+    (cache / "manifest.json").write_bytes(said.replace(b'"guidance": 5.0', b'"guidance": 6.0'))
+    with pytest.raises(Damaged, match=r"manifest\.json: sha256 of its first \d+ bytes is"):
+        Manifest.open(cache)
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", "../train-000000.tar", "data/../../x.tar", "data/train-0.tar"])
+def test_names_that_lead_out_of_the_folder_are_refused(cache, file):
+    said = (cache / "manifest.json").read_text().rpartition('"sha256"')[0].replace("data/train-000000.tar", file)
+    (cache / "manifest.json").write_text(sealed(said))
+    with pytest.raises(Damaged, match=r"manifest\.json: shards\.0\.file: String should match pattern"):
+        Manifest.open(cache)
+
+
+@pytest.mark.parametrize("linked", ["data/train-000001.tar", "data"])
+def test_a_link_is_refused(cache, tmp_path, linked):
+    (cache / linked).rename(tmp_path / "elsewhere")
+    (cache / linked).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Damaged, match="is a link, which may lead anywhere"):
+        Reader(cache)
 
 
 def test_a_run_folder_stands_for_the_cache_inside_it(cache):

@@ -1,14 +1,21 @@
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from configs.refusal import Refused
 from shards.__main__ import main
+from shards.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
+
+
+def flip(file, bit):
+    """Turn one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
 
 
 @pytest.mark.parametrize("inner", [True, False])
@@ -20,10 +27,14 @@ def test_verify_prints_a_line_for_each_split_and_ok(cache, capsys, inner):
     assert ok == "ok"
 
 
-def test_verify_refuses_a_cut_shard(cache):
-    os.truncate(cache / "data/train-000000.tar", 5000)
-    with pytest.raises(Refused, match=r"train-000000\.tar: \d records, manifest says 4"):
-        main(["verify", str(cache)])
+def test_verify_names_the_first_bad_record_and_exits_with_1(cache, capsys):
+    place = Manifest.open(cache).shards[1].offsets[2]
+    flip(cache / "data/train-000001.tar", 8 * (place.st_offset + place.st_size - 1))
+    assert main(["verify", str(cache)]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert re.search(r"train-000001\.tar: sha256 .*, first in record 000000006 at byte \d+", told.err)
+    assert len(told.err.splitlines()) == 1
 
 
 def test_show_prints_the_record_that_was_asked_for(cache, capsys):

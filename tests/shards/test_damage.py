@@ -1,0 +1,75 @@
+"""No bit of a cache changes unseen: `verify` finds it, and so does training, before the record is used."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from configs.refusal import Refused
+from shards.__main__ import main
+from shards.damage import Damaged
+from shards.reader import Reader
+from shards.record import SPLITS
+from shards.table import Table, write_table
+
+FLIPS, CUTS = 200, 50
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, make_module_cache):
+    cache = make_module_cache(tmp_path_factory.mktemp("whole") / "cache")
+    write_table(cache)
+    return cache
+
+
+def train(cache: Path) -> None:
+    """Read whatever training reads: every row of both splits and every column of the table."""
+    for split in SPLITS:
+        reader = Reader(cache, split, batch_size=1)
+        for _, _batch in zip(range(reader.samples_per_epoch), reader.batches(), strict=False):
+            pass
+    table = Table.open(cache)
+    for name in ("key", "draw", "k", "s", "split", "class", *(f"feature_{block}" for block in table.blocks)):
+        table.column(name)
+
+
+def damages(cache: Path) -> list[tuple[str, int, bool]]:
+    """(file, bit, whether it is cut there): every kind of file is met as often as any other."""
+    rng, found = random.Random(0), []
+    files = sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file())
+    kinds = [[file for file in files if part in file] for part in (".tar", "manifest.json", "zarr.json", "/c/")]
+    assert all(kinds)
+    for number in range(FLIPS + CUTS):
+        file = rng.choice(kinds[number % len(kinds)])
+        found.append((file, rng.randrange(8 * (cache / file).stat().st_size), number >= FLIPS))
+    return found
+
+
+def test_every_flipped_bit_and_every_cut_is_found_by_verify_and_by_training(whole, capsys):
+    assert main(["verify", str(whole)]) == 0
+    train(whole)
+    unseen = []
+    for file, bit, cut in damages(whole):
+        good = (whole / file).read_bytes()
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        (whole / file).write_bytes(good[: bit // 8] if cut else bad)
+        try:
+            verified = main(["verify", str(whole)])
+        except Refused:
+            verified = 2
+        if verified == 0:
+            unseen.append(("verify", file, bit, cut))
+        with pytest.raises(Refused):
+            train(whole)
+        (whole / file).write_bytes(good)
+    assert unseen == []
+    assert main(["verify", str(whole)]) == 0
+
+
+def test_a_file_that_nobody_named_is_found_in_the_table(whole, tmp_path):
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    (copy / "table.zarr" / "extra").write_text("x")
+    with pytest.raises(Damaged, match="extra: is not in the manifest"):
+        Table.open(copy)
