@@ -40,6 +40,7 @@ COMMANDS = (
     Command("evaluate", "stages.evaluate.measure", "tool", "measure a run against its teacher"),
     Command("sample", "stages.evaluate.sample", "tool", "make pictures from a run"),
     Command("export", "stages.export", "tool", "write a run's model for other programs"),
+    Command("prompts", "stages.prompts.__main__", "tool", "look at prompts before they are asked (show|sample|stats)"),
     Command(
         "shards", "shards.__main__", "tool", "verify, show or count what lies in a cache (verify|show|stats FOLDER)"
     ),

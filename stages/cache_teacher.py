@@ -15,7 +15,7 @@ from shards.writer import CacheWriter
 from stages.cluster import device_of, fill, tasks_of
 from stages.nets.components import load_components
 from stages.nets.teacher import Teacher
-from stages.prompts import Prompt, PromptSource, Split, prompts, source_identity
+from stages.prompts import Prompt, PromptSource, Split, prompts, report, source_identity
 from stages.targets import RenderConfig, make_records, recipe_of
 
 
@@ -44,6 +44,8 @@ def run(config: Config) -> None:
         "validation": prompts(config.prompts, config.seed, "validation", config.validation_count),
     }
     source = source_identity(config.prompts, config.seed)
+    told = report(config.prompts, [*asked["train"], *asked["validation"]], teacher.parts.tokenizer)
+    print("\n".join(told.lines()))
 
     writer = CacheWriter(folder, recipe_of(teacher, config.render, source))
     make = partial(make_records, teacher, config=config.render.states)
