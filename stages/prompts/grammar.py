@@ -69,7 +69,7 @@ class Grammar(Strict):
 class GrammarSource(Strict):
     """Sentences from a symbolic grammar."""
 
-    source: Literal["grammar"] = "grammar"
+    source: Literal["grammar"] = Field("grammar", description="what kind of source")
     grammar: Path = Field(description="YAML file of the grammar")
 
     def load(self) -> Grammar:

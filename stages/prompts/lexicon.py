@@ -162,7 +162,7 @@ def two_readings(words: Iterable[Word]) -> Iterator[str]:
         over, origin = left.pop()
         for word_ in by_first.get(over[0], ()):
             if word_ == over:
-                yield f"{' '.join(origin)!r} and {' '.join(over)!r} together are another word: say one differently"
+                yield f"{' '.join(origin)!r} begins and {' '.join(over)!r} ends words that can be read in two ways"
             shorter, longer = sorted((word_, over), key=len)
             if word_ != over and longer[: len(shorter)] == shorter:
                 found = (longer[len(shorter) :], origin)

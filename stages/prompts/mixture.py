@@ -26,7 +26,7 @@ class Part(Strict):
 class MixtureSource(Strict):
     """Prompts of several sources, interleaved as evenly as their weights allow."""
 
-    source: Literal["mixture"] = "mixture"
+    source: Literal["mixture"] = Field("mixture", description="what kind of source")
     parts: tuple[Part, ...] = Field(min_length=1, description="list of {weight, prompts: {source, ...}}")
 
     def identity(self) -> str:

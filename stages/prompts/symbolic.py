@@ -26,29 +26,29 @@ Link = tuple[str, str | Word]
 class SymbolicSource(Strict):
     """Sentences from a lexicon of subjects, attributes, actions, settings, styles, lights, cameras and moods."""
 
-    source: Literal["symbolic"] = "symbolic"
-    complexity: dict[int, int] = Field(
-        {1: 1, 2: 2, 3: 3, 4: 2, 5: 1},
+    source: Literal["symbolic"] = Field("symbolic", description="what kind of source")
+    complexity: tuple[int, ...] = Field(
+        (1, 2, 3, 2, 1),
         min_length=1,
-        description="level=share of the sentences, relative to the others; level n says n + 1 things of a subject",
+        description="shares of the levels 1, 2, ...; a sentence of level n says n + 1 things of its subject",
     )
     lexicon: Path | None = Field(None, description="YAML file of a lexicon of one's own; none is the packaged one")
 
     @field_validator("complexity")
     @classmethod
-    def _shares(cls, shares: dict[int, int]) -> dict[int, int]:
-        if min(shares.values()) < 0 or not any(shares.values()):
+    def _shares(cls, shares: tuple[int, ...]) -> tuple[int, ...]:
+        if min(shares) < 0 or not any(shares):
             raise ValueError("shares should be 0 or more, and one of them positive")
         return shares
 
     def load(self) -> "Speaker":
         """The lexicon with its space of sentences; raises `Refused` with the file's name."""
-        return speaker(self.lexicon or PACKAGED, tuple(sorted(self.complexity.items())))
+        return speaker(self.lexicon or PACKAGED, self.complexity)
 
     def identity(self) -> str:
         """What the prompts depend on."""
         said = load_lexicon(self.lexicon or PACKAGED).model_dump_json()
-        return hashlib.sha256(f"{GENERATOR}{sorted(self.complexity.items())}{said}".encode()).hexdigest()
+        return hashlib.sha256(f"{GENERATOR}{self.complexity}{said}".encode()).hexdigest()
 
     def faults(self, among: int) -> dict[str, list[str]]:
         """None: a lexicon's sentences are all usable."""
@@ -133,14 +133,14 @@ def spoken(links: Mapping[str, str | Word], seed: int) -> Prompt:
 
 
 @lru_cache
-def speaker(path: Path, shares: tuple[tuple[int, int], ...]) -> Speaker:
+def speaker(path: Path, complexity: tuple[int, ...]) -> Speaker:
     """The speaker of a lexicon file; raises `Refused` for levels it does not have and words that nothing can say."""
     lexicon = load_lexicon(path)
-    for level, _ in shares:
+    for level in range(1, len(complexity) + 1):
         if level not in lexicon.levels:
             raise Refused(
                 f"prompts.complexity: {level}: no such level - known here: {', '.join(map(str, lexicon.levels))}"
             )
     for word in Speaker(lexicon, dict.fromkeys(lexicon.levels, 1)).unreachable():
         raise Refused(f"{path}: {word.slot}: {word.text!r} can never be said - check its needs and never")
-    return Speaker(lexicon, dict(shares))
+    return Speaker(lexicon, dict(enumerate(complexity, 1)))

@@ -50,7 +50,7 @@ class ColumnSource(RowSource):
 class TableSource(ColumnSource):
     """Sentences from a column of a .csv, .tsv, .jsonl or .parquet file; read round and round with fresh seeds."""
 
-    source: Literal["table"] = "table"
+    source: Literal["table"] = Field("table", description="what kind of source")
     path: Path = Field(description=".csv, .tsv (with a head line), .jsonl or .parquet file")
 
     def cells(self) -> Iterator[tuple[str, Cells]]:
@@ -117,7 +117,7 @@ class TableSource(ColumnSource):
 class HubSource(ColumnSource):
     """Sentences from a column of a Hugging Face dataset, streamed; read round and round with fresh seeds."""
 
-    source: Literal["hub"] = "hub"
+    source: Literal["hub"] = Field("hub", description="what kind of source")
     dataset: str = Field(description="hub id of a dataset, or a local folder of data files")
     subset: str | None = Field(None, description="configuration of the dataset, if it has several")
     part: str = Field("train", description="split of the dataset")

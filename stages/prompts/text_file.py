@@ -14,7 +14,7 @@ from stages.prompts.rows import Row, RowSource
 class FileSource(RowSource):
     """Sentences from a text file, one a line, or `class<TAB>sentence`; read round and round with fresh seeds."""
 
-    source: Literal["file"] = "file"
+    source: Literal["file"] = Field("file", description="what kind of source")
     path: Path = Field(description="text file, one prompt a line, optionally class<TAB>prompt")
 
     def rows(self) -> Iterator[Row]:
