@@ -16,7 +16,7 @@ from stages.cluster import Make, device_of, fill, tasks_of
 from stages.nets.components import load_components
 from stages.nets.teacher import Teacher
 from stages.plan import blank_record, measure, record_bytes, refuse_small_disk, watching
-from stages.prompts import Prompt, PromptSource, Split, prompts, source_identity
+from stages.prompts import Prompt, PromptSource, Split, prompts, report, source_identity
 from stages.targets import RenderConfig, make_records, recipe_of
 
 
@@ -47,6 +47,8 @@ def run(config: Config) -> None:
         "validation": prompts(config.prompts, config.seed, "validation", config.validation_count),
     }
     source = source_identity(config.prompts, config.seed)
+    told = report(config.prompts, [*asked["train"], *asked["validation"]], teacher.parts.tokenizer)
+    print("\n".join(told.lines()))
 
     writer = CacheWriter(folder, recipe_of(teacher, config.render, source))
     make: Make = partial(make_records, teacher, config=config.render.states)

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from configs.refusal import Refused
 from configs.strict import Strict
-from stages.prompts import FileSource, GrammarSource, Prompt, Split, split_of
+from stages.prompts import Prompt, PromptSource, Split, split_of
 
 Priority = Literal["top", "mid", "low"]
 LOOKED_AT_PER_PROMPT = 20_000
@@ -91,7 +91,7 @@ def load_classes(path: Path) -> ClassFile:
 
 
 def class_prompts(
-    source: GrammarSource | FileSource, seed: int, split: Split, classes: Sequence[ClassSpec], quotas: Mapping[str, int]
+    source: PromptSource, seed: int, split: Split, classes: Sequence[ClassSpec], quotas: Mapping[str, int]
 ) -> dict[str, list[Prompt]]:
     """The first prompts of each class, in the source's order; raises `Refused` naming a class that has too few."""
     found: dict[str, list[Prompt]] = {spec.name: [] for spec in classes}

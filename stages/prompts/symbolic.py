@@ -1,0 +1,146 @@
+"""Sentences from a lexicon: subject, attributes, action, setting, style, light, camera, mood."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from configs.refusal import Refused
+from configs.strict import Strict
+from stages.prompts.lexicon import AMOUNT, PACKAGED, SUBJECT, Lexicon, Word, class_of, load_lexicon
+from stages.prompts.permutation import shuffled
+from stages.prompts.prompt import Prompt, derived_seed
+from stages.prompts.space import Choice, Option, choice, chosen, values
+
+GENERATOR = 1  # raise it when the same lexicon would give other sentences: it is part of a cache's recipe
+VOWEL_SOUND = re.compile(r"\ba (?=(?:[aeio]|u(?!ni|se|ku)|hour|honest|heir)(?<!\bone)(?!ne-|uro))")
+
+Link = tuple[str, str | Word]
+"""(the name of a choice, what was chosen)."""
+
+
+class SymbolicSource(Strict):
+    """Sentences from a lexicon of subjects, attributes, actions, settings, styles, lights, cameras and moods."""
+
+    source: Literal["symbolic"] = Field("symbolic", description="what kind of source")
+    complexity: tuple[int, ...] = Field(
+        (1, 2, 3, 2, 1),
+        min_length=1,
+        description="shares of the levels 1, 2, ...; a sentence of level n says n + 1 things of its subject",
+    )
+    lexicon: Path | None = Field(None, description="YAML file of a lexicon of one's own; none is the packaged one")
+
+    @field_validator("complexity")
+    @classmethod
+    def _shares(cls, shares: tuple[int, ...]) -> tuple[int, ...]:
+        if min(shares) < 0 or not any(shares):
+            raise ValueError("shares should be 0 or more, and one of them positive")
+        return shares
+
+    def load(self) -> "Speaker":
+        """The lexicon with its space of sentences; raises `Refused` with the file's name."""
+        return speaker(self.lexicon or PACKAGED, self.complexity)
+
+    def identity(self) -> str:
+        """What the prompts depend on."""
+        said = load_lexicon(self.lexicon or PACKAGED).model_dump_json()
+        return hashlib.sha256(f"{GENERATOR}{self.complexity}{said}".encode()).hexdigest()
+
+    def faults(self, among: int) -> dict[str, list[str]]:
+        """None: a lexicon's sentences are all usable."""
+        return {}
+
+    def endless(self, seed: int, start: int = 0) -> Iterator[Prompt]:
+        """Prompts start, start + 1, ... of this seed; `size` distinct ones, then they come again reshuffled."""
+        speaks, index = self.load(), start
+        while True:
+            yield speaks.prompt(seed, index)
+            index += 1
+
+
+class Speaker:
+    """A lexicon's space of sentences, each with a number."""
+
+    def __init__(self, lexicon: Lexicon, shares: Mapping[int, int]) -> None:
+        self._known: dict[tuple[tuple[str, ...], frozenset[str]], Choice[Link]] = {}
+        self._lexicon = lexicon
+        self._words = {slot: tuple(lexicon.words(slot)) for slot in lexicon.slots}
+        self._asked = {
+            slot: frozenset(tag for word in words for tag in word.needs | word.never)
+            for slot, words in self._words.items()
+        }
+        self.space: Choice[Link] = choice(
+            Option(("complexity", str(level)), share, choice(self._forms(level))) for level, share in shares.items()
+        )
+
+    @property
+    def size(self) -> int:
+        """How many sentences there are, all distinct."""
+        return self.space.size
+
+    def prompt(self, seed: int, index: int) -> Prompt:
+        """Prompt number `index` of the endless list that belongs to `seed`."""
+        again, within = divmod(index, self.size)
+        number = shuffled(within, self.size, derived_seed("symbolic", seed, again))
+        return spoken(dict(chosen(self.space, number)), derived_seed("picture", seed, index))
+
+    def unreachable(self) -> list[Word]:
+        """Words that no sentence says."""
+        reached = {(name, link.text) for name, link in values(self.space) if isinstance(link, Word)}
+        return [word for word in self._lexicon.every_word() if (word.slot, word.text) not in reached]
+
+    def _forms(self, level: int) -> Iterator[Option[Link]]:
+        for sentence in self._lexicon.levels[level]:
+            slots = tuple(slot for slot in self._lexicon.slots if slot in sentence.slots())
+            yield Option(("sentence", sentence.text), sentence.weight, choice(self._families(slots)))
+
+    def _families(self, slots: tuple[str, ...]) -> Iterator[Option[Link]]:
+        for name, family in self._lexicon.families.items():
+            members = [
+                Option((SUBJECT, word), word.weight, self._said(slots, word.tags))
+                for word in self._lexicon.subjects(name)
+            ]
+            yield Option(("family", name), family.weight, choice(members))
+
+    def _said(self, slots: tuple[str, ...], scene: frozenset[str]) -> Choice[Link]:
+        """What may be said in the slots left; scenes that differ only in tags nobody asks about share one answer."""
+        if not slots:
+            return Choice()
+        key = (slots, scene & frozenset[str]().union(*(self._asked[slot] for slot in slots)))
+        if key not in self._known:
+            # By text, so that a word that two fitting groups list is said once.
+            fitting = {word.text: word for word in self._words[slots[0]] if word.fits(key[1])}
+            self._known[key] = choice(
+                Option((word.slot, word), word.weight, self._said(slots[1:], key[1] | word.tags))
+                for word in fitting.values()
+            )
+        return self._known[key]
+
+
+def spoken(links: Mapping[str, str | Word], seed: int) -> Prompt:
+    """The sentence of a derivation, with articles, plurals and possessives in agreement."""
+    words = {name: word for name, word in links.items() if isinstance(word, Word)}
+    many = "plural" in words[AMOUNT].tags
+    said = {name: word.text.replace("{its}", "their" if many else "its") for name, word in words.items()}
+    said[SUBJECT] = words[SUBJECT].plural if many else words[SUBJECT].text
+    text = VOWEL_SOUND.sub("an ", str(links["sentence"]).format(**said))
+    derivation = tuple((name, link if isinstance(link, str) else link.text) for name, link in links.items())
+    return Prompt(text, class_of(str(links["family"]), words[SUBJECT]), seed, derivation)
+
+
+@lru_cache
+def speaker(path: Path, complexity: tuple[int, ...]) -> Speaker:
+    """The speaker of a lexicon file; raises `Refused` for levels it does not have and words that nothing can say."""
+    lexicon = load_lexicon(path)
+    for level in range(1, len(complexity) + 1):
+        if level not in lexicon.levels:
+            raise Refused(
+                f"prompts.complexity: {level}: no such level - known here: {', '.join(map(str, lexicon.levels))}"
+            )
+    for word in Speaker(lexicon, dict.fromkeys(lexicon.levels, 1)).unreachable():
+        raise Refused(f"{path}: {word.slot}: {word.text!r} can never be said - check its needs and never")
+    return Speaker(lexicon, dict(enumerate(complexity, 1)))

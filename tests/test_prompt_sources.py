@@ -1,0 +1,196 @@
+"""Laws of tables, hub datasets, mixtures, reports and the command that shows them."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from configs.refusal import Refused
+from stages.prompts import (
+    FileSource,
+    GrammarSource,
+    HubSource,
+    MixtureSource,
+    Part,
+    Prompt,
+    SymbolicSource,
+    TableSource,
+    report,
+)
+from stages.prompts.__main__ import main, tokenizer_of
+
+TEXTS = ["a cat", "a dog, asleep", "an owl"]
+MODEL = Path("stages/tiny/model")
+
+
+@pytest.fixture(params=["csv", "tsv", "jsonl", "parquet"])
+def table(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The same three sentences, and an empty one, in each kind of table."""
+    file = tmp_path / f"table.{request.param}"
+    texts = [*TEXTS[:2], "", TEXTS[2]]
+    if request.param == "parquet":
+        pq.write_table(pa.table({"id": [1, 2, 3, 4], "caption": texts}), file)
+    elif request.param == "jsonl":
+        file.write_text("".join(json.dumps({"id": 1, "caption": text or None}) + "\n" for text in texts))
+    else:
+        mark = "," if request.param == "csv" else "\t"
+        file.write_text(f"id{mark}caption\n" + "".join(f'1{mark}"{text}"\n' for text in texts))
+    return file
+
+
+def texts_of(source: TableSource | HubSource | FileSource, count: int) -> list[str]:
+    return [prompt.text for prompt in islice(source.endless(0), count)]
+
+
+def test_a_column_gives_its_sentences_and_counts_the_empty_ones(table: Path) -> None:
+    source = TableSource(path=table, column="caption")
+    assert texts_of(source, 4) == [*TEXTS, TEXTS[0]]
+    assert [len(places) for places in source.faults(100).values()] == [1]
+    assert next(source.endless(0, 4)) == list(islice(source.endless(0), 5))[4]
+
+
+def test_a_column_that_is_not_there_is_refused_with_the_nearest(table: Path) -> None:
+    with pytest.raises(Refused, match="no column 'captain' - did you mean caption"):
+        texts_of(TableSource(path=table, column="captain"), 1)
+
+
+def test_a_column_of_numbers_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_text('{"text": 5}\n')
+    with pytest.raises(Refused, match=r"t\.jsonl:1: text = 5: should be text"):
+        texts_of(TableSource(path=file), 1)
+
+
+def test_classes_come_from_their_column(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("text,kind\na cat,animal/cat\na thing,\n")
+    found = list(islice(TableSource(path=file, class_column="kind").endless(0), 2))
+    assert [prompt.class_name for prompt in found] == ["animal/cat", "prompt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("t.xlsx", b"", "unknown kind of table"),
+        ("t.jsonl", b"{no}\n", r"t\.jsonl:1: not good JSON"),
+        ("t.jsonl", b"[1]\n", "should be a JSON object"),
+        ("t.parquet", b"nonsense nonsense", "not a good parquet file"),
+        ("t.csv", b"text\n\n", "holds no prompt"),
+    ],
+)
+def test_bad_tables_are_refused_by_name(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(Refused, match=told):
+        texts_of(TableSource(path=file), 1)
+
+
+def test_tables_that_are_missing_are_refused(tmp_path: Path) -> None:
+    for kind in ("csv", "jsonl", "parquet"):
+        with pytest.raises(Refused, match="does not exist"):
+            texts_of(TableSource(path=tmp_path / f"gone.{kind}"), 1)
+
+
+@pytest.mark.parametrize("name", ["bytes.txt", "bytes.csv", "bytes.jsonl"])
+def test_bytes_that_are_not_utf8_are_counted_with_their_place(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    lines = {
+        "txt": b"a cat\na \xff\n\n",
+        "csv": b"text\na cat\na \xff\n",
+        "jsonl": b'{"text":"a cat"}\n{"text":"a \xff"}\n',
+    }
+    file.write_bytes(lines[name[6:]])
+    source = FileSource(path=file) if name.endswith("txt") else TableSource(path=file)
+    assert texts_of(source, 2) == ["a cat", "a cat"]
+    assert source.faults(100)["not UTF-8"][0].startswith(f"{file}:")
+
+
+def test_a_local_dataset_folder_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    pq.write_table(pa.table({"n": [1, 2, 3], "text": TEXTS}), folder / "train.parquet")
+    source = HubSource(dataset=str(folder))
+    assert texts_of(source, 4) == [*TEXTS, TEXTS[0]]
+    before = source.identity()
+    pq.write_table(pa.table({"n": [1], "text": ["another"]}), folder / "train.parquet")
+    assert source.identity() != before
+
+
+def test_a_missing_extra_is_refused_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(Refused, match=r"needs the package datasets - pip install 'sollune\[datasets\]'"):
+        texts_of(HubSource(dataset=str(tmp_path)), 1)
+
+
+def test_a_hub_dataset_out_of_reach_is_refused() -> None:
+    with pytest.raises(Refused, match="'nobody/none' is neither a folder nor a hub dataset"):
+        HubSource(dataset="nobody/none").identity()
+
+
+def mixture(tmp_path: Path) -> MixtureSource:
+    file = tmp_path / "lines.txt"
+    file.write_text("\n".join(f"line {i}" for i in range(7)))
+    grammar = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
+    return MixtureSource(
+        parts=(
+            Part(weight=3, prompts=FileSource(path=file)),
+            Part(weight=2, prompts=grammar),
+            Part(prompts=SymbolicSource()),
+        )
+    )
+
+
+def test_a_mixture_keeps_its_proportions_and_skips_nothing(tmp_path: Path) -> None:
+    found = list(islice(mixture(tmp_path).endless(5), 60))
+    parts = [dict(prompt.derivation)["part"][0] for prompt in found]
+    assert [parts.count(part) for part in "123"] == [30, 20, 10]
+    assert [p.text for p in found if p.text.startswith("line")][:8] == [f"line {i % 7}" for i in range(8)]
+
+
+def test_prompt_i_of_a_mixture_is_a_function_of_seed_and_i(tmp_path: Path) -> None:
+    source = mixture(tmp_path)
+    found = list(islice(source.endless(5), 60))
+    for start in (0, 1, 7, 31, 59):
+        assert next(source.endless(5, start)) == found[start]
+    assert next(source.endless(6, 31)) != found[31]
+
+
+def test_a_report_names_what_was_left_out_repeated_and_cut(tmp_path: Path) -> None:
+    file = tmp_path / "lines.txt"
+    file.write_bytes(b"a small red star\n\na small red star\n\xff\n" + b"star " * 90)
+    source = FileSource(path=file)
+    said = report(source, list(islice(source.endless(0), 3)), tokenizer_of(MODEL))
+    assert {fault: len(places) for fault, places in said.left_out.items()} == {"empty": 1, "not UTF-8": 1}
+    assert (len(said.repeated), len(said.too_long)) == (1, 1)
+    assert f"the first: {file}:2" in "\n".join(said.lines())
+
+
+def test_a_report_on_good_prompts_is_one_line() -> None:
+    grammar = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
+    assert report(grammar, [Prompt("a red star", "star/red", 0)], tokenizer_of(MODEL)).lines() == ["prompts: 1"]
+
+
+def test_the_command_shows_a_tree_a_sample_and_statistics(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "17", "--tree", "--seed", "42"]) == 0
+    told = capsys.readouterr().out
+    assert next(SymbolicSource().endless(42, 17)).text in told
+    assert "family: " in told
+    assert main(["sample", "--count", "3", "--config", "configs/tiny.yaml"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert main(["stats", "--count", "50", "--config", "configs/tiny.yaml", "--tokenizer", str(MODEL)]) == 0
+    assert "tokens" in capsys.readouterr().out
+
+
+def test_the_command_refuses_by_name(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="--sead: unknown option - did you mean --seed"):
+        main(["show", "3", "--sead", "4"])
+    with pytest.raises(Refused, match="holds no tokenizer"):
+        main(["stats", "--count", "1", "--tokenizer", str(tmp_path)])
+    with pytest.raises(Refused, match=r"complexity.*one of them positive"):
+        main(["show", "3", "--prompts.source", "symbolic", "--prompts.complexity", "0"])
