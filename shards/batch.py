@@ -33,7 +33,8 @@ class Batch:
         """The same rows elsewhere; s stays float32, because a time does not survive half precision."""
 
         def moved(values: Tensor) -> Tensor:
-            return values.to(device, dtype, non_blocking=True)
+            # As stored, and cast over there: a cast here would leave pinned memory and double the bytes on the way.
+            return values.to(device, non_blocking=True).to(dtype)
 
         return replace(
             self,

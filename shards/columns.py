@@ -1,4 +1,4 @@
-"""Where rows come from: a split held in memory column by column, or records read one by one as they are asked for."""
+"""Where rows come from: a split held in memory column by column, or draws read one by one as they are asked for."""
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -9,10 +9,23 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from shards.batch import Batch, collate
+from configs.refusal import Refused
+from shards.archive import Place
+from shards.batch import Batch
+from shards.codec import FEATURES, PER_PROMPT
+from shards.layout import Head, Layout, Part
+from shards.manifest import Shard, refusal
+from shards.opened import OpenShards
 from shards.record import Record
 
 Indices = Int[np.ndarray, " n"]
+
+MOST_HEADS = 1 << 16
+"""Records whose words and places stay in memory: some 50 MB."""
+GAP_BYTES = 16 << 10
+"""To read over this much costs less than to ask for a second read."""
+SINK = memoryview(bytearray(GAP_BYTES))
+"""Where gaps are read to; nobody looks."""
 
 
 class Rows(Protocol):
@@ -23,24 +36,102 @@ class Rows(Protocol):
         ...
 
 
-class ReadRows:
-    """Records read when they are asked for; the latest ones stay decoded."""
+class Slices:
+    """Draws read when they are asked for, each straight from its shard into its row of the batch.
 
-    def __init__(self, read: Callable[[int], Record], most: int) -> None:
-        """`read` gives record number n; at most `most` of them stay in memory."""
-        self._read = lru_cache(maxsize=most)(read)
+    Nothing is decoded or kept: what was read lately lies in the memory of the operating system.
+    """
+
+    def __init__(self, shards: OpenShards, locate: Callable[[int], tuple[Shard, Place]], pinned: bool) -> None:
+        """`locate` says where record number n lies; `pinned` rows can be copied to a GPU while it computes."""
+        self._shards, self._locate, self._pinned = shards, locate, pinned
+        self._head = lru_cache(maxsize=MOST_HEADS)(self._read_head)
 
     def take(self, records: Indices, draws: Indices) -> Batch:
         """Row i is draw `draws[i]` of record number `records[i]`."""
-        return collate([self._read(int(number)) for number in records], [int(draw) for draw in draws])
+        heads = [self._head(number) for number in records.tolist()]
+        listed = draws.tolist()
+        names = large_parts(heads[0].blocks)
+        parts = heads[0].layout.parts
+        room = {name: self._room(len(heads), parts[name]) for name in names}
+        bytes_of = {name: memoryview(values.view(torch.uint8).numpy().data).cast("B") for name, values in room.items()}
+        for row, (number, head, draw) in enumerate(zip(records.tolist(), heads, listed, strict=True)):
+            self._check(number, head, heads[0], draw)
+            shard, place = self._locate(number)
+            for first, size, pieces in runs(head.layout, names, draw):
+                buffers = [
+                    bytes_of[name][row * length : (row + 1) * length] if name else SINK[:length]
+                    for name, length in pieces
+                ]
+                self._shards.read_into(shard, place.st_offset + first, buffers, size)
+        return Batch(
+            keys=tuple(head.key for head in heads),
+            texts=tuple(head.text for head in heads),
+            class_names=tuple(head.class_name for head in heads),
+            cond=room["cond"],
+            x_t=room["x_t"],
+            v_cond=room["v_cond"],
+            v_uncond=room["v_uncond"],
+            s=torch.tensor([head.s[draw] for head, draw in zip(heads, listed, strict=True)], dtype=torch.float32),
+            k=torch.tensor([head.k[draw] for head, draw in zip(heads, listed, strict=True)], dtype=torch.int64),
+            features={block: room[f"{FEATURES}{block}"] for block in heads[0].blocks},
+            draw=torch.from_numpy(draws),
+        )
+
+    def _room(self, rows: int, part: Part) -> Tensor:
+        return torch.empty(rows, *part.shape, dtype=part.dtype, pin_memory=self._pinned)
+
+    def _read_head(self, number: int) -> Head:
+        return self._shards.head(*self._locate(number))
+
+    def _check(self, number: int, head: Head, like: Head, draw: int) -> None:
+        """Raise `Refused` for a record that does not fit into a batch with the first one."""
+        shard, _ = self._locate(number)
+        if draw >= head.layout.rows:
+            fault = f"record {head.key} has {head.layout.rows} draws, manifest says {shard.draws_per_record}"
+        elif head.layout is not like.layout and (head.blocks, shapes(head)) != (like.blocks, shapes(like)):
+            fault = f"record {head.key} has other shapes than {like.key}"
+        else:
+            return
+        raise Refused(refusal(self._shards.folder, shard, fault))
+
+
+def large_parts(blocks: tuple[str, ...]) -> tuple[str, ...]:
+    """The tensors of a row that are read for it alone."""
+    return ("cond", "x_t", "v_cond", "v_uncond", *(f"{FEATURES}{block}" for block in blocks))
+
+
+def shapes(head: Head) -> list[tuple[int, ...]]:
+    """The shapes of a row's large tensors."""
+    return [head.layout.parts[name].shape for name in large_parts(head.blocks)]
+
+
+@lru_cache(maxsize=1024)
+def runs(layout: Layout, names: tuple[str, ...], draw: int) -> list[tuple[int, int, list[tuple[str, int]]]]:
+    """(first byte, bytes, pieces) of every read that one draw takes; a piece without a name fills a small gap."""
+    spans = []
+    for name in names:
+        part = layout.parts[name]
+        first = part.offset + (0 if name in PER_PROMPT else draw * part.row_bytes)
+        spans.append((first, part.row_bytes, name))
+    found: list[tuple[int, int, list[tuple[str, int]]]] = []
+    for first, size, name in sorted(spans):
+        start, length, pieces = found[-1] if found else (0, 0, [])
+        gap = first - start - length
+        if found and 0 <= gap <= GAP_BYTES:
+            pieces += [("", gap), (name, size)] if gap else [(name, size)]
+            found[-1] = (start, length + gap + size, pieces)
+        else:
+            found.append((first, size, [(name, size)]))
+    return found
 
 
 class Columns:
     """A whole split in memory, one tensor for each field, so that a batch is a selection."""
 
-    def __init__(self, records: Iterable[Record], starts: Indices) -> None:
+    def __init__(self, records: Iterable[Record], starts: Indices, pinned: bool) -> None:
         """`starts` is the first row of each record, and after the last one the number of all rows."""
-        self._starts = torch.from_numpy(starts)
+        self._starts, self._pinned = torch.from_numpy(starts), pinned
         self._keys: list[str] = []
         self._texts: list[str] = []
         self._class_names: list[str] = []
@@ -59,15 +150,20 @@ class Columns:
             keys=tuple(self._keys[number] for number in listed),
             texts=tuple(self._texts[number] for number in listed),
             class_names=tuple(self._class_names[number] for number in listed),
-            cond=self._cond.index_select(0, numbers),
-            x_t=self._x_t.index_select(0, rows),
-            v_cond=self._v_cond.index_select(0, rows),
-            v_uncond=self._v_uncond.index_select(0, rows),
+            cond=self._select(self._cond, numbers),
+            x_t=self._select(self._x_t, rows),
+            v_cond=self._select(self._v_cond, rows),
+            v_uncond=self._select(self._v_uncond, rows),
             s=self._s.index_select(0, rows),
             k=self._k.index_select(0, rows),
-            features={block: values.index_select(0, rows) for block, values in self._features.items()},
+            features={block: self._select(values, rows) for block, values in self._features.items()},
             draw=draw,
         )
+
+    def _select(self, values: Tensor, rows: Tensor) -> Tensor:
+        """These rows, in memory that a GPU can copy from while it computes, where there is one."""
+        room = torch.empty(len(rows), *values.shape[1:], dtype=values.dtype, pin_memory=self._pinned)
+        return torch.index_select(values, 0, rows, out=room)
 
     def _make_room(self, like: Record, records: int, rows: int) -> None:
         def room(values: Tensor) -> Tensor:

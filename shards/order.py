@@ -1,16 +1,23 @@
-"""The order of training as a function: sample number n -> (record, draw), with no state to save or restore."""
+"""The order of training as a function: sample number n -> (record, draw), with no state to save or restore.
+
+An epoch is a bijection in two levels: the shards are permuted and dealt into windows of at most `WINDOW`, and all
+samples of a window are permuted together. What lies in one window is in uniform order; a longer split is read a few
+shards at a time, so that each of them is fetched once in an epoch. Nothing here knows of ranks or workers.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from configs.refusal import Refused, did_you_mean
 
 BLOCK = 4096
-UNIFORM, WEIGHTED = 0, 1
+WINDOW = 16
+"""Shards open at a time; a part of the order, so it is the same on every machine."""
+UNIFORM, WEIGHTED, SHARDS = 0, 1, 2
 
 Indices = Int[np.ndarray, " n"]
 
@@ -24,22 +31,34 @@ class Order(Protocol):
 
 
 class Pairs:
-    """All (record, draw) pairs of a split, numbered from 0 record by record."""
+    """The (record, draw) pairs of a split that are wanted, numbered from 0 record by record."""
 
-    def __init__(self, draws_per_record: Indices) -> None:
+    def __init__(
+        self,
+        draws_per_record: Indices,
+        records_per_shard: Sequence[int] | None = None,
+        wanted: Bool[np.ndarray, " n"] | None = None,
+    ) -> None:
+        """All records lie in one shard unless told, and all pairs are wanted; `wanted` has a place for each pair."""
         self.starts = np.concatenate([[0], np.cumsum(draws_per_record)])
+        self.chosen = None if wanted is None or wanted.all() else np.flatnonzero(wanted)
+        ends = self.starts[np.cumsum([len(draws_per_record)] if records_per_shard is None else records_per_shard)]
+        if self.chosen is not None:
+            ends = np.searchsorted(self.chosen, ends)
+        self.per_shard = tuple(np.diff(ends, prepend=0).tolist())
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return sum(self.per_shard)
 
     def split(self, numbers: Indices) -> tuple[Indices, Indices]:
         """The record of each pair, and the draw within it."""
+        numbers = numbers if self.chosen is None else self.chosen[numbers]
         records = np.searchsorted(self.starts, numbers, side="right") - 1
         return records, numbers - self.starts[records]
 
 
-class UniformOrder:
-    """A fresh permutation of all pairs in every epoch; sample n is at place n mod N of epoch n div N."""
+class ShuffledOrder:
+    """Every pair once in each epoch, shuffled anew; sample n is at place n mod N of epoch n div N."""
 
     def __init__(self, seed: int, pairs: Pairs) -> None:
         self.seed, self.pairs = seed, pairs
@@ -50,8 +69,52 @@ class UniformOrder:
         numbers = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            numbers[here] = permutation(self.seed, int(epoch), len(self.pairs))[places[here]]
+            numbers[here] = order(self.seed, int(epoch), self.pairs.per_shard).at(places[here])
         return self.pairs.split(numbers)
+
+
+class Epoch:
+    """The order of one epoch: place -> number of the thing there; any place costs no more than its own window."""
+
+    def __init__(self, seed: int, epoch: int, per_shard: tuple[int, ...]) -> None:
+        self._seed, self._epoch = seed, epoch
+        ends = np.cumsum(per_shard)
+        self._spans = np.stack([ends - per_shard, ends], axis=1)
+        filled = np.flatnonzero(per_shard)
+        shuffled = filled[permutation((SHARDS, seed, epoch), len(filled))]
+        self._windows = [np.sort(shards) for shards in np.array_split(shuffled, -(-len(filled) // WINDOW))]
+        self.starts = np.cumsum([0, *(sum(per_shard[shard] for shard in shards) for shards in self._windows)])
+
+    def shards(self, window: int) -> list[int]:
+        """The shards that a window mixes, rising."""
+        return [int(shard) for shard in self._windows[window]]
+
+    def at(self, places: Indices) -> Indices:
+        """The numbers at these places of the epoch."""
+        windows = np.searchsorted(self.starts, places, side="right") - 1
+        numbers = np.empty_like(places)
+        for window in np.unique(windows):
+            here = windows == window
+            numbers[here] = self._window(int(window))[places[here] - self.starts[window]]
+        return numbers
+
+    def _window(self, window: int) -> Indices:
+        return _window(self._seed, self._epoch, window, tuple(map(tuple, self._spans[self._windows[window]].tolist())))
+
+
+@lru_cache(maxsize=4)
+def order(seed: int, epoch: int, per_shard: tuple[int, ...]) -> Epoch:
+    """The order of an epoch over shards that hold so many things each."""
+    return Epoch(seed, epoch, per_shard)
+
+
+@lru_cache(maxsize=4)
+def _window(seed: int, epoch: int, window: int, spans: tuple[tuple[int, int], ...]) -> Indices:
+    """The numbers of these spans, permuted together."""
+    numbers: Indices = np.concatenate([np.arange(first, last) for first, last in spans])
+    # The first window has the epoch's own key, so that what fits into one keeps the order it had before windows.
+    key = (UNIFORM, seed, epoch) if window == 0 else (UNIFORM, seed, epoch, window)
+    return np.take(numbers, permutation(key, len(numbers)))
 
 
 class WeightedOrder:
@@ -61,13 +124,14 @@ class WeightedOrder:
     """
 
     def __init__(self, seed: int, pairs: Pairs, class_names: Sequence[str], weights: Mapping[str, float]) -> None:
-        """`class_names` has one name for each record; raises `Refused` unless weights and classes match."""
+        """`class_names` has one name for each record; raises `Refused` unless weights and wanted classes match."""
         self.seed, self.pairs = seed, pairs
-        names = _checked(class_names, weights)
+        record_of_pair, _ = pairs.split(np.arange(len(pairs)))
+        names = _checked([class_names[record] for record in np.unique(record_of_pair)], weights)
         shares = np.array([weights[name] for name in names], dtype=np.float64)
         self._until = np.cumsum(shares) / shares.sum()
         number = {name: i for i, name in enumerate(names)}
-        class_of_pair = np.repeat([number[name] for name in class_names], np.diff(pairs.starts))
+        class_of_pair = np.array([number.get(name, -1) for name in class_names])[record_of_pair]
         self._by_class = np.argsort(class_of_pair, kind="stable")
         self._sizes = np.bincount(class_of_pair, minlength=len(names))
         self._starts = np.cumsum(self._sizes) - self._sizes
@@ -101,10 +165,9 @@ def _checked(class_names: Sequence[str], weights: Mapping[str, float]) -> list[s
     return sorted(present, key=lambda name: (weights[name] > 0, name))
 
 
-@lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, n: int) -> Indices:
-    """The order of n things in an epoch."""
-    return np.random.Generator(np.random.PCG64([UNIFORM, seed, epoch])).permutation(n)
+def permutation(key: tuple[int, ...], n: int) -> Indices:
+    """The order of n things that belongs to a key."""
+    return np.random.Generator(np.random.PCG64(list(key))).permutation(n)
 
 
 @lru_cache(maxsize=4)

@@ -1,35 +1,41 @@
 """Shards -> records -> batches, in an order that is a function of the sample's number."""
 
 import os
-import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Int
 
 from configs.refusal import Refused
 from shards.archive import Place
 from shards.batch import Batch
-from shards.codec import decode, head
-from shards.columns import Columns, ReadRows, Rows
+from shards.codec import decode
+from shards.columns import Columns, Rows, Slices
+from shards.layout import Head
 from shards.manifest import Manifest, Shard, find_cache, refusal, way_out
-from shards.order import Order, Pairs, UniformOrder, WeightedOrder
+from shards.opened import OpenShards
+from shards.order import Order, Pairs, ShuffledOrder, WeightedOrder
+from shards.prefetch import ahead
 from shards.record import Record, Split
+from shards.view import View
 
 Indices = Int[np.ndarray, " n"]
 
-MOST_OPEN = 64
 TWO_GIB = 2 << 30
+MOST_WORKERS = 4
 
 
 class Reader:
     """One split of a cache as an endless stream of samples, a sample being one draw of one record.
 
     The stream has no other state than the number of the next sample: rank r of `world` takes the samples n with
-    n mod world = r, so a run goes on at any number with any world size, and no batch is ever short.
+    n mod world = r, so a run goes on at any number with any world size, and no batch is ever short. How many threads
+    read ahead changes nothing but the time.
     """
 
     def __init__(
@@ -39,19 +45,22 @@ class Reader:
         seed: int = 0,
         batch_size: int = 32,
         *,
+        view: View | None = None,
         class_weights: Mapping[str, float] | None = None,
         rank: int = 0,
         world: int = 1,
+        workers: int | None = None,
         memory_budget_bytes: int = TWO_GIB,
     ) -> None:
         """`folder` is a cache or a run folder; `batch_size` counts the rows of one rank.
 
-        With `class_weights` the stream draws classes by weight (`WeightedOrder`), else it permutes all samples anew in
-        each epoch. Up to `memory_budget_bytes` of decoded records stay in memory. Raises `Refused` when a shard is
-        missing or cut; its content is checked when it is first read.
+        Only the samples of `view` are in the stream. With `class_weights` it draws classes by weight (`WeightedOrder`),
+        else it shuffles all samples anew in each epoch (`ShuffledOrder`). A split of up to `memory_budget_bytes` is
+        held in memory. `workers` threads read ahead, 0 for none; unless told, as many as the processors make useful.
+        Raises `Refused` when a shard is missing or cut; its content is checked when it is first read.
         """
-        if not 0 <= rank < world or batch_size < 1:
-            raise ValueError(f"rank {rank} of {world}, batch_size {batch_size}")
+        if not 0 <= rank < world or batch_size < 1 or (workers or 0) < 0:
+            raise ValueError(f"rank {rank} of {world}, batch_size {batch_size}, workers {workers}")
         self.folder = find_cache(folder)
         self.manifest = Manifest.open(self.folder)
         self.split, self.seed, self.batch_size, self.rank, self.world = split, seed, batch_size, rank, world
@@ -63,34 +72,41 @@ class Reader:
             if fault:
                 raise Refused(refusal(self.folder, shard, fault))
         self._open = OpenShards(self.folder)
-        self._budget, self._weights = memory_budget_bytes, class_weights
+        self.view, self._weights = view or View(), class_weights
+        self._in_memory = sum(shard.bytes for shard in self.shards) <= memory_budget_bytes
+        useful = 0 if self._in_memory else min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+        self.workers = useful if workers is None else workers
         self._first = np.cumsum([0, *(shard.records for shard in self.shards)])
-        self.pairs = Pairs(np.repeat([s.draws_per_record for s in self.shards], [s.records for s in self.shards]))
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """The (record, draw) pairs of the view; raises `Refused` when there is none."""
+        records = [shard.records for shard in self.shards]
+        draws = np.repeat([shard.draws_per_record for shard in self.shards], records)
+        pairs = Pairs(draws, records, None if self.view.takes_all() else self.view.wanted(self._heads(self.split)))
+        if not len(pairs):
+            raise Refused(f"{self.folder}: no sample of split {self.split} is in the view {self.view!r} - widen it")
+        return pairs
 
     @property
     def samples_per_epoch(self) -> int:
-        """Number of (record, draw) pairs in the split."""
+        """Number of (record, draw) pairs in the view of the split."""
         return len(self.pairs)
-
-    @property
-    def records_in_split(self) -> int:
-        """Number of records in the split."""
-        return int(self._first[-1])
 
     @cached_property
     def order(self) -> Order:
         """Which sample is which draw of which record."""
         if self._weights is None:
-            return UniformOrder(self.seed, self.pairs)
+            return ShuffledOrder(self.seed, self.pairs)
         return WeightedOrder(self.seed, self.pairs, self.class_names(), self._weights)
 
     def batches(self, start_sample: int = 0) -> Iterator[Batch]:
         """Endless batches of this rank's samples from number `start_sample` (counted over all ranks) on."""
         first = start_sample + (self.rank - start_sample) % self.world
         step = self.batch_size * self.world
-        while True:
-            yield self.batch(np.arange(first, first + step, self.world))
-            first += step
+        _ = self.order, self._rows  # made here once, not by several threads at a time
+        spans = (np.arange(begin, begin + step, self.world) for begin in count(first, step))
+        return ahead(self.batch, spans, self.workers)
 
     def batch(self, samples: Indices) -> Batch:
         """The rows at these places of the stream."""
@@ -98,8 +114,7 @@ class Reader:
 
     def class_names(self, split: Split | None = None) -> list[str]:
         """The class of each record of a split (this reader's own, unless told), in the order of its shards."""
-        places = [(shard, place) for shard in self.manifest.of(split or self.split) for place in shard.offsets]
-        return [str(head(self._open.read(shard, place)[0])["class_name"]) for shard, place in places]
+        return [record.class_name for record in self._heads(split or self.split)]
 
     def records(self, split: Split | None = None) -> Iterator[Record]:
         """Every record of a split (this reader's own, unless told), in the order of its shards."""
@@ -113,57 +128,32 @@ class Reader:
         for shard in shards:
             if shard.first_key <= key <= shard.last_key:
                 for place in shard.offsets:
-                    json_bytes, st_bytes = self._open.read(shard, place)
-                    if head(json_bytes)["key"] == key:
-                        return decode(json_bytes, st_bytes)
+                    if self._open.head(shard, place).key == key:
+                        return decode(*self._open.read(shard, place))
         known = f"{shards[0].first_key} to {shards[-1].last_key}" if shards else "none"
         raise Refused(f"{self.folder}: no record {key} in split {split or self.split} - keys are {known}")
 
     def number(self, number: int) -> Record:
         """The record at a place of the split, from 0."""
+        return decode(*self._open.read(*self._locate(number)))
+
+    def _locate(self, number: int) -> tuple[Shard, Place]:
         at = int(np.searchsorted(self._first, number, side="right")) - 1
         shard = self.shards[at]
-        return decode(*self._open.read(shard, shard.offsets[number - int(self._first[at])]))
+        return shard, shard.offsets[number - int(self._first[at])]
+
+    def _heads(self, split: Split) -> Iterator[Head]:
+        """Every record of a split without its large tensors; shards are checked several at a time."""
+
+        def listed(shard: Shard) -> list[Head]:
+            return [self._open.head(shard, place) for place in shard.offsets]
+
+        with ThreadPoolExecutor(MOST_WORKERS) as pool:
+            yield from chain.from_iterable(pool.map(listed, self.manifest.of(split)))
 
     @cached_property
     def _rows(self) -> Rows:
-        size = sum(shard.bytes for shard in self.shards)
-        if size <= self._budget:
-            return Columns(self.records(), self.pairs.starts)
-        return ReadRows(self.number, most=self._budget * self.records_in_split // size)
-
-
-class OpenShards:
-    """Tars open for reading by offset, the latest few; each is checked against its sha256 when it is first opened."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._handles: OrderedDict[str, int] = OrderedDict()
-        self._checked: set[str] = set()
-        weakref.finalize(self, _close, self._handles)
-
-    def read(self, shard: Shard, place: Place) -> tuple[bytes, bytes]:
-        """The two members of a record, in one read."""
-        first = place.json_offset
-        content = os.pread(self._handle(shard), place.st_offset + place.st_size - first, first)
-        return content[: place.json_size], content[place.st_offset - first :]
-
-    def _handle(self, shard: Shard) -> int:
-        if shard.file not in self._handles:
-            self._check(shard)
-            if len(self._handles) >= MOST_OPEN:
-                os.close(self._handles.popitem(last=False)[1])
-            self._handles[shard.file] = os.open(self.folder / shard.file, os.O_RDONLY)
-        self._handles.move_to_end(shard.file)
-        return self._handles[shard.file]
-
-    def _check(self, shard: Shard) -> None:
-        fault = None if shard.file in self._checked else shard.fault(self.folder)
-        if fault:
-            raise Refused(refusal(self.folder, shard, fault))
-        self._checked.add(shard.file)
-
-
-def _close(handles: "OrderedDict[str, int]") -> None:
-    for handle in handles.values():
-        os.close(handle)
+        pinned = torch.cuda.is_available()
+        if not self._in_memory:
+            return Slices(self._open, self._locate, pinned)
+        return Columns(self.records(), self.pairs.starts, pinned)

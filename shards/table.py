@@ -4,7 +4,6 @@ Rows lie in the order of the shards. Names that repeat (splits, classes) are num
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,13 @@ from torch import Tensor
 from configs.refusal import Refused, did_you_mean
 from shards.damage import Damaged
 from shards.manifest import Manifest, Part, find_cache, way_out
+from shards.moments import Statistics
 from shards.record import SPLITS, Split
 from shards.table_layout import check_files, check_layout
-from shards.tabulate import FEATURE, NAME, ROWS_PER_FILE, made_from
+from shards.tabulate import FEATURE, NAME, ROWS_PER_CHUNK, made_from
 from shards.tabulate import write_table as write_table
 
-
-@dataclass(frozen=True)
-class Statistics:
-    """Mean and standard deviation of each channel of a block, float32."""
-
-    mean: Float[Tensor, " n"]
-    std: Float[Tensor, " n"]
+ROWS_AT_ONCE = 4 * ROWS_PER_CHUNK
 
 
 class Table:
@@ -100,16 +94,23 @@ class Table:
             raise Refused(f"block {block}: not in the table - {did_you_mean(block, self.blocks)}")
         return torch.from_numpy(self.column(f"{FEATURE}{block}", rows))
 
-    def statistics(self, block: str) -> Statistics:
-        """Mean and standard deviation of a block's channels over the training rows."""
-        count, total, squares = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        train = self.column("split") == SPLITS.index("train")
-        for first in range(0, len(self), ROWS_PER_FILE):
-            here = slice(first, first + ROWS_PER_FILE)
-            values = self.features(block, here)[torch.from_numpy(train[here])].double()
-            count, total, squares = count + len(values), total + values.sum(0), squares + values.square().sum(0)
-        mean = total / count
-        return Statistics(mean.float(), (squares / count - mean.square()).clamp_min(0).sqrt().float())
+    def statistics(self, bins: int = 10, split: Split = "train") -> dict[str, Statistics]:
+        """Mean and deviation of each channel of each block in each bin of s, in one pass over the table.
+
+        Bin i holds i/bins <= s < (i+1)/bins, and the last one s = 1 too.
+        """
+        found = {block: Statistics.none(bins, self._width(block)) for block in self.blocks}
+        bin_of_row = torch.from_numpy(self.s * np.float32(bins)).floor().long().clamp(0, bins - 1)
+        wanted = torch.from_numpy(self.column("split") == SPLITS.index(split))
+        for first in range(0, len(self), ROWS_AT_ONCE):
+            here = slice(first, first + ROWS_AT_ONCE)
+            for block in self.blocks:
+                values = self.features(block, here)[wanted[here]]
+                found[block] = found[block].joined(Statistics.of(values, bin_of_row[here][wanted[here]], bins))
+        return found
+
+    def _width(self, block: str) -> int:
+        return self.features(block, slice(0, 0)).shape[1]
 
     def column(self, name: str, rows: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
         """A column at these rows; its files are checked against the manifest when it is first asked for."""

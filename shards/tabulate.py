@@ -11,7 +11,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from configs.atomic import fsync_folder
+from configs.atomic import fsync_folder, unfinished
 from configs.refusal import Refused
 from shards.archive import sha256_of
 from shards.manifest import Manifest, Part
@@ -27,7 +27,7 @@ FEATURE = "feature_"
 def write_table(folder: Path) -> None:
     """Make the table of a finished cache, all or nothing; the same shards always give the same bytes."""
     target = folder / NAME
-    temporary = folder / f".{NAME}.{os.getpid()}.partial"
+    temporary = unfinished(target)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _fill(temporary, folder)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from webdataset import TarWriter
 
-from configs.atomic import atomic_path
+from configs.atomic import PARTIAL, atomic_path, is_left_over
 from configs.refusal import Refused
 from shards.archive import places, sha256_of
 from shards.codec import encode
+from shards.journal import Entry, Journal
 from shards.manifest import NAME, Failure, Manifest, Shard
 from shards.recipe import Recipe
 from shards.record import Record, Split
@@ -36,7 +37,7 @@ def write_shard(folder: Path, split: Split, index: int, records: Iterable[Record
 
 
 class CacheWriter:
-    """Fills a cache folder shard by shard; one process at a time writes a manifest."""
+    """Fills a cache folder shard by shard; any number of processes may, each with a writer of its own."""
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         """Go on with the cache in `folder`, or begin one; raises `Refused` when it was made by another recipe."""
@@ -45,16 +46,44 @@ class CacheWriter:
         if (folder / NAME).exists():
             self.manifest = Manifest.open(folder)
             self.manifest.check_recipe(recipe, folder)
+        self._journal = Journal(folder, recipe.fingerprint())
+        self._entered: dict[str, Entry] = {}
         sweep(folder)
+        self.refresh()
+        if self.manifest.shards and not (folder / NAME).exists():
+            self.assemble()  # the journal outlives a manifest that was moved aside
+
+    def refresh(self) -> None:
+        """Learn what other processes have finished, or found to be unfinished, since."""
+        entries = self._journal.entries()
+        for file in self._entered.keys() - entries.keys():
+            self.manifest = self.manifest.without(file)
+        for file, entry in entries.items():
+            if self._entered.get(file) is not entry:
+                self.manifest = self.manifest.entered(entry.shard, entry.failures)
+        self._entered = entries
+
+    def finished(self, split: Split, index: int, records: int) -> bool:
+        """Whether this shard answers for each of `records` prompts, as far as its size tells; see `refresh`."""
+        shard = self._shard(split, index)
+        return bool(shard and self._answers(shard) == records and shard.fault_at_a_glance(self.folder) is None)
 
     def has(self, split: Split, index: int, records: int) -> bool:
         """Whether this shard is finished: its bytes are right, and it answers for each of `records` prompts."""
+        shard = self._shard(split, index)
+        return bool(shard and self._answers(shard) == records and shard.fault(self.folder) is None)
+
+    def prompts(self, split: Split) -> int:
+        """How many prompts of a split are answered for, with a record or with a reason."""
+        return sum(self._answers(shard) for shard in self.manifest.of(split))
+
+    def forget(self, split: Split, index: int) -> None:
+        """Make every process know that this shard is to be made (again)."""
         file = shard_file(split, index)
-        shard = next((shard for shard in self.manifest.shards if shard.file == file), None)
-        if shard is None:
-            return False
-        failed = sum(failure.file == file for failure in self.manifest.failures)
-        return shard.records + failed == records and shard.fault(self.folder) is None
+        if self._shard(split, index):
+            self._journal.forget(file)
+            self.manifest = self.manifest.without(file)
+            self.assemble()
 
     def add(
         self, split: Split, index: int, records: Iterable[Record], failures: Sequence[tuple[str, str]] = ()
@@ -70,17 +99,40 @@ class CacheWriter:
     def enter(self, shard: Shard, failures: Sequence[tuple[str, str]] = ()) -> None:
         """Enter a shard that `write_shard` finished, here or in another process."""
         told = tuple(Failure(file=shard.file, key=key, reason=reason) for key, reason in failures)
-        self.manifest = self.manifest.entered(shard, told)
-        self.manifest.save(self.folder)
+        self._journal.write(shard, told)
+        self.assemble()
+
+    def assemble(self) -> None:
+        """Put manifest.json together from the journal.
+
+        Two processes may do so at once, and the slower one may know less: whoever wrote looks into the journal again,
+        so the last to write has seen every entry.
+        """
+        self.refresh()
+        while True:
+            written = self.manifest
+            written.save(self.folder)
+            self.refresh()
+            if self.manifest is written:
+                return
+
+    def _shard(self, split: Split, index: int) -> Shard | None:
+        file = shard_file(split, index)
+        return next((shard for shard in self.manifest.shards if shard.file == file), None)
+
+    def _answers(self, shard: Shard) -> int:
+        return shard.records + sum(failure.file == shard.file for failure in self.manifest.failures)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for leftover in [*folder.glob(".*.partial"), *folder.glob("data/.*.partial")]:
+    """Remove what a killed process left half-written, and nothing that a living one is writing."""
+    for leftover in [*folder.glob(f".*{PARTIAL}"), *folder.glob(f"*/.*{PARTIAL}")]:
+        if not is_left_over(leftover):
+            continue
         if leftover.is_dir():
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         else:
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
 
 
 def _write_tar(path: Path, records: Iterable[Record]) -> list[tuple[str, int]]:

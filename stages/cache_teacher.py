@@ -52,4 +52,5 @@ def run(config: Config) -> None:
 
     save_resolved(config, config.run / "cache.yaml", "cache_teacher")
     atomic_write(folder / "COMPLETE", f"{config.count + config.validation_count}\n")
-    print(f"{folder}: {made} shards made, {len(writer.manifest.shards)} in all")
+    failed = len(writer.manifest.failures)
+    print(f"{folder}: {made} shards made, {len(writer.manifest.shards)} in all, {failed} prompts failed")

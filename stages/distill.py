@@ -10,6 +10,7 @@ from configs.load import save_resolved
 from configs.strict import Strict
 from shards.manifest import Manifest
 from shards.reader import Reader
+from shards.view import View
 from stages.cluster import device_of
 from stages.evaluate.beside import GridConfig, grids_beside
 from stages.export.diffusers import export_diffusers
@@ -28,6 +29,7 @@ class Config(Strict):
     run: Path = Field(description="run folder; reads RUN/cache, writes RUN/distill")
     teacher: str | None = Field(None, description="where the teacher lies now, if it moved since the cache was made")
     graft: bool = Field(True, description="start from the closed-form graft of the time embedding")
+    view: View = Field(View(), description="which samples of the cache are learnt from; all unless told")
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="terms of the loss")
     grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
@@ -47,7 +49,7 @@ def run(config: Config) -> None:
 
     save_resolved(config, folder / "config.yaml", "distill")
     origin.save(folder)
-    reader = Reader(cache, "train", config.train.seed, config.train.batch_size)
+    reader = Reader(cache, "train", config.train.seed, config.train.batch_size, view=config.view)
     student = fit(
         student,
         Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins)),
@@ -57,11 +59,15 @@ def run(config: Config) -> None:
         folder,
         grids_beside(teacher, config.grid, folder / "grids"),
         device=device,
-        identity={"recipe": manifest.recipe.fingerprint(), "graft": config.graft},
+        identity={
+            "recipe": manifest.recipe.fingerprint(),
+            "graft": config.graft,
+            "view": config.view.model_dump(mode="json"),
+        },
         samples_per_epoch=reader.samples_per_epoch,
     )
 
-    facts = {"teacher": teacher.parts.folder.name, "tail": origin.tail, "samples": config.train.max_samples}
+    facts = origin.facts(teacher.parts, config.train.max_samples)
     exported = export_diffusers(student, teacher.parts.folder, folder / "export", facts)
     atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
     print(f"{exported}: written and read back; pictures in {folder / 'grids'}")

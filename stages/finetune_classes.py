@@ -75,11 +75,8 @@ def run(config: Config) -> None:
     save_table(classes, results, folder / "per_class.csv")
     show_table(classes, results)
 
-    facts = {
-        "teacher": teacher.parts.folder.name,
-        "tail": origin.tail,
-        "classes": [spec.name for spec in classes.classes],
-    }
+    facts = origin.facts(teacher.parts, config.train.max_samples)
+    facts |= {"classes": {spec.name: spec.priority for spec in classes.classes}}
     exported = export_diffusers(student, teacher.parts.folder, folder / "export", facts)
     atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
     print(f"{exported}: written and read back; table in {folder / 'per_class.csv'}")

@@ -91,7 +91,7 @@ class Grammar(Strict):
 class GrammarSource(Strict):
     """Sentences from a symbolic grammar."""
 
-    source: Literal["grammar"] = "grammar"
+    source: Literal["grammar"] = Field("grammar", description="a grammar file")
     grammar: Path = Field(description="YAML file of the grammar")
 
     def load(self) -> Grammar:
@@ -113,7 +113,7 @@ class GrammarSource(Strict):
 class FileSource(Strict):
     """Sentences from a text file, one a line, or `class<TAB>sentence`; read round and round with fresh seeds."""
 
-    source: Literal["file"] = "file"
+    source: Literal["file"] = Field("file", description="a text file")
     path: Path = Field(description="text file, one prompt a line, optionally class<TAB>prompt")
 
     def lines(self) -> list[str]:

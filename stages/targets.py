@@ -68,7 +68,7 @@ def recipe_of(teacher: Teacher, config: RenderConfig, source: Mapping[str, JsonV
             "latent_shape": [channels, height, width],
         },
         information={
-            "teacher_location": str(parts.folder),
+            "teacher_location": parts.location,
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         },
     )

@@ -48,7 +48,9 @@ class FidelityConfig(Strict):
 class PairedConfig(Strict):
     """The same noise must give the same picture: fields compared by our own solver."""
 
-    prompts: int = Field(64, ge=2, description="validation prompts, the first ones")
+    prompts: int = Field(
+        256, ge=2, description="validation prompts, the first ones; few pictures carry most of the error"
+    )
     steps: tuple[int, ...] = Field((4, 8, 25), min_length=1, description="numbers of steps that are compared")
     reference_steps: int = Field(50, ge=1, description="steps of the teacher's reference")
     sampler: Sampler = Field(Sampler(guidance=3.0), description="solver, guidance and shift; its steps are not used")

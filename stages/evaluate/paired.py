@@ -7,11 +7,14 @@ at many steps. Every number is under the teacher's tail policy.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from stages.evaluate.fields import Field
 from stages.evaluate.sample import Sampler
+
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class PairedError:
     ceiling: float
     score: float | None
     """(student - floor) / (ceiling - floor): 0 as good as the teacher, 1 unrelated; None where floor >= ceiling."""
+    interval: tuple[float, float] | None
+    """95 % of the scores of resampled lists of pictures; a few that turn out otherwise carry most of the error."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +46,42 @@ class Task:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the teacher makes of a task, computed once and compared with many fields."""
+    """What the teacher makes of a task, computed once and compared with many fields; one error for each picture."""
 
     task: Task
     sampler: Sampler
     x0: Float[Tensor, "b c h w"]
-    ceiling: float
-    floors: Mapping[int, float]
-
-    def error(self, x0: Float[Tensor, "b c h w"]) -> float:
-        """Squared error of latents, relative to the variance of the reference."""
-        return relative_error(x0, self.x0)
+    ceiling: Float[Tensor, " b"]
+    floors: Mapping[int, Float[Tensor, " b"]]
 
     def judge(self, x0: Float[Tensor, "b c h w"], steps: int) -> PairedError:
         """The figures of latents that were drawn in that many steps."""
-        found, floor = self.error(x0), self.floors[steps]
-        score = (found - floor) / (self.ceiling - floor) if floor < self.ceiling else None
-        return PairedError(steps, found, floor, self.ceiling, score)
+        errors = torch.stack([relative_errors(x0, self.x0), self.floors[steps], self.ceiling])
+        found, floor, ceiling = errors.mean(1).tolist()
+        if floor >= ceiling:
+            return PairedError(steps, found, floor, ceiling, None, None)
+        return PairedError(steps, found, floor, ceiling, float(score(errors)), interval(errors))
 
 
-def relative_error(x0: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> float:
-    """Mean squared difference over the variance of all values of the reference."""
-    return float((x0.double() - reference.double()).square().mean() / reference.double().var(correction=0))
+def score(errors: Float[Tensor, "3 ... b"]) -> Float[Tensor, "..."]:
+    """(student - floor) / (ceiling - floor) of mean errors."""
+    student, floor, ceiling = errors.mean(-1)
+    shares: Tensor = (student - floor) / (ceiling - floor)
+    return shares
+
+
+def interval(errors: Float[Tensor, "3 b"]) -> tuple[float, float]:
+    """The bootstrap's 95 % interval of the score: lists of as many pictures, drawn with replacement."""
+    count = errors.shape[1]
+    rows = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    low, high = score(errors[:, rows]).quantile(torch.tensor([0.025, 0.975], dtype=errors.dtype)).tolist()
+    return low, high
+
+
+def relative_errors(x0: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+    """Each picture's mean squared difference, over the variance of all values of the reference; float64, on the CPU."""
+    difference = (x0.double() - reference.double()).square().flatten(1).mean(1)
+    return (difference / reference.double().var(correction=0)).cpu()
 
 
 def make_reference(
@@ -80,9 +99,9 @@ def make_reference(
     own = sampler.model_copy(update={"solver": "euler"})
     many = own.model_copy(update={"steps": reference_steps})
     x0 = task.draw(teacher, many)
-    ceiling = relative_error(Task(task.cond, task.uncond, other_noise).draw(teacher, many), x0)
+    ceiling = relative_errors(Task(task.cond, task.uncond, other_noise).draw(teacher, many), x0)
     few = {n: task.draw(teacher, own.model_copy(update={"steps": n})) for n in steps}
-    return Reference(task, sampler, x0, ceiling, {n: relative_error(drawn, x0) for n, drawn in few.items()})
+    return Reference(task, sampler, x0, ceiling, {n: relative_errors(drawn, x0) for n, drawn in few.items()})
 
 
 def paired_error(

@@ -14,7 +14,7 @@ from configs.strict import Strict
 from stages.classes import ClassFile
 from stages.evaluate.grid import fixed_noises
 from stages.evaluate.metrics import Scorer, fidelity
-from stages.evaluate.paired import relative_error
+from stages.evaluate.paired import relative_errors
 from stages.evaluate.sample import Sampler, sample_student, sample_teacher
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
@@ -48,7 +48,7 @@ def examine(
         cond = teacher.encode(texts)
         drawn = sample_student(student, cond, uncond, noise, config.sampler)
         wanted = sample_teacher(teacher, cond, uncond, noise, config.sampler)
-        found[name] = {"paired_error": relative_error(drawn, wanted)}
+        found[name] = {"paired_error": float(relative_errors(drawn, wanted).mean())}
         if scorer is not None:
             said = fidelity(scorer, texts, teacher.decode(drawn))
             found[name] |= {"all": said.all_at_once, **said.by_attribute}

@@ -123,11 +123,12 @@ def _fidelity_table(fidelity: Mapping[str, Fidelity]) -> Table:
 
 
 def _paired_table(paired: Mapping[str, Sequence[PairedError]]) -> Table:
-    table = _table("paired-noise error", "", "steps", "error", "floor", "ceiling", "score")
+    table = _table("paired-noise error", "", "steps", "error", "floor", "ceiling", "score", "95 %")
     for who, errors in paired.items():
         for e in errors:
             score = "-" if e.score is None else f"{e.score:.3f}"
-            table.add_row(who, str(e.steps), f"{e.student:.4f}", f"{e.floor:.4f}", f"{e.ceiling:.4f}", score)
+            between = "-" if e.interval is None else f"{e.interval[0]:.3f} to {e.interval[1]:.3f}"
+            table.add_row(who, str(e.steps), f"{e.student:.4f}", f"{e.floor:.4f}", f"{e.ceiling:.4f}", score, between)
     return table
 
 

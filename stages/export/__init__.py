@@ -35,7 +35,7 @@ def run(config: Config) -> Path:
     """Export one checkpoint; returns the diffusers folder."""
     saved = open_run(config.run, config.checkpoint)
     parts = load_teacher_parts(saved.origin, torch.device("cpu"), torch.float32)
-    facts = {"samples": saved.samples, "tail": saved.origin.tail, "recipe_sha256": saved.origin.recipe_sha256}
+    facts = saved.origin.facts(parts, saved.samples)
     out = config.out or saved.folder / "export"
     return export_diffusers(
         load_student(saved, parts), parts.folder, out, facts, DTYPES[config.dtype], config.flow_shift

@@ -29,12 +29,20 @@ FILES = ("*.json", "*.txt", "unet/*.safetensors", "vae/*.safetensors", "text_enc
 class Components:
     """The parts of one teacher, on one device."""
 
+    location: str
+    """The folder or hub id that was asked for."""
     folder: Path
+    """Where its files lie on this machine."""
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     schedule: Schedule
+
+    @property
+    def name(self) -> dict[str, str]:
+        """What an export says of its teacher: a hub id may be told to anybody, of a local path only the last part."""
+        return {"teacher": self.folder.name} if Path(self.location).is_dir() else {"base_model": self.location}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -112,4 +120,4 @@ def load_components(location: str, device: torch.device, dtype: torch.dtype) -> 
         raise Refused(f"teacher: {folder} cannot be loaded ({str(error).splitlines()[0]}) - fetch it again") from error
     for part in (unet, vae, text_encoder):
         part.eval().requires_grad_(False).to(device)
-    return Components(folder, unet, vae, text_encoder, tokenizer, schedule)
+    return Components(location, folder, unet, vae, text_encoder, tokenizer, schedule)

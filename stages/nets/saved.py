@@ -53,6 +53,10 @@ class Origin:
         """The same, with the teacher lying elsewhere if told so."""
         return self if teacher is None else replace(self, teacher=teacher)
 
+    def facts(self, parts: Components, samples: int) -> dict[str, Any]:
+        """What an export tells about its student."""
+        return {**parts.name, "tail": self.tail, "recipe_sha256": self.recipe_sha256, "samples": samples}
+
     def save(self, folder: Path) -> None:
         """Write it into a run folder."""
         atomic_write(folder / ORIGIN, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""The untrained parts of the embedded teacher: the anatomy of Stable Diffusion 1.5 at a hundredth of its width."""
+"""The untrained parts of the embedded teacher: the anatomy of Stable Diffusion 1.5 at a tenth of its width."""
 
 from pathlib import Path
 from typing import Any

@@ -57,8 +57,11 @@ class FeatureScale:
 
 def _deviations(feature: Float[Tensor, "m n"], rows: list[Tensor]) -> Float[Tensor, "bins n"]:
     overall = feature.std(dim=0)
-    each = torch.stack([feature[index].std(dim=0) if len(index) > 1 else overall for index in rows])
-    # A channel that hardly moves would outweigh all others: none counts as steadier than a hundredth of its block.
+    return floored(torch.stack([feature[index].std(dim=0) if len(index) > 1 else overall for index in rows]), overall)
+
+
+def floored(each: Float[Tensor, "bins n"], overall: Float[Tensor, " n"]) -> Float[Tensor, "bins n"]:
+    """Deviations of the bins, none below a hundredth of its block's: a channel that hardly moves would outweigh all."""
     return each.clamp_min(DEVIATION_FLOOR * float(overall.mean()))
 
 

@@ -3,7 +3,7 @@ import torch
 
 from stages.evaluate.fields import teacher_field
 from stages.evaluate.grid import fixed_noises
-from stages.evaluate.paired import Reference, Task, make_reference, paired_error, relative_error
+from stages.evaluate.paired import PairedError, Reference, Task, make_reference, paired_error, relative_errors
 from stages.evaluate.sample import Sampler
 from stages.nets.teacher import Teacher
 
@@ -34,16 +34,16 @@ def test_teachers_pictures_of_other_noise_score_one(teacher: Teacher, reference:
 
 
 def test_reference_itself_has_no_error(reference: Reference) -> None:
-    assert reference.error(reference.x0) == 0
+    assert float(relative_errors(reference.x0, reference.x0).sum()) == 0
 
 
 def test_floor_falls_with_the_steps(reference: Reference) -> None:
-    assert 0 < reference.floors[6] < reference.floors[2]
+    assert 0 < reference.floors[6].mean() < reference.floors[2].mean()
 
 
 def test_no_score_where_the_teachers_own_floor_is_above_the_ceiling(task: Task) -> None:
     x0 = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    found = Reference(task, Sampler(), x0, ceiling=0.5, floors={4: 0.6}).judge(2 * x0, 4)
+    found = Reference(task, Sampler(), x0, torch.tensor([0.4, 0.6]), {4: torch.tensor([0.7, 0.5])}).judge(2 * x0, 4)
     assert found.score is None
     assert found.student == pytest.approx(float(x0.square().mean() / x0.var(correction=0)), rel=1e-6)
 
@@ -51,7 +51,23 @@ def test_no_score_where_the_teachers_own_floor_is_above_the_ceiling(task: Task) 
 def test_error_is_free_of_the_scale_of_latents() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 2, 3, 4, 5, generator=generator)
-    assert relative_error(7 * a, 7 * b) == pytest.approx(relative_error(a, b), rel=1e-6)
+    torch.testing.assert_close(relative_errors(7 * a, 7 * b), relative_errors(a, b), rtol=1e-6, atol=0)
+
+
+def test_the_interval_holds_the_score_and_narrows_with_the_pictures(task: Task) -> None:
+    def judged(count: int) -> PairedError:
+        generator = torch.Generator().manual_seed(0)
+        x0, noise = torch.randn(2, count, 3, 4, 5, generator=generator)
+        ceiling, floor = torch.full((count,), 1.0), torch.zeros(count)
+        spread = torch.rand(count, 1, 1, 1, generator=generator)
+        return Reference(task, Sampler(), x0, ceiling, {4: floor}).judge(x0 + spread * noise, 4)
+
+    few, many = judged(10), judged(400)
+    for found in (few, many):
+        assert found.interval is not None
+        assert found.score is not None
+        assert found.interval[0] < found.score < found.interval[1]
+    assert many.interval[1] - many.interval[0] < 0.5 * (few.interval[1] - few.interval[0])
 
 
 def test_wrong_prompts_are_farther_than_the_right_ones(teacher: Teacher, reference: Reference, task: Task) -> None:

@@ -3,7 +3,7 @@ import pytest
 
 from configs.refusal import Refused
 from shards import order
-from shards.order import Pairs, UniformOrder, WeightedOrder
+from shards.order import Pairs, ShuffledOrder, WeightedOrder
 
 DRAWS = np.array([2, 2, 3, 1, 4])
 
@@ -25,31 +25,31 @@ def test_pairs_number_each_draw_of_each_record_once():
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
 def test_each_epoch_is_a_permutation(epoch):
-    ordered = UniformOrder(3, Pairs(DRAWS))
+    ordered = ShuffledOrder(3, Pairs(DRAWS))
     assert sorted(listed(ordered, 12 * epoch, 12 * epoch + 12)) == every_pair()
 
 
 def test_epochs_and_seeds_differ():
     pairs = Pairs(np.full(100, 2))
-    one = UniformOrder(3, pairs)
+    one = ShuffledOrder(3, pairs)
     assert listed(one, 0, 200) != listed(one, 200, 400)
-    assert listed(one, 0, 200) != listed(UniformOrder(4, pairs), 0, 200)
+    assert listed(one, 0, 200) != listed(ShuffledOrder(4, pairs), 0, 200)
 
 
 def test_a_span_over_several_epochs_is_its_parts_put_together():
-    ordered = UniformOrder(3, Pairs(DRAWS))
+    ordered = ShuffledOrder(3, Pairs(DRAWS))
     assert listed(ordered, 5, 40) == listed(ordered, 5, 13) + listed(ordered, 13, 40)
 
 
 def test_the_order_of_seed_0_is_the_one_it_always_was():
     pairs, weights = Pairs(np.full(10, 1)), {"a": 1, "b": 1}
-    uniform, weighted = UniformOrder(0, pairs), WeightedOrder(0, pairs, "ababababab", weights)
+    uniform, weighted = ShuffledOrder(0, pairs), WeightedOrder(0, pairs, "ababababab", weights)
     assert uniform.at(np.arange(10))[0].tolist() == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]
     assert weighted.at(np.arange(10))[0].tolist() == [9, 8, 4, 5, 1, 5, 6, 4, 4, 2]
 
 
 def test_every_pair_comes_first_equally_often():
-    firsts = [UniformOrder(seed, Pairs(DRAWS)).at(np.arange(1)) for seed in range(2400)]
+    firsts = [ShuffledOrder(seed, Pairs(DRAWS)).at(np.arange(1)) for seed in range(2400)]
     counts = np.bincount([Pairs(DRAWS).starts[record[0]] + draw[0] for record, draw in firsts], minlength=12)
     assert (abs(counts - 200) < 4 * np.sqrt(200 * 11 / 12)).all()
 

@@ -8,7 +8,8 @@ import torch
 
 from configs.refusal import Refused
 from shards.manifest import Manifest
-from shards.reader import MOST_OPEN, Reader
+from shards.opened import MOST_OPEN
+from shards.reader import Reader
 from shards.writer import CacheWriter
 
 TRAIN = range(7)
@@ -142,8 +143,9 @@ def test_more_shards_than_open_files_are_read(tmp_path, make_recipe, make_record
     writer = CacheWriter(tmp_path, make_recipe())
     for index in range(MOST_OPEN + 3):
         writer.add("train", index, [make_record(index)])
+    gc.collect()
     before = open_files()
-    reader = Reader(tmp_path, batch_size=2 * (MOST_OPEN + 3), memory_budget_bytes=0)
+    reader = Reader(tmp_path, batch_size=2 * (MOST_OPEN + 3), memory_budget_bytes=0, workers=0)
     assert len(set(next(reader.batches()).keys)) == MOST_OPEN + 3
     assert open_files() - before == MOST_OPEN
     del reader

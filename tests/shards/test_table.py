@@ -6,7 +6,9 @@ import torch
 import zarr
 
 from configs.refusal import Refused
+from shards import table as table_module
 from shards import tabulate
+from shards.moments import Statistics
 from shards.reader import Reader
 from shards.table import Table, write_table
 from shards.writer import CacheWriter
@@ -53,12 +55,31 @@ def test_rows_are_found_by_split_class_and_time(cache):
     assert len(table.rows()) == len(table) == 18
 
 
-def test_statistics_are_those_of_the_training_states(cache):
+@pytest.mark.parametrize("rows_at_once", [4096, 3])
+def test_statistics_are_those_of_the_training_states_of_each_bin(cache, monkeypatch, rows_at_once):
+    monkeypatch.setattr(table_module, "ROWS_AT_ONCE", rows_at_once)
     write_table(cache)
-    seen = torch.cat([record.features.by_block["mid"] for record in Reader(cache).records("train")]).double()
-    found = Table.open(cache).statistics("mid")
-    torch.testing.assert_close(found.mean.double(), seen.mean(0), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(found.std.double(), seen.std(0, correction=0), rtol=1e-6, atol=1e-7)
+    records = list(Reader(cache).records("train"))
+    s = torch.cat([record.draws.s for record in records])
+    found = Table.open(cache).statistics(bins=3)
+    assert list(found) == ["mid", "down_0"]
+    for block, one in found.items():
+        seen = torch.cat([record.features.by_block[block] for record in records]).double()
+        for i in range(3):
+            rows = seen[(s >= i / 3) & (s < (i + 1) / 3)]
+            assert one.count[i].item() == len(rows) > 1
+            torch.testing.assert_close(one.mean[i], rows.mean(0))
+            torch.testing.assert_close(one.std()[i], rows.std(0))
+        torch.testing.assert_close(one.overall().mean[0], seen.mean(0))
+        torch.testing.assert_close(one.overall().std(correction=0)[0], seen.std(0, correction=0))
+
+
+def test_statistics_survive_a_large_mean():
+    values = torch.randn(1000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e7
+    found = Statistics.none(1, 2)
+    for part in values.split(7):
+        found = found.joined(Statistics.of(part, torch.zeros(len(part), dtype=torch.int64), 1))
+    torch.testing.assert_close(found.std()[0], values.std(0), rtol=1e-7, atol=0)
 
 
 def test_the_attributes_tell_what_it_belongs_to(cache, make_recipe):
@@ -98,4 +119,4 @@ def test_a_failure_leaves_no_half_table(cache, monkeypatch):
     monkeypatch.setattr(zarr.Array, "__setitem__", full)
     with pytest.raises(Refused, match=r"table\.zarr: cannot be written \(No space left on device\)"):
         write_table(cache)
-    assert sorted(path.name for path in cache.iterdir()) == ["data", "manifest.json"]
+    assert sorted(path.name for path in cache.iterdir()) == ["data", "journal", "manifest.json"]

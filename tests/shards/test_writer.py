@@ -187,5 +187,5 @@ def test_a_file_that_does_not_fit_is_refused_and_leaves_nothing(tmp_path, make_r
     told = subprocess.run(words, cwd=HERE.parents[1], check=True, capture_output=True, text=True)
     assert "data/train-000001.tar: cannot be written (File too large)" in told.stdout
     assert told.stderr == ""
-    assert sorted(content(tmp_path)) == ["data/train-000000.tar", "manifest.json"]
+    assert sorted(content(tmp_path)) == ["data/train-000000.tar", "journal/train-000000.json", "manifest.json"]
     assert CacheWriter(tmp_path, make_recipe()).has("train", 0, 4)

@@ -7,6 +7,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from shards.record import BLOCKS
+from stages.export.diffusers import flow_scheduler
+from stages.flow.bridge import Bridge, Schedule
 from stages.nets.components import load_components
 from stages.nets.features import last_resnets
 from stages.prompts import GrammarSource, prompts
@@ -50,6 +52,37 @@ def test_stock_diffusers_draws_what_it_is_told(pipeline: StableDiffusionPipeline
     generator = torch.Generator().manual_seed(0)
     asked = {"num_inference_steps": 15, "guidance_scale": 5.0, "generator": generator, "output_type": "pt"}
     assert shares(score(texts, pipeline(texts, **asked).images))["all"] > 0.8
+
+
+@pytest.fixture
+def velocity_pipeline(pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> StableDiffusionPipeline:
+    """The stock pipeline with a perfect student in it: the teacher's own velocity, told the time 1000 s."""
+    bridge, answer = Bridge(Schedule.from_config(pipeline.scheduler.config)), pipeline.unet.forward
+
+    def forward(
+        x: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: object
+    ) -> tuple[torch.Tensor]:
+        s = (t.double() / 1000).expand(len(x))
+        k, _s = bridge.nearest_state(s)
+        return (bridge.velocity(x, s, k, answer(bridge.teacher_input(x, s), k, encoder_hidden_states).sample),)
+
+    monkeypatch.setattr(pipeline.unet, "forward", forward)
+    return pipeline
+
+
+def test_a_velocity_model_paints_under_the_exported_scheduler_and_rubbish_as_a_noise_model(
+    velocity_pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [prompt.text for prompt in prompts(SOURCE, 5, "validation", 40)]
+
+    def right() -> float:
+        asked = {"num_inference_steps": 15, "guidance_scale": 5.0, "output_type": "pt"}
+        painted = velocity_pipeline(texts, generator=torch.Generator().manual_seed(0), **asked)
+        return shares(score(texts, painted.images))["all"]
+
+    assert right() < 0.5
+    monkeypatch.setattr(velocity_pipeline, "scheduler", flow_scheduler())
+    assert right() > 0.8
 
 
 def test_the_judge_reads_true_pictures(scenes: Scenes) -> None:

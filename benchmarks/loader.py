@@ -1,0 +1,218 @@
+"""Records a second from a cache of SD1.5's record size, beside four other loaders, in one run.
+
+    python -m venv /somewhere && /somewhere/bin/pip install -e . mosaicml-streaming litdata megatron-energon
+    PYTHONPATH=. /somewhere/bin/python benchmarks/loader.py [--records 384] [--rounds 5] [--folder DIR]
+
+They want older companions than ours (transformers 4, huggingface_hub 0), so they are no extra of pyproject: give them
+a venv of their own. A loader that cannot be imported is told as `not installed`.
+
+Every measurement is a process of its own; the loaders take turns, so that what else runs on the machine meets all of
+them. A rate counts from the first batch to the end of the epoch. Cold: the page cache is told to drop the files first.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from loader_peers import DRAWS, LOADERS, ROWS
+
+from shards.recipe import Recipe
+from shards.record import BLOCKS, BlockFeatures, Draws, Record
+from shards.writer import CacheWriter
+
+WIDTHS = dict(zip(BLOCKS, (320, 640, 1280, 1280, 1280, 1280, 1280, 640, 320), strict=True))
+SHARD = 48
+# As the Makefile sets it for every story, here for every loader: or else each batch is paid for in page faults.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+def record(number: int) -> Record:
+    """Random numbers in the shape of SD1.5's answers."""
+    generator = torch.Generator().manual_seed(number)
+
+    def half(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).half()
+
+    x_t, v_cond, v_uncond = (half(DRAWS, 4, 64, 64) for _ in range(3))
+    times = torch.rand(DRAWS, generator=generator)
+    draws = Draws((times * 999).long(), times, x_t, v_cond, v_uncond, torch.arange(DRAWS) < 4)
+    features = BlockFeatures({block: half(DRAWS, width) for block, width in WIDTHS.items()})
+    return Record(
+        f"{number:09d}", f"number {number}", "none", number, 5.0, half(77, 768), half(4, 64, 64), draws, features
+    )
+
+
+def make_cache(folder: Path, records: int) -> None:
+    """A cache of `records` records, SHARD of them in each shard."""
+    writer = CacheWriter(folder, Recipe(identity={"benchmark": "loader"}))
+    for index, first in enumerate(range(0, records, SHARD)):
+        if not writer.has("train", index, min(SHARD, records - first)):
+            writer.add("train", index, map(record, range(first, min(first + SHARD, records))))
+
+
+def forget(folder: Path) -> None:
+    """Ask the system to drop what it holds of these files."""
+    os.sync()
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def epoch(name: str, cache: Path, folder: Path, workers: int) -> dict[str, float]:
+    """One epoch: records and bytes a second after the first batch, and the seconds until it."""
+    loader, began = LOADERS[name], time.perf_counter()
+    first, count, size = 0.0, 0, 0
+    for _keys, tensors in loader.batches(loader.open(cache, folder, workers)):
+        now = time.perf_counter()
+        if not first:
+            first = now
+        else:
+            count, size = count + len(tensors["cond"]), size + sum(values.nbytes for values in tensors.values())
+    seconds = time.perf_counter() - first
+    if not count:
+        raise RuntimeError("gave no second batch")
+    return {"records": count / DRAWS / seconds, "bytes": size / seconds, "first": first - began}
+
+
+def resume(name: str, cache: Path, folder: Path, workers: int) -> dict[str, Any]:
+    """Leave at half an epoch and go on in a new loader: seconds to its first batch, and how far off that batch is."""
+    loader = LOADERS[name]
+    whole = [keys for keys, _ in loader.batches(loader.open(cache, folder, workers))]
+    half, opened = len(whole) // 2, loader.open(cache, folder, workers)
+    stream = loader.batches(opened)
+    for _ in range(half):
+        next(stream)
+    state = loader.state(opened, half)
+    del stream, opened
+    if state is None:
+        return {"resume": None, "error": None}
+    began = time.perf_counter()
+    keys = next(loader.batches(loader.open(cache, folder, workers), state))[0]
+    seconds = time.perf_counter() - began
+    found = whole.index(keys) if keys in whole else None
+    return {
+        "resume": seconds,
+        "error": None if found is None else (found - half) * ROWS // DRAWS,
+        "elsewhere": found is None,
+    }
+
+
+def one(name: str, cache: Path, folder: Path, workers: int, what: str) -> dict[str, Any]:
+    """What a child process measures."""
+    if what == "convert":
+        LOADERS[name].convert(cache, folder)
+        return {}
+    if what == "resume":
+        return resume(name, cache, folder, workers)
+    forget(cache)
+    forget(folder)
+    return {"cold": epoch(name, cache, folder, workers), "warm": epoch(name, cache, folder, workers)}
+
+
+def child(name: str, cache: Path, folder: Path, workers: int, what: str) -> dict[str, Any]:
+    """The result of `one` in a fresh process, or why there is none."""
+    environment = os.environ | ALLOCATOR
+    words = [name, str(cache), str(folder), str(workers), what]
+    try:
+        ran = subprocess.run(
+            [sys.executable, __file__, "--one", *words],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": "more than 120 s"}
+    for line in ran.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return dict(json.loads(line.removeprefix("RESULT ")))
+    last = (ran.stderr.strip().splitlines() or ["no output"])[-1]
+    return {"failed": "not installed" if "ModuleNotFoundError" in last else last[:90]}
+
+
+def spread(values: list[float], unit: str = "") -> str:
+    """Median, and the smallest and greatest."""
+    return f"{statistics.median(values):.3g}{unit} ({min(values):.3g} to {max(values):.3g})" if values else "-"
+
+
+def main() -> None:
+    """Make the data, let every loader convert it, measure in turns, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, default=384)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "sollune-loader")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        name, cache, folder, workers, what = asked.one
+        print("RESULT " + json.dumps(one(name, Path(cache), Path(folder), int(workers), what)), flush=True)
+        return
+    cache = asked.folder / "cache"
+    make_cache(cache, asked.records)
+    failed: dict[str, str] = {}
+    for name in LOADERS:
+        if not (asked.folder / name / "DONE").exists():
+            found = child(name, cache, asked.folder / name, 0, "convert")
+            if "failed" in found:
+                failed[name] = found["failed"]
+                continue
+            (asked.folder / name).mkdir(exist_ok=True)
+            (asked.folder / name / "DONE").touch()
+    results: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for _ in range(asked.rounds):
+        for workers in asked.workers:
+            for name in (name for name in LOADERS if name not in failed):
+                results.setdefault((name, workers), []).append(child(name, cache, asked.folder / name, workers, "read"))
+    size = sum(path.stat().st_size for path in cache.rglob("*.tar"))
+    print(f"{asked.records} records, {size:,} bytes, {asked.rounds} rounds; median (smallest to greatest)\n")
+    print("| loader | workers | cold rec/s | warm rec/s | warm MB/s | ours/it cold | ours/it warm | first batch |")
+    print("|---|---|---|---|---|---|---|---|")
+    for workers in asked.workers:
+        for name in LOADERS:
+            print(line(name, workers, results, failed))
+    print("\n| loader | first batch after resume at 50 % | position error, records |\n|---|---|---|")
+    for name in LOADERS:
+        found = {"failed": failed[name]} if name in failed else child(name, cache, asked.folder / name, 0, "resume")
+        off = "not in the uninterrupted order" if found.get("elsewhere") else found.get("error")
+        cells = (
+            (found["failed"], "-")
+            if "failed" in found
+            else ("cannot resume", "-")
+            if found["resume"] is None
+            else (f"{found['resume']:.3f} s", str(off))
+        )
+        print(f"| {name} | {cells[0]} | {cells[1]} |")
+
+
+def line(name: str, workers: int, results: dict[tuple[str, int], list[dict[str, Any]]], failed: dict[str, str]) -> str:
+    """A row of the table; ratios are taken round by round."""
+    rounds = results.get((name, workers), [])
+    slips = [found["failed"] for found in rounds if "failed" in found]
+    if name in failed or slips:
+        return f"| {name} | {workers} | {failed.get(name) or slips[0]} | | | | | |"
+    ours = results[("sollune", workers)]
+    cells = [spread([found[heat]["records"] for found in rounds]) for heat in ("cold", "warm")]
+    cells.append(f"{statistics.median(found['warm']['bytes'] for found in rounds) / 1e6:.0f}")
+    for heat in ("cold", "warm"):
+        pairs = [(a, b) for a, b in zip(ours, rounds, strict=True) if "failed" not in a]
+        cells.append(spread([a[heat]["records"] / b[heat]["records"] for a, b in pairs]))
+    cells.append(f"{statistics.median(found['warm']['first'] for found in rounds):.2f} s")
+    return f"| {name} | {workers} | " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Shards open for reading by offset: nothing is handed out of a shard that was not found right first."""
+
+import os
+import struct
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from configs.refusal import Refused
+from shards.archive import Place
+from shards.codec import head
+from shards.layout import LENGTH, MOST_HEADER_BYTES, Head, Layout, layout_of
+from shards.manifest import Shard, refusal
+from shards.order import WINDOW
+from shards.stamps import Facts, is_stamped, stamp
+
+MOST_OPEN = 64
+MOST_JSON_BYTES = 1 << 20
+GUESS_BYTES = 4096
+"""Read at once from the beginning of a KEY.safetensors: more than its header, its times and steps usually take."""
+
+
+class Opened:
+    """One open file; it closes when nobody reads from it any more, whichever thread that was."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd, self.asked_ahead = -1, False
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.facts = Facts.of(os.fstat(self.fd))
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    def ask_ahead(self, size: int) -> None:
+        """Let the system fetch all of it, in one sweep, unless a window of such files would not fit into memory.
+
+        The draws of a shard in use are asked for in random order, all within one window: one by one they would cost a
+        disk many small reads.
+        """
+        self.asked_ahead = True
+        if 2 * WINDOW * size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            os.posix_fadvise(self.fd, 0, size, os.POSIX_FADV_WILLNEED)
+
+    def is_as_it_was(self) -> bool:
+        """Whether the file is neither written to nor replaced since it was opened."""
+        return Facts.of(os.fstat(self.fd)) == self.facts
+
+
+class OpenShards:
+    """The latest few tars; each is checked against its sha256 before anything is read from it (see `stamps`).
+
+    Threads may share it. A shard that changes under its reader is checked again before its next record.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._opened: OrderedDict[str, Opened] = OrderedDict()
+        self._right: dict[str, Facts] = {}
+        self._lock, self._lock_of = Lock(), dict[str, Lock]()
+
+    def read(self, shard: Shard, place: Place) -> tuple[bytes, bytes]:
+        """The two members of a record, in one read."""
+        first = place.json_offset
+        content = self._bytes(shard, first, place.st_offset + place.st_size - first)
+        return content[: place.json_size], content[place.st_offset - first :]
+
+    def head(self, shard: Shard, place: Place) -> Head:
+        """A record without its large tensors."""
+        first, between = place.json_offset, place.st_offset - place.json_offset
+        if (
+            not 0 < place.json_size <= between <= place.json_size + MOST_HEADER_BYTES
+            or place.json_size > MOST_JSON_BYTES
+        ):
+            raise self._refused(shard, place, f"its JSON has {place.json_size} of {between} bytes")
+        content = self._bytes(shard, first, between + min(GUESS_BYTES, place.st_size))
+        said, start = head(content[: place.json_size]), content[between:]
+        try:
+            if len(start) < LENGTH.size:
+                raise ValueError(f"its safetensors has {len(start)} bytes")
+            ends = LENGTH.size + LENGTH.unpack_from(start)[0]
+            if ends > min(MOST_HEADER_BYTES, place.st_size):
+                raise ValueError(f"its safetensors header has {ends} bytes")
+            if ends > len(start):
+                start = self._bytes(shard, place.st_offset, ends)
+            blocks = tuple(str(block) for block in said["blocks"])
+            layout = layout_of(start[LENGTH.size : ends], blocks)
+            if layout.bytes > place.st_size:
+                raise ValueError(f"its {layout.rows} draws end at byte {layout.bytes} of {place.st_size}")
+            return Head(
+                key=str(said["key"]),
+                text=str(said["text"]),
+                class_name=str(said["class_name"]),
+                guidance_scale=float(said["guidance_scale"]),
+                blocks=blocks,
+                k=self._column(shard, place, layout, "k", start),
+                s=self._column(shard, place, layout, "s", start),
+                layout=layout,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._refused(shard, place, str(error)) from error
+
+    def _column(self, shard: Shard, place: Place, layout: Layout, name: str, start: bytes) -> tuple[Any, ...]:
+        """A small tensor, out of the bytes that are there already unless it lies beyond them."""
+        part = layout.parts[name]
+        size = part.row_bytes * layout.rows
+        found = start[part.offset : part.offset + size]
+        if len(found) < size:
+            found = self._bytes(shard, place.st_offset + part.offset, size)
+        return struct.unpack(f"<{layout.rows}{'q' if name == 'k' else 'f'}", found)
+
+    def read_into(self, shard: Shard, offset: int, buffers: Sequence[memoryview], size: int) -> None:
+        """Fill the buffers, which hold `size` bytes together, one after the other from this byte of the tar on."""
+        opened = self._handle(shard)
+        if not opened.asked_ahead:
+            opened.ask_ahead(shard.bytes)
+        if os.preadv(opened.fd, buffers, offset) != size:
+            raise Refused(refusal(self.folder, shard, f"ends before byte {offset + size}"))
+
+    def _bytes(self, shard: Shard, offset: int, size: int) -> bytes:
+        if not 0 <= offset <= offset + size <= shard.bytes:
+            raise Refused(refusal(self.folder, shard, f"places a record at bytes {offset} to {offset + size}"))
+        content = os.pread(self._handle(shard).fd, size, offset)
+        if len(content) != size:
+            raise Refused(refusal(self.folder, shard, f"ends before byte {offset + size}"))
+        return content
+
+    def _handle(self, shard: Shard) -> Opened:
+        opened = self._opened.get(shard.file)
+        if opened is not None and opened.is_as_it_was():
+            return opened
+        with self._lock:
+            lock = self._lock_of.setdefault(shard.file, Lock())
+        with lock:  # one thread reads a shard whole, others go on with other shards
+            opened = self._opened.get(shard.file)
+            if opened is None or not opened.is_as_it_was():
+                opened = self._checked(shard)
+            with self._lock:
+                self._opened[shard.file] = opened
+                self._opened.move_to_end(shard.file)
+                while len(self._opened) > MOST_OPEN:
+                    self._opened.popitem(last=False)
+        return opened
+
+    def _checked(self, shard: Shard) -> Opened:
+        """The shard, opened, and right: as it was when it was last read whole, or else read whole now."""
+        path = self.folder / shard.file
+        try:
+            opened = Opened(path)
+        except OSError as error:
+            raise Refused(refusal(self.folder, shard, f"cannot be opened ({error.strerror})")) from error
+        if self._right.get(shard.file) != opened.facts and not is_stamped(path, shard.sha256, opened.facts):
+            fault = shard.fault(self.folder)
+            if fault is None and not (opened.is_as_it_was() and Facts.of(path.stat()) == opened.facts):
+                fault = "changed while it was read"
+            if fault:
+                raise Refused(refusal(self.folder, shard, fault))
+            stamp(path, shard.sha256, opened.facts)
+        self._right[shard.file] = opened.facts
+        return opened
+
+    def _refused(self, shard: Shard, place: Place, fault: str) -> Refused:
+        return Refused(refusal(self.folder, shard, f"record at byte {place.json_offset}: {fault}"))
