@@ -213,14 +213,15 @@ class Manifest(Strict):
         )
         others = [failure for failure in self.failures if failure.file != shard.file]
         listed = sorted([*others, *failures], key=lambda one: (one.file, one.key))
+        if (tuple(shards), tuple(listed)) == (self.shards, self.failures):
+            return self  # the table is still the one of these shards
         return self.model_copy(update={"shards": tuple(shards), "failures": tuple(listed), "table": ()})
 
     def without(self, file: str) -> "Manifest":
         """This manifest as if this shard had never been made."""
         shards = tuple(shard for shard in self.shards if shard.file != file)
-        return self.model_copy(
-            update={"shards": shards, "failures": tuple(one for one in self.failures if one.file != file)}
-        )
+        failures = tuple(one for one in self.failures if one.file != file)
+        return self.model_copy(update={"shards": shards, "failures": failures, "table": ()})
 
     def check_recipe(self, recipe: Recipe, cache: Path | str = "cache") -> None:
         """Raise `Refused`, naming each field that differs, unless `recipe` would make these very shards."""

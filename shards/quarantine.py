@@ -14,7 +14,7 @@ FOLDER = "quarantine"
 def quarantine(cache: Path) -> list[Path]:
     """Move every damaged file of a cache into a fresh folder under CACHE/quarantine; returns where each of them is now.
 
-    A table goes as a whole. So does a manifest, and with it what only it vouched for: every shard is then made again.
+    A table goes as a whole. A damaged manifest takes it along: the journal vouches for the shards, not for the table.
     """
     target = next(cache / FOLDER / f"{i:04d}" for i in range(10**4) if not (cache / FOLDER / f"{i:04d}").exists())
     moved = []

@@ -50,6 +50,8 @@ class CacheWriter:
         self._entered: dict[str, Entry] = {}
         sweep(folder)
         self.refresh()
+        if self.manifest.shards and not (folder / NAME).exists():
+            self.assemble()  # the journal outlives a manifest that was moved aside
 
     def refresh(self) -> None:
         """Learn what other processes have finished, or found to be unfinished, since."""
