@@ -67,16 +67,22 @@ def recipe_of(teacher: Teacher, config: RenderConfig, source: Mapping[str, JsonV
             "teacher": dict(identity(parts.folder)),
             "prompts": dict(source),
             "render": config.model_dump(mode="json"),
-            "dtype": str(parts.unet.dtype).removeprefix("torch."),
+            "dtype": teacher.precision,
             "hook_point": HOOK_POINT,
             "blocks": dict(widths(parts.unet)),
             "latent_shape": [channels, height, width],
         },
         information={
             "teacher_location": parts.location,
+            "device": device_name(parts.unet.device),
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         },
     )
+
+
+def device_name(device: torch.device) -> str:
+    """The kind of processor that computes, because another one rounds otherwise."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ def make_records(
     device, shape = teacher.parts.unet.device, teacher.parts.latent_shape
     chosen = [choose(prompt, config, shape) for prompt in prompts]
     cond = teacher.encode([prompt.text for prompt in prompts]).half()
-    asked = Asked(teacher, cond, teacher.encode([""]).half())
+    asked = Asked(teacher, cond, teacher.uncond.half())
 
     times = torch.stack([choice.times for choice in chosen], dim=1).to(device)
     _, known_times = teacher.bridge.nearest_state(times.flatten())

@@ -22,6 +22,13 @@ def widths(unet: UNet2DConditionModel) -> dict[str, int]:
     return {name: len(resnet.get_parameter("conv2.weight")) for name, resnet in last_resnets(unet).items()}
 
 
+def unheard(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A copy in fp32 on the same device, to which nobody listens yet."""
+    clean = UNet2DConditionModel.from_config(unet.config)
+    clean.load_state_dict(unet.state_dict())
+    return clean.float().to(unet.device)
+
+
 class FeatureTap:
     """Listens to the last resnets of a UNet; `take` hands over what the latest forward pass left."""
 

@@ -1,6 +1,5 @@
 """The student: the teacher's UNet, told the path time 1000 s and answering with the velocity."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from stages.nets.features import FeatureTap, last_resnets
+from stages.nets.features import FeatureTap, last_resnets, unheard
 
 TIME_SCALE = 1000.0
 
@@ -34,9 +33,7 @@ class Student(nn.Module):
     @classmethod
     def from_teacher(cls, unet: UNet2DConditionModel) -> "Student":
         """A trainable copy in fp32; the teacher stays as it is."""
-        clean = UNet2DConditionModel.from_config(unet.config)
-        clean.load_state_dict(copy.deepcopy(unet.state_dict()))
-        return cls(clean.float().to(unet.device).requires_grad_(True))
+        return cls(unheard(unet).requires_grad_(True))
 
     @property
     def blocks(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from stages.flow.bridge import Bridge, Tail
 from stages.nets.components import Components
-from stages.nets.features import FeatureTap
+from stages.nets.network import Network, Said, joined, precise, spoken
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,24 @@ class Answer:
 class Teacher:
     """A noise- or v-predicting model, seen as a velocity field on the linear path."""
 
-    def __init__(self, parts: Components, tail: Tail) -> None:
+    def __init__(
+        self, parts: Components, tail: Tail, dtype: torch.dtype = torch.float32, *, compiled: bool = False
+    ) -> None:
+        """Of a lower `dtype` a second copy of the UNet is made, which answers wherever that is precise enough."""
         self.parts = parts
         self.bridge = Bridge(parts.schedule, tail)
-        self.tap = FeatureTap(parts.unet)
+        self._full = Network(parts.unet, parts.unet.dtype, compiled)
+        self._lower = None if dtype == parts.unet.dtype else Network(parts.unet, dtype, compiled)
+
+    @property
+    def precision(self) -> str:
+        """In what it computes, as a recipe tells it."""
+        return spoken((self._lower or self._full).dtype)
+
+    @cached_property
+    def uncond(self) -> Float[Tensor, "1 l d"]:
+        """The conditioning of the unconditional branch: the empty sentence."""
+        return self.encode([""])
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Float[Tensor, "b l d"]:
@@ -47,12 +62,27 @@ class Teacher:
         uncond: Float[Tensor, "1 l d"],
     ) -> Answer:
         """Velocities (fp32) at the states (x, s), asked at the teacher's own step k, both branches in one pass."""
-        unet, b = self.parts.unet, len(x)
-        shown = self.bridge.teacher_input(x, s).to(unet.dtype)
-        both = torch.cat([cond, uncond.expand_as(cond)]).to(unet.dtype)
-        raw = unet(shown.repeat(2, 1, 1, 1), k.repeat(2), both).sample.float()
-        v_cond, v_uncond = (self.bridge.velocity(x.float(), s, k, part) for part in raw.chunk(2))
-        return Answer(v_cond, v_uncond, self.tap.take(slice(0, b)))
+        raw = self._ask(self.bridge.teacher_input(x, s), k, cond, uncond)
+        v_cond, v_uncond = (self.bridge.velocity(x.float(), s, k, part) for part in (raw.cond, raw.uncond))
+        return Answer(v_cond, v_uncond, raw.features)
+
+    def _ask(
+        self,
+        shown: Float[Tensor, "b c h w"],
+        k: Int[Tensor, " b"],
+        cond: Float[Tensor, "b l d"],
+        uncond: Float[Tensor, "1 l d"],
+    ) -> Said:
+        """The network's raw answers, each row's in the precision that its step needs."""
+        needed = precise(k) if self._lower else torch.ones_like(k, dtype=torch.bool)
+        asked = [(self._full, needed.nonzero().flatten())]
+        if self._lower:
+            asked.append((self._lower, (~needed).nonzero().flatten()))
+        rows = [(network, here) for network, here in asked if len(here)]
+        if len(rows) == 1:
+            return rows[0][0].ask(shown, k, cond, uncond)
+        said = [network.ask(shown[here], k[here], cond[here], uncond) for network, here in rows]
+        return joined(said, torch.cat([here for _, here in rows]))
 
     @torch.inference_mode()
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:

@@ -1,0 +1,73 @@
+"""A teacher's UNet in one precision, asked for both branches of guidance in one pass."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from stages.nets.features import FeatureTap, unheard
+
+PRECISE_ABOVE = 700
+"""Steps of SD-1.x beyond which the bridge multiplies an error of the network by 1 / (1 - s) = 5 to 16: the 1e-3 of half
+precision would be 1 % of the velocity."""
+
+
+def precise(k: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
+    """Which of these steps are asked in the full precision of the weights."""
+    return k > PRECISE_ABOVE
+
+
+def spoken(dtype: torch.dtype) -> str:
+    """A precision as a recipe tells it."""
+    name = str(dtype).removeprefix("torch.")
+    return name if dtype == torch.float32 else f"{name}, float32 above k = {PRECISE_ABOVE}"
+
+
+@dataclass(frozen=True)
+class Said:
+    """Raw answers of both branches in fp32, and the pooled features of the conditional one."""
+
+    cond: Float[Tensor, "b c h w"]
+    uncond: Float[Tensor, "b c h w"]
+    features: Mapping[str, Float[Tensor, "b n"]]
+
+
+class Network:
+    """A frozen UNet that listens to its own blocks."""
+
+    def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype, compiled: bool) -> None:
+        """A copy is made where `unet` is of another dtype; on a GPU it is laid out for its convolutions."""
+        self.unet = unet if unet.dtype == dtype else unheard(unet).to(dtype).eval().requires_grad_(False)
+        self.dtype = dtype
+        if self.unet.device.type == "cuda":
+            self.unet.to(memory_format=torch.channels_last)
+        self.tap = FeatureTap(self.unet)
+        self._forward: Any = torch.compile(self.unet) if compiled else self.unet
+
+    def ask(
+        self,
+        shown: Float[Tensor, "b c h w"],
+        k: Int[Tensor, " b"],
+        cond: Float[Tensor, "b l d"],
+        uncond: Float[Tensor, "1 l d"],
+    ) -> Said:
+        """What it answers when it is shown these states at these steps."""
+        both = torch.cat([cond, uncond.expand_as(cond)]).to(self.dtype)
+        raw = self._forward(shown.to(self.dtype).repeat(2, 1, 1, 1), k.repeat(2), both).sample.float()
+        said_cond, said_uncond = raw.chunk(2)
+        return Said(said_cond, said_uncond, self.tap.take(slice(0, len(shown))))
+
+
+def joined(parts: Sequence[Said], rows: Int[Tensor, " b"]) -> Said:
+    """The answers of several networks, back in the order of the batch: row i of all parts is row `rows[i]` of it."""
+    back = rows.argsort()
+
+    def one(values: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(values))[back]
+
+    features = {block: one([part.features[block] for part in parts]) for block in parts[0].features}
+    return Said(one([part.cond for part in parts]), one([part.uncond for part in parts]), features)

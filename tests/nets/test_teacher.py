@@ -1,0 +1,64 @@
+"""Laws of the frozen teacher: in which precision it is asked, and that rows do not mix."""
+
+import pytest
+import torch
+
+from stages.nets.components import Components, load_components
+from stages.nets.network import PRECISE_ABOVE
+from stages.nets.teacher import Answer, Teacher
+
+K = torch.tensor([990, 40, PRECISE_ABOVE + 1, PRECISE_ABOVE, 300])
+LATE = K > PRECISE_ABOVE
+
+
+@pytest.fixture(scope="module")
+def parts() -> Components:
+    return load_components("stages/tiny/model", torch.device("cpu"), torch.float32)
+
+
+def asked(teacher: Teacher, rows: slice = slice(None)) -> Answer:
+    x = torch.randn(len(K), *teacher.parts.latent_shape, generator=torch.Generator().manual_seed(0))
+    cond = teacher.encode([f"a red star, number {i}" for i in range(len(K))])
+    s = teacher.bridge.s_of_k(K).float()
+    return teacher.answer(x[rows], s[rows], K[rows], cond[rows], teacher.uncond)
+
+
+@pytest.fixture(scope="module")
+def full(parts: Components) -> Answer:
+    return asked(Teacher(parts, "hold"))
+
+
+@pytest.fixture(scope="module")
+def mixed(parts: Components) -> Answer:
+    return asked(Teacher(parts, "hold", torch.float16))
+
+
+def test_half_precision_is_used_where_the_bridge_does_not_magnify_its_error(full: Answer, mixed: Answer) -> None:
+    for name in ("v_cond", "v_uncond"):
+        exact, halved = getattr(full, name), getattr(mixed, name)
+        error = (halved - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+        assert (error[LATE] < 1e-5).all()
+        assert (error[~LATE] > 1e-5).all()
+        assert (error < 0.01).all()
+
+
+def test_rows_asked_in_two_precisions_come_back_in_their_order(parts: Components, mixed: Answer) -> None:
+    teacher = Teacher(parts, "hold", torch.float16)
+    for row in range(len(K)):
+        alone = asked(teacher, slice(row, row + 1))
+        torch.testing.assert_close(alone.v_cond[0], mixed.v_cond[row], atol=5e-3, rtol=5e-3)
+        for block, feature in alone.features.items():
+            torch.testing.assert_close(feature[0], mixed.features[block][row], atol=2e-2, rtol=2e-2)
+
+
+def test_a_second_teacher_of_the_same_parts_leaves_the_first_as_it_was(parts: Components, full: Answer) -> None:
+    first = Teacher(parts, "hold")
+    asked(Teacher(parts, "hold", torch.float16))
+    again = asked(first)
+    assert torch.equal(again.v_cond, full.v_cond)
+    assert all(torch.equal(again.features[block], full.features[block]) for block in full.features)
+
+
+def test_a_recipe_tells_the_precision(parts: Components) -> None:
+    assert Teacher(parts, "hold").precision == "float32"
+    assert Teacher(parts, "hold", torch.float16).precision == "float16, float32 above k = 700"
