@@ -1,0 +1,127 @@
+"""How much of the time of caching is not the teacher's own forward pass: `python -m benchmarks.cache [--size full]`.
+
+The real story is run into a fresh folder, with a clock around the networks. Loading the teacher is told apart: it is paid
+once, whatever the size of the cache.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.full_size import make_full_size
+from configs.load import load
+from stages import cache_teacher
+from stages.nets.network import Network
+from stages.nets.teacher import Teacher
+
+LIMIT = 0.05
+FULL_SIZE = [
+    *("--prompts.source", "symbolic", "--validation-count", "1", "--render.records-per-shard", "1"),
+    *("--render.batch-size", "2", "--render.states.steps", "4"),
+]
+
+
+@dataclass
+class Clock:
+    """Seconds spent inside some calls."""
+
+    seconds: float = 0.0
+
+    @contextmanager
+    def around(self, owner: Any, name: str) -> Iterator[None]:
+        """Time every call of `owner.name` while the context lasts."""
+        true: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            began = now()
+            try:
+                return true(*args, **options)
+            finally:
+                self.seconds += now() - began
+
+        setattr(owner, name, timed)
+        try:
+            yield
+        finally:
+            setattr(owner, name, true)
+
+
+def now() -> float:
+    """Seconds, after whatever a GPU still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run; all in seconds."""
+
+    whole: float
+    loading: float
+    forward: float
+
+    @property
+    def rest(self) -> float:
+        """What is neither loading nor the teacher."""
+        return self.whole - self.loading - self.forward
+
+    @property
+    def share(self) -> float:
+        """Of the time after loading, what is not the teacher's forward pass."""
+        return self.rest / (self.whole - self.loading)
+
+
+def measure(words: list[str], run: Path) -> Measured:
+    """Fill a fresh cache."""
+    shutil.rmtree(run, ignore_errors=True)
+    config = load(cache_teacher.Config, "cache_teacher", [Path("configs/tiny.yaml")], [*words, "--run", str(run)])
+    loading, networks, texts = Clock(), Clock(), Clock()
+    with (
+        loading.around(cache_teacher, "load_components"),
+        networks.around(Network, "ask"),
+        texts.around(Teacher, "encode"),
+    ):
+        began = now()
+        cache_teacher.run(config)
+        whole = now() - began
+    return Measured(whole, loading.seconds, networks.seconds + texts.seconds)
+
+
+def main() -> int:
+    """0 when the share is within the limit."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=("embedded", "full"), default="embedded", help="of the teacher")
+    parser.add_argument("--count", type=int, help="prompts (default: 300 embedded, 2 at full size)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs (default: 3; 1 at full size)")
+    parser.add_argument("--teacher", type=Path, default=Path("runs/full-size"), help="where the full-size folder lies")
+    said = parser.parse_args()
+    full = said.size == "full"
+    words = ["--count", str(said.count or (2 if full else 300))]
+    if full:
+        words += [*FULL_SIZE, "--teacher", str(make_full_size(said.teacher))]
+    with tempfile.TemporaryDirectory() as folder:
+        found = [measure(words, Path(folder) / "run") for _ in range(1 if full else said.rounds)]
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    print(f"\n{said.size} teacher, {words[1]} prompts, {where}, {len(found)} runs\n")
+    print(
+        "| whole run | loading | teacher's forward | the rest | share that is not the teacher |\n|---|---|---|---|---|"
+    )
+    for one in found:
+        print(f"| {one.whole:.1f} s | {one.loading:.1f} s | {one.forward:.1f} s | {one.rest:.2f} s | {one.share:.1%} |")
+    share = statistics.median(one.share for one in found)
+    print(f"\nmedian share {share:.1%}, limit {LIMIT:.0%}")
+    return 0 if share <= LIMIT else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
