@@ -92,7 +92,7 @@ def export_index(words: argparse.Namespace) -> None:
 
     cache: Path = find_cache(words.folder)
     whole = cache.absolute()
-    name = words.name or (whole.parent if whole.name == "cache" else whole).name
+    name = words.name or f"sollune cache {(whole.parent if whole.name == 'cache' else whole).name}"
     for path in export_index(cache, words.license, name):
         print(f"{path}: written")
     if words.license == UNLICENSED:
@@ -111,7 +111,7 @@ def one_record(words: argparse.ArgumentParser) -> None:
 def card_facts(words: argparse.ArgumentParser) -> None:
     """The words of `export-index`."""
     words.add_argument("--license", default=UNLICENSED, metavar="ID", help=f"as the hub spells it ({UNLICENSED})")
-    words.add_argument("--name", metavar="TEXT", help="title of the card (the run folder's name)")
+    words.add_argument("--name", metavar="TEXT", help="title of the card (sollune cache, and the run folder's name)")
 
 
 class Command(NamedTuple):

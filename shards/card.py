@@ -104,7 +104,7 @@ def card(reader: Reader, license_id: str, name: str) -> DatasetCard:
     body = TEXT.format(
         mark=MARK,
         name=name,
-        teacher=f" ([{at_hub}](https://huggingface.co/{at_hub}))" if at_hub else "",
+        teacher=f" (`{at_hub}`)" if at_hub else "",
         records=records,
         draws=sum(shard.draws for shard in manifest.shards),
         draws_each=len(record.draws),

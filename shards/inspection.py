@@ -4,22 +4,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 
 from configs.refusal import Refused
+from shards.agreement import Rows, Seen
 from shards.archive import BLOCK
-from shards.codec import PER_DRAW, decode
+from shards.codec import decode
 from shards.damage import Fault
 from shards.gaps import gaps
 from shards.journal import journal_faults
 from shards.manifest import Manifest, Shard
 from shards.record import SPLITS, Record
 from shards.table import Table
-from shards.tabulate import COLUMNS, FEATURE, rows_of
+from shards.tabulate import COLUMNS, FEATURE
 from shards.tabulate import NAME as TABLE
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def inspect(folder: Path, manifest: Manifest) -> Iterator[Fault]:
@@ -41,7 +39,7 @@ def inspect(folder: Path, manifest: Manifest) -> Iterator[Fault]:
     for split in SPLITS:
         for shard in manifest.of(split):
             if shard.file not in damaged or _is_whole(folder, shard):
-                yield from _records(folder, shard, table, first, seen)
+                yield from _records(folder, shard, None if table is None else Rows(table, first, shard), seen)
             first += shard.draws
 
 
@@ -53,33 +51,6 @@ def _is_whole(folder: Path, shard: Shard) -> bool:
         return False
 
 
-class Seen:
-    """What the records so far have been like: all of a cache have the same blocks and shapes, and none comes twice."""
-
-    def __init__(self) -> None:
-        self._like: tuple[str, Shapes] | None = None
-        self._pictures: dict[tuple[int, str], str] = {}
-
-    def slip(self, record: Record, file: str) -> str | None:
-        """How this record does not fit to those before it."""
-        key, shapes = f"{record.key} of {file}", _shapes(record)
-        other, wanted = self._like = self._like or (key, shapes)
-        differs = [name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)]
-        if differs or list(wanted) != list(shapes):
-            name = min(differs, default="blocks")
-            return f"{name} has shape {shapes.get(name)}, record {other} has {wanted.get(name)}"
-        twin = self._pictures.setdefault((record.seed, record.text), key)
-        return None if twin == key else f"has the sentence and the seed of record {twin}: the same record twice"
-
-
-def _shapes(record: Record) -> Shapes:
-    """Name -> shape of each tensor, without the number of draws."""
-    named = {"cond": record.cond.shape, "x0": record.x0.shape}
-    named |= {name: getattr(record.draws, name).shape[1:] for name in PER_DRAW}
-    named |= {f"features.{block}": values.shape[1:] for block, values in record.features.by_block.items()}
-    return {name: tuple(shape) for name, shape in named.items()}
-
-
 def _columns(folder: Path, table: Table) -> Iterator[Fault]:
     """Columns that the table lacks, or has without being asked for."""
     wanted = {*COLUMNS, *(f"{FEATURE}{block}" for block in table.blocks)}
@@ -88,11 +59,11 @@ def _columns(folder: Path, table: Table) -> Iterator[Fault]:
         yield Fault(f"{TABLE}/{name}", "is missing" if name in wanted else "is a column that no table has")
 
 
-def _records(folder: Path, shard: Shard, table: Table | None, first: int, seen: Seen) -> Iterator[Fault]:
+def _records(folder: Path, shard: Shard, rows: Rows | None, seen: Seen) -> Iterator[Fault]:
     """What is wrong with the first bad record of a shard whose bytes are what they were."""
     last_key = ""
     with open(folder / shard.file, "rb") as tar:
-        for place in shard.offsets:
+        for number, place in enumerate(shard.offsets):
             tar.seek(place.first)
             framed = tar.read(place.st_offset + place.st_size - place.first)
             content = framed[BLOCK:]
@@ -102,12 +73,12 @@ def _records(folder: Path, shard: Shard, table: Table | None, first: int, seen: 
                 yield Fault(shard.file, f"at byte {place.json_offset}: {refusal}")
                 return
             what = _slip(record, shard, last_key, _named(framed)) or seen.slip(record, shard.file)
-            if what is None and table is not None:
-                what = _differs(record, shard, table, first)
+            if what is None and rows is not None:
+                what = rows.differs(record, number)
             if what:
                 yield Fault(shard.file, what, record.key)
                 return
-            last_key, first = record.key, first + len(record.draws)
+            last_key = record.key
         if what := _tail(tar, shard):
             yield Fault(shard.file, what)
     if last_key != shard.last_key:
@@ -153,21 +124,4 @@ def _slip(record: Record, shard: Shard, last_key: str, named: str) -> str | None
         return f"{', '.join(bad)}: not finite"
     if not bool(((draws.s >= 0) & (draws.s <= 1)).all()) or int(draws.k.min()) < 0:
         return "a time lies outside 0 to 1"
-    return None
-
-
-def _differs(record: Record, shard: Shard, table: Table, first: int) -> str | None:
-    """The column of the table that does not say what the record says."""
-    if record.class_name not in table.class_names:
-        return f"class {record.class_name} is not in the table"
-    if tuple(record.features.by_block) != table.blocks:
-        return f"has blocks {', '.join(record.features.by_block)}, the table has {', '.join(table.blocks)}"
-    wanted = rows_of(record, shard.split, table.class_names.index(record.class_name))
-    for name, values in wanted.items():
-        try:
-            found = table.column(name, slice(first, first + len(values)))
-        except (Refused, KeyError) as error:
-            return f"the table has no {name}: {error}"
-        if found.dtype != values.dtype or not np.array_equal(found, values):
-            return f"the table says another {name}"
     return None

@@ -128,18 +128,28 @@ def restore_entries(cache: Path, manifest: Manifest) -> list[Path]:
     return list(missing)
 
 
+def broken_entries(cache: Path) -> Iterator[str]:
+    """The entries that are damaged in themselves: all that can be told where there is no manifest to compare with."""
+    for path in sorted((cache / NAME).glob("*.json")):
+        if isinstance(_entry(cache, f"{NAME}/{path.name}"), str):
+            yield f"{NAME}/{path.name}"
+
+
 def _fault(cache: Path, file: str, wanted: Entry | None) -> str | None:
-    try:
-        entry = Entry.parse(read_bounded(inside(cache, file), MOST_BYTES))
-    except Damaged as damage:
-        return str(damage)
-    except ValidationError as error:
-        return f"is no entry of a journal ({error.errors(include_url=False)[0]['msg']})"
-    except (ValueError, RecursionError) as error:
-        return str(error)
+    entry = _entry(cache, file)
+    if isinstance(entry, str):
+        return entry
     if wanted is None:
         return "the manifest does not know its shard"
-    if entry == wanted:
-        return None
     slips = [name for name in Entry.model_fields if getattr(entry, name) != getattr(wanted, name)]
-    return f"says another {' and '.join(slips)} than the manifest"
+    return f"says another {' and '.join(slips)} than the manifest" if slips else None
+
+
+def _entry(cache: Path, file: str) -> Entry | str:
+    """The entry, or what is wrong with it."""
+    try:
+        return Entry.parse(read_bounded(inside(cache, file), MOST_BYTES))
+    except ValidationError as error:
+        return f"is no entry of a journal ({error.errors(include_url=False)[0]['msg']})"
+    except (Damaged, ValueError, RecursionError) as error:
+        return str(error)
