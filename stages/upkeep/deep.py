@@ -40,6 +40,8 @@ def audit(words: argparse.Namespace) -> int:
         f"audit of {len(audited)} of {records} records, {teacher.precision} on {device}; largest errors of tolerances:"
     )
     print("\n".join(table(audited)))
+    if rough:
+        print("convolutions of a GPU round to TF32: a single tensor that is 1 % off may stay below such tolerances")
     bad = [one for one in audited if one.worst().share > 1]
     for one in bad:
         print(f"sollune: {told(cache, one)} - {WAY_OUT}; a broken kernel here or there does it too", file=sys.stderr)
