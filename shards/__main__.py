@@ -1,14 +1,18 @@
-"""`python -m shards verify|show|stats FOLDER`, which is `sollune shards ...` too."""
+"""`python -m shards verify|show|stats|export-index FOLDER`, which is `sollune shards ...` too."""
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 from configs.refusal import Refused
 
+if TYPE_CHECKING:
+    from shards.record import Record
+
 DAMAGED, REFUSED = 1, 2
+UNLICENSED = "unknown"
 
 
 def verify(words: argparse.Namespace) -> int:
@@ -44,22 +48,32 @@ def verify(words: argparse.Namespace) -> int:
 
 def show(words: argparse.Namespace) -> None:
     """Print one record: its words, and shape, type, mean and deviation of its tensors."""
+    print("\n".join(described(asked(words))))
+
+
+def asked(words: argparse.Namespace) -> "Record":
+    """The record that is meant: the one of this key, or the first of its split."""
     from shards.reader import Reader
-    from shards.stats import parts
 
     reader = Reader(words.folder, words.split)
-    record = reader.record(words.key) if words.key else next(reader.records())
+    return reader.record(words.key) if words.key else next(reader.records())
+
+
+def described(record: "Record") -> Iterator[str]:
+    """A record as lines of text."""
+    from shards.stats import parts
+
     for name in ("key", "text", "class_name", "seed", "guidance_scale"):
-        print(f"{name:<16}{getattr(record, name)}")
+        yield f"{name:<16}{getattr(record, name)}"
     named = {name: values[0] for name, values in parts(record).items() if len(values) == 1}
     named |= {f"features.{block}": values for block, values in record.features.by_block.items()}
     for name, values in named.items():
         kind = str(values.dtype).removeprefix("torch.")
         wide = values.double()
         spread = f"mean {wide.mean():+.4f}  std {wide.std(correction=0):.4f}"
-        print(f"{name:<16}{list(values.shape)!s:<18}{kind:<10}{spread}")
+        yield f"{name:<16}{list(values.shape)!s:<18}{kind:<10}{spread}"
     for i, (k, s, walked) in enumerate(zip(*(getattr(record.draws, n) for n in ("k", "s", "trajectory")), strict=True)):
-        print(f"draw {i:<11}k {int(k):>3}  s {float(s):.6f}  {'trajectory' if walked else 'noised again'}")
+        yield f"draw {i:<11}k {int(k):>3}  s {float(s):.6f}  {'trajectory' if walked else 'noised again'}"
 
 
 def stats(words: argparse.Namespace) -> None:
@@ -71,8 +85,48 @@ def stats(words: argparse.Namespace) -> None:
     print("\n".join(report(reader, stats_of(reader))))
 
 
-Command: TypeAlias = Callable[[argparse.Namespace], int | None]
-COMMANDS: Mapping[str, Command] = {"verify": verify, "show": show, "stats": stats}
+def export_index(words: argparse.Namespace) -> None:
+    """Write a dataset card and lists of the shards into a cache, for datasets, webdataset, wids and the hub."""
+    from shards.manifest import Manifest, find_cache
+    from shards.publish import export_index
+
+    cache: Path = find_cache(words.folder)
+    whole = cache.absolute()
+    name = words.name or f"sollune cache {(whole.parent if whole.name == 'cache' else whole).name}"
+    for path in export_index(cache, words.license, name):
+        print(f"{path}: written")
+    if words.license == UNLICENSED:
+        print(f"its license is {UNLICENSED} - say --license before you publish it")
+    place = Manifest.open(cache).recipe.information.get("teacher_location")
+    print(f"the card names no path of this machine; manifest.json says that the teacher lay at {place}")
+    print("for Megatron-Energon run energon prepare on the folder: it takes the tars as they are")
+
+
+def one_record(words: argparse.ArgumentParser) -> None:
+    """The words of `show`."""
+    words.add_argument("key", nargs="?", metavar="KEY", help="nine digits; the first record unless given")
+    words.add_argument("--split", choices=("train", "validation"), default="train", help="(default: train)")
+
+
+def card_facts(words: argparse.ArgumentParser) -> None:
+    """The words of `export-index`."""
+    words.add_argument("--license", default=UNLICENSED, metavar="ID", help=f"as the hub spells it ({UNLICENSED})")
+    words.add_argument("--name", metavar="TEXT", help="title of the card (sollune cache, and the run folder's name)")
+
+
+class Command(NamedTuple):
+    """What runs, and what else it may be told beside the folder."""
+
+    run: Callable[[argparse.Namespace], int | None]
+    declare: Callable[[argparse.ArgumentParser], None] = lambda words: None
+
+
+COMMANDS: Mapping[str, Command] = {
+    "verify": Command(verify),
+    "show": Command(show, one_record),
+    "stats": Command(stats),
+    "export-index": Command(export_index, card_facts),
+}
 
 
 def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
@@ -80,15 +134,14 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
     parser = argparse.ArgumentParser(prog="sollune shards", description="Look into a cache.", allow_abbrev=False)
     parsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands))
     for name, command in commands.items():
-        words = parsers.add_parser(name, help=command.__doc__, description=command.__doc__, allow_abbrev=False)
+        meaning = command.run.__doc__
+        words = parsers.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
         words.add_argument(
             "folder", type=Path, metavar="FOLDER", help="cache folder, or a run folder with a cache in it"
         )
-        if name == "show":
-            words.add_argument("--key", help="nine digits; the first record unless given")
-            words.add_argument("--split", choices=("train", "validation"), default="train", help="(default: train)")
+        command.declare(words)
     parsed = parser.parse_args(argv)
-    return commands[parsed.command](parsed) or 0
+    return commands[parsed.command].run(parsed) or 0
 
 
 if __name__ == "__main__":

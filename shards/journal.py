@@ -1,9 +1,11 @@
 """What is finished, one small file for each shard: any number of processes can write it without waiting for each other.
 
 manifest.json is put together from it. An entry appears after its shard has its final name, and never changes unless the
-shard is made again.
+shard is made again. It seals itself: one whose bytes are not those that were written is never believed.
 """
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -11,7 +13,9 @@ from pydantic import ValidationError
 from configs.atomic import atomic_write
 from configs.refusal import Refused
 from configs.strict import Strict
-from shards.manifest import Failure, Shard
+from shards.damage import Damaged, Fault, inside, read_bounded
+from shards.manifest import MOST_BYTES, Failure, Manifest, Shard
+from shards.seal import sealed, unsealed
 
 NAME = "journal"
 
@@ -22,6 +26,24 @@ class Entry(Strict):
     recipe_sha256: str
     shard: Shard
     failures: tuple[Failure, ...] = ()
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Entry":
+        """The entry of these bytes; raises `ValueError` unless they are the very ones that `text` gives."""
+        fault = unsealed(content)
+        if fault:
+            raise ValueError(fault)
+        said = json.loads(content)
+        del said["sha256"]
+        entry = cls.model_validate(said)
+        if entry.text().encode() != content:
+            raise ValueError("is not in the form in which it is written")
+        return entry
+
+    def text(self) -> str:
+        """The content of its file."""
+        said = self.model_dump(mode="json")
+        return sealed("{\n" + "".join(f'"{name}": {json.dumps(value)},\n' for name, value in said.items()))
 
 
 class Journal:
@@ -34,7 +56,7 @@ class Journal:
     def write(self, shard: Shard, failures: tuple[Failure, ...]) -> None:
         """Note a finished shard, all or nothing."""
         entry = Entry(recipe_sha256=self.recipe_sha256, shard=shard, failures=failures)
-        atomic_write(self._path(shard.file), entry.model_dump_json() + "\n")
+        atomic_write(self._path(shard.file), entry.text())
 
     def forget(self, file: str) -> None:
         """Take back that a shard is finished."""
@@ -56,12 +78,78 @@ class Journal:
 
     def _read(self, path: Path) -> Entry | None:
         try:
-            entry = Entry.model_validate_json(path.read_bytes())
-        except ValidationError:
+            entry = Entry.parse(path.read_bytes())
+        except (ValueError, RecursionError):
             return None
         if entry.recipe_sha256 != self.recipe_sha256:
             raise Refused(f"{path}: made by another recipe - choose another run folder (RUN=), or remove this one")
         return entry if self._path(entry.shard.file) == path else None
 
     def _path(self, file: str) -> Path:
-        return self.folder / f"{Path(file).stem}.json"
+        return self.folder / file_of(file)
+
+
+def file_of(shard_file: str) -> str:
+    """The name of a shard's entry."""
+    return f"{Path(shard_file).stem}.json"
+
+
+def entries_of(manifest: Manifest) -> dict[str, Entry]:
+    """Name of its file -> each entry that belongs to a manifest."""
+    recipe = manifest.recipe.fingerprint()
+    return {
+        file_of(shard.file): Entry(
+            recipe_sha256=recipe,
+            shard=shard,
+            failures=tuple(failure for failure in manifest.failures if failure.file == shard.file),
+        )
+        for shard in manifest.shards
+    }
+
+
+def journal_faults(cache: Path, manifest: Manifest) -> Iterator[Fault]:
+    """Each entry that is damaged, missing, or says otherwise than the manifest; a cache may do without a journal."""
+    if not (cache / NAME).exists() and not (cache / NAME).is_symlink():
+        return
+    wanted = entries_of(manifest)
+    found = {path.name for path in (cache / NAME).iterdir() if not path.name.startswith(".")}
+    for name in sorted(wanted.keys() | found):
+        fault = _fault(cache, f"{NAME}/{name}", wanted.get(name))
+        if fault:
+            yield Fault(f"{NAME}/{name}", fault)
+
+
+def restore_entries(cache: Path, manifest: Manifest) -> list[Path]:
+    """Write each missing entry again, as the manifest knows it; returns where they lie."""
+    missing = {cache / NAME / name: entry for name, entry in entries_of(manifest).items()}
+    missing = {path: entry for path, entry in missing.items() if not path.exists()}
+    for path, entry in missing.items():
+        atomic_write(path, entry.text())
+    return list(missing)
+
+
+def broken_entries(cache: Path) -> Iterator[str]:
+    """The entries that are damaged in themselves: all that can be told where there is no manifest to compare with."""
+    for path in sorted((cache / NAME).glob("*.json")):
+        if isinstance(_entry(cache, f"{NAME}/{path.name}"), str):
+            yield f"{NAME}/{path.name}"
+
+
+def _fault(cache: Path, file: str, wanted: Entry | None) -> str | None:
+    entry = _entry(cache, file)
+    if isinstance(entry, str):
+        return entry
+    if wanted is None:
+        return "the manifest does not know its shard"
+    slips = [name for name in Entry.model_fields if getattr(entry, name) != getattr(wanted, name)]
+    return f"says another {' and '.join(slips)} than the manifest" if slips else None
+
+
+def _entry(cache: Path, file: str) -> Entry | str:
+    """The entry, or what is wrong with it."""
+    try:
+        return Entry.parse(read_bounded(inside(cache, file), MOST_BYTES))
+    except ValidationError as error:
+        return f"is no entry of a journal ({error.errors(include_url=False)[0]['msg']})"
+    except (Damaged, ValueError, RecursionError) as error:
+        return str(error)

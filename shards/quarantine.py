@@ -5,6 +5,7 @@ from pathlib import Path
 
 from shards.damage import Damaged
 from shards.inspection import inspect
+from shards.journal import broken_entries
 from shards.manifest import NAME, Manifest
 from shards.tabulate import NAME as TABLE
 
@@ -32,6 +33,7 @@ def _damaged(cache: Path) -> Iterator[str]:
     except Damaged:
         yield NAME
         yield TABLE
+        yield from broken_entries(cache)
         return
     for fault in inspect(cache, manifest):
         yield TABLE if fault.file.startswith(TABLE) else fault.file

@@ -12,6 +12,9 @@ from shards.reader import Reader
 from shards.record import SPLITS, Record
 
 BINS = 10
+BAR = 40
+"""Letters of the longest bar of a histogram."""
+MOST_CLASSES = 20
 
 
 @dataclass
@@ -70,13 +73,44 @@ def report(reader: Reader, stats: Stats) -> Iterator[str]:
     for i, count in enumerate(stats.draws.tolist()):
         squares = (stats.square_cond[i], stats.square_uncond[i])
         rms = [f"{(square / count).sqrt():.4f}" if count else "-" for square in squares]
-        yield f"{i / BINS:.1f} to {(i + 1) / BINS:.1f}  {count:>8.0f}{rms[0]:>14}{rms[1]:>14}"
+        bar = _bar(count, float(stats.draws.max()))
+        yield f"{i / BINS:.1f} to {(i + 1) / BINS:.1f}  {count:>8.0f}{rms[0]:>14}{rms[1]:>14}{bar}"
     yield f"\n{'class':<32}{'records':>10}"
-    yield from (f"{name:<32}{count:>10}" for name, count in sorted(stats.classes.items()))
+    yield from _classes(stats.classes)
     yield f"\n{'part':<32}{'bytes':>16}"
-    yield from (f"{name:<32}{count:>16,}" for name, count in stats.bytes_of.items())
     whole = sum(shard.bytes for shard in reader.manifest.shards)
-    yield f"{'JSON and framing':<32}{whole - stats.bytes_of.total():>16,}"
+    sizes = {**stats.bytes_of, "JSON and framing": whole - stats.bytes_of.total()}
+    yield from (f"{name:<32}{count:>16,}{_bar(count, max(sizes.values()))}" for name, count in sizes.items())
     if reader.manifest.failures:
         yield f"\n{len(reader.manifest.failures)} prompts failed:"
         yield from (f"{one.file} {one.key}: {one.reason}" for one in reader.manifest.failures)
+
+
+def _classes(counts: Counter[str]) -> Iterator[str]:
+    """A line for each class in order of its name; of many classes the largest, and how large the others are."""
+    most = max(counts.values())
+    shown = sorted(counts) if len(counts) <= MOST_CLASSES else [name for name, _ in ranked(counts)[:MOST_CLASSES]]
+    yield from (f"{name:<32}{counts[name]:>10}{_bar(counts[name], most)}" for name in shown)
+    rest = ranked(counts)[len(shown) :]
+    if rest:
+        yield f"and {len(rest):,} more classes, by how many records they have:"
+        sizes = Counter(size_class(count) for _, count in rest)
+        for lowest, classes in sorted(sizes.items(), reverse=True):
+            records = f"{lowest:,} to {2 * lowest - 1:,} records" if lowest > 1 else "1 record"
+            yield f"{records:<32}{classes:>10}{_bar(classes, max(sizes.values()))}"
+
+
+def ranked(counts: Counter[str]) -> list[tuple[str, int]]:
+    """Classes with their records, the largest first, equals by name."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def size_class(count: int) -> int:
+    """The power of two at or below a count of one or more."""
+    return 1 << (count.bit_length() - 1)
+
+
+def _bar(count: float, most: float) -> str:
+    """A bar of a histogram; whatever is not zero is seen."""
+    letters = max(1, round(BAR * count / most)) if count else 0
+    return f"  {'#' * letters}" if letters else ""

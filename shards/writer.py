@@ -42,16 +42,16 @@ class CacheWriter:
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         """Go on with the cache in `folder`, or begin one; raises `Refused` when it was made by another recipe."""
         self.folder = folder
-        self.manifest = Manifest(recipe=recipe)
+        self.manifest = on_disk = Manifest(recipe=recipe)
         if (folder / NAME).exists():
-            self.manifest = Manifest.open(folder)
+            self.manifest = on_disk = Manifest.open(folder)
             self.manifest.check_recipe(recipe, folder)
         self._journal = Journal(folder, recipe.fingerprint())
         self._entered: dict[str, Entry] = {}
         sweep(folder)
         self.refresh()
-        if self.manifest.shards and not (folder / NAME).exists():
-            self.assemble()  # the journal outlives a manifest that was moved aside
+        if self.manifest != on_disk:
+            self.assemble()  # the journal outlives a manifest that was moved aside, or not written in time
 
     def refresh(self) -> None:
         """Learn what other processes have finished, or found to be unfinished, since."""

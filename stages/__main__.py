@@ -41,7 +41,7 @@ COMMANDS = (
     Command("sample", "stages.evaluate.sample", "tool", "make pictures from a run"),
     Command("export", "stages.export", "tool", "write a run's model for other programs"),
     Command("prompts", "stages.prompts.__main__", "tool", "look at prompts before they are asked (show|sample|stats)"),
-    Command("shards", "stages.upkeep", "tool", "verify, mend, show or count a cache (verify|repair|show|stats FOLDER)"),
+    Command("shards", "stages.upkeep", "tool", "verify, mend, show, count or publish a cache"),
 )
 
 

@@ -19,7 +19,7 @@ from stages.cluster import device_of, fill, tasks_of
 from stages.evaluate.beside import GridConfig, grids_beside
 from stages.evaluate.per_class import ExamConfig, examine, save_table, show_table
 from stages.export.diffusers import export_diffusers
-from stages.nets.saved import load_student, load_teacher_parts, open_run
+from stages.nets.saved import Origin, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, PromptSource, Split, source_identity
@@ -60,9 +60,7 @@ def run(config: Config) -> None:
     classes = load_classes(config.classes)
 
     paint(config, folder / "cache", teacher, classes)
-    save_resolved(config, folder / "config.yaml", "finetune_classes")
-    atomic_write(folder / "classes.yaml", config.classes.read_text(encoding="utf-8"))
-    origin.save(folder)
+    remember(config, origin)
 
     distilled = load_student(saved, teacher.parts)
     student = study(config, folder, teacher, classes, load_student(saved, teacher.parts), saved.weights)
@@ -96,6 +94,20 @@ def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> 
     writer = CacheWriter(cache, recipe_of(teacher, config.render, source))
     make = partial(make_records, teacher, config=config.render.states)
     fill(writer, tasks_of(prompts, config.render.records_per_shard), config.render.batch_size, make)
+
+
+def remember(config: Config, origin: Origin) -> None:
+    """Leave beside the classes' cache all that it takes to make it again."""
+    folder = config.run / "classes"
+    save_resolved(config, folder / "config.yaml", "finetune_classes")
+    atomic_write(folder / "classes.yaml", config.classes.read_text(encoding="utf-8"))
+    origin.save(folder)
+
+
+def repaint(config: Config, origin: Origin) -> None:
+    """Paint what is missing of the classes' cache, with the teacher that painted the rest."""
+    teacher = Teacher(load_teacher_parts(origin, device_of(config.device), torch.float32), origin.tail)
+    paint(config, config.run / "classes" / "cache", teacher, load_classes(config.classes))
 
 
 def study(config: Config, folder: Path, teacher: Teacher, classes: ClassFile, student: Student, start: Path) -> Student:

@@ -25,7 +25,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "damaged", [("data/train-000001.tar",), ("table.zarr/s/zarr.json", "table.zarr/s/c/0"), ("manifest.json",)]
+    "damaged",
+    [
+        ("data/train-000001.tar",),
+        ("table.zarr/s/zarr.json", "table.zarr/s/c/0"),
+        ("manifest.json",),
+        ("journal/train-000000.json",),
+        ("journal/train-000001.json", "data/train-000001.tar"),
+        ("journal/train-000002.json", "manifest.json"),
+    ],
 )
 def test_repair_restores_the_same_bytes_and_touches_nothing_else(run: Path, damaged: tuple[str, ...]) -> None:
     whole, bad = content(run), {}
@@ -33,7 +41,9 @@ def test_repair_restores_the_same_bytes_and_touches_nothing_else(run: Path, dama
         path = run / "cache" / file
         bad[file] = path.read_bytes()[:-7] + b"damaged"
         path.write_bytes(bad[file])
-    others = {path: path.stat().st_mtime_ns for path in (run / "cache/data").iterdir() if path.name not in damaged[0]}
+    lost = {Path(file).stem for file in damaged}
+    lost = {name for name in lost if f"data/{name}.tar" in damaged or "manifest.json" in damaged}
+    others = {path: path.stat().st_mtime_ns for path in (run / "cache/data").iterdir() if path.stem not in lost}
     assert upkeep.main(["verify", str(run)]) == 1
     assert upkeep.main(["repair", str(run)]) == 0
     assert content(run) == whole

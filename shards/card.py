@@ -1,0 +1,165 @@
+"""The dataset card of a published cache, from facts alone."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from huggingface_hub import DatasetCard, DatasetCardData, try_to_load_from_cache
+from torch import Tensor
+
+from shards.codec import FEATURES, PER_DRAW, PER_PROMPT, TYPES
+from shards.manifest import Manifest
+from shards.reader import Reader
+from shards.record import SPLITS, Record
+from shards.stats import ranked
+
+MARK = "<!-- written by sollune shards export-index -->"
+TAGS = ["webdataset", "distillation", "flow-matching", "sollune"]
+SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))
+MOST_CLASSES = 50
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MEANINGS = {
+    "cond": "last hidden state of the teacher's text encoder",
+    "x0": "the picture: scaled latent at the end of the teacher's guided sampling",
+    "k": "the teacher's timestep; its last one for the whole tail beyond it",
+    "s": "path time, 1 is noise",
+    "x_t": "state (1 - s) x0 + s eps, rounded before the teacher was asked",
+    "v_cond": "velocity of the conditional branch at (x_t, s)",
+    "v_uncond": "velocity of the unconditional branch at (x_t, s)",
+    "trajectory": "true: a state of the guided sampling; false: x0 noised again",
+}
+
+TEXT = """{mark}
+# {name}
+
+What a Stable Diffusion 1.x teacher{teacher} answered about {records:,} sentences, {draws:,} states in all: an offline
+cache for distilling it into a flow-matching model on the path `x_s = (1 - s) x0 + s eps`, velocity `v = eps - x0`.
+
+{splits}
+
+## Fields
+
+Each record is two members of a tar, `KEY.json` and `KEY.safetensors`. K is {draws_each}.
+
+{fields}
+
+## How to read it
+
+```python
+from datasets import load_dataset  # columns json, safetensors (bytes), __key__, __url__
+
+rows = load_dataset("THIS FOLDER OR REPOSITORY", split="train", streaming=True)
+```
+```python
+import webdataset, safetensors.torch
+
+rows = webdataset.WebDataset("data/train-{{000000..{last}}}.tar", shardshuffle=False)
+first = safetensors.torch.load(next(iter(rows))["safetensors"])
+```
+```python
+from shards.reader import Reader  # sollune: checks every shard's sha256, shuffles, resumes at any sample
+
+batch = next(Reader("THIS FOLDER").batches())
+```
+`manifest.json` holds the sha256 of every shard, `sollune shards verify` checks them; `table.zarr`, where it is there,
+holds a row for each state. `wids-train.json` and its like list the shards with their counts.
+
+## Classes
+
+{classes}
+
+## Recipe
+
+Everything that decides the bytes; its sha256 is `{recipe}`.
+
+```json
+{identity}
+```
+"""
+
+
+def card(reader: Reader, license_id: str, name: str) -> DatasetCard:
+    """README.md with the head that the hub reads (formats: configs with globs, splits, size, tags, license)."""
+    manifest = reader.manifest
+    records = sum(shard.records for shard in manifest.shards)
+    splits = [split for split in SPLITS if manifest.of(split)]
+    head = DatasetCardData(
+        license=license_id,
+        pretty_name=name,
+        task_categories=["text-to-image"],
+        size_categories=[size_of(records)],
+        tags=TAGS,
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}-*.tar"} for split in splits],
+            }
+        ],
+        viewer=False,
+    )
+    record = next(reader.records())
+    at_hub = hub_id(manifest)
+    body = TEXT.format(
+        mark=MARK,
+        name=name,
+        teacher=f" (`{at_hub}`)" if at_hub else "",
+        records=records,
+        draws=sum(shard.draws for shard in manifest.shards),
+        draws_each=len(record.draws),
+        splits="\n".join(_splits(manifest)),
+        fields="\n".join(_fields(record)),
+        last=f"{len(manifest.of(splits[0])) - 1:06d}",
+        classes="\n".join(_classes(Counter(name for split in splits for name in reader.class_names(split)))),
+        recipe=manifest.recipe.fingerprint(),
+        identity=json.dumps(manifest.recipe.identity, indent=1, ensure_ascii=False),
+    )
+    return DatasetCard(f"---\n{head.to_yaml()}\n---\n{body}", ignore_metadata_errors=False)
+
+
+def size_of(records: int) -> str:
+    """The hub's word for a number of records."""
+    return next((word for word, most in SIZES if records < most), "n>10M")
+
+
+def hub_id(manifest: Manifest) -> str | None:
+    """The teacher's repository, if it is one that this machine's hub cache knows: a local path is nobody's business."""
+    said: Any = manifest.recipe.information.get("teacher_location")
+    if not isinstance(said, str) or not HUB_ID.fullmatch(said):
+        return None
+    return said if isinstance(try_to_load_from_cache(said, "model_index.json"), str) else None
+
+
+def _splits(manifest: Manifest) -> Iterator[str]:
+    yield "| split | shards | records | states | bytes |\n|---|---|---|---|---|"
+    for split in SPLITS:
+        shards = manifest.of(split)
+        sums = [sum(getattr(shard, name) for shard in shards) for name in ("records", "draws", "bytes")]
+        yield f"| {split} | {len(shards)} | {sums[0]:,} | {sums[1]:,} | {sums[2]:,} |"
+
+
+def _fields(record: Record) -> Iterator[str]:
+    yield "| member | field | type | shape | meaning |\n|---|---|---|---|---|"
+    yield from (f"| json | `{name}` | {kind.__name__} | | |" for name, kind in TYPES.items())
+    tensors: dict[str, Tensor] = {name: getattr(record, name) for name in PER_PROMPT}
+    tensors |= {name: getattr(record.draws, name) for name in PER_DRAW}
+    tensors |= {f"{FEATURES}{block}": values for block, values in record.features.by_block.items()}
+    for name, values in tensors.items():
+        sizes = [*map(str, values.shape)] if name in PER_PROMPT else ["K", *map(str, values.shape[1:])]
+        meaning = MEANINGS.get(name, "spatial mean of the block's last resnet, conditional branch")
+        kind = str(values.dtype).removeprefix("torch.")
+        yield f"| safetensors | `{name}` | {kind} | {' x '.join(sizes)} | {meaning} |"
+
+
+def _classes(counts: Counter[str]) -> Iterator[str]:
+    yield "| class | records |\n|---|---|"
+    shown, rest = ranked(counts)[:MOST_CLASSES], ranked(counts)[MOST_CLASSES:]
+    yield from (f"| {_plain(name)} | {count:,} |" for name, count in shown)
+    if rest:
+        yield f"| and {len(rest):,} more | {sum(count for _, count in rest):,} |"
+
+
+def _plain(name: str) -> str:
+    """A stranger's word in one cell of a table."""
+    return " ".join(name.replace("|", "\\|").split())

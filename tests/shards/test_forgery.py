@@ -1,0 +1,248 @@
+"""A cache whose hashes agree, made by somebody who means no good or by a program that is wrong: `verify` tells."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import zarr
+from webdataset import TarWriter
+
+from shards.__main__ import main
+from shards.codec import encode
+from shards.journal import entries_of
+from shards.manifest import Failure, Manifest
+from shards.record import BlockFeatures
+from shards.seal import sealed
+from shards.table import write_table
+from shards.tabulate import parts_of
+
+Members = list[tuple[str, bytes, bytes]]
+TRAIN = "data/train-000000.tar"
+
+
+def members(records) -> Members:
+    return [(record.key, *encode(record)) for record in records]
+
+
+def vouch(cache: Path, manifest: Manifest) -> None:
+    """Make manifest, journal and table agree."""
+    manifest.save(cache)
+    for path in (cache / "journal").iterdir():
+        path.unlink()
+    for name, entry in entries_of(manifest).items():
+        (cache / "journal" / name).write_text(entry.text())
+
+
+def forge(cache: Path, forged: Members, behind: bytes = b"") -> None:
+    """The first training shard with these members, and a manifest that says the same."""
+    path = cache / TRAIN
+    with open(path, "wb") as stream, TarWriter(stream, user="sollune", group="sollune", mtime=0, encoder=False) as tar:
+        for name, said, tensors in forged:
+            tar.write({"__key__": name, "json": said, "safetensors": tensors})
+    manifest = Manifest.open(cache)
+    shard = _listed(path, forged)
+    if behind:
+        content = bytearray(path.read_bytes())
+        end = shard.offsets[-1].last
+        content[end : end + len(behind)] = behind
+        path.write_bytes(content)
+        shard = _listed(path, forged)
+    vouch(cache, manifest.entered(shard))
+
+
+def _listed(path: Path, forged: Members):
+    """What an honest writer would note, also of members that `places` does not tell apart."""
+    from shards import archive
+
+    found, at, size = [], 0, path.stat().st_size
+    with open(path, "rb") as content:
+        for _ in forged:
+            first = archive._member(content, at, size)
+            second = archive._member(content, first.end, size)
+            crc32 = archive._crc32(content, at, second.end)
+            found.append(archive.Place(first.offset, first.size, second.offset, second.size, crc32))
+            at = second.end
+    shard = Manifest.open(path.parents[1]).shards[0]
+    keys = [json.loads(said)["key"] for _, said, _ in forged]
+    draws = sum(json.loads(said)["draws"] for _, said, _ in forged)
+    return shard.model_copy(
+        update={
+            "records": len(found),
+            "draws": draws,
+            "bytes": size,
+            "sha256": archive.sha256_of(path),
+            "first_key": min(keys),
+            "last_key": max(keys),
+            "offsets": tuple(found),
+        }
+    )
+
+
+def edited(said: bytes, **changes: object) -> bytes:
+    return json.dumps(json.loads(said) | changes, sort_keys=True).encode()
+
+
+def told(cache: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(["verify", str(cache)]) == 1
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def four(make_record):
+    return [make_record(number) for number in range(4)]
+
+
+def with_value(record, name: str, value: float):
+    tensor = getattr(record.draws, name).clone()
+    tensor.view(-1)[1] = value
+    return replace(record, draws=replace(record.draws, **{name: tensor}))
+
+
+def test_a_forged_cache_that_is_good_passes(cache, four, capsys):
+    forge(cache, members(four))
+    assert main(["verify", str(cache)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: [m[0], m[1], m[1], m[3]], r"train-000000\.tar: its key is there twice, first in record 000000001"),
+        (lambda m: [m[0], m[2], m[1], m[3]], "comes after 000000002"),
+        (lambda m: [m[0], m[1], m[3]], "4 keys lie between its ends, 3 records are there"),
+        (lambda m: m[:3], r"train-000001\.tar: keys 000000004 on, 000000003 should be next, first in record 000000004"),
+        (lambda m: [m[0], ("000000009", *m[1][1:]), *m[2:]], "as '000000009', first in record 000000001"),
+        (lambda m: [m[0], (m[1][0], json.dumps(dict(reversed(json.loads(m[1][1]).items()))).encode(), m[1][2]), *m[2:]],
+         "record '000000001': its JSON is not in the form in which it is written"),
+        (lambda m: [m[0], (m[1][0], edited(m[1][1], extra=1), m[1][2]), *m[2:]], "has not the keys and types"),
+        (lambda m: [m[0], (m[1][0], edited(m[1][1], guidance_scale=3), m[1][2]), *m[2:]], "has not the keys and types"),
+        (lambda m: [m[0], (m[1][0], edited(m[1][1], seed=-1), m[1][2]), *m[2:]], "a key, seed or number of draws"),
+        (lambda m: [m[0], (m[1][0], m[1][1], m[1][2][:-2]), *m[2:]], "record 000000001: not good safetensors"),
+        (lambda m: [m[0], (m[1][0], m[1][1], m[1][2].replace(b'"F16"', b'"I16"', 1)), *m[2:]], "not good safetensors"),
+        (lambda m: [m[0], (m[1][0], edited(m[0][1], key="000000001"), m[0][2]), *m[2:]],
+         "has the sentence and the seed of record 000000000 of data/train-000000.tar: the same record twice"),
+    ],
+)  # fmt: skip
+def test_members_that_should_not_be_there_are_told(
+    cache, four, capsys, change: Callable[[Members], Members], words: str
+):
+    forge(cache, change(members(four)))
+    assert re.search(words, told(cache, capsys))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("v_cond", float("nan"), "v_cond: not finite, first in record 000000002"),
+        ("x_t", float("inf"), "x_t: not finite, first in record 000000002"),
+        ("s", float("nan"), "s: not finite"),
+        ("s", 1.5, "a time lies outside 0 to 1"),
+        ("k", -1, "a time lies outside 0 to 1"),
+    ],
+)
+def test_numbers_that_cannot_be_are_told_with_their_record(cache, four, capsys, name, value, words):
+    four[2] = with_value(four[2], name, value)
+    forge(cache, members(four))
+    assert words in told(cache, capsys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: replace(record, cond=record.cond[:5]),
+        lambda record: replace(record, features=BlockFeatures({"mid": record.features.by_block["mid"]})),
+        lambda record: replace(record, features=BlockFeatures(dict(reversed(record.features.by_block.items())))),
+        lambda record: replace(record, features=BlockFeatures(
+            {**record.features.by_block, "mid": record.features.by_block["mid"][:, :7]})),
+    ],
+)  # fmt: skip
+def test_a_record_of_other_shapes_or_blocks_is_told(cache, four, capsys, change):
+    four[3] = change(four[3])
+    forge(cache, members(four))
+    assert "record 000000000 of data/train-000000.tar has" in told(cache, capsys)
+
+
+def test_what_hides_behind_the_last_record_is_told(cache, four, capsys):
+    header = (cache / TRAIN).read_bytes()[:512]
+    forge(cache, members(four), b"\0" * 512 + header)
+    assert "something lies behind its last record" in told(cache, capsys)
+
+
+def test_a_tar_that_nobody_named_is_told(cache, capsys):
+    (cache / "data/train-000007.tar").write_bytes((cache / TRAIN).read_bytes())
+    assert "train-000007.tar: is not in the manifest" in told(cache, capsys)
+
+
+def test_a_shard_missing_at_the_end_of_a_finished_cache_is_told(cache, capsys):
+    (cache / "COMPLETE").write_text("9\n")
+    assert main(["verify", str(cache)]) == 0
+    (cache / "data/train-000001.tar").unlink()
+    vouch(cache, Manifest.open(cache).without("data/train-000001.tar"))
+    assert "COMPLETE: 9 prompts were answered for, now 6 are" in told(cache, capsys)
+
+
+def test_a_reason_for_a_shard_that_is_not_there_is_told(cache, capsys):
+    manifest = Manifest.open(cache)
+    failure = Failure(file="data/train-000009.tar", key="000000040", reason="none")
+    vouch(cache, manifest.model_copy(update={"failures": (failure,)}))
+    assert "train-000009.tar: the manifest tells why 000000040 failed" in told(cache, capsys)
+
+
+def in_table(cache: Path, change: Callable[[zarr.Group], None]) -> None:
+    """A table that was changed after it was made, and a manifest that vouches for it."""
+    write_table(cache)
+    group = zarr.open_group(cache / "table.zarr", mode="r+")
+    change(group)
+    manifest = Manifest.open(cache)
+    manifest.model_copy(update={"table": parts_of(cache)}).save(cache)
+
+
+def one_changed(group: zarr.Group, name: str) -> None:
+    values = group[name][:]
+    values[5] += 1
+    group[name][:] = values
+
+
+@pytest.mark.parametrize("name", ["key", "split", "draw", "k", "s", "class", "feature_mid", "feature_down_0"])
+def test_a_table_that_says_otherwise_is_told_with_the_record(cache, capsys, name):
+    in_table(cache, lambda group: one_changed(group, name))
+    assert f"the table says another {name}, first in record 000000002" in told(cache, capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda group: group.create_array("extra", data=torch.zeros(18).numpy(), compressors=None), "no table has"),
+        (lambda group: group.__delitem__("k"), "table.zarr/k: is missing"),
+        (lambda group: group.attrs.update({"blocks": ["mid"]}), "has blocks mid, down_0, the table has mid"),
+        (lambda group: group.attrs.update({"class_names": ["shape/disc"]}), "is not in the table"),
+        (lambda group: group.attrs.update({"shards_sha256": "0" * 64}), "was made from other shards"),
+    ],
+)
+def test_a_table_of_other_columns_or_words_is_told(cache, capsys, change, words):
+    in_table(cache, change)
+    assert words in told(cache, capsys)
+
+
+def test_a_digit_of_the_journal_is_never_believed(cache, capsys, make_recipe):
+    path = cache / "journal/train-000000.json"
+    said = path.read_text()
+    path.write_text(said.replace('"records": 4', '"records": 5'))
+    assert "journal/train-000000.json: sha256 of its first" in told(cache, capsys)
+    path.write_text(
+        sealed(said.replace('"first_key": "000000000"', '"first_key": "000000001"').rpartition('"sha256"')[0])
+    )
+    assert "journal/train-000000.json: says another shard than the manifest" in told(cache, capsys)
+    path.rename(cache / "journal/train-000005.json")
+    found = told(cache, capsys)
+    assert "journal/train-000000.json: " in found
+    assert "journal/train-000005.json: the manifest does not know its shard" in found
+
+
+def test_a_cache_without_a_journal_is_whole(cache, tmp_path):
+    (cache / "journal").rename(tmp_path / "journal")
+    assert main(["verify", str(cache)]) == 0
