@@ -21,6 +21,14 @@ SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1
 MOST_CLASSES = 50
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MEANINGS = {
+    "blocks": "names of the blocks whose features are kept",
+    "class_name": "what the sentence is about",
+    "draws": "K, the number of states",
+    "guidance_scale": "w of the teacher's guided sampling",
+    "key": "number of the prompt in its split, nine digits",
+    "schema_version": "version of this layout",
+    "seed": "of every random choice made for this picture",
+    "text": "the sentence",
     "cond": "last hidden state of the teacher's text encoder",
     "x0": "the picture: scaled latent at the end of the teacher's guided sampling",
     "k": "the teacher's timestep; its last one for the whole tail beyond it",
@@ -141,7 +149,7 @@ def _splits(manifest: Manifest) -> Iterator[str]:
 
 def _fields(record: Record) -> Iterator[str]:
     yield "| member | field | type | shape | meaning |\n|---|---|---|---|---|"
-    yield from (f"| json | `{name}` | {kind.__name__} | | |" for name, kind in TYPES.items())
+    yield from (f"| json | `{name}` | {kind.__name__} | | {MEANINGS[name]} |" for name, kind in TYPES.items())
     tensors: dict[str, Tensor] = {name: getattr(record, name) for name in PER_PROMPT}
     tensors |= {name: getattr(record.draws, name) for name in PER_DRAW}
     tensors |= {f"{FEATURES}{block}": values for block, values in record.features.by_block.items()}
