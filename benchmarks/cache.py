@@ -1,7 +1,7 @@
 """How much of the time of caching is not the teacher's own forward pass: `python -m benchmarks.cache [--size full]`.
 
-The real story is run into a fresh folder, with a clock around the networks. Loading the teacher is told apart: it is paid
-once, whatever the size of the cache.
+The real story is run into a fresh folder, with a clock around the networks. Loading the teacher is told apart: it is
+paid once, whatever the size of the cache.
 """
 
 import argparse
