@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from configs.refusal import Refused
-from shards.codec import PER_DRAW, decode, encode
+from shards.codec import decode, encode
+from shards.layout import PER_DRAW
 
 
 def same(a, b):
@@ -118,7 +119,7 @@ def test_features_of_another_number_of_draws_are_not_written(make_record):
 
 def test_another_schema_is_refused(make_record):
     json_bytes, st_bytes = encode(make_record(0))
-    with pytest.raises(Refused, match="record 000000000: schema 2"):
+    with pytest.raises(Refused, match="record '000000000': schema 2"):
         decode(json_bytes.replace(b'"schema_version": 1', b'"schema_version": 2'), st_bytes)
 
 
