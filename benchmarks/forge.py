@@ -311,4 +311,4 @@ def bomb(size: int) -> bytes:
     return b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", size) + blocks
 
 
-BOMB = bomb(1 << 30)
+BOMB = bomb(1 << 27)
