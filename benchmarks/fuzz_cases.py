@@ -356,11 +356,11 @@ def files_odd(rng: Random, world: World) -> str:
 
 
 KINDS: dict[str, tuple[Callable[[Random, World], str], int]] = {
-    "record, damaged": (codec_damaged, 30),
-    "record, forged": (codec_forged, 30),
+    "record, damaged": (codec_damaged, 32),
+    "record, forged": (codec_forged, 32),
     "tar, odd headers": (tar_damaged, 14),
-    "any file, damaged": (files_damaged, 6),
-    "shard, forged": (shard_forged, 7),
+    "any file, damaged": (files_damaged, 4),
+    "shard, forged": (shard_forged, 5),
     "manifest, forged": (manifest_forged, 6),
     "table, forged": (table_forged, 3),
     "journal, forged": (journal_forged, 2),

@@ -3,7 +3,7 @@
 import os
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -63,8 +63,8 @@ class OpenShards:
         self._opened: OrderedDict[str, Opened] = OrderedDict()
         self._right: dict[str, Facts] = {}
         self._lock, self._lock_of = Lock(), dict[str, Lock]()
-        self._shapes: Mapping[str, tuple[int, ...]] | None = None
-        """of a row of each tensor, as the first record has them: the same in every record of a cache"""
+        self._shapes: list[tuple[str, tuple[int, ...]]] | None = None
+        """name and shape of a row of each tensor of the first record: the same, in this order, in every record"""
 
     def record(self, shard: Shard, place: Place) -> Record:
         """A whole record, read at once into the memory where its tensors then lie."""
@@ -116,11 +116,12 @@ class OpenShards:
             raise ValueError(f"its key {key} is not one from {shard.first_key} to {shard.last_key}")
         if layout.rows != shard.draws_per_record:
             raise ValueError(f"record {key} has {layout.rows} draws, manifest says {shard.draws_per_record}")
+        shapes = [*layout.shapes().items()]
         if self._shapes is None:
-            self._shapes = layout.shapes()
-        if self._shapes != layout.shapes():
-            slips = [name for name, shape in layout.shapes().items() if self._shapes.get(name) != shape]
-            raise ValueError(f"record {key} has {', '.join(slips) or 'blocks'} of other shapes than those before it")
+            self._shapes = shapes
+        if self._shapes != shapes:
+            slips = [name for name, shape in shapes if (name, shape) not in self._shapes]
+            raise ValueError(f"record {key} has {', '.join(slips) or 'blocks'} unlike the records before it")
 
     def _column(self, shard: Shard, place: Place, layout: Layout, name: str, start: bytes) -> tuple[Any, ...]:
         """A small tensor, out of the bytes that are there already unless it lies beyond them."""

@@ -214,5 +214,20 @@ def test_rows_are_not_spread_over_a_record_of_another_shape(world):
     tree["shards"][0] = forge.entry_of(tree["shards"][0], tar, starts, listed)
     with world.holding({"data/train-000000.tar": tar, "manifest.json": world.with_manifest(tree)}):
         for budget in (1 << 30, 0):
-            with pytest.raises(Damaged, match=r"record at byte \d+: record .* has .*x_t.* other"):
+            with pytest.raises(Damaged, match=r"record at byte \d+: record .* has .*x_t.* unlike"):
+                Reader(world.cache, memory_budget_bytes=budget, workers=0).batch(np.arange(8))
+
+
+def test_blocks_in_another_order_are_refused(world):
+    """Who goes through a batch's features would take one block for another."""
+    found = [encode(forge.record(0)), encode(forge.record(1, blocks=("up_0", "mid")))]
+    listed = [
+        (f"{n:09d}.{kind}", pair[i]) for n, pair in enumerate(found) for i, kind in enumerate(("json", "safetensors"))
+    ]
+    tar, starts = forge.tar_of(None, listed)
+    tree = {**world.manifest, "shards": list(world.manifest["shards"])}
+    tree["shards"][0] = forge.entry_of(tree["shards"][0], tar, starts, listed)
+    with world.holding({"data/train-000000.tar": tar, "manifest.json": world.with_manifest(tree)}):
+        for budget in (1 << 30, 0):
+            with pytest.raises(Damaged, match="has blocks unlike the records before it"):
                 Reader(world.cache, memory_budget_bytes=budget, workers=0).batch(np.arange(8))
