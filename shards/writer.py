@@ -46,12 +46,14 @@ class CacheWriter:
         if (folder / NAME).exists():
             self.manifest = Manifest.open(folder)
             self.manifest.check_recipe(recipe, folder)
+        said = self.manifest
         self._journal = Journal(folder, recipe.fingerprint())
         self._entered: dict[str, Entry] = {}
         sweep(folder)
         self.refresh()
-        if self.manifest.shards and not (folder / NAME).exists():
-            self.assemble()  # the journal outlives a manifest that was moved aside
+        if self.manifest is not said:
+            # The journal outlives a manifest that was moved aside, and a process that was killed between the two.
+            self.assemble()
 
     def refresh(self) -> None:
         """Learn what other processes have finished, or found to be unfinished, since."""
