@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from configs.atomic import atomic_write
 from configs.refusal import Refused
 from configs.strict import Strict
-from shards.manifest import Failure, Shard
+from shards.damage import Damaged, read_bounded
+from shards.manifest import MOST_BYTES, Failure, Shard
 
 NAME = "journal"
 
@@ -47,7 +48,7 @@ class Journal:
         """
         found: dict[str, tuple[tuple[int, int, int], Entry | None]] = {}
         for path in sorted(self.folder.glob("*.json")):
-            said = path.stat()
+            said = path.lstat()
             stamp = (said.st_ino, said.st_mtime_ns, said.st_size)
             known = self._known.get(path.name)
             found[path.name] = known if known and known[0] == stamp else (stamp, self._read(path))
@@ -56,8 +57,8 @@ class Journal:
 
     def _read(self, path: Path) -> Entry | None:
         try:
-            entry = Entry.model_validate_json(path.read_bytes())
-        except ValidationError:
+            entry = Entry.model_validate_json(read_bounded(path, MOST_BYTES))
+        except (ValidationError, Damaged):
             return None
         if entry.recipe_sha256 != self.recipe_sha256:
             raise Refused(f"{path}: made by another recipe - choose another run folder (RUN=), or remove this one")
