@@ -3,6 +3,7 @@
 Hypothesis looks for the seed, or the bytes, that break them; `benchmarks.fuzz` does so for a hundred thousand cases.
 """
 
+import os
 import struct
 import tracemalloc
 from random import Random
@@ -17,6 +18,7 @@ from configs.refusal import Refused
 from shards.archive import places
 from shards.codec import decode, encode, head
 from shards.damage import Damaged
+from shards.journal import Journal
 from shards.layout import MOST_HEADER_BYTES, layout_of
 from shards.manifest import Manifest
 from shards.reader import Reader
@@ -231,3 +233,32 @@ def test_blocks_in_another_order_are_refused(world):
         for budget in (1 << 30, 0):
             with pytest.raises(Damaged, match="has blocks unlike the records before it"):
                 Reader(world.cache, memory_budget_bytes=budget, workers=0).batch(np.arange(8))
+
+
+@pytest.mark.parametrize("odd", ["pipe", "endless", "dangling"])
+def test_a_journal_entry_that_is_no_file_is_not_waited_for(world, odd):
+    """What is not in the journal is not finished: it would be made again, and its entry replaced."""
+    file, fingerprint = "journal/train-000000.json", Manifest.open(world.cache).recipe.fingerprint()
+    with world.holding({file: None}):
+        if odd == "pipe":
+            os.mkfifo(world.cache / file)
+        else:
+            (world.cache / file).symlink_to("/dev/zero" if odd == "endless" else "/nowhere")
+        found = Journal(world.cache, fingerprint).entries()
+    assert sorted(found) == ["data/train-000001.tar", "data/validation-000000.tar"]
+
+
+@pytest.mark.parametrize("odd", ["pipe", "endless", "huge"])
+def test_a_manifest_that_is_no_file_is_not_waited_for(world, odd):
+    path = world.cache / "manifest.json"
+    with world.holding({"manifest.json": None}):
+        if odd == "pipe":
+            os.mkfifo(path)
+        elif odd == "endless":
+            path.symlink_to("/dev/zero")
+        else:
+            path.touch()
+            os.truncate(path, 1 << 40)
+        found, taken = peak(lambda: Manifest.open(world.cache))
+    assert found is None
+    assert taken < 1 << 20
