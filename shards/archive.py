@@ -4,17 +4,24 @@ The headers are read here and not by tarfile, which believes what a stranger's h
 """
 
 import hashlib
+import os
 import re
 import zlib
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+from shards.damage import plainly
 
 BLOCK = 512
 PIECE = 1 << 20
 MAGIC, PLAIN_FILE = b"ustar\x0000", b"0"
 OCTAL = re.compile(rb"[0-7]{11}\0")
 CHECKSUM = re.compile(rb"[0-7]{6}\0 ")
-NAME = re.compile(rb"([^./\0]+)\.(json|safetensors)\0+")
+NAME = re.compile(rb"([0-9]{9})\.(json|safetensors)\0+")
+PREFIX, LINK = slice(345, BLOCK), slice(157, 257)
+"""Of a header: what would be put before the name, and another name; both are empty."""
+END_BLOCKS, RECORD = 2, 20 * BLOCK
+"""A tar ends with two empty blocks, and its size is a multiple of twenty."""
 
 
 class Place(NamedTuple):
@@ -57,8 +64,9 @@ def places(tar: Path) -> dict[str, Place]:
 
     A tar cut between two members is a good tar to every reader, and shorter: only a count tells.
     """
-    size, found, at = tar.stat().st_size, dict[str, Place](), 0
-    with open(tar, "rb") as content:
+    found, at = dict[str, Place](), 0
+    with open(tar, "rb", opener=plainly) as content:
+        size = os.fstat(content.fileno()).st_size
         while True:
             first = _member(content, at, size)
             second = _member(content, first.end, size) if first else None
@@ -73,16 +81,21 @@ def places(tar: Path) -> dict[str, Place]:
 
 def spoilt(tar: Path, listed: tuple[Place, ...]) -> int | None:
     """The number of the first record whose bytes are not what they were; None when the damage lies behind them all."""
-    with open(tar, "rb") as content:
+    with open(tar, "rb", opener=plainly) as content:
         for number, place in enumerate(listed):
             if _crc32(content, place.first, place.last) != place.crc32:
                 return number
     return None
 
 
+def tar_bytes(end: int) -> int:
+    """The size of a tar whose last member ends, with its padding, at this byte."""
+    return -(-(end + END_BLOCKS * BLOCK) // RECORD) * RECORD
+
+
 def sha256_of(file: Path) -> str:
     """The sha256 of a file's content, in hex."""
-    with open(file, "rb") as content:
+    with open(file, "rb", opener=plainly) as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
@@ -95,9 +108,11 @@ def _member(content: BinaryIO, at: int, size: int) -> Member | None:
     name, length, told = NAME.fullmatch(header[:100]), header[124:136], header[148:156]
     if not name or not OCTAL.fullmatch(length) or not CHECKSUM.fullmatch(told):
         return None
+    if any(header[PREFIX]) or any(header[LINK]):
+        return None
     if int(told[:6], 8) != sum(header[:148]) + sum(b"        ") + sum(header[156:]):
         return None
-    member = Member(name[1].decode("ascii", "replace"), name[2].decode(), at + BLOCK, int(length[:11], 8))
+    member = Member(name[1].decode(), name[2].decode(), at + BLOCK, int(length[:11], 8))
     return member if member.offset + member.size <= size else None
 
 

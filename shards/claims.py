@@ -36,6 +36,13 @@ class Claims:
         for path in list(self._held):
             self.release(path.name)
         self._probe.unlink(missing_ok=True)
+        for path in self.folder.glob("*"):  # of what is finished already nobody takes over the claim
+            if path.name.startswith("."):
+                if lives(path.name.rpartition(".")[2]) is False:
+                    path.unlink(missing_ok=True)
+            elif self.is_dead(path.name):
+                self._bury(path.name)
+        self._probe.unlink(missing_ok=True)
         with suppress(OSError):  # somebody else's claims are still in it, or it was never made
             self.folder.rmdir()
 
@@ -45,10 +52,7 @@ class Claims:
         if not self._create(path):
             if not self.is_dead(name):
                 return False
-            aside = self.folder / f".dead.{name}.{owner()}"
-            with suppress(FileNotFoundError):  # it was released, or another process buries it
-                path.rename(aside)
-                aside.unlink()
+            self._bury(name)
             if not self._create(path):
                 return False
         with self._lock:
@@ -72,12 +76,20 @@ class Claims:
 
     def is_dead(self, name: str) -> bool:
         """Whether a claim's owner is gone: seen from here, or because it has not been kept warm."""
-        alive = lives(self.owner_of(name) or "")
+        word = self.owner_of(name)
+        # Whoever was killed between making the claim and signing it never signs it.
+        stale = BEAT_SECONDS if word == "" else STALE_SECONDS
         try:
             # The folder's own clock on both sides: the clocks of two machines differ.
-            return alive is False or self._now() - (self.folder / name).stat().st_mtime > STALE_SECONDS
+            return lives(word or "") is False or self._now() - (self.folder / name).stat().st_mtime > stale
         except FileNotFoundError:
             return True
+
+    def _bury(self, name: str) -> None:
+        aside = self.folder / f".dead.{name}.{owner()}"
+        with suppress(FileNotFoundError):  # it was released, or another process buries it
+            (self.folder / name).rename(aside)
+            aside.unlink()
 
     def _create(self, path: Path) -> bool:
         self.folder.mkdir(parents=True, exist_ok=True)

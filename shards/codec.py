@@ -10,25 +10,15 @@ import re
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from configs.refusal import Refused
 from shards.damage import Damaged
+from shards.layout import FEATURES, PER_DRAW, PER_PROMPT, header_of, layout_of
 from shards.record import SCHEMA, BlockFeatures, Draws, Record
 
-KEY = re.compile(r"\d{9}")
-PER_PROMPT = {"cond": torch.float16, "x0": torch.float16}
-PER_DRAW = {
-    "k": torch.int64,
-    "s": torch.float32,
-    "x_t": torch.float16,
-    "v_cond": torch.float16,
-    "v_uncond": torch.float16,
-    "trajectory": torch.bool,
-}
-FEATURES = "features."
+KEY = re.compile(r"[0-9]{9}")
 BLOCK = re.compile(r"[a-z0-9_]{1,40}")
 TYPES = {
     "blocks": list,
@@ -40,14 +30,16 @@ TYPES = {
     "seed": int,
     "text": str,
 }
-LETTERS = {torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
-MOST_JSON_BYTES = MOST_HEADER_BYTES = 1 << 16
+MOST_BLOCKS = 256
+MOST_JSON_BYTES = 1 << 16
+"""A thousand times a prompt; what is longer is neither written nor read."""
 
 
 def encode(record: Record) -> tuple[bytes, bytes]:
     """The bytes of KEY.json and KEY.safetensors.
 
-    Raises `ValueError` for a record that is not of this schema: wrong key, dtype, or number of draws.
+    Raises `ValueError` for a record that is not of this schema: wrong key, dtype, shape, or number of draws; and
+    `Refused` for a prompt that is too long to be stored.
     """
     tensors = {name: getattr(record, name) for name in PER_PROMPT}
     tensors |= {name: getattr(record.draws, name) for name in PER_DRAW}
@@ -63,25 +55,27 @@ def encode(record: Record) -> tuple[bytes, bytes]:
         "seed": record.seed,
         "text": record.text,
     }
+    text = json.dumps(said, sort_keys=True, allow_nan=False).encode()
+    if slip := _slip(said):
+        raise ValueError(f"record {record.key}: {slip}")
+    if len(text) > MOST_JSON_BYTES:
+        raise Refused(
+            f"record {record.key}: its words take {len(text)} bytes, at most {MOST_JSON_BYTES} are stored - "
+            "shorten its prompt, which a teacher cuts anyway"
+        )
     # safetensors sorts the tensors itself; cloned, because it refuses two views of one storage.
-    stored = {name: values.detach().cpu().contiguous().clone() for name, values in tensors.items()}
-    return json.dumps(said, sort_keys=True, allow_nan=False).encode(), save(stored)
+    return text, save({name: values.detach().cpu().contiguous().clone() for name, values in tensors.items()})
 
 
-def decode(json_bytes: bytes, st_bytes: bytes) -> Record:
-    """The record that `encode` was given, bit for bit.
+def decode(json_bytes: bytes, st_bytes: bytes | bytearray | memoryview) -> Record:
+    """The record that `encode` was given, bit for bit; its tensors lie in `st_bytes` itself where that can be written.
 
     Raises `Damaged` for bytes that `encode` did not make: nothing is guessed of them.
     """
     said = head(json_bytes)
-    features = [f"{FEATURES}{block}" for block in said["blocks"]]
     try:
-        tensors = _tensors(st_bytes, {**PER_PROMPT, **PER_DRAW, **dict.fromkeys(features, torch.float16)})
-        if {len(tensors[name]) for name in (*PER_DRAW, *features)} != {said["draws"]}:
-            raise ValueError(f"its tensors do not have {said['draws']} draws each")
-        if any(tensors[name].shape[1:] != tensors["x0"].shape for name in ("x_t", "v_cond", "v_uncond")):
-            raise ValueError("its states are not of the picture's shape")
-    except (KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        tensors = _tensors(st_bytes, tuple(said["blocks"]), said["draws"])
+    except ValueError as error:
         raise Damaged(
             f"record {said['key']}: not good safetensors ({error}) - run sollune shards verify on its cache"
         ) from error
@@ -110,7 +104,9 @@ def head(json_bytes: bytes) -> dict[str, Any]:
             f"a record's JSON cannot be read ({json_bytes[:40]!r}) - run sollune shards verify on its cache"
         ) from error
     if version != SCHEMA:
-        raise Refused(f"record {said.get('key')}: schema {version}, this program reads schema {SCHEMA} - make it again")
+        raise Refused(
+            f"record {said.get('key')!r:.40}: schema {version!r:.40}, this program reads {SCHEMA} - make it again"
+        )
     slip = _slip(said)
     if slip is None and json.dumps(said, sort_keys=True).encode() != json_bytes:
         slip = "is not in the form in which it is written"
@@ -127,39 +123,38 @@ def _slip(said: dict[str, Any]) -> str | None:
         return "has a key, seed or number of draws that cannot be"
     if not math.isfinite(said["guidance_scale"]):
         return "has a guidance_scale that is no number"
+    if not all(_is_text(said[name]) for name in ("class_name", "text")):
+        return "has words that are no text"
     blocks = said["blocks"]
     if not all(isinstance(block, str) and BLOCK.fullmatch(block) for block in blocks) or len(set(blocks)) < len(blocks):
         return "has blocks that are not names, or one twice"
+    if len(blocks) > MOST_BLOCKS:
+        return f"has {len(blocks)} blocks"
     return None
 
 
-def _tensors(content: bytes, wanted: dict[str, torch.dtype]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file that has exactly these; its header is judged before anything is made of it."""
-    size = int.from_bytes(content[:8], "little")
-    if size > MOST_HEADER_BYTES or 8 + size > len(content):
-        raise ValueError(f"a header of {size} bytes in a file of {len(content)}")
-    said = json.loads(content[8 : 8 + size])
-    if not isinstance(said, dict) or set(said) != set(wanted):
-        raise ValueError("it has other tensors than the schema")
-    shapes = {name: said[name]["shape"] for name in wanted}
-    for name, shape in shapes.items():
-        if not isinstance(shape, list) or not 1 <= len(shape) <= 4 or any(type(n) is not int or n < 1 for n in shape):
-            raise ValueError(f"{name} has shape {shape!r:.60}")
-    framed, end = _header(wanted, shapes)
-    if content[8 : 8 + size] != framed or 8 + size + end != len(content):
-        raise ValueError("its header is not the one of these tensors")
-    return load(content)
+def _is_text(word: str) -> bool:
+    """Whether it can be printed: JSON can spell halves of a letter, which cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in word)
 
 
-def _header(wanted: dict[str, torch.dtype], shapes: dict[str, list[int]]) -> tuple[bytes, int]:
-    """The header of such tensors (widest type first, then by name), and the bytes that they take."""
-    said, at = {}, 0
-    for name in sorted(wanted, key=lambda name: (-wanted[name].itemsize, name)):
-        end = at + math.prod(shapes[name]) * wanted[name].itemsize
-        said[name] = {"dtype": LETTERS[wanted[name]], "shape": shapes[name], "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(said, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8), at
+def _tensors(content: bytes | bytearray | memoryview, blocks: tuple[str, ...], draws: int) -> dict[str, Tensor]:
+    """Every tensor of a KEY.safetensors, as a view of its bytes: what is read takes its own size once."""
+    first, last = header_of(content, len(content))
+    layout = layout_of(bytes(content[first:last]), blocks)
+    if layout.bytes != len(content):
+        raise ValueError(f"its tensors end at byte {layout.bytes} of {len(content)}")
+    if layout.rows != draws:
+        raise ValueError(f"it has {layout.rows} draws, its JSON says {draws}")
+    room = bytearray(content) if memoryview(content).readonly else content
+    found = {}
+    for name, part in layout.parts.items():
+        rows = layout.rows_of(name)
+        flat = torch.frombuffer(room, dtype=part.dtype, count=rows * math.prod(part.shape), offset=part.offset)
+        found[name] = flat.view(part.shape if name in PER_PROMPT else (rows, *part.shape))
+    if int(found["trajectory"].view(torch.uint8).max()) > 1:
+        raise ValueError("trajectory holds what is neither true nor false")
+    return found
 
 
 def _check(record: Record, tensors: dict[str, Tensor]) -> None:
@@ -171,5 +166,7 @@ def _check(record: Record, tensors: dict[str, Tensor]) -> None:
         wanted = PER_PROMPT.get(name) or PER_DRAW.get(name, torch.float16)
         if values.dtype != wanted:
             raise ValueError(f"record {record.key}: {name} is {values.dtype}, is stored as {wanted}")
+        if not 1 <= values.dim() <= 4 or not values.numel():
+            raise ValueError(f"record {record.key}: {name} has shape {list(values.shape)}")
         if name not in PER_PROMPT and len(values) != len(record.draws):
             raise ValueError(f"record {record.key}: {name} has {len(values)} draws, s has {len(record.draws)}")

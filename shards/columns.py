@@ -9,12 +9,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from configs.refusal import Refused
 from shards.archive import Place
 from shards.batch import Batch
-from shards.codec import FEATURES, PER_PROMPT
-from shards.layout import Head, Layout, Part
-from shards.manifest import Shard, refusal
+from shards.damage import Damaged
+from shards.layout import FEATURES, PER_PROMPT, Head, Layout, Part
+from shards.manifest import Shard
 from shards.opened import OpenShards
 from shards.record import Record
 
@@ -56,7 +55,6 @@ class Slices:
         room = {name: self._room(len(heads), parts[name]) for name in names}
         bytes_of = {name: memoryview(values.view(torch.uint8).numpy().data).cast("B") for name, values in room.items()}
         for row, (number, head, draw) in enumerate(zip(records.tolist(), heads, listed, strict=True)):
-            self._check(number, head, heads[0], draw)
             shard, place = self._locate(number)
             for first, size, pieces in runs(head.layout, names, draw):
                 buffers = [
@@ -84,26 +82,10 @@ class Slices:
     def _read_head(self, number: int) -> Head:
         return self._shards.head(*self._locate(number))
 
-    def _check(self, number: int, head: Head, like: Head, draw: int) -> None:
-        """Raise `Refused` for a record that does not fit into a batch with the first one."""
-        shard, _ = self._locate(number)
-        if draw >= head.layout.rows:
-            fault = f"record {head.key} has {head.layout.rows} draws, manifest says {shard.draws_per_record}"
-        elif head.layout is not like.layout and (head.blocks, shapes(head)) != (like.blocks, shapes(like)):
-            fault = f"record {head.key} has other shapes than {like.key}"
-        else:
-            return
-        raise Refused(refusal(self._shards.folder, shard, fault))
-
 
 def large_parts(blocks: tuple[str, ...]) -> tuple[str, ...]:
     """The tensors of a row that are read for it alone."""
     return ("cond", "x_t", "v_cond", "v_uncond", *(f"{FEATURES}{block}" for block in blocks))
-
-
-def shapes(head: Head) -> list[tuple[int, ...]]:
-    """The shapes of a row's large tensors."""
-    return [head.layout.parts[name].shape for name in large_parts(head.blocks)]
 
 
 @lru_cache(maxsize=1024)
@@ -129,8 +111,12 @@ def runs(layout: Layout, names: tuple[str, ...], draw: int) -> list[tuple[int, i
 class Columns:
     """A whole split in memory, one tensor for each field, so that a batch is a selection."""
 
-    def __init__(self, records: Iterable[Record], starts: Indices, pinned: bool) -> None:
-        """`starts` is the first row of each record, and after the last one the number of all rows."""
+    def __init__(self, records: Iterable[Record], starts: Indices, pinned: bool, most_bytes: int) -> None:
+        """`starts` is the first row of each record, and after the last one the number of all rows.
+
+        Raises `Damaged` when the first record is so large that as many of them would not fit into `most_bytes`, which
+        the shards take.
+        """
         self._starts, self._pinned = torch.from_numpy(starts), pinned
         self._keys: list[str] = []
         self._texts: list[str] = []
@@ -138,6 +124,7 @@ class Columns:
         self._features: dict[str, Tensor] = {}
         for number, record in enumerate(records):
             if number == 0:
+                _refuse_outsized(record, len(starts) - 1, int(starts[-1]), most_bytes)
                 self._make_room(record, len(starts) - 1, int(starts[-1]))
             self._put(number, record, slice(int(starts[number]), int(starts[number + 1])))
 
@@ -188,3 +175,14 @@ class Columns:
         self._s[rows], self._k[rows] = record.draws.s, record.draws.k
         for block, values in record.features.by_block.items():
             self._features[block][rows] = values
+
+
+def _refuse_outsized(like: Record, records: int, rows: int, most_bytes: int) -> None:
+    draws = like.draws
+    per_draw = [draws.x_t, draws.v_cond, draws.v_uncond, draws.s, draws.k, *like.features.by_block.values()]
+    needed = like.cond.nbytes * records + sum(values[0].nbytes for values in per_draw) * rows
+    if needed > most_bytes:
+        raise Damaged(
+            f"record {like.key}: {rows} rows like its own would take {needed:,} bytes, all shards have {most_bytes:,}"
+            " - run sollune shards verify on its cache"
+        )

@@ -1,5 +1,6 @@
 """What is wrong with a cache that lies on the disk, and files of strangers that are opened without trusting them."""
 
+import os
 import stat
 from pathlib import Path
 from typing import NamedTuple
@@ -49,10 +50,24 @@ def inside(folder: Path, file: str) -> Path:
     return path
 
 
+def plainly(path: str | Path, flags: int) -> int:
+    """The opener of every file that a stranger may have made: follows no link, and waits for nobody.
+
+    Opening a pipe would wait for its writer, for ever, and reading a device ends never: raises `Damaged` for both.
+    """
+    if Path(path).is_symlink():
+        raise Damaged(f"{path}: is a link, which may lead anywhere - copy what it points at into its place")
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise Damaged(f"{path}: is no plain file - remove it, and fetch the cache again")
+    return handle
+
+
 def read_bounded(path: Path, most: int) -> bytes:
-    """A file's content, unless it has more than `most` bytes."""
-    size = path.stat().st_size
-    if size > most:
-        raise Damaged(f"{path}: {size:,} bytes, at most {most:,} are believed - fetch the cache again")
-    with open(path, "rb") as content:
-        return content.read(most + 1)
+    """A plain file's content, unless it has more than `most` bytes."""
+    with open(path, "rb", opener=plainly) as content:
+        size = os.fstat(content.fileno()).st_size
+        if size > most:
+            raise Damaged(f"{path}: {size:,} bytes, at most {most:,} are believed - fetch the cache again")
+        return content.read(size)

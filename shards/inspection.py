@@ -16,7 +16,6 @@ from shards.journal import journal_faults
 from shards.manifest import Manifest, Shard
 from shards.record import SPLITS, Record
 from shards.table import Table
-from shards.tabulate import COLUMNS, FEATURE
 from shards.tabulate import NAME as TABLE
 
 
@@ -32,7 +31,6 @@ def inspect(folder: Path, manifest: Manifest) -> Iterator[Fault]:
     if not any(file.startswith(TABLE) for file in damaged) and (manifest.table or (folder / TABLE).exists()):
         try:
             table = Table.open(folder)
-            yield from _columns(folder, table)
         except Refused as refusal:
             yield Fault(TABLE, str(refusal))
     seen, first = Seen(), 0
@@ -49,14 +47,6 @@ def _is_whole(folder: Path, shard: Shard) -> bool:
         return shard.fault(folder) is None
     except Refused:
         return False
-
-
-def _columns(folder: Path, table: Table) -> Iterator[Fault]:
-    """Columns that the table lacks, or has without being asked for."""
-    wanted = {*COLUMNS, *(f"{FEATURE}{block}" for block in table.blocks)}
-    found = {path.name for path in (folder / TABLE).iterdir() if path.is_dir()}
-    for name in sorted(wanted ^ found):
-        yield Fault(f"{TABLE}/{name}", "is missing" if name in wanted else "is a column that no table has")
 
 
 def _records(folder: Path, shard: Shard, rows: Rows | None, seen: Seen) -> Iterator[Fault]:

@@ -69,7 +69,7 @@ class Journal:
         """
         found: dict[str, tuple[tuple[int, int, int], Entry | None]] = {}
         for path in sorted(self.folder.glob("*.json")):
-            said = path.stat()
+            said = path.lstat()
             stamp = (said.st_ino, said.st_mtime_ns, said.st_size)
             known = self._known.get(path.name)
             found[path.name] = known if known and known[0] == stamp else (stamp, self._read(path))
@@ -78,8 +78,8 @@ class Journal:
 
     def _read(self, path: Path) -> Entry | None:
         try:
-            entry = Entry.parse(path.read_bytes())
-        except (ValueError, RecursionError):
+            entry = Entry.parse(read_bounded(path, MOST_BYTES))
+        except (ValueError, RecursionError, Damaged):
             return None
         if entry.recipe_sha256 != self.recipe_sha256:
             raise Refused(f"{path}: made by another recipe - choose another run folder (RUN=), or remove this one")

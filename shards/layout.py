@@ -1,4 +1,8 @@
-"""Where a record's tensors lie inside its shard, so that one draw of it is read without the others."""
+"""Which tensors a record has, and where they lie inside its KEY.safetensors, so that each is read without the others.
+
+A header is believed only when it is, byte for byte, the one that these tensors have: what lies where then follows from
+names, types and shapes, and nothing a stranger writes can overlap, point elsewhere or leave a gap.
+"""
 
 import json
 import math
@@ -10,10 +14,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shards.codec import FEATURES, PER_DRAW, PER_PROMPT
-
-MOST_HEADER_BYTES = 1 << 20
-DTYPES = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "BOOL": torch.bool}
+PER_PROMPT = {"cond": torch.float16, "x0": torch.float16}
+PER_DRAW = {
+    "k": torch.int64,
+    "s": torch.float32,
+    "x_t": torch.float16,
+    "v_cond": torch.float16,
+    "v_uncond": torch.float16,
+    "trajectory": torch.bool,
+}
+FEATURES = "features."
+STATES = ("x_t", "v_cond", "v_uncond")
+LETTERS = {torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
+LEAST_DRAW_BYTES = sum(dtype.itemsize for dtype in PER_DRAW.values())
+"""What one draw takes at least: no record of n bytes has more than n / LEAST_DRAW_BYTES draws."""
+MOST_HEADER_BYTES = 1 << 16
+"""Some five hundred blocks; SD1.5 has nine and takes 1.5 KB."""
+MOST_RECORD_BYTES = 1 << 30
+"""A thousand times a record of SD1.5."""
 LENGTH = struct.Struct("<Q")
 """The number of bytes of the JSON header, at the beginning of every safetensors file."""
 
@@ -35,6 +53,14 @@ class Layout:
     rows: int
     bytes: int
 
+    def rows_of(self, name: str) -> int:
+        """How many rows of `Part.shape` a part has: one of what belongs to the prompt."""
+        return 1 if name in PER_PROMPT else self.rows
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one row of each part: the same in every record of a cache."""
+        return {name: part.shape for name, part in self.parts.items()}
+
 
 @dataclass(frozen=True)
 class Head:
@@ -50,42 +76,59 @@ class Head:
     layout: Layout
 
 
+def header_of(start: bytes | bytearray | memoryview, size: int) -> tuple[int, int]:
+    """First and last byte of the JSON in a safetensors file of `size` bytes; raises `ValueError` when it is none."""
+    if len(start) < LENGTH.size:
+        raise ValueError(f"a file of {len(start)} bytes")
+    last = LENGTH.size + int(LENGTH.unpack_from(start)[0])
+    if last > min(LENGTH.size + MOST_HEADER_BYTES, size):
+        raise ValueError(f"a header of {last - LENGTH.size} bytes in a file of {size}")
+    return LENGTH.size, last
+
+
 @lru_cache(maxsize=256)
 def layout_of(header: bytes, blocks: tuple[str, ...]) -> Layout:
-    """What a safetensors header says; raises `ValueError` when it is not one of a record with these blocks."""
-    said = json.loads(header)
-    if not isinstance(said, dict):
-        raise ValueError("its safetensors header is no JSON object")
+    """What a safetensors header says; raises `ValueError` when it is not the one of a record with these blocks."""
     wanted = {**PER_PROMPT, **PER_DRAW, **{f"{FEATURES}{block}": torch.float16 for block in blocks}}
-    first, rows = LENGTH.size + len(header), 0
-    parts, last = {}, first
-    for name, dtype in wanted.items():
-        shape, begin, end = _entry(name, said.get(name), dtype)
-        if name == "k":
-            rows = shape[0]
+    shapes = _shapes(header, wanted)
+    rows = shapes["k"][0]
+    parts, said, at, first = dict[str, Part](), dict[str, Any](), 0, LENGTH.size + len(header)
+    for name, dtype in sorted(wanted.items(), key=lambda one: (-one[1].itemsize, one[0])):  # as safetensors sorts them
+        shape = shapes[name]
+        end = at + math.prod(shape) * dtype.itemsize
+        said[name] = {"dtype": LETTERS[dtype], "shape": shape, "data_offsets": [at, end]}
         if name not in PER_PROMPT:
             if shape[0] != rows:
                 raise ValueError(f"{name} has {shape[0]} draws, k has {rows}")
             shape = shape[1:]
-        parts[name] = Part(first + begin, shape, dtype, math.prod(shape) * dtype.itemsize)
-        last = max(last, first + end)
-    return Layout(parts, rows, last)
+        parts[name] = Part(first + at, tuple(shape), dtype, math.prod(shape) * dtype.itemsize)
+        at = end
+    if any(parts[name].shape != parts["x0"].shape for name in STATES):
+        raise ValueError("its states are not of the picture's shape")
+    if any(parts[name].shape for name in ("k", "s", "trajectory")):
+        raise ValueError("it has more than one step, time or kind a draw")
+    text = json.dumps(said, separators=(",", ":")).encode()
+    if header != text + b" " * (-len(text) % LENGTH.size):
+        raise ValueError("its header is not the one of these tensors")
+    return Layout({name: parts[name] for name in wanted}, rows, first + at)
 
 
-def _entry(name: str, entry: Any, dtype: torch.dtype) -> tuple[tuple[int, ...], int, int]:
-    """Shape and place of one tensor, after everything that can be wrong about them."""
-    if not isinstance(entry, dict) or DTYPES.get(str(entry.get("dtype"))) != dtype:
-        raise ValueError(f"{name} is not there as {dtype}")
-    shape, span = _numbers(entry.get("shape")), _numbers(entry.get("data_offsets"))
-    if not shape or len(span) != 2:
-        raise ValueError(f"{name} has no shape or place")
-    begin, end = span
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name} of shape {shape} takes {end - begin} bytes")
-    return shape, begin, end
+def _shapes(header: bytes, wanted: Mapping[str, torch.dtype]) -> dict[str, list[int]]:
+    """The shape of each tensor, judged before anything is computed of it."""
+    try:
+        said = json.loads(header)
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
+    if not isinstance(said, dict) or set(said) != set(wanted):
+        raise ValueError("it has other tensors than the schema")
+    found = {}
+    for name, entry in said.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(shape, list) or not 1 <= len(shape) <= 4 or any(not _is_size(size) for size in shape):
+            raise ValueError(f"{name} has shape {shape!r:.60}")
+        found[name] = shape
+    return found
 
 
-def _numbers(values: Any) -> tuple[int, ...]:
-    """The list as it stands when it holds sizes, else nothing."""
-    good = isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 40 for value in values)
-    return tuple(values) if good else ()
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MOST_RECORD_BYTES

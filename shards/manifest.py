@@ -10,23 +10,25 @@ from pydantic import Field, ValidationError, model_validator
 from configs.atomic import atomic_write
 from configs.refusal import Refused
 from configs.strict import Strict
-from shards.archive import Place, places, sha256_of, spoilt
+from shards.archive import Place, places, sha256_of, spoilt, tar_bytes
+from shards.codec import MOST_JSON_BYTES
 from shards.damage import Damaged, Fault, inside, read_bounded
 from shards.damage import way_out as way_out
+from shards.layout import LEAST_DRAW_BYTES, MOST_RECORD_BYTES
 from shards.recipe import Recipe as Recipe
 from shards.recipe import differences as differences
 from shards.record import SCHEMA, Split
 from shards.seal import sealed, unsealed
 
 NAME = "manifest.json"
-MOST_BYTES = 1 << 28
-"""A million records take a fifth of it."""
+MOST_BYTES = 1 << 26
+"""A million records take three quarters of it."""
 
 Count = Annotated[int, Field(ge=1, lt=1 << 48)]
-Key = Annotated[str, Field(pattern=r"^\d{9}$")]
+Key = Annotated[str, Field(pattern=r"^[0-9]{9}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-ShardFile = Annotated[str, Field(pattern=r"^data/(train|validation)-\d{6}\.tar$")]
-TableFile = Annotated[str, Field(pattern=r"^table\.zarr/([a-z0-9_]+/)*(zarr\.json|\d+)$")]
+ShardFile = Annotated[str, Field(pattern=r"^data/(train|validation)-[0-9]{6}\.tar$")]
+TableFile = Annotated[str, Field(pattern=r"^table\.zarr/([a-z0-9_]+/)*(zarr\.json|[0-9]+)$")]
 
 
 class Shard(Strict):
@@ -55,9 +57,13 @@ class Shard(Strict):
             gap = place.st_offset - place.json_offset - place.json_size
             if place.first != end or not 512 <= gap < 1024 or min(place.json_size, place.st_size) < 1:
                 raise ValueError(f"{self.file}: places a record at byte {place.json_offset}, where none can lie")
+            if place.json_size > MOST_JSON_BYTES or place.st_size > MOST_RECORD_BYTES:
+                raise ValueError(f"{self.file}: places a record of {place.st_size} bytes at byte {place.json_offset}")
+            if self.draws_per_record * LEAST_DRAW_BYTES > place.st_size:
+                raise ValueError(f"{self.file}: {self.draws_per_record} draws in a record of {place.st_size} bytes")
             end = place.last
-        if end > self.bytes:
-            raise ValueError(f"{self.file}: places a record at byte {end} of {self.bytes}")
+        if self.bytes != tar_bytes(end):
+            raise ValueError(f"{self.file}: its records end at byte {end} of {self.bytes}")
         return self
 
     @property
@@ -169,13 +175,13 @@ class Manifest(Strict):
         """The manifest of `folder` from the bytes of its file, which must be the very bytes that `save` wrote."""
         path = folder / NAME
         try:
-            said = json.loads(content)
+            said = json.loads(content, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise Damaged(f"{path}: not good JSON ({error}) - {way_out(folder)}") from error
         version = said.get("schema_version") if isinstance(said, dict) else None
         if version != SCHEMA:
             raise Refused(
-                f"{path}: schema_version {version}, this program reads {SCHEMA} - make the cache in a new folder"
+                f"{path}: schema_version {version!r:.40}, this program reads {SCHEMA} - make the cache in a new folder"
             )
         fault = unsealed(content)
         said.pop("sha256", None)
@@ -183,8 +189,8 @@ class Manifest(Strict):
             manifest = cls.model_validate(said)
         except ValidationError as error:
             slip = error.errors(include_url=False)[0]
-            where = ".".join(map(str, slip["loc"]))
-            raise Damaged(f"{path}: {where}: {slip['msg']} - {way_out(folder)}") from error
+            where = ascii(".".join(map(str, slip["loc"])))[1:-1]
+            raise Damaged(f"{path}: {where:.80}: {slip['msg']} - {way_out(folder)}") from error
         if fault is None and manifest.text().encode() != content:
             fault = "is not in the form in which it is written"
         if fault:
@@ -268,6 +274,10 @@ def find_cache(folder: Path) -> Path:
     """The cache folder that is meant: `folder` itself, or the one inside it when it is a run folder."""
     inner = folder / "cache"
     return inner if not (folder / NAME).exists() and (inner / NAME).exists() else folder
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
 
 
 def _listed(items: list[dict[str, object]]) -> str:

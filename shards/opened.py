@@ -3,21 +3,24 @@
 import os
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 from configs.refusal import Refused
 from shards.archive import Place
-from shards.codec import head
-from shards.layout import LENGTH, MOST_HEADER_BYTES, Head, Layout, layout_of
+from shards.codec import decode, head
+from shards.damage import Damaged, plainly
+from shards.layout import Head, Layout, header_of, layout_of
 from shards.manifest import Shard, refusal
 from shards.order import WINDOW
+from shards.record import Record
 from shards.stamps import Facts, is_stamped, stamp
 
+T = TypeVar("T")
+
 MOST_OPEN = 64
-MOST_JSON_BYTES = 1 << 20
 GUESS_BYTES = 4096
 """Read at once from the beginning of a KEY.safetensors: more than its header, its times and steps usually take."""
 
@@ -27,7 +30,7 @@ class Opened:
 
     def __init__(self, path: Path) -> None:
         self.fd, self.asked_ahead = -1, False
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = plainly(path, os.O_RDONLY | os.O_CLOEXEC)
         self.facts = Facts.of(os.fstat(self.fd))
 
     def __del__(self) -> None:
@@ -60,47 +63,65 @@ class OpenShards:
         self._opened: OrderedDict[str, Opened] = OrderedDict()
         self._right: dict[str, Facts] = {}
         self._lock, self._lock_of = Lock(), dict[str, Lock]()
+        self._shapes: list[tuple[str, tuple[int, ...]]] | None = None
+        """name and shape of a row of each tensor of the first record: the same, in this order, in every record"""
 
-    def read(self, shard: Shard, place: Place) -> tuple[bytes, bytes]:
-        """The two members of a record, in one read."""
+    def record(self, shard: Shard, place: Place) -> Record:
+        """A whole record, read at once into the memory where its tensors then lie."""
         first = place.json_offset
-        content = self._bytes(shard, first, place.st_offset + place.st_size - first)
-        return content[: place.json_size], content[place.st_offset - first :]
+        content = memoryview(bytearray(place.st_offset + place.st_size - first))
+        if os.preadv(self._handle(shard).fd, [content], first) != len(content):
+            raise Refused(refusal(self.folder, shard, f"ends before byte {first + len(content)}"))
+        said, tensors = content[: place.json_size].tobytes(), content[place.st_offset - first :]
+        record = self._judged(shard, place, decode, said, tensors)
+        begin, end = header_of(tensors, place.st_size)
+        layout = layout_of(tensors[begin:end].tobytes(), tuple(record.features.by_block))
+        self._judged(shard, place, self._belongs, shard, record.key, layout)
+        return record
 
     def head(self, shard: Shard, place: Place) -> Head:
-        """A record without its large tensors."""
-        first, between = place.json_offset, place.st_offset - place.json_offset
-        if (
-            not 0 < place.json_size <= between <= place.json_size + MOST_HEADER_BYTES
-            or place.json_size > MOST_JSON_BYTES
-        ):
-            raise self._refused(shard, place, f"its JSON has {place.json_size} of {between} bytes")
-        content = self._bytes(shard, first, between + min(GUESS_BYTES, place.st_size))
-        said, start = head(content[: place.json_size]), content[between:]
+        """A record without its large tensors, judged as strictly as a whole one."""
+        between = place.st_offset - place.json_offset
+        content = self._bytes(shard, place.json_offset, between + min(GUESS_BYTES, place.st_size))
+        said, start = self._judged(shard, place, head, content[: place.json_size]), content[between:]
+        begin, end = self._judged(shard, place, header_of, start, place.st_size)
+        if end > len(start):
+            start = self._bytes(shard, place.st_offset, end)
+        layout = self._judged(shard, place, layout_of, start[begin:end], tuple(said["blocks"]))
+        if (layout.bytes, layout.rows) != (place.st_size, said["draws"]):
+            fault = f"{layout.rows} draws in {layout.bytes} bytes, it says {said['draws']} in {place.st_size}"
+            raise self._refused(shard, place, fault)
+        self._judged(shard, place, self._belongs, shard, said["key"], layout)
+        return Head(
+            key=said["key"],
+            text=said["text"],
+            class_name=said["class_name"],
+            guidance_scale=said["guidance_scale"],
+            blocks=tuple(said["blocks"]),
+            k=self._column(shard, place, layout, "k", start),
+            s=self._column(shard, place, layout, "s", start),
+            layout=layout,
+        )
+
+    def _judged(self, shard: Shard, place: Place, judge: Callable[..., T], *words: object) -> T:
+        """What `judge` makes of bytes of this record; its refusals are told with the file and the place."""
         try:
-            if len(start) < LENGTH.size:
-                raise ValueError(f"its safetensors has {len(start)} bytes")
-            ends = LENGTH.size + LENGTH.unpack_from(start)[0]
-            if ends > min(MOST_HEADER_BYTES, place.st_size):
-                raise ValueError(f"its safetensors header has {ends} bytes")
-            if ends > len(start):
-                start = self._bytes(shard, place.st_offset, ends)
-            blocks = tuple(str(block) for block in said["blocks"])
-            layout = layout_of(start[LENGTH.size : ends], blocks)
-            if layout.bytes > place.st_size:
-                raise ValueError(f"its {layout.rows} draws end at byte {layout.bytes} of {place.st_size}")
-            return Head(
-                key=str(said["key"]),
-                text=str(said["text"]),
-                class_name=str(said["class_name"]),
-                guidance_scale=float(said["guidance_scale"]),
-                blocks=blocks,
-                k=self._column(shard, place, layout, "k", start),
-                s=self._column(shard, place, layout, "s", start),
-                layout=layout,
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            return judge(*words)
+        except (Refused, ValueError) as error:
             raise self._refused(shard, place, str(error)) from error
+
+    def _belongs(self, shard: Shard, key: str, layout: Layout) -> None:
+        """Raise `ValueError` for a record that its shard, or the records read before it, do not lead to expect."""
+        if not shard.first_key <= key <= shard.last_key:
+            raise ValueError(f"its key {key} is not one from {shard.first_key} to {shard.last_key}")
+        if layout.rows != shard.draws_per_record:
+            raise ValueError(f"record {key} has {layout.rows} draws, manifest says {shard.draws_per_record}")
+        shapes = [*layout.shapes().items()]
+        if self._shapes is None:
+            self._shapes = shapes
+        if self._shapes != shapes:
+            slips = [name for name, shape in shapes if (name, shape) not in self._shapes]
+            raise ValueError(f"record {key} has {', '.join(slips) or 'blocks'} unlike the records before it")
 
     def _column(self, shard: Shard, place: Place, layout: Layout, name: str, start: bytes) -> tuple[Any, ...]:
         """A small tensor, out of the bytes that are there already unless it lies beyond them."""
@@ -120,8 +141,6 @@ class OpenShards:
             raise Refused(refusal(self.folder, shard, f"ends before byte {offset + size}"))
 
     def _bytes(self, shard: Shard, offset: int, size: int) -> bytes:
-        if not 0 <= offset <= offset + size <= shard.bytes:
-            raise Refused(refusal(self.folder, shard, f"places a record at bytes {offset} to {offset + size}"))
         content = os.pread(self._handle(shard).fd, size, offset)
         if len(content) != size:
             raise Refused(refusal(self.folder, shard, f"ends before byte {offset + size}"))
@@ -162,4 +181,4 @@ class OpenShards:
         return opened
 
     def _refused(self, shard: Shard, place: Place, fault: str) -> Refused:
-        return Refused(refusal(self.folder, shard, f"record at byte {place.json_offset}: {fault}"))
+        return Damaged(refusal(self.folder, shard, f"record at byte {place.json_offset}: {fault}"))

@@ -14,7 +14,6 @@ from jaxtyping import Int
 from configs.refusal import Refused
 from shards.archive import Place
 from shards.batch import Batch
-from shards.codec import decode
 from shards.columns import Columns, Rows, Slices
 from shards.layout import Head
 from shards.manifest import Manifest, Shard, find_cache, refusal, way_out
@@ -120,7 +119,7 @@ class Reader:
         """Every record of a split (this reader's own, unless told), in the order of its shards."""
         for shard in self.manifest.of(split or self.split):
             for place in shard.offsets:
-                yield decode(*self._open.read(shard, place))
+                yield self._open.record(shard, place)
 
     def record(self, key: str, split: Split | None = None) -> Record:
         """The record with this key in a split (this reader's own, unless told)."""
@@ -129,13 +128,13 @@ class Reader:
             if shard.first_key <= key <= shard.last_key:
                 for place in shard.offsets:
                     if self._open.head(shard, place).key == key:
-                        return decode(*self._open.read(shard, place))
+                        return self._open.record(shard, place)
         known = f"{shards[0].first_key} to {shards[-1].last_key}" if shards else "none"
         raise Refused(f"{self.folder}: no record {key} in split {split or self.split} - keys are {known}")
 
     def number(self, number: int) -> Record:
         """The record at a place of the split, from 0."""
-        return decode(*self._open.read(*self._locate(number)))
+        return self._open.record(*self._locate(number))
 
     def _locate(self, number: int) -> tuple[Shard, Place]:
         at = int(np.searchsorted(self._first, number, side="right")) - 1
@@ -156,4 +155,4 @@ class Reader:
         pinned = torch.cuda.is_available()
         if not self._in_memory:
             return Slices(self._open, self._locate, pinned)
-        return Columns(self.records(), self.pairs.starts, pinned)
+        return Columns(self.records(), self.pairs.starts, pinned, sum(shard.bytes for shard in self.shards))

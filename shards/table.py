@@ -19,8 +19,9 @@ from shards.damage import Damaged
 from shards.manifest import Manifest, Part, find_cache, way_out
 from shards.moments import Statistics
 from shards.record import SPLITS, Split
-from shards.table_layout import check_files, check_layout
-from shards.tabulate import FEATURE, NAME, ROWS_PER_CHUNK, made_from
+from shards.table_chunks import Packing, fault_of_chunks
+from shards.table_layout import FEATURE, NAME, check_files, check_layout
+from shards.tabulate import ROWS_PER_CHUNK, made_from
 from shards.tabulate import write_table as write_table
 
 ROWS_AT_ONCE = 4 * ROWS_PER_CHUNK
@@ -29,8 +30,8 @@ ROWS_AT_ONCE = 4 * ROWS_PER_CHUNK
 class Table:
     """The table of a cache, read as it is asked for."""
 
-    def __init__(self, group: zarr.Group, folder: Path, parts: Sequence[Part]) -> None:
-        self._group, self._folder, self._parts = group, folder, parts
+    def __init__(self, group: zarr.Group, folder: Path, parts: Sequence[Part], packings: Mapping[str, Packing]) -> None:
+        self._group, self._folder, self._parts, self._packings = group, folder, parts, packings
         self._checked: set[str] = set()
         said: Mapping[str, Any] = group.attrs.asdict()
         self.blocks: tuple[str, ...] = tuple(said["blocks"])
@@ -45,12 +46,10 @@ class Table:
             raise Refused(f"{path}: not there - {way_out(cache)}")
         if not manifest.table:
             raise Refused(f"{path}: was made from other shards than {cache}/manifest.json names - {way_out(cache)}")
-        check_layout(cache, manifest)
-        group = zarr.open_group(path, mode="r")
-        said = group.attrs.asdict()
-        if any(said.get(name) != value for name, value in made_from(manifest).items()):
-            raise Refused(f"{path}: was made from other shards than {cache}/manifest.json names - {way_out(cache)}")
-        return cls(group, cache, manifest.table)
+        packings = check_layout(cache, manifest, made_from(manifest))
+        return cls(
+            zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False), cache, manifest.table, packings
+        )
 
     def __len__(self) -> int:
         return len(self.key)
@@ -114,13 +113,22 @@ class Table:
 
     def column(self, name: str, rows: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
         """A column at these rows; its files are checked against the manifest when it is first asked for."""
+        if name not in self._packings:
+            raise Refused(f"column {name}: not in the table - {did_you_mean(name, [*self._packings])}")
         if name not in self._checked:
-            check_files(self._folder, [part for part in self._parts if part.file.startswith(f"{NAME}/{name}/")])
-            self._checked.add(name)
-        array = self._group[name]
-        if not isinstance(array, zarr.Array):
-            raise Refused(f"{NAME}/{name}: not an array - remove the table and make it again")
+            self._check(name)
+        array: Any = self._group[name]
         try:
             return np.asarray(array.oindex[rows])
-        except (ValueError, RuntimeError, OSError, MemoryError) as error:  # the codecs' words for bytes of a stranger
-            raise Damaged(f"{self._folder / NAME / name}: cannot be decoded ({error})") from error
+        except (ValueError, RuntimeError) as error:  # the codecs' words for bytes of a stranger
+            raise Damaged(f"{self._folder / NAME / name}: cannot be unpacked ({error})") from error
+
+    def _check(self, name: str) -> None:
+        parts = [part for part in self._parts if part.file.startswith(f"{NAME}/{name}/")]
+        check_files(self._folder, parts)
+        for part in parts:
+            path = self._folder / part.file
+            fault = None if path.name == "zarr.json" else fault_of_chunks(path, self._packings[name])
+            if fault:
+                raise Damaged(f"{path}: {fault} - {way_out(self._folder)}")
+        self._checked.add(name)

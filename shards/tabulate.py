@@ -17,22 +17,23 @@ from shards.archive import sha256_of
 from shards.manifest import Manifest, Part
 from shards.reader import Reader
 from shards.record import SCHEMA, SPLITS, Record, Split
+from shards.table_layout import COLUMNS, FEATURE, FEATURE_TYPE
+from shards.table_layout import NAME as NAME
 
-NAME = "table.zarr"
 ROWS_PER_CHUNK, ROWS_PER_FILE = 1024, 16384
-COLUMNS = {"key": "int64", "split": "int8", "draw": "int16", "k": "int64", "s": "float32", "class": "int32"}
-FEATURE = "feature_"
 
 
 def write_table(folder: Path) -> None:
     """Make the table of a finished cache, all or nothing; the same shards always give the same bytes."""
     target = folder / NAME
     temporary = unfinished(target)
+    replaced = unfinished(target.with_name(f"old.{NAME}"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _fill(temporary, folder)
         _make_durable(temporary)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():  # its name goes at once, its files one by one
+            target.rename(replaced)
         temporary.rename(target)
         fsync_folder(folder)
         Manifest.open(folder).model_copy(update={"table": parts_of(folder)}).save(folder)
@@ -42,6 +43,7 @@ def write_table(folder: Path) -> None:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def parts_of(folder: Path) -> tuple[Part, ...]:
@@ -79,7 +81,7 @@ def _fill(path: Path, folder: Path) -> None:
         }
     )
     shapes: dict[str, tuple[tuple[int, ...], str]] = {name: ((rows,), kind) for name, kind in COLUMNS.items()}
-    shapes |= {f"{FEATURE}{block}": ((rows, width), "float16") for block, width in widths.items()}
+    shapes |= {f"{FEATURE}{block}": ((rows, width), FEATURE_TYPE) for block, width in widths.items()}
     arrays = {name: _array(group, name, shape, kind) for name, (shape, kind) in shapes.items()}
     first = 0
     for block in _blocks(reader, classes):

@@ -42,16 +42,18 @@ class CacheWriter:
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         """Go on with the cache in `folder`, or begin one; raises `Refused` when it was made by another recipe."""
         self.folder = folder
-        self.manifest = on_disk = Manifest(recipe=recipe)
+        self.manifest = Manifest(recipe=recipe)
         if (folder / NAME).exists():
-            self.manifest = on_disk = Manifest.open(folder)
+            self.manifest = Manifest.open(folder)
             self.manifest.check_recipe(recipe, folder)
+        said = self.manifest
         self._journal = Journal(folder, recipe.fingerprint())
         self._entered: dict[str, Entry] = {}
         sweep(folder)
         self.refresh()
-        if self.manifest != on_disk:
-            self.assemble()  # the journal outlives a manifest that was moved aside, or not written in time
+        if self.manifest is not said:
+            # The journal outlives a manifest that was moved aside, and a process that was killed between the two.
+            self.assemble()
 
     def refresh(self) -> None:
         """Learn what other processes have finished, or found to be unfinished, since."""

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from configs.refusal import Refused
-from shards.codec import decode
 from shards.manifest import Manifest
 from shards.opened import OpenShards
 from shards.record import Record
@@ -72,7 +71,7 @@ def sample(folder: Path, manifest: Manifest, count: int, seed: int) -> Iterator[
     places = [(shard, place) for shard in manifest.shards for place in shard.offsets]
     for number in sorted(random.Random(seed).sample(range(len(places)), min(count, len(places)))):
         shard, place = places[number]
-        yield shard.file, decode(*opened.read(shard, place))
+        yield shard.file, opened.record(shard, place)
 
 
 def teacher_of(manifest: Manifest, location: str, device: torch.device) -> Teacher:

@@ -53,6 +53,21 @@ def test_the_claim_of_a_dead_process_is_taken_over(tmp_path):
         assert ours.owner_of("train-000000") == owner()
 
 
+@pytest.mark.parametrize(("age_seconds", "taken"), [(0, False), (claims.BEAT_SECONDS + 5, True)])
+def test_a_claim_that_nobody_signed_counts_for_as_long_as_signing_takes(tmp_path, age_seconds, taken):
+    claimed_by(tmp_path, "train-000000", "", age_seconds)
+    with Claims(tmp_path) as ours:
+        assert ours.take("train-000000") is taken
+
+
+def test_dead_claims_on_what_is_finished_do_not_stay(tmp_path):
+    claimed_by(tmp_path, "train-000000", dead_owner())
+    claimed_by(tmp_path, f".now.{dead_owner()}", "")
+    with Claims(tmp_path) as ours:
+        assert ours.take("train-000001")
+    assert not (tmp_path / claims.NAME).exists()
+
+
 @pytest.mark.parametrize(("age_seconds", "taken"), [(0, False), (claims.STALE_SECONDS + 5, True)])
 def test_a_claim_from_another_machine_counts_while_it_is_kept_warm(tmp_path, age_seconds, taken):
     claimed_by(tmp_path, "train-000000", "7-7@elsewhere-00000000", age_seconds)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from configs.refusal import Refused
-from shards.codec import PER_DRAW, decode, encode
+from shards.codec import decode, encode
+from shards.layout import PER_DRAW
+from shards.record import BlockFeatures
 
 
 def same(a, b):
@@ -118,7 +120,7 @@ def test_features_of_another_number_of_draws_are_not_written(make_record):
 
 def test_another_schema_is_refused(make_record):
     json_bytes, st_bytes = encode(make_record(0))
-    with pytest.raises(Refused, match="record 000000000: schema 2"):
+    with pytest.raises(Refused, match="record '000000000': schema 2"):
         decode(json_bytes.replace(b'"schema_version": 1', b'"schema_version": 2'), st_bytes)
 
 
@@ -129,3 +131,38 @@ def test_broken_bytes_are_refused(make_record, cut):
         decode(json_bytes[cut], st_bytes)
     with pytest.raises(Refused, match="record 000000000: not good safetensors"):
         decode(json_bytes, st_bytes[cut])
+
+
+def test_a_prompt_too_long_to_be_read_again_is_not_written(make_record):
+    encode(dataclasses.replace(make_record(0), text="x" * 60_000))
+    with pytest.raises(Refused, match=r"record 000000000: its words take .* at most 65536 are stored"):
+        encode(dataclasses.replace(make_record(0), text="x" * 66_000))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"text": "half a letter \ud83d"}, "has words that are no text"),
+        ({"features": BlockFeatures({"Mid/0": torch.zeros(2, 3).half()})}, "has blocks that are not names"),
+        ({"x0": torch.zeros(0, 4, 5).half()}, "x0 has shape"),
+    ],
+)
+def test_what_would_not_be_read_again_is_not_written(make_record, change, words):
+    with pytest.raises(ValueError, match=words):
+        encode(dataclasses.replace(make_record(0), **change))
+
+
+def test_a_truth_value_is_true_or_false(make_record):
+    json_bytes, st_bytes = encode(make_record(0))
+    assert st_bytes[-2:] == b"\1\0"  # trajectory lies last
+    with pytest.raises(Refused, match="trajectory holds what is neither true nor false"):
+        decode(json_bytes, st_bytes[:-1] + b"\2")
+
+
+def test_tensors_lie_in_the_bytes_that_were_read_where_these_can_be_written(make_record):
+    json_bytes, st_bytes = encode(make_record(0))
+    room = bytearray(st_bytes)
+    back = decode(json_bytes, room)
+    back.x0.zero_()
+    assert bytes(room) != st_bytes
+    assert decode(json_bytes, st_bytes).x0.equal(make_record(0).x0)

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import pytest
 
@@ -48,17 +49,28 @@ def test_a_stamped_shard_that_changed_is_refused_even_with_its_old_time(cache, h
         read(cache)
 
 
-@pytest.mark.parametrize("change", ["written", "cut"])
-def test_a_shard_that_changes_under_its_reader_is_refused(cache, hashed, change):
-    batches = Reader(cache, batch_size=14, memory_budget_bytes=0, workers=0).batches()
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("change", ["written", "cut", "replaced", "pipe", "link"])
+def test_a_shard_that_changes_under_its_reader_is_refused(cache, hashed, change, split):
+    batches = Reader(cache, split, batch_size=14, memory_budget_bytes=0, workers=0).batches()
     next(batches)
+    path = cache / f"data/{split}-000000.tar"
     if change == "cut":
-        os.truncate(cache / "data/train-000000.tar", 5000)
+        os.truncate(path, 5000)
+    elif change == "replaced":
+        shutil.copy(cache / "data/train-000001.tar", cache / "other")
+        (cache / "other").replace(path)
+    elif change == "pipe":
+        path.unlink()
+        os.mkfifo(path)  # who opens it waits for ever
+    elif change == "link":
+        path.rename(cache / "moved")
+        path.symlink_to(cache / "moved")
     else:
-        with open(cache / "data/train-000000.tar", "r+b") as tar:
-            tar.seek(9000)
+        with open(path, "r+b") as tar:
+            tar.seek(5000)
             tar.write(b"\x55")
-    with pytest.raises(Refused, match=r"train-000000\.tar: (sha256|\d records)"):
+    with pytest.raises(Refused, match=rf"{split}-000000\.tar: (sha256|\d records|is a link|is no plain file)"):
         next(batches)
 
 

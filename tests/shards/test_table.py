@@ -8,6 +8,7 @@ import zarr
 from configs.refusal import Refused
 from shards import table as table_module
 from shards import tabulate
+from shards.damage import Damaged
 from shards.moments import Statistics
 from shards.reader import Reader
 from shards.table import Table, write_table
@@ -72,6 +73,17 @@ def test_statistics_are_those_of_the_training_states_of_each_bin(cache, monkeypa
             torch.testing.assert_close(one.std()[i], rows.std(0))
         torch.testing.assert_close(one.overall().mean[0], seen.mean(0))
         torch.testing.assert_close(one.overall().std(correction=0)[0], seen.std(0, correction=0))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_statistics_are_refused_of_a_damaged_table(cache, cut):
+    write_table(cache)
+    path = cache / "table.zarr/feature_mid/c/0/0"
+    good = path.read_bytes()
+    table = Table.open(cache)
+    path.write_bytes(good[:-1] if cut else bytes([good[0] ^ 1]) + good[1:])
+    with pytest.raises(Damaged, match=r"feature_mid/c/0/0: (sha256|\d+ bytes)"):
+        table.statistics()
 
 
 def test_statistics_survive_a_large_mean():

@@ -98,6 +98,18 @@ def test_a_killed_run_goes_on_to_the_bytes_of_an_uninterrupted_one(cache, make_c
     assert content(folder) == content(cache)
 
 
+def test_a_shard_that_only_the_journal_knows_is_entered_when_the_cache_is_opened_again(cache, make_recipe, make_cache):
+    """Killed between journal and manifest: when nothing else is left to make, nobody would enter the last shard."""
+    whole = content(cache)
+    Manifest.open(cache).without("data/validation-000000.tar").save(cache)
+    assert content(cache) != whole
+    make_cache(cache)
+    assert content(cache) == whole
+    Manifest.open(cache).without("data/validation-000000.tar").save(cache)
+    CacheWriter(cache, make_recipe())
+    assert content(cache) == whole
+
+
 def test_a_damaged_shard_counts_as_unfinished_and_is_made_again(cache, make_cache):
     whole = content(cache)
     shard = Manifest.open(cache).shards[0]

@@ -1,0 +1,170 @@
+"""What a cache survives: `python -m benchmarks.faults [--kills 30] [--steps] [--flips 200 --cuts 50] [--seed 0]`.
+
+--kills: a real `python -m stages cache-teacher` is killed (-9) at random moments of the time in which it writes, three
+times in one life, and then goes on to its end: each time the bytes must be those of a run that was never stopped, and
+at no kill may anything half-made lie under a final name.
+--steps: a small job is killed before every single step that it takes on the disk.
+--flips, --cuts: one bit of a real cache is changed, or a file is cut: verify must exit with 1, and repair must restore
+the same bytes.
+"""
+
+import argparse
+import functools
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from benchmarks.killing import content, half_done, killed_before, left, small_job
+
+TEACH = ["-m", "stages", "cache-teacher", "--config", "configs/tiny.yaml"]
+MANY = ["--count", "120", "--validation-count", "6", "--render.records-per-shard", "6", "--render.states.steps", "6"]
+FEW = ["--count", "8", "--validation-count", "2", "--render.records-per-shard", "2", "--render.states.steps", "4"]
+KILLS_A_LIFE = 3
+KINDS = (".tar", "manifest.json", "zarr.json", "/c/")
+"""A flip meets each kind of file as often as any other."""
+
+
+def taught(run: Path, seconds: float | None = None) -> float | None:
+    """Run cache-teacher, killed so long after it says its first word, just before it writes; how long it wrote.
+
+    None when it was killed. Raises when it fails by itself.
+    """
+    job = subprocess.Popen(
+        [sys.executable, "-u", *TEACH, *MANY, "--run", str(run)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert job.stdout
+    job.stdout.readline()
+    began = time.perf_counter()
+    try:
+        job.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        job.send_signal(signal.SIGKILL)
+        job.communicate()
+        if job.returncode == -signal.SIGKILL:
+            return None
+    if job.returncode:
+        raise RuntimeError(f"cache-teacher failed: {job.returncode}")
+    return time.perf_counter() - began
+
+
+def kills(folder: Path, wanted: int, rng: random.Random) -> int:
+    """Kill and resume; returns how many lives went wrong."""
+    taught(folder / "warm")  # the page cache decides how long the first run takes
+    writes = taught(folder / "whole")
+    assert writes is not None
+    whole = content(folder / "whole" / "cache")
+    print(f"an uninterrupted run writes {len(whole)} files, {sum(map(len, whole.values())):,} bytes in {writes:.2f} s")
+    made, late, failed, life = 0, 0, 0, 0
+    while made < wanted:
+        run, slips, before = folder / f"life{life}", list[str](), 0.0
+        for moment in sorted(rng.uniform(0, writes) for _ in range(min(KILLS_A_LIFE, wanted - made))):
+            if taught(run, moment - before) is not None:
+                late += 1
+                break
+            made, before = made + 1, moment
+            slips += half_done(run / "cache", whole)
+            wrong = f" WRONG: {slips}" if slips else ""
+            print(f"life {life}, killed at {moment:.2f} s: {left(run / 'cache')}{wrong}")
+        taught(run)
+        same = content(run / "cache") == whole and not list((run / "cache").rglob(".*"))
+        print(f"life {life} went on to {'the same bytes' if same else 'OTHER BYTES'}", flush=True)
+        failed += bool(slips) or not same
+        life += 1
+    print(f"{made} kills in {life} lives ({late} came after the end), {failed} lives went wrong")
+    return failed
+
+
+def steps(folder: Path) -> int:
+    """Kill a small job before each of its steps, and let it go on; returns how many times that went wrong."""
+    failed, number = 0, 0
+    quietly(small_job, folder / "whole")
+    whole = content(folder / "whole")
+    while killed_before(lambda: small_job(folder / "killed"), number):
+        slips = half_done(folder / "killed", whole)
+        quietly(small_job, folder / "killed")
+        same = content(folder / "killed") == whole and not list((folder / "killed").rglob(".*"))
+        if slips or not same:
+            print(f"step {number}: {slips or 'other bytes'}")
+            failed += 1
+        subprocess.run(["rm", "-r", str(folder / "killed")], check=True)
+        number += 1
+    print(f"killed before each of {number} steps on the disk, {failed} times it went wrong")
+    return failed
+
+
+def quietly(act, *words):  # type: ignore[no-untyped-def]
+    """Do something whose words nobody needs."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return act(*words)
+
+
+def damages(folder: Path, flips: int, cuts: int, rng: random.Random) -> int:
+    """Damage and repair a real cache; returns how many times that went wrong."""
+    from configs.load import load
+    from stages import cache_teacher, upkeep
+
+    # The teacher is the same each time: loading it anew would take most of the time.
+    cache_teacher.load_components = functools.lru_cache(cache_teacher.load_components)  # type: ignore[assignment]
+    run, cache = folder / "run", folder / "run" / "cache"
+    quietly(
+        cache_teacher.run,
+        load(cache_teacher.Config, "cache_teacher", [Path("configs/tiny.yaml")], ["--run", str(run), *FEW]),
+    )
+    whole, outcomes, failed = content(cache), Counter[tuple[str, str]](), 0
+    for number in range(flips + cuts):
+        kind = KINDS[number % len(KINDS)]
+        file = rng.choice([file for file in whole if kind in file])
+        bit, cut = rng.randrange(8 * len(whole[file])), number >= flips
+        bad = bytearray(whole[file][: bit // 8] if cut else whole[file])
+        if not cut:
+            bad[bit // 8] ^= 1 << bit % 8
+        (cache / file).write_bytes(bad)
+        code = quietly(upkeep.main, ["verify", str(run)])
+        mended = quietly(upkeep.main, ["repair", str(run)]) == 0 and content(cache) == whole
+        outcomes[kind, "cut" if cut else "flip"] += 1
+        if code != 1 or not mended:
+            failed += 1
+            how, end = "cut at" if cut else "bit", "mended" if mended else "NOT MENDED"
+            print(f"{file}, {how} {bit}: verify said {code}, {end}")
+            for name, good in whole.items():
+                (cache / name).parent.mkdir(parents=True, exist_ok=True)
+                (cache / name).write_bytes(good)
+        subprocess.run(["rm", "-rf", str(cache / "quarantine")], check=True)
+    for (kind, way), count in sorted(outcomes.items()):
+        print(f"{kind:<16}{way:<6}{count:>5}")
+    print(f"{flips} flips and {cuts} cuts, {failed} times it went wrong")
+    return failed
+
+
+def main() -> int:
+    """0 when nothing went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--steps", action="store_true")
+    parser.add_argument("--flips", type=int, default=0)
+    parser.add_argument("--cuts", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    nothing = not (asked.kills or asked.steps or asked.flips or asked.cuts)
+    failed, rng = 0, random.Random(asked.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/stamps"
+        if asked.kills or nothing:
+            failed += kills(Path(folder), asked.kills or 30, rng)
+        if asked.steps:
+            failed += steps(Path(folder) / "steps")
+        if asked.flips or asked.cuts:
+            failed += damages(Path(folder), asked.flips, asked.cuts, rng)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
