@@ -12,7 +12,7 @@ from configs.refusal import Refused
 from shards.manifest import Recipe, verify
 from shards.record import BlockFeatures, Draws, Record
 from shards.writer import CacheWriter
-from stages.cluster import fill, tasks_of
+from stages.cluster import fill, refuse_surplus, tasks_of
 from stages.prompts import Prompt
 
 RECIPE = Recipe(identity={"steps": 2})
@@ -35,7 +35,9 @@ def make(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
 
 
 def filled(folder: Path, count: int, maker=make) -> Path:
-    fill(CacheWriter(folder, RECIPE), tasks_of({"train": asked(count)}, 4), 2, maker)
+    writer, tasks = CacheWriter(folder, RECIPE), tasks_of({"train": asked(count)}, 4)
+    refuse_surplus(writer, tasks)
+    fill(writer, tasks, 2, maker)
     return folder
 
 

@@ -1,0 +1,62 @@
+"""Workers on this machine: each is a process with a pool of its own, so that one that dies takes no other with it."""
+
+import multiprocessing
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+
+from configs.refusal import Refused
+from stages.cluster.fill import fill
+from stages.cluster.fleet import Worker
+from stages.cluster.signals import deaf_to_ctrl_c, stopping
+from stages.cluster.tasks import Job
+
+EXIT_SECONDS = 5.0
+
+
+def start(job: Job, count: int, method: str = "spawn") -> list[Worker]:
+    """Start `count` processes that share a job; worker i is told number i, for the GPU that it takes."""
+    with deaf_to_ctrl_c():
+        return [_worker(job, number, method) for number in range(count)]
+
+
+def _worker(job: Job, number: int, method: str) -> Worker:
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context(method))
+    result = pool.submit(_share, job, number)
+    (process,) = set(multiprocessing.active_children()) - others
+    pool.shutdown(wait=False)  # it ends after its only call
+    return Worker(
+        f"worker {number} (process {process.pid})",
+        result,
+        lambda by_force: process.kill() if by_force else process.terminate(),
+        lambda error: _why(error, process),
+    )
+
+
+def _why(error: BaseException, process: BaseProcess) -> str:
+    if isinstance(error, BrokenProcessPool):
+        process.join(EXIT_SECONDS)
+        code = process.exitcode or 0
+        if code == -signal.SIGKILL:
+            return "was killed (SIGKILL: somebody, or the system for want of memory)"
+        return f"died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+    return str(error) if isinstance(error, Refused) else str(error.__cause__ or repr(error))
+
+
+def _share(job: Job, number: int) -> int:
+    """Fill the cache beside others until all is made, or the parent says stop, or is no more."""
+    with stopping():
+        threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+        writer, make = job.open(number)
+        return fill(writer, job.tasks, job.batch_size, make, shown=False)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        signal.raise_signal(signal.SIGTERM)
