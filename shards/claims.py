@@ -35,7 +35,9 @@ class Claims:
         self._ended.set()
         for path in list(self._held):
             self.release(path.name)
-        self._probe.unlink(missing_ok=True)
+        for path in self.folder.glob(".*"):  # what we, or the dead, asked the folder's clock with
+            if lives(word := path.name.rpartition(".")[2]) is False or word == owner():
+                path.unlink(missing_ok=True)
         with suppress(OSError):  # somebody else's claims are still in it, or it was never made
             self.folder.rmdir()
 

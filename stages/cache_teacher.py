@@ -1,7 +1,8 @@
 """Story one: ask the teacher about many prompts, once, and keep its answers."""
 
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,7 @@ from stages.cluster import (
     Job,
     Make,
     Task,
+    Worker,
     device_of,
     fill,
     fill_by_many,
@@ -78,6 +80,7 @@ class Config(Strict):
 
 def run(config: Config) -> None:
     """Fill RUN/cache; what is there already is kept, and another recipe is refused."""
+    start = starter(config.cluster, config.workers)
     asked: dict[Split, list[Prompt]] = {
         "train": prompts(config.prompts, config.seed, "train", config.count),
         "validation": prompts(config.prompts, config.seed, "validation", config.validation_count),
@@ -95,8 +98,8 @@ def run(config: Config) -> None:
     if config.plan:
         tell_cost(config, writer, tasks, teacher, asked["train"][: config.render.batch_size])
         return
-    with stopping():
-        made = make_shards(config, writer, tasks, teacher)
+    with stopping(signal.SIGINT, signal.SIGTERM):
+        made = make_shards(config, writer, tasks, teacher, start)
         finish(config, writer, whole, made)
 
 
@@ -116,8 +119,10 @@ def tell_cost(
     refuse_small_disk(writer.folder, cost.bytes)
 
 
-def make_shards(config: Config, writer: CacheWriter, tasks: Sequence[Task], teacher: Teacher) -> int:
-    """Make the missing shards, here or by workers; returns how many were made."""
+def make_shards(
+    config: Config, writer: CacheWriter, tasks: Sequence[Task], teacher: Teacher, start: Callable[[Job], list[Worker]]
+) -> int:
+    """Make the missing shards, here or by the workers that `start` starts; returns how many were made."""
     to_make = sum(len(task.prompts) for task in unfinished(writer, tasks))
     each = record_bytes(blank_record(teacher, config.render.states.draws))
     if not config.no_disk_check:
@@ -126,8 +131,18 @@ def make_shards(config: Config, writer: CacheWriter, tasks: Sequence[Task], teac
         (writer.folder / MARK).unlink(missing_ok=True)
     if config.alone:
         return fill(writer, tasks, config.render.batch_size, maker(config, teacher, each))
-    job = Job(partial(open_worker, config, writer.manifest.recipe, each), tasks, config.render.batch_size)
-    return fill_by_many(writer, job, each, starter(config.cluster, config.workers))
+    job = Job(
+        partial(open_worker, from_anywhere(config), writer.manifest.recipe, each), tasks, config.render.batch_size
+    )
+    return fill_by_many(writer, job, each, start)
+
+
+def from_anywhere(config: Config) -> Config:
+    """The same in words that do not depend on the folder where a process was started."""
+    places: dict[str, Path | str] = {"run": config.run.absolute()}
+    if Path(config.teacher).is_dir():
+        places["teacher"] = str(Path(config.teacher).absolute())
+    return config.model_copy(update=places)
 
 
 def maker(config: Config, teacher: Teacher, record_bytes: int) -> Make:
@@ -141,7 +156,8 @@ def maker(config: Config, teacher: Teacher, record_bytes: int) -> Make:
 def open_worker(config: Config, recipe: Recipe, record_bytes: int, number: int) -> tuple[CacheWriter, Make]:
     """The cache and the teacher, opened by worker `number`; raises `Refused` when it finds another teacher there."""
     teacher = load_teacher(config, device_of(config.device, number))
-    found = recipe_of(teacher, config.render, source_identity(config.prompts, config.seed))
+    source = recipe.identity["prompts"]
+    found = recipe_of(teacher, config.render, source if isinstance(source, dict) else {})
     if slips := differences(recipe, found):
         raise Refused(f"worker {number} would make another cache: {'; '.join(slips)} - give it the same files")
     return CacheWriter(config.run / "cache", recipe), maker(config, teacher, record_bytes)

@@ -50,9 +50,7 @@ class Cost:
             f"free disk        {free_bytes(folder) / 2**30:.2f} GiB at {folder}",
         ]
         if self.workers > 1:
-            said.append(
-                f"assumed          {self.workers} workers are no slower each than one, while there is a core or GPU for each"
-            )
+            said.append(f"assumed          each of {self.workers} workers is as fast as one alone, given a core or GPU")
         return said
 
 

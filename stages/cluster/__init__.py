@@ -2,7 +2,7 @@
 
 from stages.cluster.device import device_of, one_thread
 from stages.cluster.fill import fill, refuse_surplus
-from stages.cluster.fleet import fill_by_many
+from stages.cluster.fleet import Worker, fill_by_many
 from stages.cluster.records import Make
 from stages.cluster.signals import stopping
 from stages.cluster.tasks import Job, Task, ranges, tasks_in, tasks_of
@@ -14,6 +14,7 @@ __all__ = [
     "Job",
     "Make",
     "Task",
+    "Worker",
     "device_of",
     "fill",
     "fill_by_many",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from configs.refusal import Refused
-from shards.writer import CacheWriter
+from shards.writer import CacheWriter, sweep
 from stages.cluster.fill import missing
 from stages.cluster.gauge import prompts_made
 from stages.cluster.tasks import Job
@@ -47,6 +47,7 @@ def fill_by_many(writer: CacheWriter, job: Job, record_bytes: int, start: Callab
         show()
         progress.unpause()
         failed, made = oversee(start(job), show)
+    sweep(writer.folder)
     if failed and not all(writer.finished(task.split, task.index, len(task.prompts)) for task in job.tasks):
         raise Refused(f"{'; '.join(failed)} - what is finished is kept, and the same command goes on from here")
     return made

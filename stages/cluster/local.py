@@ -1,6 +1,7 @@
 """Workers on this machine: each is a process with a pool of its own, so that one that dies takes no other with it."""
 
 import multiprocessing
+import os
 import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -8,10 +9,12 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
+from tqdm import tqdm
+
 from configs.refusal import Refused
 from stages.cluster.fill import fill
-from stages.cluster.fleet import Worker
-from stages.cluster.signals import deaf_to_ctrl_c, stopping
+from stages.cluster.fleet import GRACE_SECONDS, Worker
+from stages.cluster.signals import INTERRUPTED, deaf_to_ctrl_c, stopping
 from stages.cluster.tasks import Job
 
 EXIT_SECONDS = 5.0
@@ -49,14 +52,23 @@ def _why(error: BaseException, process: BaseProcess) -> str:
 
 def _share(job: Job, number: int) -> int:
     """Fill the cache beside others until all is made, or the parent says stop, or is no more."""
-    with stopping():
-        threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-        writer, make = job.open(number)
-        return fill(writer, job.tasks, job.batch_size, make, shown=False)
+    over = threading.Event()
+    threading.Thread(target=_end_with_parent, args=[over], name="parent", daemon=True).start()
+    # tqdm's own lock is a semaphore of the system, which a process that is killed leaves behind.
+    tqdm.set_lock(threading.RLock())  # type: ignore[no-untyped-call]
+    try:
+        with stopping(signal.SIGTERM):  # and deaf to Ctrl-C
+            writer, make = job.open(number)
+            return fill(writer, job.tasks, job.batch_size, make, shown=False)
+    finally:
+        over.set()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(over: threading.Event) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
-        signal.raise_signal(signal.SIGTERM)
+        if not over.is_set():
+            signal.raise_signal(signal.SIGTERM)
+        over.wait(GRACE_SECONDS)  # to clear away what is half-written
+        os._exit(INTERRUPTED)  # the pool would wait for another call for ever

@@ -7,35 +7,23 @@ from stages.cluster.fill import fill
 from stages.cluster.fleet import Worker
 from stages.cluster.tasks import Job
 
-NAME = "ray"
-
 
 def start(job: Job, count: int, address: str | None) -> list[Worker]:
-    """Start `count` tasks that share a job, on the cluster at `address` or on one of this machine's own."""
-    ray = _connected(address)
+    """Start `count` tasks that share a job, on the cluster at `address` or on one of this machine's own.
+
+    Raises `Refused` when there is no cluster. This machine leaves it when the process ends.
+    """
+    import ray  # an extra that few need
+
+    try:
+        ray.init(address or "local", log_to_driver=False, logging_level="error", include_dashboard=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise Refused(f"cluster = ray:{address}: {said} - name a running cluster, or plain ray") from error
     gpus = int("GPU" in ray.cluster_resources())
     # A task that dies is not started again: the claims give its shards to the others.
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, scheduling_strategy="SPREAD")(_share)
     return [_worker(ray, f"ray worker {number}", remote.remote(job)) for number in range(count)]
-
-
-def stop() -> None:
-    """Leave the cluster; one that was started here ends."""
-    import ray
-
-    ray.shutdown()
-
-
-def _connected(address: str | None) -> Any:
-    try:
-        import ray  # an extra that few need, and that takes a second to import
-    except ImportError as error:
-        raise Refused("cluster = ray: ray is not installed - pip install 'sollune[ray]'") from error
-    try:
-        ray.init(address or "local", log_to_driver=False, logging_level="error", include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise Refused(f"cluster = ray:{address}: {' '.join(str(error).split())[:200]} - is it running?") from error
-    return ray
 
 
 def _worker(ray: Any, name: str, task: Any) -> Worker:

@@ -11,8 +11,8 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def stopping() -> Iterator[None]:
-    """The first SIGTERM or SIGINT raises `KeyboardInterrupt`; another one ends the process at once.
+def stopping(*numbers: signal.Signals) -> Iterator[None]:
+    """The first of these signals raises `KeyboardInterrupt`; another one ends the process at once.
 
     Python hands signals to the main thread only; in another one this changes nothing.
     """
@@ -28,7 +28,7 @@ def stopping() -> Iterator[None]:
         asked = True
         raise KeyboardInterrupt
 
-    earlier = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    earlier = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

@@ -53,6 +53,13 @@ def test_the_claim_of_a_dead_process_is_taken_over(tmp_path):
         assert ours.owner_of("train-000000") == owner()
 
 
+def test_the_last_to_leave_clears_away_what_a_killed_process_left(tmp_path):
+    claimed_by(tmp_path, f".now.{dead_owner()}", "")
+    with Claims(tmp_path):
+        pass
+    assert not (tmp_path / claims.NAME).exists()
+
+
 @pytest.mark.parametrize(("age_seconds", "taken"), [(0, False), (claims.STALE_SECONDS + 5, True)])
 def test_a_claim_from_another_machine_counts_while_it_is_kept_warm(tmp_path, age_seconds, taken):
     claimed_by(tmp_path, "train-000000", "7-7@elsewhere-00000000", age_seconds)
