@@ -47,7 +47,9 @@ def _why(error: BaseException, process: BaseProcess) -> str:
         if code == -signal.SIGKILL:
             return "was killed (SIGKILL: somebody, or the system for want of memory)"
         return f"died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
-    return str(error) if isinstance(error, Refused) else str(error.__cause__ or repr(error))
+    if isinstance(error, Refused):
+        return str(error)
+    return str(error.__cause__ or repr(error)).strip('"\n')  # the pool hands the traceback over in quotes
 
 
 def _share(job: Job, number: int) -> int:
@@ -55,7 +57,7 @@ def _share(job: Job, number: int) -> int:
     over = threading.Event()
     threading.Thread(target=_end_with_parent, args=[over], name="parent", daemon=True).start()
     # tqdm's own lock is a semaphore of the system, which a process that is killed leaves behind.
-    tqdm.set_lock(threading.RLock())  # type: ignore[no-untyped-call]
+    tqdm.set_lock(threading.RLock())
     try:
         with stopping(signal.SIGTERM):  # and deaf to Ctrl-C
             writer, make = job.open(number)
@@ -69,6 +71,6 @@ def _end_with_parent(over: threading.Event) -> None:
     if parent is not None:
         wait([parent.sentinel])
         if not over.is_set():
-            signal.raise_signal(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # to the process, so that it wakes the main thread
         over.wait(GRACE_SECONDS)  # to clear away what is half-written
         os._exit(INTERRUPTED)  # the pool would wait for another call for ever
