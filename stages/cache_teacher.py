@@ -38,7 +38,7 @@ from stages.cluster import (
 )
 from stages.nets.components import load_components
 from stages.nets.teacher import Teacher
-from stages.plan import blank_record, forecast, record_bytes, refuse_small_disk, watching
+from stages.plan import blank_record, forecast, places_here, record_bytes, refuse_small_disk, watching
 from stages.prompts import Prompt, PromptSource, Split, prompts, report, source_identity
 from stages.targets import RenderConfig, make_records, recipe_of
 
@@ -113,8 +113,10 @@ def tell_cost(
 ) -> None:
     """Print what the missing shards will take; raises `Refused` when the disk cannot hold it."""
     make = partial(make_records, teacher, config=config.render.states)
+    sizes = [len(task.prompts) for task in unfinished(writer, tasks)]
+    places = places_here() if config.cluster == HERE else config.workers
     with one_thread():
-        cost = forecast(make, sample, [len(task.prompts) for task in unfinished(writer, tasks)], config.workers)
+        cost = forecast(make, sample, sizes, config.workers, places)
     print("\n".join(cost.lines(writer.folder)))
     refuse_small_disk(writer.folder, cost.bytes)
 
@@ -131,10 +133,8 @@ def make_shards(
         (writer.folder / MARK).unlink(missing_ok=True)
     if config.alone:
         return fill(writer, tasks, config.render.batch_size, maker(config, teacher, each))
-    job = Job(
-        partial(open_worker, from_anywhere(config), writer.manifest.recipe, each), tasks, config.render.batch_size
-    )
-    return fill_by_many(writer, job, each, start)
+    opened = partial(open_worker, from_anywhere(config), writer.manifest.recipe, each)
+    return fill_by_many(writer, Job(opened, tasks, config.render.batch_size), each, start)
 
 
 def from_anywhere(config: Config) -> Config:

@@ -72,11 +72,11 @@ def blank_record(teacher: Teacher, draws: int) -> Record:
     return Record("0" * 9, " " * 80, "class/name", 0, 0.0, cond, states[0], held, BlockFeatures(features))
 
 
-def forecast(make: Make, sample: Sequence[Prompt], shards: Sequence[int], workers: int = 1) -> Cost:
+def forecast(make: Make, sample: Sequence[Prompt], shards: Sequence[int], workers: int, places: int) -> Cost:
     """The cost of shards of so many prompts each, from making a sample twice: the first time warms the device up.
 
     The time is that of the whole command. Its start is as long as this process took until now, and each worker starts
-    after it. The last worker to end decides: it has whole shards to make.
+    after it. The last worker to end decides: it has whole shards to make; more workers than places wait for each other.
     """
     began = time.time() - psutil.Process().create_time()
     keys = [f"{i:09d}" for i in range(len(sample))]
@@ -87,7 +87,7 @@ def forecast(make: Make, sample: Sequence[Prompt], shards: Sequence[int], worker
     each = [record_bytes(record) for record in records]
     prompts = sum(shards)
     draws, size = (sum(values) / len(sample) for values in ((len(record.draws) for record in records), each))
-    longest = longest_share(shards, workers) * max(1.0, workers / places())
+    longest = longest_share(shards, workers) * max(1.0, workers / places)
     start = began if workers == 1 else 2 * began
     return Cost(
         prompts, round(draws * prompts), round(size * prompts), start, seconds * longest, peak_memory(), workers
@@ -102,8 +102,8 @@ def longest_share(shards: Sequence[int], workers: int) -> int:
     return max(shares)
 
 
-def places() -> int:
-    """How many workers of one thread this machine runs side by side without one waiting for another."""
+def places_here() -> int:
+    """How many workers of one thread this machine runs side by side."""
     return torch.cuda.device_count() or os.cpu_count() or 1
 
 
