@@ -35,14 +35,14 @@ class Claims:
         self._ended.set()
         for path in list(self._held):
             self.release(path.name)
-        self._probe.unlink(missing_ok=True)
         for path in self.folder.glob("*"):  # of what is finished already nobody takes over the claim
+            word = path.name.rpartition(".")[2]
             if path.name.startswith("."):
-                if lives(path.name.rpartition(".")[2]) is False:
+                if lives(word) is False or word == owner():
                     path.unlink(missing_ok=True)
             elif self.is_dead(path.name):
                 self._bury(path.name)
-        self._probe.unlink(missing_ok=True)
+        self._probe.unlink(missing_ok=True)  # to ask after the dead is to probe
         with suppress(OSError):  # somebody else's claims are still in it, or it was never made
             self.folder.rmdir()
 

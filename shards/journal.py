@@ -62,6 +62,13 @@ class Journal:
         """Take back that a shard is finished."""
         self._path(file).unlink(missing_ok=True)
 
+    def entry(self, file: str) -> Entry | None:
+        """What is noted of one shard, read this moment; None when it is not finished."""
+        try:
+            return self._read(self._path(file))
+        except FileNotFoundError:
+            return None
+
     def entries(self) -> dict[str, Entry]:
         """Shard's file -> its entry, as far as they are whole: a shard whose entry is damaged is not finished.
 

@@ -22,6 +22,7 @@ from shards.record import SPLITS, Split
 from shards.table_chunks import Packing, fault_of_chunks
 from shards.table_layout import FEATURE, NAME, check_files, check_layout
 from shards.tabulate import ROWS_PER_CHUNK, made_from
+from shards.tabulate import is_tabulated as is_tabulated
 from shards.tabulate import write_table as write_table
 
 ROWS_AT_ONCE = 4 * ROWS_PER_CHUNK

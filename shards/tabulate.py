@@ -46,6 +46,12 @@ def write_table(folder: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def is_tabulated(folder: Path) -> bool:
+    """Whether the table of these very shards is there, byte for byte."""
+    table = Manifest.open(folder).table
+    return bool(table) and table == parts_of(folder)
+
+
 def parts_of(folder: Path) -> tuple[Part, ...]:
     """Every file of the table, as the manifest names it."""
     files = sorted(str(path.relative_to(folder)) for path in (folder / NAME).rglob("*") if not path.is_dir())

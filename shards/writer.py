@@ -1,7 +1,7 @@
 """Records -> shards: each tar appears whole or not at all, and an interrupted cache goes on where it stopped."""
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from webdataset import TarWriter
@@ -23,9 +23,16 @@ def shard_file(split: Split, index: int) -> str:
     return f"data/{split}-{index:06d}.tar"
 
 
-def write_shard(folder: Path, split: Split, index: int, records: Iterable[Record]) -> Shard:
+def write_shard(
+    folder: Path,
+    split: Split,
+    index: int,
+    records: Iterable[Record],
+    before: Callable[[Shard], None] = lambda _: None,
+) -> Shard:
     """Write one shard, all or nothing; the same records always give the same bytes.
 
+    `before` is told of the shard when it is whole and has not yet got its name.
     Raises `Refused` when the disk is full, `ValueError` when the records do not belong into one shard.
     """
     path = folder / shard_file(split, index)
@@ -33,7 +40,9 @@ def write_shard(folder: Path, split: Split, index: int, records: Iterable[Record
         shapes = _write_tar(temporary, records)
         if not shapes:
             raise Refused(f"{path}: there is no record to write - see the failures above")
-        return _entry(temporary, split, index, shapes)
+        shard = _entry(temporary, split, index, shapes)
+        before(shard)
+        return shard
 
 
 class CacheWriter:
@@ -65,6 +74,15 @@ class CacheWriter:
                 self.manifest = self.manifest.entered(entry.shard, entry.failures)
         self._entered = entries
 
+    def answered(self, split: Split, index: int, records: int) -> bool:
+        """The same as `finished`, looked up this moment; it touches nothing that another thread of ours may change."""
+        entry = self._journal.entry(shard_file(split, index))
+        return bool(
+            entry
+            and entry.shard.records + len(entry.failures) == records
+            and entry.shard.fault_at_a_glance(self.folder) is None
+        )
+
     def finished(self, split: Split, index: int, records: int) -> bool:
         """Whether this shard answers for each of `records` prompts, as far as its size tells; see `refresh`."""
         shard = self._shard(split, index)
@@ -76,8 +94,10 @@ class CacheWriter:
         return bool(shard and self._answers(shard) == records and shard.fault(self.folder) is None)
 
     def prompts(self, split: Split) -> int:
-        """How many prompts of a split are answered for, with a record or with a reason."""
-        return sum(self._answers(shard) for shard in self.manifest.of(split))
+        """How many prompts of a split this cache is for, as far as its shards tell; some before may be missing yet."""
+        keys = [shard.last_key for shard in self.manifest.of(split)]
+        keys += [one.key for one in self.manifest.failures if one.file.startswith(f"data/{split}-")]
+        return max((int(key) + 1 for key in keys), default=0)
 
     def forget(self, split: Split, index: int) -> None:
         """Make every process know that this shard is to be made (again)."""
@@ -87,14 +107,28 @@ class CacheWriter:
             self.manifest = self.manifest.without(file)
             self.assemble()
 
+    def forget_damaged(self, split: Split, index: int) -> None:
+        """Forget this shard unless its bytes are right."""
+        shard = self._shard(split, index)
+        if shard and shard.fault(self.folder):
+            self.forget(split, index)
+
     def add(
         self, split: Split, index: int, records: Iterable[Record], failures: Sequence[tuple[str, str]] = ()
     ) -> Shard:
         """Write a shard and then enter it into the manifest.
 
         `failures` are (key, reason) of prompts that gave no record; it is read after the records, which may fill it.
+        A shorter shard of that name stays listed until the new one takes its place. In between, neither is listed: a
+        process killed there leaves a shard to be made, and never a manifest that says something else than the files.
         """
-        shard = write_shard(self.folder, split, index, records)
+
+        def retire(shard: Shard) -> None:
+            self.refresh()
+            if self._shard(split, index) not in (None, shard):
+                self.forget(split, index)
+
+        shard = write_shard(self.folder, split, index, records, retire)
         self.enter(shard, failures)
         return shard
 

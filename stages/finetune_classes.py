@@ -15,7 +15,7 @@ from configs.strict import Strict
 from shards.reader import Reader
 from shards.writer import CacheWriter
 from stages.classes import ClassFile, class_prompts, load_classes
-from stages.cluster import device_of, fill, tasks_of
+from stages.cluster import device_of, fill, refuse_surplus, tasks_of
 from stages.evaluate.beside import GridConfig, grids_beside
 from stages.evaluate.per_class import ExamConfig, examine, save_table, show_table
 from stages.export.diffusers import export_diffusers
@@ -93,7 +93,9 @@ def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> 
     source = {**source_identity(config.prompts, config.seed), "classes": chosen, "count": config.count}
     writer = CacheWriter(cache, recipe_of(teacher, config.render, source))
     make = partial(make_records, teacher, config=config.render.states)
-    fill(writer, tasks_of(prompts, config.render.records_per_shard), config.render.batch_size, make)
+    tasks = tasks_of(prompts, config.render.records_per_shard)
+    refuse_surplus(writer, tasks)
+    fill(writer, tasks, config.render.batch_size, make)
 
 
 def remember(config: Config, origin: Origin) -> None:

@@ -1,5 +1,7 @@
 """What a cache will cost, told before it is made; and the disk watched while it is."""
 
+import heapq
+import os
 import resource
 import shutil
 import time
@@ -7,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from configs.refusal import Refused
@@ -30,18 +33,25 @@ class Cost:
     prompts: int
     draws: int
     bytes: int
+    start_seconds: float
     seconds: float
     peak_bytes: int
+    workers: int
 
     def lines(self, folder: Path) -> list[str]:
         """The same for a person."""
-        return [
+        whole = self.start_seconds + self.seconds
+        said = [
             f"prompts to make  {self.prompts:,} ({self.draws:,} states)",
             f"bytes            {self.bytes:,} ({self.bytes / 2**30:.2f} GiB)",
-            f"time             {self.seconds / 3600:.2f} hours on this device ({self.seconds:.0f} s)",
-            f"peak memory      {self.peak_bytes / 2**30:.2f} GiB",
+            f"time             {whole / 3600:.2f} hours, if it stays as busy here as it is now "
+            f"({whole:.0f} s from start to end, {self.start_seconds:.0f} of them to start)",
+            f"peak memory      {self.workers * self.peak_bytes / 2**30:.2f} GiB",
             f"free disk        {free_bytes(folder) / 2**30:.2f} GiB at {folder}",
         ]
+        if self.workers > 1:
+            said.append(f"assumed          each of {self.workers} workers is as fast as one alone, given a core or GPU")
+        return said
 
 
 def record_bytes(record: Record) -> int:
@@ -62,17 +72,39 @@ def blank_record(teacher: Teacher, draws: int) -> Record:
     return Record("0" * 9, " " * 80, "class/name", 0, 0.0, cond, states[0], held, BlockFeatures(features))
 
 
-def measure(make: Make, sample: Sequence[Prompt], prompts: int) -> Cost:
-    """The cost of so many prompts, from making a sample of them twice: the first time is the device's warming up."""
+def forecast(make: Make, sample: Sequence[Prompt], shards: Sequence[int], workers: int, places: int) -> Cost:
+    """The cost of shards of so many prompts each, from making a sample twice: the first time warms the device up.
+
+    The time is that of the whole command. Its start is as long as this process took until now, and each worker starts
+    after it. The last worker to end decides: it has whole shards to make; more workers than places wait for each other.
+    """
+    began = time.time() - psutil.Process().create_time()
     keys = [f"{i:09d}" for i in range(len(sample))]
     make(sample, keys)
-    began = time.perf_counter()
+    at = time.perf_counter()
     records = make(sample, keys)
+    seconds = (time.perf_counter() - at) / len(sample)
     each = [record_bytes(record) for record in records]
-    seconds = (time.perf_counter() - began) / len(sample)
-    draws = sum(len(record.draws) for record in records) / len(sample)
-    size = sum(each) / len(sample)
-    return Cost(prompts, round(draws * prompts), round(size * prompts), seconds * prompts, peak_memory())
+    prompts = sum(shards)
+    draws, size = (sum(values) / len(sample) for values in ((len(record.draws) for record in records), each))
+    longest = longest_share(shards, workers) * max(1.0, workers / places)
+    start = began if workers == 1 else 2 * began
+    return Cost(
+        prompts, round(draws * prompts), round(size * prompts), start, seconds * longest, peak_memory(), workers
+    )
+
+
+def longest_share(shards: Sequence[int], workers: int) -> int:
+    """Prompts of the worker that ends last, when each takes the next shard as soon as it is free."""
+    shares = [0] * workers
+    for prompts in shards:
+        heapq.heapreplace(shares, shares[0] + prompts)
+    return max(shares)
+
+
+def places_here() -> int:
+    """How many workers of one thread this machine runs side by side."""
+    return torch.cuda.device_count() or os.cpu_count() or 1
 
 
 def peak_memory() -> int:

@@ -59,8 +59,10 @@ class RenderConfig(Strict):
 VERSIONS = ("torch", "diffusers", "transformers", "webdataset")
 
 
-def recipe_of(teacher: Teacher, config: RenderConfig, source: Mapping[str, JsonValue]) -> Recipe:
-    """What the records depend on, and what is merely good to know."""
+def recipe_of(
+    teacher: Teacher, config: RenderConfig, source: Mapping[str, JsonValue], device: torch.device | None = None
+) -> Recipe:
+    """What the records depend on, and what is merely good to know; `device` computes if it is not the teacher's own."""
     parts, (channels, height, width) = teacher.parts, teacher.parts.latent_shape
     return Recipe(
         identity={
@@ -74,7 +76,7 @@ def recipe_of(teacher: Teacher, config: RenderConfig, source: Mapping[str, JsonV
         },
         information={
             "teacher_location": parts.location,
-            "device": device_name(parts.unet.device),
+            "device": device_name(device or parts.unet.device),
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         },
     )

@@ -1,9 +1,13 @@
 """Laws of filling a cache: several processes share it, and a prompt that cannot be made is told."""
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from configs.refusal import Refused
 from shards.manifest import Recipe, verify
 from shards.record import BlockFeatures, Draws, Record
 from shards.writer import CacheWriter
-from stages.cluster import fill, tasks_of
+from stages.cluster import fill, ranges, refuse_surplus, stopping, tasks_in, tasks_of
 from stages.prompts import Prompt
 
 RECIPE = Recipe(identity={"steps": 2})
@@ -35,7 +39,9 @@ def make(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
 
 
 def filled(folder: Path, count: int, maker=make) -> Path:
-    fill(CacheWriter(folder, RECIPE), tasks_of({"train": asked(count)}, 4), 2, maker)
+    writer, tasks = CacheWriter(folder, RECIPE), tasks_of({"train": asked(count)}, 4)
+    refuse_surplus(writer, tasks)
+    fill(writer, tasks, 2, maker)
     return folder
 
 
@@ -89,3 +95,107 @@ def test_fewer_prompts_than_are_held_are_refused(tmp_path: Path) -> None:
         filled(tmp_path, 6)
     assert content(tmp_path) == whole
     assert verify(filled(tmp_path, 10)).shards[-1].records == 2
+
+
+def test_a_record_is_asked_in_the_same_company_whenever_it_is_made(tmp_path: Path) -> None:
+    def seen(folder: Path, counts: Sequence[int]) -> dict[str, list[str]]:
+        company: dict[str, list[str]] = {}
+
+        def noting(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+            company.update({key: list(keys) for key in keys})
+            return make(prompts, keys)
+
+        for count in counts:
+            filled(folder, count, noting)
+        return company
+
+    at_once = seen(tmp_path / "at once", [11])
+    assert seen(tmp_path / "by and by", [3, 5, 11]) == at_once
+    assert at_once["000000006"] == ["000000006", "000000007"]
+    assert content(tmp_path / "by and by") == content(tmp_path / "at once")
+
+
+def test_a_short_shard_stays_listed_until_its_longer_successor_is_there(tmp_path: Path) -> None:
+    filled(tmp_path, 6)
+    listed = []
+
+    def looking(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+        listed.append([shard.records for shard in verify(tmp_path).shards])
+        return make(prompts, keys)
+
+    filled(tmp_path, 8, looking)
+    assert listed == [[4, 2], [4, 2]]
+    assert [shard.records for shard in verify(tmp_path).shards] == [4, 4]
+
+
+def test_a_process_that_ends_as_a_shard_gets_longer_leaves_a_manifest_that_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path / "killed", 6)
+    with monkeypatch.context() as patched:
+        patched.setattr(CacheWriter, "enter", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            filled(tmp_path / "killed", 8)
+    assert [shard.records for shard in verify(tmp_path / "killed").shards] == [4]
+    assert content(filled(tmp_path / "killed", 8)) == content(filled(tmp_path / "whole", 8))
+
+
+def test_the_next_batch_is_made_while_the_last_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    next_begun, true = threading.Event(), CacheWriter.enter
+
+    def slow(writer: CacheWriter, *told: Any) -> None:
+        assert next_begun.wait(10), "the second shard was not begun before the first was entered"
+        true(writer, *told)
+
+    def noting(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+        if keys[0] == "000000004":
+            next_begun.set()
+        return make(prompts, keys)
+
+    monkeypatch.setattr(CacheWriter, "enter", slow)
+    assert len(verify(filled(tmp_path, 8, noting)).shards) == 2
+
+
+def test_a_disk_that_fills_behind_the_teacher_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise Refused("no space left")
+
+    asked_for = []
+
+    def noting(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+        asked_for.extend(keys)
+        return make(prompts, keys)
+
+    monkeypatch.setattr(CacheWriter, "add", full)
+    with pytest.raises(Refused, match="no space left"):
+        filled(tmp_path, 400, noting)
+    assert len(asked_for) < 100
+    assert not (tmp_path / ".claims").exists()
+
+
+def test_an_interrupted_shard_leaves_nothing_and_the_others_stay(tmp_path: Path) -> None:
+    def interrupted(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+        if keys[0] == "000000006":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make(prompts, keys)
+
+    with pytest.raises(KeyboardInterrupt), stopping(signal.SIGTERM):
+        filled(tmp_path / "stopped", 8, interrupted)
+    assert sorted(content(tmp_path / "stopped")) == [
+        "data/train-000000.tar",
+        "journal/train-000000.json",
+        "manifest.json",
+    ]
+    assert content(filled(tmp_path / "stopped", 8)) == content(filled(tmp_path / "whole", 8))
+
+
+@pytest.mark.parametrize("asked_for", ["", "3", "a:b", "2:2", "3:1", "0:4", "-1:2", "1:2:3"])
+def test_a_range_that_is_none_is_refused_with_the_number_of_shards(asked_for: str) -> None:
+    with pytest.raises(Refused, match=r"shard_range = .* this cache has 3 shards"):
+        tasks_in(tasks_of({"train": asked(9)}, 4), asked_for)
+
+
+def test_ranges_are_told_as_they_are_asked() -> None:
+    tasks = tasks_of({"train": asked(9), "validation": asked(3)}, 4)
+    assert [task.name for task in tasks_in(tasks, "2:4")] == ["train-000002", "validation-000000"]
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0:3, 5:6, 7:9"

@@ -62,3 +62,17 @@ def test_a_disk_that_fills_stops_the_job_between_shards_and_the_same_command_goe
     assert not list(tmp_path.rglob("*.partial"))
     cache_teacher.run(config(tmp_path))
     assert [shard.records for shard in Manifest.open(tmp_path / "cache").shards] == [10, 10, 2]
+
+
+def test_the_last_worker_to_end_decides_how_long_it_takes() -> None:
+    assert plan.longest_share([250, 250, 50, 100], 1) == 650
+    assert plan.longest_share([250, 250, 50, 100], 2) == 350
+    assert plan.longest_share([250, 250, 50, 100], 8) == 250
+    assert plan.longest_share([], 2) == 0
+
+
+def test_only_the_shards_of_the_range_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache_teacher.run(config(tmp_path, "--plan", "--shard-range", "1:3", "--workers", "2"))
+    told = capsys.readouterr().out
+    assert "prompts to make  12 (72 states)" in told
+    assert "each of 2 workers" in told

@@ -68,6 +68,13 @@ def test_dead_claims_on_what_is_finished_do_not_stay(tmp_path):
     assert not (tmp_path / claims.NAME).exists()
 
 
+def test_the_last_to_leave_clears_away_what_a_killed_process_left(tmp_path):
+    claimed_by(tmp_path, f".now.{dead_owner()}", "")
+    with Claims(tmp_path):
+        pass
+    assert not (tmp_path / claims.NAME).exists()
+
+
 @pytest.mark.parametrize(("age_seconds", "taken"), [(0, False), (claims.STALE_SECONDS + 5, True)])
 def test_a_claim_from_another_machine_counts_while_it_is_kept_warm(tmp_path, age_seconds, taken):
     claimed_by(tmp_path, "train-000000", "7-7@elsewhere-00000000", age_seconds)

@@ -1,0 +1,76 @@
+"""Workers on this machine: each is a process with a pool of its own, so that one that dies takes no other with it."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+
+from tqdm import tqdm
+
+from configs.refusal import Refused
+from stages.cluster.fill import fill
+from stages.cluster.fleet import GRACE_SECONDS, Worker
+from stages.cluster.signals import INTERRUPTED, deaf_to_ctrl_c, stopping
+from stages.cluster.tasks import Job
+
+EXIT_SECONDS = 5.0
+
+
+def start(job: Job, count: int, method: str = "spawn") -> list[Worker]:
+    """Start `count` processes that share a job; worker i is told number i, for the GPU that it takes."""
+    with deaf_to_ctrl_c():
+        return [_worker(job, number, method) for number in range(count)]
+
+
+def _worker(job: Job, number: int, method: str) -> Worker:
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context(method))
+    result = pool.submit(_share, job, number)
+    (process,) = set(multiprocessing.active_children()) - others
+    pool.shutdown(wait=False)  # it ends after its only call
+    return Worker(
+        f"worker {number} (process {process.pid})",
+        result,
+        lambda by_force: process.kill() if by_force else process.terminate(),
+        lambda error: _why(error, process),
+    )
+
+
+def _why(error: BaseException, process: BaseProcess) -> str:
+    if isinstance(error, BrokenProcessPool):
+        process.join(EXIT_SECONDS)
+        code = process.exitcode or 0
+        if code == -signal.SIGKILL:
+            return "was killed (SIGKILL: somebody, or the system for want of memory)"
+        return f"died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+    if isinstance(error, Refused):
+        return str(error)
+    return str(error.__cause__ or repr(error)).strip('"\n')  # the pool hands the traceback over in quotes
+
+
+def _share(job: Job, number: int) -> int:
+    """Fill the cache beside others until all is made, or the parent says stop, or is no more."""
+    over = threading.Event()
+    threading.Thread(target=_end_with_parent, args=[over], name="parent", daemon=True).start()
+    # tqdm's own lock is a semaphore of the system, which a process that is killed leaves behind.
+    tqdm.set_lock(threading.RLock())
+    try:
+        with stopping(signal.SIGTERM):  # and deaf to Ctrl-C
+            writer, make = job.open(number)
+            return fill(writer, job.tasks, job.batch_size, make, shown=False)
+    finally:
+        over.set()
+
+
+def _end_with_parent(over: threading.Event) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        if not over.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)  # to the process, so that it wakes the main thread
+        over.wait(GRACE_SECONDS)  # to clear away what is half-written
+        os._exit(INTERRUPTED)  # the pool would wait for another call for ever

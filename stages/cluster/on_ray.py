@@ -1,0 +1,41 @@
+"""Workers on a Ray cluster: each is one long task, and all of them see the run folder under the same path."""
+
+from typing import Any
+
+from configs.refusal import Refused
+from stages.cluster.fill import fill
+from stages.cluster.fleet import Worker
+from stages.cluster.tasks import Job
+
+
+def start(job: Job, count: int, address: str | None) -> list[Worker]:
+    """Start `count` tasks that share a job, on the cluster at `address` or on one of this machine's own.
+
+    Raises `Refused` when there is no cluster. This machine leaves it when the process ends.
+    """
+    import ray  # an extra that few need
+
+    try:
+        ray.init(address or "local", log_to_driver=False, logging_level="error", include_dashboard=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise Refused(f"cluster = ray:{address}: {said} - name a running cluster, or plain ray") from error
+    gpus = int("GPU" in ray.cluster_resources())
+    # A task that dies is not started again: the claims give its shards to the others.
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, scheduling_strategy="SPREAD")(_share)
+    return [_worker(ray, f"ray worker {number}", remote.remote(job)) for number in range(count)]
+
+
+def _worker(ray: Any, name: str, task: Any) -> Worker:
+    return Worker(name, task.future(), lambda by_force: ray.cancel(task, force=by_force), _why)
+
+
+def _why(error: BaseException) -> str:
+    cause = getattr(error, "cause", None)
+    return str(cause) if isinstance(cause, Refused) else str(error)
+
+
+def _share(job: Job) -> int:
+    """Fill the cache beside others; Ray shows each task its own GPU as number 0."""
+    writer, make = job.open(0)
+    return fill(writer, job.tasks, job.batch_size, make, shown=False)
