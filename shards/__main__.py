@@ -61,10 +61,10 @@ def asked(words: argparse.Namespace) -> "Record":
 
 def described(record: "Record") -> Iterator[str]:
     """A record as lines of text."""
-    from shards.stats import parts
+    from shards.stats import parts, printable
 
     for name in ("key", "text", "class_name", "seed", "guidance_scale"):
-        yield f"{name:<16}{getattr(record, name)}"
+        yield f"{name:<16}{printable(str(getattr(record, name)))}"
     named = {name: values[0] for name, values in parts(record).items() if len(values) == 1}
     named |= {f"features.{block}": values for block, values in record.features.by_block.items()}
     for name, values in named.items():

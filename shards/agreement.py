@@ -3,7 +3,7 @@
 import numpy as np
 
 from configs.refusal import Refused
-from shards.codec import FEATURES, PER_DRAW, PER_PROMPT
+from shards.layout import FEATURES, PER_DRAW, PER_PROMPT
 from shards.manifest import Shard
 from shards.record import Record
 from shards.table import Table

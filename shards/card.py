@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData, try_to_load_from_cache
 from torch import Tensor
 
-from shards.codec import FEATURES, PER_DRAW, PER_PROMPT, TYPES
+from shards.codec import TYPES
+from shards.layout import FEATURES, PER_DRAW, PER_PROMPT
 from shards.manifest import Manifest
 from shards.reader import Reader
 from shards.record import SPLITS, Record

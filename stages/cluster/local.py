@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -42,14 +43,21 @@ def _worker(job: Job, number: int, method: str) -> Worker:
 
 def _why(error: BaseException, process: BaseProcess) -> str:
     if isinstance(error, BrokenProcessPool):
-        process.join(EXIT_SECONDS)
-        code = process.exitcode or 0
+        code = _exit_code(process)
         if code == -signal.SIGKILL:
             return "was killed (SIGKILL: somebody, or the system for want of memory)"
         return f"died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
     if isinstance(error, Refused):
         return str(error)
     return str(error.__cause__ or repr(error)).strip('"\n')  # the pool hands the traceback over in quotes
+
+
+def _exit_code(process: BaseProcess) -> int:
+    """How a dead process ended; the pool asks too, and whoever of the two was not answered learns it a moment later."""
+    deadline = time.monotonic() + EXIT_SECONDS
+    while (code := process.exitcode) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return code or 0
 
 
 def _share(job: Job, number: int) -> int:

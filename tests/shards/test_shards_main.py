@@ -7,6 +7,7 @@ import pytest
 
 from shards.__main__ import main
 from shards.manifest import Manifest
+from shards.stats import printable
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +45,10 @@ def test_show_prints_the_record_that_was_asked_for(cache, capsys):
     assert "[2, 3, 4, 5]" in told
     assert "features.mid" in told
     assert told.count("draw ") == 2
+
+
+def test_a_strangers_words_reach_no_terminal_as_escapes():
+    assert printable("a \x1b[31mred\x07 stär\n") == "a \\x1b[31mred\\x07 stär\\n"
 
 
 def test_stats_adds_up(cache, capsys):
