@@ -1,13 +1,13 @@
 """Records a second from a cache of SD1.5's record size, beside four other loaders, in one run.
 
     python -m venv /somewhere
-    /somewhere/bin/pip install torch torchvision numpy pydantic jaxtyping safetensors 'webdataset>=1' 'zarr>=3.1' pyyaml \\
-        mosaicml-streaming litdata megatron-energon
+    /somewhere/bin/pip install torch torchvision numpy pydantic jaxtyping safetensors 'webdataset>=1' 'zarr>=3.1' \\
+        pyyaml mosaicml-streaming litdata megatron-energon
     PYTHONPATH=. /somewhere/bin/python benchmarks/loader.py [--records 768] [--rounds 5] [--folder DIR]
 
 They want older companions than ours (transformers 4, huggingface_hub 0), so they are no extra of pyproject: give them
-a venv of their own. A loader that cannot be imported is told as `not installed`. Some fill a buffer of 64 records before
-their first batch, which no rate counts: few records flatter them.
+a venv of their own. A loader that cannot be imported is told as `not installed`. Some fill a buffer of 64 records
+before their first batch, which no rate counts: few records flatter them.
 
 Every measurement is a process of its own; the loaders take turns, so that what else runs on the machine meets all of
 them. A rate counts from the first batch to the end of the epoch. Cold: the page cache is told to drop the files first.
