@@ -3,8 +3,8 @@
 import numpy as np
 
 from configs.refusal import Refused
+from shards.entries import Shard
 from shards.layout import FEATURES, PER_DRAW, PER_PROMPT
-from shards.manifest import Shard
 from shards.record import Record
 from shards.table import Table
 from shards.tabulate import rows_of

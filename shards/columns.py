@@ -12,8 +12,8 @@ from torch import Tensor
 from shards.archive import Place
 from shards.batch import Batch
 from shards.damage import Damaged
+from shards.entries import Shard
 from shards.layout import FEATURES, PER_PROMPT, Head, Layout, Part
-from shards.manifest import Shard
 from shards.opened import OpenShards
 from shards.record import Record
 

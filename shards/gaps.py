@@ -5,7 +5,8 @@ from itertools import chain
 from pathlib import Path
 
 from shards.damage import Damaged, Fault, read_bounded
-from shards.manifest import Failure, Manifest, Shard
+from shards.entries import Failure, Shard
+from shards.manifest import Manifest
 from shards.record import SPLITS
 
 COMPLETE = "COMPLETE"

@@ -11,9 +11,10 @@ from shards.agreement import Rows, Seen
 from shards.archive import BLOCK
 from shards.codec import decode
 from shards.damage import Fault
+from shards.entries import Shard
 from shards.gaps import gaps
 from shards.journal import journal_faults
-from shards.manifest import Manifest, Shard
+from shards.manifest import Manifest
 from shards.record import SPLITS, Record
 from shards.table import Table
 from shards.tabulate import NAME as TABLE

@@ -14,7 +14,8 @@ from configs.atomic import atomic_write
 from configs.refusal import Refused
 from configs.strict import Strict
 from shards.damage import Damaged, Fault, inside, read_bounded
-from shards.manifest import MOST_BYTES, Failure, Manifest, Shard
+from shards.entries import Failure, Shard
+from shards.manifest import MOST_BYTES, Manifest
 from shards.seal import sealed, unsealed
 
 NAME = "journal"

@@ -12,8 +12,9 @@ from configs.refusal import Refused
 from shards.archive import Place
 from shards.codec import decode, head
 from shards.damage import Damaged, plainly
+from shards.entries import Shard
 from shards.layout import Head, Layout, header_of, layout_of
-from shards.manifest import Shard, refusal
+from shards.manifest import refusal
 from shards.order import WINDOW
 from shards.record import Record
 from shards.stamps import Facts, is_stamped, stamp

@@ -15,8 +15,9 @@ from configs.refusal import Refused
 from shards.archive import Place
 from shards.batch import Batch
 from shards.columns import Columns, Rows, Slices
+from shards.entries import Shard
 from shards.layout import Head
-from shards.manifest import Manifest, Shard, find_cache, refusal, way_out
+from shards.manifest import Manifest, find_cache, refusal, way_out
 from shards.opened import OpenShards
 from shards.order import Order, Pairs, ShuffledOrder, WeightedOrder
 from shards.prefetch import ahead

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from configs.refusal import Refused, did_you_mean
 from shards.damage import Damaged
-from shards.manifest import Manifest, Part, find_cache, way_out
+from shards.entries import Part
+from shards.manifest import Manifest, find_cache, way_out
 from shards.moments import Statistics
 from shards.record import SPLITS, Split
 from shards.table_chunks import Packing, fault_of_chunks

@@ -12,7 +12,8 @@ from typing import Any
 from configs.refusal import Refused
 from shards.codec import BLOCK, MOST_BLOCKS
 from shards.damage import Damaged, inside, read_bounded, way_out
-from shards.manifest import Manifest, Part
+from shards.entries import Part
+from shards.manifest import Manifest
 from shards.table_chunks import Packing
 
 NAME = "table.zarr"

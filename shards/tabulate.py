@@ -14,7 +14,8 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from configs.atomic import fsync_folder, unfinished
 from configs.refusal import Refused
 from shards.archive import sha256_of
-from shards.manifest import Manifest, Part
+from shards.entries import Part
+from shards.manifest import Manifest
 from shards.reader import Reader
 from shards.record import SCHEMA, SPLITS, Record, Split
 from shards.table_layout import COLUMNS, FEATURE, FEATURE_TYPE

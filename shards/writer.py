@@ -10,8 +10,9 @@ from configs.atomic import PARTIAL, atomic_path, is_left_over
 from configs.refusal import Refused
 from shards.archive import places, sha256_of
 from shards.codec import encode
+from shards.entries import Failure, Shard
 from shards.journal import Entry, Journal
-from shards.manifest import NAME, Failure, Manifest, Shard
+from shards.manifest import NAME, Manifest
 from shards.recipe import Recipe
 from shards.record import Record, Split
 

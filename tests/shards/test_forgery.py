@@ -13,8 +13,9 @@ from webdataset import TarWriter
 
 from shards.__main__ import main
 from shards.codec import encode
+from shards.entries import Failure
 from shards.journal import entries_of
-from shards.manifest import Failure, Manifest
+from shards.manifest import Manifest
 from shards.record import BlockFeatures
 from shards.seal import sealed
 from shards.table import write_table

@@ -5,7 +5,7 @@ import pytest
 
 from configs.refusal import Refused
 from shards import stamps
-from shards.manifest import Shard
+from shards.entries import Shard
 from shards.reader import Reader
 
 
