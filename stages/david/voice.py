@@ -1,8 +1,7 @@
-"""David's voice in the loss: what he said lately, the lambdas that follow, and whether anything was heard of him."""
+"""David's voice in the loss: what he said lately, and the lambdas that follow."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from configs.refusal import Refused, did_you_mean
 from stages.david.assessment import Assessment, BlockAssessment
 from stages.david.fusion import FusionConfig, Heard, Known, PerBlock, W, lambdas
 
-SILENT_BELOW = 0.02
 REFERENCE_FLOOR = 1e-3
 """A reference response below this says that David does not see there; numbers of its size are rounding."""
 READINGS = 5
@@ -124,36 +122,3 @@ def _another(n: int, seed: int) -> Tensor:
     other = torch.empty_like(cycle)
     other[cycle] = cycle.roll(1)
     return other
-
-
-def coefficient_of_variation(values: Tensor, dim: int) -> Tensor:
-    """Standard deviation over mean along a dimension; a pure number."""
-    return values.std(dim=dim, correction=0) / values.mean(dim=dim)
-
-
-@dataclass(frozen=True)
-class Variation:
-    """How much lambda varies because of David, over the blocks and over time."""
-
-    over_blocks: float
-    over_time: float
-
-    @classmethod
-    def of(cls, told: Float[Tensor, "lines n_blocks"], quiet: PerBlock) -> "Variation":
-        """Of the lambdas of a journal after the warm-up, relative to those of a faultless student.
-
-        w_b varies over the blocks without David, and is no voice.
-        """
-        emphasis = told.double() / quiet.double()
-        over_blocks = coefficient_of_variation(emphasis.mean(dim=0), 0)
-        return cls(float(over_blocks), float(coefficient_of_variation(emphasis, 0).mean()))
-
-    @property
-    def silent(self) -> bool:
-        """Whether the run was one with static weights."""
-        return max(self.over_blocks, self.over_time) < SILENT_BELOW
-
-    def told(self) -> str:
-        """One line for the user."""
-        said = f"lambda varied by {self.over_blocks:.1%} over the blocks and {self.over_time:.1%} over time"
-        return f"David was silent: {said}, as static weights do" if self.silent else f"David spoke: {said}"

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from configs.refusal import Refused
 from stages.david.assessment import Assessment, BlockAssessment
 from stages.david.fusion import FORMULAS, FusionConfig, Heard, W, seed_formula
-from stages.david.voice import Variation, Voice, coefficient_of_variation
+from stages.david.variation import Variation, coefficient_of_variation
+from stages.david.voice import Voice
 
 BLOCKS = tuple(W)
 REFERENCE = Assessment(*({block: torch.tensor(value) for block in BLOCKS} for value in (0.02, 0.04, 0.9)))
