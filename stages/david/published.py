@@ -14,7 +14,7 @@ from torch import Tensor
 
 from configs.refusal import Refused, did_you_mean
 from stages.david.assessment import Posterior
-from stages.david.geometry import inclusion
+from stages.david.geometry import duals, inclusion
 from stages.david.heads import Companion, Sizes
 from stages.david.published_layout import PREFIX, Header, on_meta, sizes_of_blocks
 
@@ -39,6 +39,7 @@ class Published:
         self._companions, self._sizes, self._read = companions, sizes, patterns
         # Patterns beyond the first were never trained, and neither were their crystals.
         self._crystals = {b: F.normalize(c.crystal_pentachora[:, 0], dim=2) for b, c in companions.items()}
+        self._duals = {block: duals(crystals) for block, crystals in self._crystals.items()}
 
     @classmethod
     def open(
@@ -84,7 +85,8 @@ class Published:
             elif self._read == "in_bin":
                 log_patterns = by_bin[torch.arange(len(z), device=z.device), bins].log_softmax(dim=1)
         log_bins = by_bin.logsumexp(dim=2) if _is_linear(sizes) else companion.timestep_head(z).log_softmax(dim=1)
-        return Posterior(log_bins, log_patterns, inclusion(z, self._crystals[block][bins]))
+        included = inclusion(z, self._crystals[block][bins], self._duals[block][bins])
+        return Posterior(log_bins, log_patterns, included.float())
 
 
 def _is_linear(sizes: Sizes) -> bool:

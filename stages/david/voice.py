@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from configs.refusal import Refused, did_you_mean
@@ -56,24 +56,29 @@ class Voice:
         self._heard = torch.zeros(len(blocks), device=device)
 
     def __call__(
-        self, assessed: Mapping[str, BlockAssessment], weights: Float[Tensor, "#n_blocks b"] | None = None
+        self,
+        assessed: Mapping[str, BlockAssessment],
+        omega: Float[Tensor, " b"] | None = None,
+        reliable: Mapping[str, Bool[Tensor, " b"]] | None = None,
     ) -> PerBlock:
         """Hear what David says of a batch, and answer with lambda.
 
-        `weights` tells how much each sample counts: omega for draws that were chosen, 0 where David cannot judge.
+        `omega` weighs samples whose times were chosen; a sample that he cannot judge in a block has no vote there.
         """
         readings = torch.stack([_readings(assessed[block]) for block in self.blocks]).to(self._sums)
-        if weights is None:
-            weights = torch.ones(1, readings.shape[2])
-        weights = weights.to(self._sums).expand(len(self.blocks), -1)
+        votes = torch.ones(len(self.blocks), readings.shape[2], device=self.device)
+        if reliable is not None:
+            votes = votes * torch.stack([reliable[block] for block in self.blocks])
+        if omega is not None:
+            votes = votes * omega
         half_life = self.config.half_life_samples
-        kept = 2.0 ** (-weights.shape[1] / half_life) if half_life else 0.0
-        self._sums = kept * self._sums + (readings * weights[:, None]).sum(dim=2)
-        self._heard = kept * self._heard + weights.sum(dim=1)
+        kept = 2.0 ** (-votes.shape[1] / half_life) if half_life else 0.0
+        self._sums = kept * self._sums + (readings * votes[:, None]).sum(dim=2)
+        self._heard = kept * self._heard + votes.sum(dim=1)
 
         warmup = self.config.warmup_samples
         share = min(1.0, self._samples / warmup) if warmup else 1.0
-        self._samples += weights.shape[1]
+        self._samples += votes.shape[1]
         return torch.lerp(self.quiet, lambdas(self.heard(), self.known), share)
 
     def heard(self) -> Heard:

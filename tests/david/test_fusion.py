@@ -178,12 +178,14 @@ def test_negative_excess_is_cut_off_after_averaging_and_not_before():
 def test_a_sample_of_no_weight_has_a_neutral_vote():
     loud, quiet = said(excess=2.0, divergence=0.5, coherence=0.5), said(divergence=0.1)
     both = BlockAssessment(*(torch.cat([a, b]) for a, b in zip(vars(loud).values(), vars(quiet).values(), strict=True)))
-    weights = torch.tensor([[0.0] * 4 + [1.0] * 4])
+    weights = torch.tensor([0.0] * 4 + [1.0] * 4)
     only = voice("absolute")(everywhere() | {"mid": quiet})
     padded = everywhere(b=8) | {"mid": both}
-    assert torch.equal(voice("absolute")(padded, weights), only)
+    assert torch.equal(voice("absolute")(padded, omega=weights), only)
+    reliable = dict.fromkeys(BLOCKS, torch.ones(8, dtype=torch.bool)) | {"mid": weights > 0}
+    assert torch.equal(voice("absolute")(padded, reliable=reliable), only)
     unheard = voice("absolute")
-    assert unheard(everywhere(divergence=1.0), torch.zeros(9, 4)).tolist() == unheard.quiet.tolist()
+    assert unheard(everywhere(divergence=1.0), omega=torch.zeros(4)).tolist() == unheard.quiet.tolist()
 
 
 def test_a_voice_goes_on_from_its_saved_state_to_the_same_bits():
