@@ -43,6 +43,11 @@ class Profile:
         self._sums = kept * self._sums + torch.stack([*means, right]).to(self._sums) @ member
         self._count = kept * self._count + member.sum(dim=0)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was seen yet."""
+        return not bool(self._count.any())
+
     def trusted(self, threshold: float) -> Bool[Tensor, " T"]:
         """The bins that were seen, and in which David finds at least this share of the teacher's own features."""
         return (self._count > 0) & (self._means()[4] >= threshold)

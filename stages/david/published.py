@@ -23,7 +23,7 @@ HOOK_POINT = "last resnet of each block, spatial mean, fp32"
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 Patterns: TypeAlias = Literal["unread", "in_bin", "joint"]
-"""unread: pattern heads stay on the disk and patterns have a neutral vote (a hundredth of the memory); in_bin: the
+"""unread: pattern heads stay on the disk and patterns have a neutral vote (a fiftieth of the memory); in_bin: the
 patterns of the true bin, of which only the first was ever trained; joint: all classes of the pattern head."""
 
 

@@ -45,8 +45,10 @@ class TimeChoice:
         self.span = -(-config.profile_samples // batch_size) * batch_size
 
     def propose(self) -> None:
-        """Take the q that follows from the profile."""
+        """Take the q that follows from the profile; the first span is drawn by pi, and fills it."""
         config, profile = self.config, self.profile
+        if profile.is_empty:
+            return
         if config.scheme == "david":
             difficulty = profile.difficulty(config.reliability_threshold).cpu()
             self.q = mixed(self.pi, wanted(self.pi, difficulty), config.david_share)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -102,6 +102,7 @@ def test_the_originals_scheme_is_biased_and_weighs_nothing():
     assert z_score("original", weigh=True) > 10
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.floats(0, 1e6), min_size=T, max_size=T), st.floats(0, 0.99))
 def test_no_bin_is_switched_off_and_half_of_the_samples_stay_effective(difficulty, share):
     pi = choice("stored").pi
@@ -142,6 +143,16 @@ def test_a_bin_that_cannot_be_told_is_neutral_and_off_only_in_the_originals_sche
 def test_the_original_with_no_bin_to_trust_is_refused():
     with pytest.raises(Refused, match="David trusts no bin"):
         choice("original", blind=tuple(range(T)))
+
+
+@pytest.mark.parametrize("scheme", ["david", "original"])
+def test_the_first_span_is_drawn_by_pi_and_fills_the_profile(scheme):
+    made = choice(scheme)
+    made.profile, made.q = Profile(FusionConfig(), T, memory=100), made.pi
+    learnt(made, 0, 13)
+    assert torch.equal(made.q, made.pi)
+    learnt(made, 13, 1)
+    assert not torch.equal(made.q, made.pi)
 
 
 def test_shift_is_a_part_of_pi_and_leans_to_noise():
