@@ -29,7 +29,7 @@ class BlockAssessment:
     """How far a student's features are from the teacher's on the same b states, sample by sample."""
 
     excess: Float[Tensor, " b"]
-    """nats: cross-entropy of the bin posterior over the teacher's own on the same state; may be negative, see `Assessment`"""
+    """nats: cross-entropy of the bin posterior over the teacher's own on the same state; may be negative"""
     divergence: Float[Tensor, " b"]
     """in [0, 1]: Jensen-Shannon divergence of the pattern posteriors over ln 2"""
     coherence: Float[Tensor, " b"]
@@ -67,7 +67,7 @@ def bins_of(k: Int[Tensor, " b"], bins: int, steps: int = 1000) -> Int[Tensor, "
 
 
 def soft_targets(bins: Int[Tensor, " b"], count: int) -> Float[Tensor, "b T"]:
-    """q, a Gaussian over the bins with a deviation of one bin: q_j ~ exp(-(j - bin)^2 / 2), since neighbours look alike."""
+    """q, a Gaussian over the bins: q_j ~ exp(-(j - bin)^2 / 2), a deviation of one bin, since neighbours look alike."""
     away = torch.arange(count, device=bins.device) - bins[:, None]
     return torch.softmax(-away.square().float() / 2, dim=1)
 
@@ -75,12 +75,18 @@ def soft_targets(bins: Int[Tensor, " b"], count: int) -> Float[Tensor, "b T"]:
 def divergence(log_p: Float[Tensor, "b P"], log_q: Float[Tensor, "b P"]) -> Float[Tensor, " b"]:
     """Jensen-Shannon divergence over ln 2, in [0, 1], and exactly 0 for equal posteriors.
 
-    JS = 1/2 sum_i [p_i log(1 + d_i) + q_i log(1 - d_i)],  d = (p - q) / (p + q)
+    JS = 1/2 sum_i [p_i log(2 p_i / (p_i + q_i)) + q_i log(2 q_i / (p_i + q_i))]
     """
-    p, q = log_p.double().exp(), log_q.double().exp()
-    d = (p - q) / (p + q).clamp_min(torch.finfo(p.dtype).tiny)
-    twice = (torch.special.xlog1py(p, d) + torch.special.xlog1py(q, -d)).sum(dim=1)
+    twice = (_to_middle(log_p.double(), log_q.double()) + _to_middle(log_q.double(), log_p.double())).sum(dim=1)
     return (twice / (2 * math.log(2))).clamp(0, 1).float()
+
+
+def _to_middle(log_p: Float[Tensor, "b P"], log_q: Float[Tensor, "b P"]) -> Float[Tensor, "b P"]:
+    """p log(2 p / (p + q)); where p is near q it is p log(1 + d), d = (p - q) / (p + q), which loses no digits."""
+    p, q = log_p.exp(), log_q.exp()
+    d = (p - q) / (p + q).clamp_min(torch.finfo(p.dtype).tiny)
+    ratio = torch.where(d.abs() < 0.5, torch.log1p(d), math.log(2) + log_p - torch.logaddexp(log_p, log_q))
+    return torch.where(p > 0, p * ratio, 0.0)
 
 
 def assess_block(
@@ -100,6 +106,25 @@ def assess_block(
     )
 
 
+def assess(
+    assessor: Assessor,
+    student: Mapping[str, Float[Tensor, "b n"]],
+    teacher: Mapping[str, Float[Tensor, "b n"]],
+    bins: Int[Tensor, " b"],
+) -> dict[str, BlockAssessment]:
+    """Every block's comparison of a student's features with the teacher's on the same states."""
+    target = soft_targets(bins, assessor.bins)
+    return {
+        block: assess_block(
+            assessor.posterior(block, student[block], bins),
+            assessor.posterior(block, teacher[block], bins),
+            bins,
+            target,
+        )
+        for block in assessor.blocks
+    }
+
+
 def reduce(
     blocks: Mapping[str, BlockAssessment],
     bin_count: int,
@@ -108,8 +133,8 @@ def reduce(
 ) -> Assessment:
     """Means over the samples, weighted if told so; the excess is cut off at 0 after it is averaged, never before.
 
-    E relu(noise) > 0, so a cut for each sample would call noise an error. A sample that is not `reliable` in a block has
-    no vote there; a block without any reliable sample gets (0, 0, 1), which leaves its weight as it is.
+    E relu(noise) > 0, so a cut for each sample would call noise an error. A sample that is not `reliable` in a block
+    has no vote there; a block without any reliable sample gets (0, 0, 1), which leaves its weight as it is.
     """
     e_t, e_p, coherence = {}, {}, {}
     for name, block in blocks.items():

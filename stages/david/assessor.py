@@ -31,7 +31,7 @@ class Fitted:
         companion = self.companion(block)
         if features.shape[1] != len(companion.mean):
             raise Refused(
-                f"block {block}: {features.shape[1]} channels, David was fitted to {len(companion.mean)} - fit him again"
+                f"block {block}: {features.shape[1]} channels, David was fitted to {len(companion.mean)} - fit again"
             )
         said: Posterior = companion(features, bins)
         return said

@@ -29,6 +29,9 @@ class FitConfig(Strict):
     steps: int = Field(500, ge=1, description="optimizer steps for each block")
     batch_size: int = Field(512, ge=1, description="states in a step")
     learning_rate: float = Field(6e-3, gt=0, description="peak learning rate; it rises for 20 steps and ends at 0")
+    noise: float = Field(
+        0.3, ge=0, description="most noise on half of the states that teach, in deviations of each channel; 0 for none"
+    )
     held_out: float = Field(1 / 6, gt=0, lt=1, description="share of the training prompts kept for tuning, 0..1")
     most_states: int = Field(50_000, ge=1, description="states that teach at most; whole prompts, drawn by the seed")
     reliability_threshold: float = Field(

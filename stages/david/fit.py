@@ -87,10 +87,23 @@ def fit_block(states: States, config: FitConfig) -> tuple[Companion, PatternSpac
         rows = torch.randint(len(labels), (config.batch_size,), generator=generator)
         bins = states.bins[rows]
         optimizer.zero_grad()
-        loss(companion, states.features[rows], bins, labels[rows], targets[bins]).backward()
+        seen = blurred(companion, states.features[rows], config.noise, generator)
+        loss(companion, seen, bins, labels[rows], targets[bins]).backward()
         optimizer.step()
         hold_temperatures(companion)
     return companion.requires_grad_(False).eval(), space
+
+
+def blurred(
+    companion: Companion, features: Float[Tensor, "b n"], most: float, generator: torch.Generator
+) -> Float[Tensor, "b n"]:
+    """Half of the features under noise of 0 to `most` deviations.
+
+    The teacher's channels are correlated, and the directions in which they hardly vary tell the time well; a companion
+    that never saw noise relies on them, and the least error of a student is as bad to him as any other.
+    """
+    size = most * (2 * torch.rand(len(features), 1, generator=generator) - 1).clamp_min(0)
+    return features + size * companion.deviation * torch.randn(features.shape, generator=generator)
 
 
 def standardise_by(companion: Companion, features: Float[Tensor, "m n"]) -> None:
@@ -141,7 +154,7 @@ def hold_temperatures(companion: Companion) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread inside the block: tensors this small are slower on several, and sums keep their order on every machine."""
+    """One thread inside: tensors this small are slower on several, and sums keep their order on every machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -41,7 +41,7 @@ def cayley_menger_volume(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, ".
     )
     factor = (-1) ** m / (2 ** (m - 1) * math.factorial(m - 1) ** 2)
 
-    # The determinant of a singular matrix has no gradient that can be trusted: flat ones are replaced before it is taken.
+    # The determinant of a singular matrix has no gradient that can be trusted: flat ones are replaced before.
     flat = factor * torch.linalg.det(bordered.detach()) < FLAT
     regular = (1 - torch.eye(m + 1, **_like(distances))).expand_as(bordered)
     squared = factor * torch.linalg.det(torch.where(flat[..., None, None], regular, bordered))
@@ -78,7 +78,8 @@ def inclusion(
 ) -> Float[Tensor, "..."]:
     """The same ratio in closed form, without a determinant for each point; `gradients` are the simplex's `duals`.
 
-    c(z) = 1 / sum_i sqrt(b_i^2 + r^2 |g_i|^2),  b: barycentric coordinates of the foot of z, r: its distance to the flat
+    c(z) = 1 / sum_i sqrt(b_i^2 + r^2 |g_i|^2)
+    b: barycentric coordinates of the foot of z in the simplex's own space, r: the distance between the two
     """
     vertices = vertices.double()
     from_first = z.double() - vertices[..., 0, :]
@@ -93,14 +94,14 @@ def inclusion(
 def cantor_staircase(x: Float[Tensor, "..."], alpha: float = 0.5, levels: int = 20) -> Float[Tensor, "..."]:
     """De Rham's staircase F on [0, 1], sample by sample: monotone, continuous, F(0) = 0, F(1) = 1.
 
-    F(x) = a F(3x) up to 1/3, a up to 2/3, a + (1 - a) F(3x - 2) beyond; after `levels` thirds the rest is a straight line.
+    F(x) = a F(3x) up to 1/3, a up to 2/3, a + (1 - a) F(3x - 2) beyond; after `levels` of them a straight line.
     """
     x = x.double().clamp(0, 1)
     below, share = torch.zeros_like(x), torch.ones_like(x)
     for _ in range(levels):
         left, right = 3 * x < 1, 3 * x > 2
         below = torch.where(left, below, below + alpha * share)
-        share = share * torch.where(left, alpha, torch.where(right, 1 - alpha, 0.0))
+        share = torch.where(left, alpha * share, torch.where(right, (1 - alpha) * share, 0.0))
         x = torch.where(left, 3 * x, torch.where(right, 3 * x - 2, 0.0))
     return below + share * x
 
@@ -116,7 +117,7 @@ def cantor_position(
 
 
 def role_directions(vertices: Float[Tensor, "K 5 d"]) -> Float[Tensor, "K d"]:
-    """u_k = sum_v r_v v_kv / |v_kv|, so that the role-weighted (Rose) score sum_v r_v cos(z, v_kv) is z.u_k for a unit z."""
+    """u_k = sum_v r_v v_kv / |v_kv|: the role-weighted (Rose) score sum_v r_v cos(z, v_kv) is z.u_k for a unit z."""
     roles = torch.tensor(ROLES, dtype=vertices.dtype, device=vertices.device)
     return (roles[:, None] * F.normalize(vertices, dim=-1)).sum(-2)
 

@@ -28,7 +28,7 @@ class PatternSpace:
     def fit(
         cls, features: Float[Tensor, "m n"], s: Float[Tensor, " m"], count: int, generator: torch.Generator
     ) -> "PatternSpace":
-        """Two ridge regressions on cosines of s, a principal component analysis, `count` centres (after david.md 7.2)."""
+        """Two ridge regressions on cosines of s, principal components, then `count` centres (after david.md 7.2)."""
         mean = _regress(s, features.double())
         variance = _regress(s, (features - cosines(s) @ mean).square())
         content = _freed(features, s, mean, variance)
@@ -65,7 +65,7 @@ def _freed(
 
 
 def k_means(points: Float[Tensor, "m d"], count: int, generator: torch.Generator) -> Float[Tensor, "count d"]:
-    """Centres by Lloyd's rounds from k-means++ seeds; a centre that nobody is near moves to the point farthest from all."""
+    """Centres by Lloyd's rounds from k-means++ seeds; a centre with no point of its own moves to the farthest point."""
     centres = _seeds(points, count, generator)
     for _ in range(ROUNDS):
         distance, nearest = torch.cdist(points, centres).min(dim=1)

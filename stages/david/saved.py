@@ -1,4 +1,4 @@
-"""A fitted David in a folder: weights, and what they belong to; none that was fitted to other features is handed out."""
+"""A fitted David in a folder: weights, and what they belong to; one fitted to other features is not handed out."""
 
 import hashlib
 from collections.abc import Mapping

@@ -36,9 +36,11 @@ class Trial(Strict):
     chance: float
     """`within_two` of the best answer that is always the same"""
     soft_calibration: float
-    """expected calibration error: confidence of the likeliest bin against the share q gives it, which is what was fitted"""
+    """expected calibration error of what was fitted, a posterior over bins blurred by q: the likeliest bin's confidence
+    against the share that q gives it"""
     calibration: float
-    """expected calibration error: mass within two bins of the likeliest against how often the true bin lies there"""
+    """expected calibration error: mass within two bins of the likeliest against how often the true bin lies there; the
+    blur makes a perfect reader seem up to a few hundredths too modest"""
     pattern_accuracy: float
     pattern_use: float
     """entropy of the patterns' shares over its maximum"""
@@ -53,11 +55,12 @@ class Trial(Strict):
 
     def line(self, block: str, seconds: float) -> str:
         """The same for a person."""
-        marks = f"{self.exact:5.3f} {self.within_two:7.3f} {self.chance:6.3f} | {self.soft_calibration:5.3f} {self.calibration:5.3f}"
+        marks = f"{self.exact:5.3f} {self.within_two:7.3f} {self.chance:6.3f}"
+        calibration = f"{self.soft_calibration:5.3f} {self.calibration:5.3f}"
         patterns = f"{self.pattern_accuracy:5.3f} {self.pattern_use:5.3f}"
         spoilt = [*self.noise, self.content_shuffled, self.time_shuffled, self.shuffled]
         told = " | ".join(" ".join(f"{value:.3f}" for value in response) for response in spoilt)
-        return f"{block:10} {marks} | {patterns} | {told} | {seconds:.1f}"
+        return f"{block:10} {marks} | {calibration} | {patterns} | {told} | {seconds:.1f}"
 
 
 @torch.no_grad()
@@ -124,7 +127,7 @@ def mass_near(masses: Float[Tensor, "... T"]) -> Float[Tensor, "... T"]:
 
 
 def calibration_error(confidence: Float[Tensor, " m"], truth: Float[Tensor, " m"]) -> float:
-    """Expected calibration error: |mean confidence - mean truth| in each of 15 equal classes of confidence, averaged."""
+    """Expected calibration error: |mean confidence - mean truth| in 15 equal classes of confidence, weighted."""
     classes = (confidence * CONFIDENCES).long().clamp(0, CONFIDENCES - 1)
     gaps = torch.bincount(classes, (confidence - truth).double(), minlength=CONFIDENCES)
     return float(gaps.abs().sum() / len(confidence))

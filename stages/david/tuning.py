@@ -18,7 +18,7 @@ REFERENCE_NOISE = 0.5
 
 @torch.no_grad()
 def tune(companion: Companion, states: States, space: PatternSpace, seed: int) -> None:
-    """Scale both temperatures to the best likelihood on `states`; note each bin's reliability and the reference responses."""
+    """Scale both temperatures to the best likelihood on `states`; note reliability and reference responses."""
     labels = space.label(companion.standardise(states.features), states.s)
     count, patterns = len(companion.reliability), len(companion.patterns.vertices)
     said = companion(states.features, states.bins)
@@ -38,7 +38,7 @@ def best_factor(log_posterior: Float[Tensor, "m K"], targets: Float[Tensor, "m K
 
 
 def reliability(answers: Int[Tensor, " m"], bins: Int[Tensor, " m"], count: int) -> Float[Tensor, " T"]:
-    """Share of the answers within one bin of the truth, for each bin; the share of all bins counts as one more state."""
+    """Share of answers within one bin of the truth, for each bin; the share of all bins counts as one more state."""
     near = ((answers - bins).abs() <= 1).float()
     hits, seen = torch.bincount(bins, near, minlength=count), torch.bincount(bins, minlength=count)
     return ((hits + near.mean()) / (seen + 1)).float()
