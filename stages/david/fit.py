@@ -15,7 +15,7 @@ from configs.refusal import Refused
 from shards.manifest import Manifest, find_cache
 from shards.recipe import Recipe
 from shards.table import Table
-from stages.david.assessment import soft_targets
+from stages.david.assessment import Posterior, soft_targets
 from stages.david.assessor import Fitted
 from stages.david.companion import Companion, Crystals, FitConfig
 from stages.david.geometry import cayley_menger_volume, edges
@@ -27,6 +27,8 @@ from stages.david.tuning import tune
 BELONGS = ("hook_point", "teacher", "blocks")
 DEVIATION_FLOOR = 0.01
 """Of the block's mean deviation: a channel that hardly moves would outweigh all others."""
+MOST_CLUSTERED = 10_000
+"""States that decide the patterns: more move no centre, and their covariance would take longer than all else."""
 LEAST_VOLUME = 1e-3
 SHARPEST, BLUNTEST = 0.02, 1.0
 WARM_UP = 20
@@ -73,7 +75,8 @@ def fit_block(states: States, config: FitConfig) -> tuple[Companion, PatternSpac
     companion = Companion(width, config.bins, config.patterns, config.dimensions, generator)
     standardise_by(companion, states.features)
     features = companion.standardise(states.features)
-    space = PatternSpace.fit(features, states.s, config.patterns, generator)
+    some = torch.randperm(len(features), generator=generator)[:MOST_CLUSTERED]
+    space = PatternSpace.fit(features[some], states.s[some], config.patterns, generator)
     labels = space.label(features, states.s)
 
     targets = soft_targets(torch.arange(config.bins), config.bins)
@@ -125,7 +128,7 @@ def loss(
     L = CE(q, bins) + 1/2 CE(label, patterns) - 1/10 mean log c + 1/20 mean (deviation / mean of the ten edges)
         + mean relu(1e-3 - volume)
     """
-    said = companion(features, bins)
+    said: Posterior = companion(features, bins)
     of_bins = -(targets * said.log_bins).sum(dim=1).mean()
     of_patterns = F.nll_loss(said.log_patterns, labels)
     within = -said.inclusion.log().mean()

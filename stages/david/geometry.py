@@ -36,14 +36,12 @@ def cayley_menger_volume(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, ".
     m = vertices.shape[-2]
     distances, scale = _unit_distances(vertices.double())
     bordered = F.pad(distances, (1, 0, 1, 0), value=1.0)
-    bordered = torch.cat(
-        [1 - torch.eye(m + 1, 1, **_like(distances)).expand_as(bordered[..., :1]), bordered[..., 1:]], -1
-    )
+    bordered[..., 0, 0] = 0
     factor = (-1) ** m / (2 ** (m - 1) * math.factorial(m - 1) ** 2)
 
     # The determinant of a singular matrix has no gradient that can be trusted: flat ones are replaced before.
     flat = factor * torch.linalg.det(bordered.detach()) < FLAT
-    regular = (1 - torch.eye(m + 1, **_like(distances))).expand_as(bordered)
+    regular = 1 - torch.eye(m + 1, dtype=bordered.dtype, device=bordered.device)
     squared = factor * torch.linalg.det(torch.where(flat[..., None, None], regular, bordered))
     return torch.where(flat, 0.0, squared.sqrt() * scale ** ((m - 1) / 2))
 
@@ -140,7 +138,3 @@ def _root(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Square root, with the gradient 0 where it is 0 instead of an infinite one."""
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
-
-
-def _like(other: Tensor) -> dict[str, object]:
-    return {"dtype": other.dtype, "device": other.device}

@@ -51,7 +51,8 @@ def cosines(s: Float[Tensor, " m"]) -> Float[Tensor, "m cosines"]:
 def _regress(s: Float[Tensor, " m"], values: Float[Tensor, "m n"]) -> Float[Tensor, "cosines n"]:
     basis = cosines(s)
     ridge = RIDGE * len(s) * torch.eye(COSINES, dtype=torch.float64)
-    return torch.linalg.solve(basis.T @ basis + ridge, basis.T @ values)
+    coefficients: Tensor = torch.linalg.solve(basis.T @ basis + ridge, basis.T @ values)
+    return coefficients
 
 
 def _freed(

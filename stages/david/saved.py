@@ -17,8 +17,8 @@ from configs.strict import Strict
 from shards.manifest import Manifest, find_cache
 from shards.recipe import Recipe, differences
 from stages.david.assessor import Fitted
-from stages.david.companion import Companion
-from stages.david.fit import FitConfig, fit, identity_of
+from stages.david.companion import Companion, FitConfig
+from stages.david.fit import fit, identity_of
 from stages.david.trial import Trial
 
 WEIGHTS, FACTS = "david.safetensors", "config.json"

@@ -22,8 +22,8 @@ def tune(companion: Companion, states: States, space: PatternSpace, seed: int) -
     labels = space.label(companion.standardise(states.features), states.s)
     count, patterns = len(companion.reliability), len(companion.patterns.vertices)
     said = companion(states.features, states.bins)
-    companion.bins.temperature *= best_factor(said.log_bins, soft_targets(states.bins, count))
-    companion.patterns.temperature *= best_factor(said.log_patterns, F.one_hot(labels, patterns).float())
+    companion.bins.temperature.mul_(best_factor(said.log_bins, soft_targets(states.bins, count)))
+    companion.patterns.temperature.mul_(best_factor(said.log_patterns, F.one_hot(labels, patterns).float()))
 
     companion.reliability.copy_(reliability(said.log_bins.argmax(dim=1), states.bins, count))
     generator = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ from shards.manifest import Manifest, Recipe
 from shards.record import BlockFeatures, Draws, Record
 from shards.table import Table, write_table
 from shards.writer import CacheWriter
+from stages.david.assessment import Assessment, assess, reduce
 from stages.david.companion import FitConfig
 from stages.david.fit import fit, identity_of
 from stages.david.saved import load, ready, save
@@ -140,6 +141,21 @@ def test_a_block_of_another_width_or_name_is_refused(folder):
         david.posterior("mid", torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(Refused, match="block down_1: David was not fitted to it - did you mean down_0"):
         david.posterior("down_1", torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))
+
+
+def test_he_assesses_every_block_and_finds_nothing_in_the_teachers_own_features(folder):
+    david, bins = load(folder, recipe()), torch.tensor([0, 4, 2])
+    features = {"mid": torch.randn(3, 6), "down_0": torch.randn(3, 4), "up_0": torch.randn(3, 9)}
+    said = assess(david, features, features, bins)
+    assert list(said) == ["mid", "down_0"]
+    reliable = {block: david.reliable(block, bins) for block in david.blocks}
+    assert reduce(said, david.bins, reliable) == Assessment(*({"mid": x, "down_0": x} for x in (0, 0, 1)))
+
+
+def test_features_that_are_not_finite_are_refused_by_block(cache, monkeypatch):
+    monkeypatch.setattr(Table, "features", lambda _self, _block, rows: torch.full((len(rows), 4), torch.inf))
+    with pytest.raises(Refused, match="block mid: the cache holds features that are not finite"):
+        fit(cache, CONFIG, say=lambda _line: None)
 
 
 def test_no_prompt_is_on_two_sides(cache):
