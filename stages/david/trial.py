@@ -40,7 +40,7 @@ class Trial(Strict):
     against the share that q gives it"""
     calibration: float
     """expected calibration error: mass within two bins of the likeliest against how often the true bin lies there; the
-    blur makes a perfect reader seem up to a few hundredths too modest"""
+    blur makes a perfect reader seem a little too modest"""
     pattern_accuracy: float
     pattern_use: float
     """entropy of the patterns' shares over its maximum"""

@@ -24,10 +24,12 @@ def test_a_step_falls_into_the_bin_of_its_hundredth():
     assert bins_of(torch.tensor([0, 9, 10, 999]), 100).tolist() == [0, 0, 1, 99]
 
 
-def test_soft_targets_are_a_gaussian_of_one_bin():
+def test_soft_targets_are_a_gaussian_of_three_quarters_of_a_bin():
     q = soft_targets(torch.tensor([50]), 100)[0]
-    assert (q[50] / q[52]).log().item() == pytest.approx(2, rel=1e-4)
-    assert -(q * q.log()).nansum().item() == pytest.approx(1.4189, abs=1e-3)
+    assert (q[50] / q[53]).log().item() == pytest.approx(8, rel=1e-4)
+    assert torch.special.entr(q).sum().item() == pytest.approx(
+        math.log(0.75 * math.sqrt(2 * math.pi * math.e)), abs=1e-3
+    )
 
 
 @given(LOGITS, LOGITS)
