@@ -1,1 +1,1 @@
-"""David: he judges a student's features block by block, and decides how much each block's loss counts."""
+"""David: an assessor of features, fitted to the teacher's own; he sees features, never a network."""
