@@ -1,7 +1,10 @@
 """Whether David was heard: how much lambda varied because of him."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,8 +32,13 @@ class Variation:
         w_b varies over the blocks without David, and is no voice.
         """
         emphasis = told.double() / quiet.double()
-        over_blocks = coefficient_of_variation(emphasis.mean(dim=0), 0)
-        return cls(float(over_blocks), float(coefficient_of_variation(emphasis, 0).mean()))
+        return cls.of_moments(emphasis.mean(dim=0), emphasis.square().mean(dim=0))
+
+    @classmethod
+    def of_moments(cls, mean: Float[Tensor, " n_blocks"], square: Float[Tensor, " n_blocks"]) -> "Variation":
+        """From the mean and the mean square over time of each block's lambda over that of a faultless student."""
+        over_time = (square - mean.square()).clamp_min(0).sqrt() / mean
+        return cls(float(coefficient_of_variation(mean, 0)), float(over_time.mean()))
 
     @property
     def silent(self) -> bool:
@@ -41,3 +49,33 @@ class Variation:
         """One line for the user."""
         said = f"lambda varied by {self.over_blocks:.1%} over the blocks and {self.over_time:.1%} over time"
         return f"David was silent: {said}, as static weights do" if self.silent else f"David spoke: {said}"
+
+
+class Emphasis:
+    """Running moments of each block's lambda over that of a faultless student, from the end of the warm-up on."""
+
+    def __init__(self, quiet: PerBlock, warmup_samples: int) -> None:
+        self._quiet, self._warmup = quiet.double(), warmup_samples
+        self._samples, self._steps = 0, 0
+        self._sums = torch.zeros(2, len(quiet), dtype=torch.float64, device=quiet.device)
+
+    def see(self, lambdas: PerBlock, samples: int) -> None:
+        """Count the lambdas of one step in."""
+        if self._samples >= self._warmup:
+            emphasis = lambdas.double() / self._quiet
+            self._sums = self._sums + torch.stack([emphasis, emphasis.square()])
+            self._steps += 1
+        self._samples += samples
+
+    def variation(self) -> Variation | None:
+        """How much lambda varied so far; None within the warm-up."""
+        return Variation.of_moments(*(self._sums / self._steps)) if self._steps else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a step changes."""
+        return {"samples": self._samples, "steps": self._steps, "sums": self._sums.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` once gave."""
+        self._samples, self._steps = int(state["samples"]), int(state["steps"])
+        self._sums = state["sums"].to(self._sums, copy=True)
