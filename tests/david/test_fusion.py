@@ -90,7 +90,8 @@ def test_lambda_keeps_its_range_whatever_is_said(formula, excess, divergence, co
     loud = said(excess, divergence, coherence, cross_entropy, entropy)
     told = voice(formula)(everywhere() | {"mid": loud, "up_3": loud})
     w = torch.tensor(list(W.values()))
-    lowest, highest = (0.5, 3.0) if formula in ("seed", "uniform") else (w / 2 if formula == "mean_kept" else w, 2 * w)
+    within_twice = {"static": w, "absolute": w, "relative": w, "permuted": w, "mean_kept": w / 2}
+    lowest, highest = (within_twice[formula], 2 * w) if formula in within_twice else (0.5, 3.0)
     assert ((told >= lowest * (1 - 1e-6)) & (told <= highest * (1 + 1e-6))).all()
     if formula == "mean_kept":
         assert float(told.mean()) == pytest.approx(float(w.mean()), rel=1e-5)
