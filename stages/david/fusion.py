@@ -22,12 +22,13 @@ PerBlock: TypeAlias = Float[Tensor, " n_blocks"]
 class FusionConfig(Strict):
     """lambda_b = clip(w_b (1 + alpha e_t + beta e_p + delta (1 - coherence)), bounds), and its alternatives."""
 
-    formula: Literal["static", "uniform", "absolute", "relative", "mean_kept", "seed", "permuted"] = Field(
+    formula: Literal["static", "uniform", "absolute", "relative", "mean_kept", "softmax", "seed", "permuted"] = Field(
         "relative",
         description="static: w_b; uniform: their mean; absolute: the formula on numbers in [0, 1]; relative: on "
         "e / (e + e_ref), e_ref the response to noise of half a deviation; mean_kept: relative, the mean of lambda "
-        "held at that of w_b; seed: on cross-entropy in nats, entropy and alpha, as the original meant it (it "
-        "saturates); permuted: relative, on what David says of other blocks (a placebo)",
+        "held at that of w_b; softmax: relative's emphasis as a softmax over the blocks; seed: on cross-entropy in "
+        "nats, entropy and alpha, as the original meant it (it saturates); permuted: relative, on what David says of "
+        "other blocks (a placebo)",
     )
     alpha: float = Field(0.5, ge=0, description="weight of the timestep error")
     beta: float = Field(0.25, ge=0, description="weight of the pattern error")
@@ -110,6 +111,12 @@ def _mean_kept(said: Heard, known: Known) -> Tensor:
     return free * (known.w.mean() / free.mean())
 
 
+def _softmax(said: Heard, known: Known) -> Tensor:
+    """w_b n softmax_b(emphasis): blocks compete, and equally wrong ones count w_b however wrong they are."""
+    risen = (_relative(said, known) / known.w - 1).exp()
+    return (known.w * risen / risen.mean()).clamp(*known.config.bounds)
+
+
 def _seed(said: Heard, known: Known) -> Tensor:
     return seed_formula(known.w, said.cross_entropy, said.entropy, known.alphas, known.config)
 
@@ -127,6 +134,7 @@ FORMULAS: Mapping[str, Formula] = {
     "absolute": _absolute,
     "relative": _relative,
     "mean_kept": _mean_kept,
+    "softmax": _softmax,
     "seed": _seed,
     "permuted": _permuted,
 }
