@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stages.david.fusion import PerBlock
@@ -67,9 +67,12 @@ class Emphasis:
             self._steps += 1
         self._samples += samples
 
-    def variation(self) -> Variation | None:
-        """How much lambda varied so far; None within the warm-up."""
-        return Variation.of_moments(*(self._sums / self._steps)) if self._steps else None
+    def variation(self, counted: Bool[Tensor, " n_blocks"]) -> Variation | None:
+        """How much the lambdas of these blocks varied so far; None within the warm-up.
+
+        What is said of a block whose loss has weight 0 is no voice.
+        """
+        return Variation.of_moments(*(self._sums[:, counted] / self._steps)) if self._steps else None
 
     def state_dict(self) -> dict[str, Any]:
         """All that a step changes."""

@@ -22,7 +22,7 @@ from stages.david.published import Published
 from stages.david.sampling import SamplingConfig
 from stages.david.saved import ready
 from stages.david.time_choice import TimeChoice
-from stages.david.variation import Emphasis
+from stages.david.variation import Emphasis, Variation
 from stages.david.voice import Voice
 from stages.nets.student import StudentOutput
 from stages.train.judge import Nobody
@@ -62,6 +62,7 @@ class David:
             config.fusion, assessor.blocks, assessor.bins, reference_of(fitted) if fitted else None, alphas, device
         )
         self.emphasis = Emphasis(self.voice.quiet, config.fusion.warmup_samples)
+        self._counted = torch.ones(len(assessor.blocks), dtype=torch.bool, device=device)
         self.choice: TimeChoice | None = None
         if config.sampling.scheme != "stored":
             profile = Profile(config.fusion, assessor.bins, config.sampling.profile_samples, device)
@@ -88,6 +89,7 @@ class David:
             self.choice.profile.see(bins, assessed, right(teacher, bins))
         spoken = self.voice(assessed, omega, reliable)
         self.emphasis.see(spoken, len(batch))
+        self._counted = static > 0
         return static * spoken
 
     def omega(self, batch: Batch) -> Float[Tensor, " b"]:
@@ -104,14 +106,18 @@ class David:
         """What he says of each block at present, how much lambda varied because of him, and what a sample is worth."""
         said = self.voice.assessment()
         line = {name: _plain(getattr(said, name)) for name in ("timestep_error", "pattern_error", "coherence")}
-        found = self.emphasis.variation()
+        found = self.variation()
         varied = {"over_blocks": found.over_blocks, "over_time": found.over_time} if found else {}
         worth = {"effective_share": self.choice.effective_share()} if self.choice else {}
         return {**line, "lambda_variation": varied, **worth}
 
+    def variation(self) -> Variation | None:
+        """How much lambda varied because of him, over the blocks whose loss counts; None within the warm-up."""
+        return self.emphasis.variation(self._counted)
+
     def verdict(self) -> str:
         """Whether he was heard, for the end of a run."""
-        found = self.emphasis.variation()
+        found = self.variation()
         return found.told() if found else "David was not heard: the run ended within fusion.warmup_samples"
 
     def state_dict(self) -> dict[str, Any]:

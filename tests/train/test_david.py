@@ -68,7 +68,22 @@ def test_a_faultless_student_is_weighed_as_configured(run: Path) -> None:
     found = spoken(judge, batch, dict(batch.features))
     assert torch.equal(found, judge.voice.quiet)
     assert judge.told()["coherence"] == dict.fromkeys(judge.assessor.blocks, 1.0)
-    assert judge.emphasis.variation().silent  # type: ignore[union-attr]
+    found = judge.variation()
+    assert found is not None
+    assert found.silent
+
+
+def test_what_he_says_of_a_block_that_counts_nothing_is_no_voice(run: Path) -> None:
+    judge, batch = david(run)
+    output = StudentOutput(batch.v_cond, batch.v_uncond, {**batch.features, "up_3": 2 * batch.features["up_3"]})
+    for silent in (False, True):
+        static = torch.ones(9)
+        static[8] = 0 if silent else 1
+        for _ in range(4):
+            judge.lambdas(batch, output, static)
+        found = judge.variation()
+        assert found is not None
+        assert found.silent == silent
 
 
 @pytest.mark.parametrize("block", ["down_0", "mid", "up_2"])
