@@ -117,24 +117,20 @@ def _window(seed: int, epoch: int, window: int, spans: tuple[tuple[int, int], ..
     return np.take(numbers, permutation(key, len(numbers)))
 
 
-class WeightedOrder:
-    """Draws with replacement: a class by its weight, then one of its pairs, all alike.
+class GroupedOrder:
+    """Draws with replacement: a group of pairs by its share, then one of its pairs, all alike."""
 
-    A class's share of the stream is its weight over the sum of weights, however many records it has.
-    """
-
-    def __init__(self, seed: int, pairs: Pairs, class_names: Sequence[str], weights: Mapping[str, float]) -> None:
-        """`class_names` has one name for each record; raises `Refused` unless weights and wanted classes match."""
+    def __init__(self, seed: int, pairs: Pairs, group_of_pair: Indices, shares: Float[np.ndarray, " groups"]) -> None:
+        """`shares` are relative to their sum; a group of share 0 may be empty and never comes, any other has pairs."""
         self.seed, self.pairs = seed, pairs
-        record_of_pair, _ = pairs.split(np.arange(len(pairs)))
-        names = _checked([class_names[record] for record in np.unique(record_of_pair)], weights)
-        shares = np.array([weights[name] for name in names], dtype=np.float64)
-        self._until = np.cumsum(shares) / shares.sum()
-        number = {name: i for i, name in enumerate(names)}
-        class_of_pair = np.array([number.get(name, -1) for name in class_names])[record_of_pair]
-        self._by_class = np.argsort(class_of_pair, kind="stable")
-        self._sizes = np.bincount(class_of_pair, minlength=len(names))
-        self._starts = np.cumsum(self._sizes) - self._sizes
+        sizes = np.bincount(group_of_pair, minlength=len(shares))
+        if (shares < 0).any() or (sizes[shares > 0] == 0).any():
+            raise ValueError("every share should be 0, or positive with pairs to draw from")
+        # Groups of share 0 have no place of their own: the last place takes what rounding leaves over.
+        drawn = np.flatnonzero(shares)
+        self._until = (np.cumsum(shares) / shares.sum())[drawn]
+        self._by_group = np.argsort(group_of_pair, kind="stable")
+        self._sizes, self._starts = sizes[drawn], (np.cumsum(sizes) - sizes)[drawn]
 
     def at(self, samples: Indices) -> tuple[Indices, Indices]:
         """The records and draws at these places of the stream."""
@@ -145,7 +141,22 @@ class WeightedOrder:
         # Rounding can leave the last boundary a hair below 1, and a product a hair below a whole number at it.
         chosen = np.searchsorted(self._until[:-1], chance[:, 0], side="right")
         within = np.minimum((chance[:, 1] * self._sizes[chosen]).astype(np.int64), self._sizes[chosen] - 1)
-        return self.pairs.split(self._by_class[self._starts[chosen] + within])
+        return self.pairs.split(self._by_group[self._starts[chosen] + within])
+
+
+class WeightedOrder(GroupedOrder):
+    """Draws with replacement: a class by its weight, then one of its pairs, all alike.
+
+    A class's share of the stream is its weight over the sum of weights, however many records it has.
+    """
+
+    def __init__(self, seed: int, pairs: Pairs, class_names: Sequence[str], weights: Mapping[str, float]) -> None:
+        """`class_names` has one name for each record; raises `Refused` unless weights and wanted classes match."""
+        record_of_pair, _ = pairs.split(np.arange(len(pairs)))
+        names = _checked([class_names[record] for record in np.unique(record_of_pair)], weights)
+        number = {name: i for i, name in enumerate(names)}
+        class_of_pair = np.array([number.get(name, -1) for name in class_names])[record_of_pair]
+        super().__init__(seed, pairs, class_of_pair, np.array([weights[name] for name in names], dtype=np.float64))
 
 
 def _checked(class_names: Sequence[str], weights: Mapping[str, float]) -> list[str]:
@@ -161,7 +172,7 @@ def _checked(class_names: Sequence[str], weights: Mapping[str, float]) -> list[s
             raise Refused(f"class {name}: has records and no weight - give it one, 0 to leave it out")
     if not any(weights[name] > 0 for name in present):
         raise Refused("class weights: all are 0 - give at least one class a positive weight")
-    # Last place must not be a class of weight 0: it takes what rounding leaves over.
+    # Weights are summed in this order, and a sum's last digit depends on it.
     return sorted(present, key=lambda name: (weights[name] > 0, name))
 
 

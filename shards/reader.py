@@ -100,13 +100,22 @@ class Reader:
             return ShuffledOrder(self.seed, self.pairs)
         return WeightedOrder(self.seed, self.pairs, self.class_names(), self._weights)
 
-    def batches(self, start_sample: int = 0) -> Iterator[Batch]:
-        """Endless batches of this rank's samples from number `start_sample` (counted over all ranks) on."""
+    @cached_property
+    def steps(self) -> Indices:
+        """The teacher's step k of each pair of the view."""
+        k = np.concatenate([record.k for record in self._heads(self.split)])
+        return k if self.pairs.chosen is None else k[self.pairs.chosen]
+
+    def batches(self, start_sample: int = 0, order: Order | None = None) -> Iterator[Batch]:
+        """Endless batches of this rank's samples from number `start_sample` (counted over all ranks) on.
+
+        Another `order` of this reader's pairs may take the place of its own.
+        """
         first = start_sample + (self.rank - start_sample) % self.world
         step = self.batch_size * self.world
-        _ = self.order, self._rows  # made here once, not by several threads at a time
+        order, rows = order or self.order, self._rows  # made here once, not by several threads at a time
         spans = (np.arange(begin, begin + step, self.world) for begin in count(first, step))
-        return ahead(self.batch, spans, self.workers)
+        return ahead(lambda samples: rows.take(*order.at(samples)), spans, self.workers)
 
     def batch(self, samples: Indices) -> Batch:
         """The rows at these places of the stream."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.atomic import atomic_write
 from configs.load import save_resolved
@@ -16,8 +16,9 @@ from stages.evaluate.beside import GridConfig, grids_beside
 from stages.export.diffusers import export_diffusers
 from stages.nets.graft import graft_time_embedding
 from stages.nets.saved import Origin, load_teacher_parts
-from stages.nets.student import Student
+from stages.nets.student import Student, Target, vp_of
 from stages.nets.teacher import Teacher
+from stages.train.david import David, DavidConfig, judge_of
 from stages.train.loop import TrainConfig, fit
 from stages.train.objective import Objective, ObjectiveConfig
 from stages.train.statistics import feature_scale
@@ -28,44 +29,63 @@ class Config(Strict):
 
     run: Path = Field(description="run folder; reads RUN/cache, writes RUN/distill")
     teacher: str | None = Field(None, description="where the teacher lies now, if it moved since the cache was made")
-    graft: bool = Field(True, description="start from the closed-form graft of the time embedding")
+    target: Target = Field(
+        "velocity",
+        description="velocity: of the straight path, told 1000 s; vp_v: v-prediction on the teacher's path, as the "
+        "original experiment had it (exported for DDIM and its kin)",
+    )
+    graft: bool = Field(True, description="start from the closed-form graft of the time embedding (target velocity)")
     view: View = Field(View(), description="which samples of the cache are learnt from; all unless told")
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="terms of the loss")
+    david: DavidConfig = Field(DavidConfig(), description="who judges the blocks, and what his word is worth")
     grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
+
+    @model_validator(mode="after")
+    def _graft_fits(self) -> "Config":
+        if self.graft and self.target != "velocity":
+            raise ValueError("graft is for target velocity: a vp_v student is told the teacher's own steps")
+        return self
 
 
 def run(config: Config) -> None:
     """Train from wherever the run was left, then export; nothing is done twice."""
     cache, folder, device = config.run / "cache", config.run / "distill", device_of(config.device)
     manifest = Manifest.open(cache)
-    origin = Origin.of(manifest, config.teacher)
+    origin = Origin.of(manifest, config.teacher, config.target)
     teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
 
-    student = Student.from_teacher(teacher.parts.unet)
+    student = Student.from_teacher(teacher.parts.unet, vp_of(config.target, teacher.parts.schedule, origin.tail))
     left = graft_time_embedding(student.unet, teacher.bridge) if config.graft else None
     print(f"student: time embedding grafted, relative error {left:.3f}" if config.graft else "student: a plain copy")
 
     save_resolved(config, folder / "config.yaml", "distill")
     origin.save(folder)
     reader = Reader(cache, "train", config.train.seed, config.train.batch_size, view=config.view)
+    judge = judge_of(config.david, reader, student.blocks, folder, config.train.seed, device)
     student = fit(
         student,
         Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins)),
-        reader.batches,
-        teacher.encode([""]),
+        judge.batches if isinstance(judge, David) else reader.batches,
+        teacher.uncond,
         config.train,
         folder,
         grids_beside(teacher, config.grid, folder / "grids"),
         device=device,
         identity={
             "recipe": manifest.recipe.fingerprint(),
+            "target": config.target,
             "graft": config.graft,
             "view": config.view.model_dump(mode="json"),
+            "david": config.david.model_dump(mode="json"),
         },
+        judge=judge,
         samples_per_epoch=reader.samples_per_epoch,
     )
+
+    if isinstance(judge, David):
+        print(judge.verdict())
 
     facts = origin.facts(teacher.parts, config.train.max_samples)
     exported = export_diffusers(student, teacher.parts.folder, folder / "export", facts)

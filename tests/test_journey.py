@@ -7,17 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
+from PIL import Image
 from safetensors.torch import load_file
 
 from configs.load import load
 from configs.refusal import Refused
 from shards.manifest import Manifest, verify
 from stages import cache_teacher, distill, finetune_classes
+from stages.evaluate import david as david_tool
 
 TINY = [Path("configs/tiny.yaml")]
 CACHE = ["--count", "8", "--validation-count", "2", "--render.records-per-shard", "4", "--render.states.steps", "4"]
 TRAIN = ["--train.max-samples", "12", "--train.batch-size", "4", "--train.checkpoint-every-samples", "8"]
 TRAIN += ["--train.optimizer.warmup-samples", "4", "--grid.sampler.steps", "2"]
+DAVID = ["--david.fit.steps", "3", "--david.fit.bins", "10", "--david.fit.patterns", "4"]
 CLASSES = """
 classes:
   - {name: stars, pattern: star/*, priority: top}
@@ -30,7 +33,7 @@ def cache_config(run: Path, *options: str) -> cache_teacher.Config:
 
 
 def distill_config(run: Path, *options: str) -> distill.Config:
-    return load(distill.Config, "distill", TINY, ["--run", str(run), *TRAIN, *options])
+    return load(distill.Config, "distill", TINY, ["--run", str(run), *TRAIN, *DAVID, *options])
 
 
 def classes_config(run: Path, *options: str) -> finetune_classes.Config:
@@ -78,6 +81,13 @@ def test_no_trained_tensor_is_still_the_teachers(journey: Path) -> None:
     assert {name.removeprefix("unet.") for name in distilled} == set(teacher)
     assert all(not torch.equal(value, teacher[name.removeprefix("unet.")].float()) for name, value in distilled.items())
     assert any(not torch.equal(value, finetuned[name]) for name, value in distilled.items())
+
+
+def test_what_david_sees_is_drawn(journey: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert david_tool.main(["show", str(journey / "distill"), "--states", "6"]) == 0
+    with Image.open(capsys.readouterr().out.strip()) as picture:
+        assert picture.width > 1000
+        assert len(picture.convert("L").getcolors() or []) > 10
 
 
 def test_the_table_of_classes_has_a_row_for_each(journey: Path) -> None:

@@ -5,12 +5,22 @@ from typing import Any
 
 import yaml
 
-TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "flow-matching", "sollune"]
+TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "sollune"]
+
+FLOW = """A Stable Diffusion 1.x model that answers with the **velocity** of the straight path
+`x_s = (1 - s) x0 + s eps`, `v = eps - x0`, told the time `1000 s`. It was distilled by sollune from a cache of its
+teacher's own answers."""
+KEEP_FLOW = """Keep the scheduler that lies here: UniPC with `use_flow_sigmas` and `prediction_type: flow_prediction`
+(`DPMSolverMultistepScheduler` with the same two settings works as well). A scheduler for noise prediction makes noise
+of it. The latents are scaled as the teacher's are."""
+VP = """A Stable Diffusion 1.x model that answers with **v-prediction** on its teacher's own noise schedule. It was
+distilled by sollune from a cache of its teacher's own answers."""
+KEEP_VP = """Keep the scheduler that lies here, or any other with `prediction_type: v_prediction` and the same betas.
+The latents are scaled as the teacher's are."""
 
 TEXT = """# {title}
 
-A Stable Diffusion 1.x model that answers with the **velocity** of the straight path `x_s = (1 - s) x0 + s eps`,
-`v = eps - x0`, told the time `1000 s`. It was distilled by sollune from a cache of its teacher's own answers.
+{what}
 
 ```python
 from diffusers import StableDiffusionPipeline
@@ -19,9 +29,7 @@ pipeline = StableDiffusionPipeline.from_pretrained("THIS FOLDER")
 picture = pipeline("a sentence", num_inference_steps=25, guidance_scale=5.0).images[0]
 ```
 
-Keep the scheduler that lies here: UniPC with `use_flow_sigmas` and `prediction_type: flow_prediction`
-(`DPMSolverMultistepScheduler` with the same two settings works as well). A scheduler for noise prediction makes noise
-of it. The latents are scaled as the teacher's are.
+{keep}
 
 ## Facts
 
@@ -31,15 +39,18 @@ of it. The latents are scaled as the teacher's are.
 
 def card(facts: Mapping[str, Any]) -> str:
     """README.md with the head that model hubs read; `facts` may name `title`, `license` and `base_model` (a hub id)."""
+    flows = facts.get("prediction") != "v_prediction"
     head = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": TAGS,
+        "tags": [*TAGS, "flow-matching"] if flows else TAGS,
         **{key: facts[key] for key in ("license", "base_model") if key in facts},
     }
     if "base_model" in head:
         head["base_model_relation"] = "finetune"
-    body = TEXT.format(title=facts.get("title", "A velocity model (sollune)"), facts="\n".join(_rows(facts)))
+    what, keep, title = (FLOW, KEEP_FLOW, "A velocity model") if flows else (VP, KEEP_VP, "A v-predicting model")
+    rows = "\n".join(_rows(facts))
+    body = TEXT.format(title=facts.get("title", f"{title} (sollune)"), what=what, keep=keep, facts=rows)
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{body}"
 
 

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,10 +25,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from configs.atomic import fsync_folder
 from configs.refusal import Refused
 from stages.export.card import card
-from stages.nets.components import check_anatomy, identity
+from stages.nets.components import check_anatomy, identity, read_json
 from stages.nets.student import TIME_SCALE, Student
 
 FACTS = "sollune.json"
+VP_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset")
 
 
 def export_diffusers(
@@ -38,11 +46,12 @@ def export_diffusers(
     stands in the way, and when the disk is full; an earlier export then stays as it was.
     """
     check_anatomy(teacher_folder)
-    facts = {**facts, **_own_facts(teacher_folder, dtype, flow_shift)}
+    facts = {**facts, **_own_facts(student, teacher_folder, dtype, flow_shift)}
+    scheduler = flow_scheduler(flow_shift) if student.vp is None else vp_scheduler(teacher_folder)
     weights = _weights(student, dtype)
     _refuse_the_teacher(student, teacher_folder)
     with _replacing(out / "diffusers") as folder:
-        _write(folder, teacher_folder, weights, dtype, flow_shift)
+        _write(folder, teacher_folder, weights, dtype, scheduler)
         (folder / FACTS).write_text(json.dumps(facts, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card(facts), encoding="utf-8")
         _read_back(folder, weights, dtype)
@@ -68,12 +77,17 @@ def flow_scheduler(flow_shift: float = 1.0) -> UniPCMultistepScheduler:
     )
 
 
-def _own_facts(teacher_folder: Path, dtype: torch.dtype, flow_shift: float) -> dict[str, Any]:
+def vp_scheduler(teacher_folder: Path) -> DDIMScheduler:
+    """DDIM on the teacher's own betas, for a student that answers with v-prediction on the teacher's path."""
+    config = read_json(teacher_folder / "scheduler" / "scheduler_config.json")
+    kept = {name: config[name] for name in VP_FIELDS if name in config}
+    return DDIMScheduler(**kept, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False)
+
+
+def _own_facts(student: Student, teacher_folder: Path, dtype: torch.dtype, flow_shift: float) -> dict[str, Any]:
+    told = {"prediction": "velocity", "path": "linear", "time_scale": TIME_SCALE, "flow_shift": flow_shift}
     return {
-        "prediction": "velocity",
-        "path": "linear",
-        "time_scale": TIME_SCALE,
-        "flow_shift": flow_shift,
+        **(told if student.vp is None else {"prediction": "v_prediction", "path": "the teacher's"}),
         "dtype": str(dtype).removeprefix("torch."),
         "teacher_sha256": identity(teacher_folder),
     }
@@ -142,7 +156,7 @@ def _swap(new: Path, final: Path) -> None:
 
 
 def _write(
-    folder: Path, teacher_folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, flow_shift: float
+    folder: Path, teacher_folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, scheduler: SchedulerMixin
 ) -> None:
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(teacher_folder, subfolder="unet"))
     unet.load_state_dict(weights, assign=True)
@@ -152,7 +166,7 @@ def _write(
         vae=AutoencoderKL.from_pretrained(teacher_folder, subfolder="vae", dtype=dtype),
         text_encoder=CLIPTextModel.from_pretrained(teacher_folder, subfolder="text_encoder", dtype=dtype),
         tokenizer=tokenizer,
-        scheduler=flow_scheduler(flow_shift),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

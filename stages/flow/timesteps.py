@@ -66,3 +66,8 @@ def bin_of(time: Float[Tensor, " b"] | Int[Tensor, " b"], bins: int, steps: int 
 def min_snr_weight(s: Float[Tensor, " b"], gamma: float) -> Float[Tensor, " b"]:
     """Min-SNR weight of a velocity error on the linear path: min((1 - s)^2, gamma s^2)."""
     return torch.minimum((1 - s) ** 2, gamma * s**2)
+
+
+def vp_weight(s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """What makes of a squared velocity error that of v-prediction: v = g v_vp + ..., so 1 / g^2 = s^2 + (1 - s)^2."""
+    return s**2 + (1 - s) ** 2

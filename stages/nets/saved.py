@@ -15,7 +15,7 @@ from configs.refusal import Refused
 from shards.manifest import Manifest
 from stages.flow.bridge import Tail
 from stages.nets.components import Components, identity, load_components
-from stages.nets.student import Student
+from stages.nets.student import Student, Target, vp_of
 
 ORIGIN, CHECKPOINTS, WEIGHTS = "origin.json", "checkpoints", "ema.safetensors"
 
@@ -30,15 +30,17 @@ class Origin:
     """What the teacher was when the cache was made, by component."""
     tail: Tail
     recipe_sha256: str
+    target: Target = "velocity"
+    """What the student's network answers with."""
 
     @classmethod
-    def of(cls, manifest: Manifest, teacher: str | None = None) -> "Origin":
+    def of(cls, manifest: Manifest, teacher: str | None = None, target: Target = "velocity") -> "Origin":
         """The origin of a student of this cache; `teacher` says where the teacher lies now, if it moved."""
         recipe = manifest.recipe
         made_by: Any = recipe.identity["teacher"]
         render: Any = recipe.identity["render"]
         location = teacher or str(recipe.information["teacher_location"])
-        return cls(location, made_by, render["tail"], recipe.fingerprint())
+        return cls(location, made_by, render["tail"], recipe.fingerprint(), target)
 
     @classmethod
     def open(cls, folder: Path) -> "Origin":
@@ -112,7 +114,8 @@ def load_teacher_parts(origin: Origin, device: torch.device, dtype: torch.dtype)
 
 def load_student(run: SavedRun, parts: Components) -> Student:
     """The checkpoint's student, frozen, on the teacher's device; raises `Refused` for a foreign or broken file."""
-    student = Student.from_teacher(parts.unet)
+    origin = run.origin
+    student = Student.from_teacher(parts.unet, vp_of(origin.target, parts.schedule, origin.tail))
     try:
         weights = load_file(run.weights)
         student.unet.load_state_dict({name.removeprefix("unet."): value for name, value in weights.items()})

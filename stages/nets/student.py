@@ -1,16 +1,26 @@
-"""The student: the teacher's UNet, told the path time 1000 s and answering with the velocity."""
+"""The student: the teacher's UNet, told the path time 1000 s and answering with the velocity, or v-prediction."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from stages.flow.bridge import Bridge, Schedule, Tail
 from stages.nets.features import FeatureTap, last_resnets, unheard
 
+Target: TypeAlias = Literal["velocity", "vp_v"]
+"""What the network answers with: the velocity of the linear path, or v-prediction on the teacher's own."""
+
 TIME_SCALE = 1000.0
+
+
+def vp_of(target: Target, schedule: Schedule, tail: Tail) -> Bridge | None:
+    """The bridge that a student of this target speaks through."""
+    return None if target == "velocity" else Bridge(replace(schedule, prediction_type="v_prediction"), tail)
 
 
 @dataclass(frozen=True)
@@ -25,15 +35,19 @@ class StudentOutput:
 class Student(nn.Module):
     """A velocity field v(x, s, cond) on the linear path."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: UNet2DConditionModel, vp: Bridge | None = None) -> None:
+        """With `vp`, the bridge of a v-predicting schedule, the network itself lives on the teacher's VP path.
+
+        It is then shown x g(s) at the fractional step k(s) and answers with v-prediction; outside it is the same field.
+        """
         super().__init__()
-        self.unet = unet
+        self.unet, self.vp = unet, vp
         self.tap = FeatureTap(unet)
 
     @classmethod
-    def from_teacher(cls, unet: UNet2DConditionModel) -> "Student":
+    def from_teacher(cls, unet: UNet2DConditionModel, vp: Bridge | None = None) -> "Student":
         """A trainable copy in fp32; the teacher stays as it is."""
-        return cls(unheard(unet).requires_grad_(True))
+        return cls(unheard(unet).requires_grad_(True), vp)
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -44,10 +58,17 @@ class Student(nn.Module):
         self, x: Float[Tensor, "b c h w"], s: Float[Tensor, " b"], cond: Float[Tensor, "b l d"]
     ) -> Float[Tensor, "b c h w"]:
         """v = dx/ds at the state (x, s)."""
+        if self.vp is None:
+            return self._answer(x, TIME_SCALE * s, cond)
+        k = self.vp.k_of_s(s)
+        return self.vp.velocity(x.float(), s, k, self._answer(self.vp.teacher_input(x, s), k, cond))
+
+    def _answer(
+        self, shown: Float[Tensor, "b c h w"], told: Float[Tensor, " b"], cond: Float[Tensor, "b l d"]
+    ) -> Float[Tensor, "b c h w"]:
         dtype = self.unet.dtype
-        told = (TIME_SCALE * s).to(torch.float32)
-        velocity: Tensor = self.unet(x.to(dtype), told, cond.to(dtype)).sample
-        return velocity.float()
+        answer: Tensor = self.unet(shown.to(dtype), told.to(torch.float32), cond.to(dtype)).sample
+        return answer.float()
 
     def forward(
         self,

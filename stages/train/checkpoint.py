@@ -1,6 +1,7 @@
 """Checkpoints: a folder each, named by the samples seen, whole or not there; a run goes on from the newest whole one.
 
-checkpoints/000012800/  student.safetensors  ema.safetensors  optimizer.pt  state.json (last; hashes of the others)
+checkpoints/000012800/  student.safetensors  ema.safetensors  optimizer.pt  memory.pt  state.json
+state.json comes last and holds the hashes of the others.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +21,11 @@ from torch import nn
 from configs.atomic import fsync_folder
 from configs.refusal import Refused
 from stages.train.ema import Ema
+from stages.train.judge import Judge, Nobody
+from stages.train.objective import ObjectiveConfig
+from stages.train.penalty import Penalty
 
-SCHEMA = 1
+SCHEMA = 2
 PARTIAL = ".partial"
 MARGIN_BYTES = 1 << 20
 
@@ -35,6 +39,8 @@ class TrainingState:
     student: nn.Module
     ema: Ema
     optimizer: torch.optim.Optimizer
+    penalty: Penalty = field(default_factory=lambda: Penalty(ObjectiveConfig()))
+    judge: Judge = field(default_factory=Nobody)
     samples: int = 0
 
 
@@ -116,11 +122,13 @@ class Checkpoints:
     def _write(self, folder: Path, state: TrainingState) -> None:
         save_file({k: v.contiguous() for k, v in state.student.state_dict().items()}, folder / "student.safetensors")
         save_file({k: v.contiguous() for k, v in state.ema.tensors().items()}, folder / "ema.safetensors")
-        with open(folder / "optimizer.pt", "wb") as handle:  # given a path, torch hides why it failed
-            torch.save(state.optimizer.state_dict(), handle)
+        memory = {"judge": state.judge.state_dict(), "penalty": state.penalty.state_dict()}
+        for name, content in (("optimizer.pt", state.optimizer.state_dict()), ("memory.pt", memory)):
+            with open(folder / name, "wb") as handle:  # given a path, torch hides why it failed
+                torch.save(content, handle)
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-        content = {"schema": SCHEMA, "samples": state.samples, "identity": self.identity, "files": files}
-        (folder / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        facts = {"schema": SCHEMA, "samples": state.samples, "identity": self.identity, "files": files}
+        (folder / "state.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         for path in folder.iterdir():
             with open(path, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -131,6 +139,9 @@ class Checkpoints:
         state.student.load_state_dict(load_file(folder / "student.safetensors", device=device))
         state.ema.restore(load_file(folder / "ema.safetensors", device=device))
         state.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+        memory = torch.load(folder / "memory.pt", map_location=device, weights_only=True)
+        state.judge.load_state_dict(memory["judge"])
+        state.penalty.load_state_dict(memory["penalty"])
         state.samples = int(folder.name)
 
     def _refuse_other_run(self, folder: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from stages.flow.timesteps import bin_of
 from stages.train.objective import Losses
 
 BINS = 10
+NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Step:
 
     losses: Losses
     lambdas: Float[Tensor, " n_blocks"]
+    block_weight: float
     s: Float[Tensor, " b"]
     grad_norm: Float[Tensor, ""]
     learning_rate: float
@@ -56,7 +58,7 @@ class Window:
         self._bin_counts = self._bin_counts + torch.bincount(index, minlength=BINS)
         self.steps, self.samples = self.steps + 1, self.samples + len(step.s)
         self.data_wait_seconds += step.data_wait_seconds
-        self.learning_rate = step.learning_rate
+        self.learning_rate, self.block_weight = step.learning_rate, step.block_weight
 
     def line(self, samples: int, blocks: Sequence[str]) -> dict[str, Any]:
         """The means of the window as one line of the journal; a bin of s without a sample is null."""
@@ -67,6 +69,7 @@ class Window:
             **{name: mean[name] for name in ("loss", "flow", "guidance")},
             "blocks": dict(zip(blocks, mean["blocks"], strict=True)),
             "lambdas": dict(zip(blocks, mean["lambdas"], strict=True)),
+            "block_weight": self.block_weight,
             "flow_by_s": [None if math.isnan(error) else error for error in by_bin],
             "learning_rate": self.learning_rate,
             "grad_norm": mean["grad_norm"],
@@ -100,11 +103,11 @@ class Journal:
         self.window.add(step)
         self._bar.update(len(step.s))
 
-    def write(self, samples: int) -> None:
-        """Write the means since the last line, if there was a step since, and begin a new window."""
+    def write(self, samples: int, more: Mapping[str, Any] = NOTHING) -> None:
+        """Write the means since the last line and `more`, if there was a step since, and begin a new window."""
         if not self.window.steps:
             return
-        line = self.window.line(samples, self.blocks)
+        line = {**self.window.line(samples, self.blocks), **more}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in flat(line):

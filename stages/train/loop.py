@@ -17,9 +17,11 @@ from stages.train.checkpoint import Checkpoints, Resume, TrainingState
 from stages.train.ema import Ema
 from stages.train.interrupt import Interruption
 from stages.train.journal import Journal
-from stages.train.objective import Lambdas, Objective
+from stages.train.judge import Judge, Nobody
+from stages.train.objective import Objective
 from stages.train.optim import build_optimizer, learning_rate
-from stages.train.step import Omega, Stepper, TrainConfig
+from stages.train.penalty import Penalty
+from stages.train.step import Stepper, TrainConfig
 
 __all__ = ["Batches", "TrainConfig", "fit"]
 
@@ -40,8 +42,7 @@ def fit(
     *,
     device: torch.device,
     identity: Mapping[str, Any],
-    lambdas: Lambdas | None = None,
-    omega: Omega | None = None,
+    judge: Judge | None = None,
     samples_per_epoch: int | None = None,
     resume: Resume = "auto",
 ) -> Student:
@@ -54,8 +55,9 @@ def fit(
     """
     # What a step changes, and where the run was left
     student = student.to(device).train()
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    state = TrainingState(student, Ema(student), build_optimizer(config.optimizer, trained))
+    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+    optimizer = build_optimizer(config.optimizer, trained)
+    state = TrainingState(student, Ema(student), optimizer, Penalty(objective.config), judge or Nobody())
     checkpoints = Checkpoints(folder / "checkpoints", _identity(config, objective, identity), config.keep)
     taken = checkpoints.restore(state, resume)
     if taken is not None:
@@ -73,7 +75,7 @@ def fit(
         print(_resumed(taken, state.samples, config, samples_per_epoch, first.keys[0]))
 
     # The steps
-    step = Stepper(state, objective.to(device), uncond.to(device), config, device, lambdas, omega)
+    step = Stepper(state, objective.to(device), uncond.to(device), config, device)
     with (
         Journal(folder, state.samples, config.max_samples, objective.blocks) as journal,
         Interruption() as interruption,
@@ -86,14 +88,14 @@ def fit(
             leave = interruption.signal is not None
 
             if over or leave or _due(before, state.samples, config.checkpoint_every_samples):
-                journal.write(state.samples)
+                journal.write(state.samples, state.judge.told())
                 checkpoints.save(state)
                 if leave and not over:
                     _leave(interruption, state.samples, folder)
                 _show(state, student, at_checkpoint)
                 journal.pause()
             elif _due(before, state.samples, config.journal_every_samples):
-                journal.write(state.samples)
+                journal.write(state.samples, state.judge.told())
             if over:
                 break
             waiting = time.perf_counter()

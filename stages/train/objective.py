@@ -1,8 +1,8 @@
 """What the student is asked to match: both velocities, their guidance, and what each block says."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,12 +12,9 @@ from torch import Tensor
 from configs.refusal import Refused, did_you_mean
 from configs.strict import Strict
 from shards.batch import Batch
-from stages.flow.timesteps import min_snr_weight
+from stages.flow.timesteps import min_snr_weight, vp_weight
 from stages.nets.student import StudentOutput
 from stages.train.losses import FeatureScale, block_errors, cosine_errors, guidance_error, velocity_error
-
-Lambdas: TypeAlias = Callable[[Batch, StudentOutput], Float[Tensor, " n_blocks"]]
-"""One weight for each block, asked anew at every batch; David's place."""
 
 
 class ObjectiveConfig(Strict):
@@ -45,8 +42,17 @@ class ObjectiveConfig(Strict):
         gt=0,
         description="share of training at which the block term has sunk to 0, in a straight line; none keeps it",
     )
-    loss_weighting: Literal["uniform", "min_snr"] = Field(
-        "uniform", description="weight w(s) of the velocity errors: 1, or min((1 - s)^2, gamma s^2)"
+    block_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the gradient's norm at which the block term starts, and is held before it sinks: its "
+        "weight follows from measured gradients; none takes block_weight as it stands",
+    )
+    loss_weighting: Literal["uniform", "min_snr", "vp"] = Field(
+        "uniform",
+        description="weight w(s) of the velocity errors: 1; min((1 - s)^2, gamma s^2); or vp, s^2 + (1 - s)^2, which "
+        "makes of them errors of v-prediction on the teacher's path",
     )
     min_snr_gamma: float = Field(5.0, gt=0, description="gamma of the min_snr weighting, a signal-to-noise ratio")
 
@@ -65,14 +71,18 @@ class ObjectiveConfig(Strict):
 
     def weight_of_time(self, s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """w(s) of the velocity errors."""
-        return min_snr_weight(s, self.min_snr_gamma) if self.loss_weighting == "min_snr" else torch.ones_like(s)
+        if self.loss_weighting == "min_snr":
+            return min_snr_weight(s, self.min_snr_gamma)
+        return vp_weight(s) if self.loss_weighting == "vp" else torch.ones_like(s)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """One batch's loss: `total` carries the gradient, the parts are for the journal and carry none."""
+    """One batch's loss: `total` and `rest` carry gradients, the other parts are for the journal and carry none."""
 
     total: Float[Tensor, ""]
+    rest: Float[Tensor, ""]
+    """`total` without the block term, with its gradient."""
     flow: Float[Tensor, ""]
     guidance: Float[Tensor, ""]
     blocks: Float[Tensor, " n_blocks"]
@@ -111,11 +121,11 @@ class Objective:
         output: StudentOutput,
         batch: Batch,
         lambdas: Float[Tensor, " n_blocks"],
-        progress: float,
+        block_weight: float,
         generator: torch.Generator,
         omega: Float[Tensor, " b"] | None = None,
     ) -> Losses:
-        """The loss after the share `progress` of training.
+        """The loss of a batch, `block_weight` being that of the block term at present.
 
         `omega` weighs whole samples and is not normalised inside the batch (mathematics.md section 4); `generator`
         lies on the CPU.
@@ -133,14 +143,14 @@ class Objective:
         guided_errors = guidance_error(output.v_cond - batch.v_cond, output.v_uncond - batch.v_uncond, w)
         guidance = (weights * guided_errors).mean()
 
-        block_weight = config.annealed_block_weight(progress)
         with torch.set_grad_enabled(block_weight > 0 and torch.is_grad_enabled()):
             blocks = self._block_errors(output, batch, omega)
 
-        total = flow + config.guidance_weight * guidance
+        rest = flow + config.guidance_weight * guidance
+        total = rest
         if block_weight > 0 and self.blocks:
             total = total + block_weight * (lambdas * blocks).sum()
-        return Losses(total, flow.detach(), guidance.detach(), blocks.detach(), flow_errors.detach())
+        return Losses(total, rest, flow.detach(), guidance.detach(), blocks.detach(), flow_errors.detach())
 
     def _guidance_scales(self, batch: Batch, generator: torch.Generator) -> Float[Tensor, " b"]:
         lowest, highest = self.config.guidance_range

@@ -1,8 +1,7 @@
 """One step of training, and all that steers a run."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Literal, NoReturn, TypeAlias
+from typing import Literal, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -17,11 +16,8 @@ from stages.prompts import derived_seed
 from stages.train.checkpoint import TrainingState
 from stages.train.ema import EmaConfig, decay
 from stages.train.journal import Step
-from stages.train.objective import Lambdas, Objective
+from stages.train.objective import Objective
 from stages.train.optim import OptimizerConfig, learning_rate, set_learning_rate
-
-Omega: TypeAlias = Callable[[Batch], Float[Tensor, " b"]]
-"""The weight of each sample of a batch; not normalised inside it."""
 
 NAMED_KEYS = 8
 
@@ -57,13 +53,9 @@ class Stepper:
         uncond: Float[Tensor, "1 l d"],
         config: TrainConfig,
         device: torch.device,
-        lambdas: Lambdas | None,
-        omega: Omega | None,
     ) -> None:
         self.state, self.objective, self.uncond, self.config, self.device = state, objective, uncond, config, device
-        static = objective.static_lambdas(device)
-        self.lambdas: Lambdas = lambdas or (lambda _batch, _output: static)
-        self.omega: Omega = omega or (lambda batch: torch.ones_like(batch.s))
+        self.static = objective.static_lambdas(device)
         self.parameters = [parameter for parameter in state.student.parameters() if parameter.requires_grad]
 
     def __call__(self, batch: Batch, data_wait_seconds: float) -> Step:
@@ -78,9 +70,12 @@ class Stepper:
         with autocast(self.device, config.precision):
             output: StudentOutput = state.student(batch.x_t, told, batch.cond, self.uncond)
         with torch.no_grad():
-            lambdas, omega = self.lambdas(batch, output), self.omega(batch)
+            omega = state.judge.omega(batch)
+            lambdas = state.judge.lambdas(batch, output, self.static)
         progress = state.samples / config.max_samples
-        losses = self.objective(output, batch, lambdas, progress, generator, omega)
+        block_weight = state.penalty.weight(progress)
+        losses = self.objective(output, batch, lambdas, block_weight, generator, omega)
+        state.penalty.look(losses, progress, state.samples, self.parameters)
 
         # Backward
         state.optimizer.zero_grad(set_to_none=True)
@@ -95,7 +90,7 @@ class Stepper:
         state.optimizer.step()
         state.ema.update(decay(config.ema, state.samples, after))
         state.samples = after
-        return Step(losses, lambdas, batch.s, grad_norm, rate, data_wait_seconds)
+        return Step(losses, lambdas, block_weight, batch.s, grad_norm, rate, data_wait_seconds)
 
 
 def told_time(s: Float[Tensor, " b"], jitter: float, generator: torch.Generator) -> Float[Tensor, " b"]:

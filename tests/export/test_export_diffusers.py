@@ -12,10 +12,11 @@ from transformers import CLIPTokenizer
 from configs.refusal import Refused
 from stages.export import main
 from stages.export.diffusers import export_diffusers, flow_scheduler
+from stages.flow.schedule import Schedule
 from stages.flow.solver import euler, guided
-from stages.nets.components import identity
+from stages.nets.components import identity, read_json
 from stages.nets.saved import Origin
-from stages.nets.student import TIME_SCALE, Student
+from stages.nets.student import TIME_SCALE, Student, vp_of
 
 TEXTS = ["a small red star at the left", "a large blue ring"]
 
@@ -215,3 +216,31 @@ def test_export_command_refuses_in_one_line(
     with pytest.raises(Refused, match=said) as refusal:
         main([str(run) if word == "RUN" else word for word in words])
     assert "\n" not in str(refusal.value)
+
+
+def test_a_student_of_v_prediction_goes_out_with_ddim_on_its_teachers_betas(
+    student: Student, teacher_folder: Path, tmp_path: Path
+) -> None:
+    schedule = Schedule.from_config(read_json(teacher_folder / "scheduler" / "scheduler_config.json"))
+    speaking = Student(student.unet, vp_of("vp_v", schedule, "faithful"))
+    folder = export_diffusers(speaking, teacher_folder, tmp_path, {"samples": 64}, torch.float32)
+    pipeline = open_stock(folder)
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    torch.testing.assert_close(pipeline.scheduler.alphas_cumprod.double(), schedule.alpha_bar, atol=1e-5, rtol=1e-5)
+    assert json.loads((folder / "sollune.json").read_text())["prediction"] == "v_prediction"
+    assert "v-prediction" in (folder / "README.md").read_text()
+
+    # One step of stock DDIM is one Euler step of the student's own field between the same two times.
+    cond, uncond = pipeline.encode_prompt(TEXTS, torch.device("cpu"), 1, True)
+    pipeline.scheduler.set_timesteps(20)
+    k, k_next = (pipeline.scheduler.timesteps[i].repeat(2) for i in (4, 5))
+    assert speaking.vp is not None
+    s, s_next = (speaking.vp.s_of_k(one) for one in (k, k_next))
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        stepped = x + (s_next - s).float().view(-1, 1, 1, 1) * speaking(x, s, cond, uncond[:1]).v_cond
+        shown = speaking.vp.teacher_input(x, s)
+        answer = pipeline.unet(shown, k, cond).sample
+    stock = pipeline.scheduler.step(answer, int(k[0]), shown).prev_sample
+    torch.testing.assert_close(stock, speaking.vp.teacher_input(stepped, s_next), atol=1e-4, rtol=1e-4)

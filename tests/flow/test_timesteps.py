@@ -2,7 +2,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stages.flow.timesteps import TimestepDensity, bin_of, min_snr_weight, shift
+from stages.flow.timesteps import TimestepDensity, bin_of, min_snr_weight, shift, vp_weight
 
 DENSITIES = [
     TimestepDensity(),
@@ -92,3 +92,11 @@ def test_a_bin_of_a_time_covers_its_ends() -> None:
 def test_min_snr_weight_is_the_smaller_of_its_two_arms() -> None:
     s = torch.tensor([0.0, 0.1, 0.5, 1.0])
     torch.testing.assert_close(min_snr_weight(s, 5.0), torch.tensor([0.0, 0.05, 0.25, 0.0]))
+
+
+def test_weighed_by_vp_a_velocity_error_is_one_of_v_prediction() -> None:
+    """v_vp = alpha eps - sigma x0 at the x that is shown: with x held, dv = g dv_vp, g = alpha + sigma."""
+    s = UNIT[1:-1]
+    sigma = s / (s**2 + (1 - s) ** 2).sqrt()
+    g = sigma + (1 - sigma**2).sqrt()
+    torch.testing.assert_close(vp_weight(s) * g**2, torch.ones_like(s))

@@ -3,7 +3,7 @@ import pytest
 
 from configs.refusal import Refused
 from shards import order
-from shards.order import Pairs, ShuffledOrder, WeightedOrder
+from shards.order import GroupedOrder, Pairs, ShuffledOrder, WeightedOrder
 
 DRAWS = np.array([2, 2, 3, 1, 4])
 
@@ -107,3 +107,19 @@ def test_rounding_never_draws_a_class_of_weight_zero(monkeypatch):
     weights = dict.fromkeys("abcdefgh", 0.1) | {"z": 0.0}
     records, _ = WeightedOrder(1, Pairs(np.full(9, 1)), "abcdefghz", weights).at(np.arange(1))
     assert records.tolist() == [7]
+
+
+def test_pairs_of_one_record_may_lie_in_different_groups():
+    n, shares = 20000, np.array([1.0, 0.0, 3.0, 0.0])
+    group_of_pair = np.array([0, 2, 1, 2, 0, 2, 1, 2, 0, 2, 1, 2])  # group 3 is empty, and the last
+    records, draws = GroupedOrder(1, Pairs(DRAWS), group_of_pair, shares).at(np.arange(n))
+    counts = np.bincount(Pairs(DRAWS).starts[records] + draws, minlength=12)
+    expected = np.choose(group_of_pair, [n / 4 / 3, 0, 3 * n / 4 / 6, 0])
+    assert (counts[expected == 0] == 0).all()
+    assert (abs(counts - expected) <= 4 * np.sqrt(expected)).all()
+
+
+@pytest.mark.parametrize("shares", [[1.0, 1.0], [1.0, -1.0]])
+def test_a_group_without_pairs_cannot_be_drawn(shares):
+    with pytest.raises(ValueError, match="positive with pairs"):
+        GroupedOrder(1, Pairs(DRAWS), np.zeros(12, dtype=np.int64), np.array(shares))

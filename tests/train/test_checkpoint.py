@@ -13,7 +13,7 @@ from stages.train.optim import OptimizerConfig, build_optimizer
 
 @pytest.fixture
 def state(toy) -> TrainingState:
-    state = TrainingState(toy, Ema(toy), build_optimizer(OptimizerConfig(), toy.parameters()))
+    state = TrainingState(toy, Ema(toy), build_optimizer(OptimizerConfig(), dict(toy.named_parameters())))
     toy.conv.weight.sum().backward()
     state.optimizer.step()
     return state
@@ -146,4 +146,4 @@ def test_state_says_what_the_weights_depend_on(tmp_path, state):
     save(tmp_path, state, 8)
     content = json.loads((tmp_path / "000000008" / "state.json").read_text())
     assert content["identity"] == {"recipe": "r"}
-    assert sorted(content["files"]) == ["ema.safetensors", "optimizer.pt", "student.safetensors"]
+    assert sorted(content["files"]) == ["ema.safetensors", "memory.pt", "optimizer.pt", "student.safetensors"]

@@ -9,8 +9,10 @@ from stages.train.objective import Losses
 
 def step(flow_errors: list[float], s: list[float], learning_rate: float = 0.1) -> Step:
     errors = torch.tensor(flow_errors)
-    losses = Losses(errors.mean() * 2, errors.mean(), torch.tensor(0.5), torch.tensor([1.0, 3.0]), errors)
-    return Step(losses, torch.tensor([1.0, 0.0]), torch.tensor(s), torch.tensor(2.0), learning_rate, 0.25)
+    losses = Losses(
+        errors.mean() * 2, errors.mean(), errors.mean(), torch.tensor(0.5), torch.tensor([1.0, 3.0]), errors
+    )
+    return Step(losses, torch.tensor([1.0, 0.0]), 0.05, torch.tensor(s), torch.tensor(2.0), learning_rate, 0.25)
 
 
 def test_a_line_holds_the_means_of_its_window():

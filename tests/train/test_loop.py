@@ -11,6 +11,7 @@ from configs.refusal import Refused
 from stages.nets.student import Student
 from stages.tiny.anatomy import build_unet
 from stages.train.checkpoint import fault_of
+from stages.train.judge import Nobody
 from stages.train.objective import Objective, ObjectiveConfig
 from stages.train.step import told_time
 
@@ -117,23 +118,50 @@ def test_another_configuration_is_refused_but_another_rhythm_is_not(tmp_path, tr
     train(tmp_path, {"keep": 1, "checkpoint_every_samples": 6, "journal_every_samples": 2})
 
 
-def test_lambdas_are_asked_at_every_batch_and_reach_the_journal(tmp_path, train):
-    asked = []
+class Said(Nobody):
+    """A judge who remembers how often he was asked, and weighs what he is told to weigh."""
 
-    def lambdas(batch, output):
-        asked.append(batch.keys[0])
+    def __init__(self, spoken: list[float] | None = None, weight: float = 1.0) -> None:
+        self.spoken, self.weight, self.asked = spoken, weight, 0
+
+    def lambdas(self, _batch, output, static):
         assert output.features["mid"].shape == (2, 3)
-        return torch.tensor([2.0, 0.5])
+        self.asked += 1
+        return static if self.spoken is None else torch.tensor(self.spoken) + self.asked / 1000
 
-    train(tmp_path, lambdas=lambdas)
-    assert len(asked) == 12
+    def omega(self, batch):
+        return torch.full_like(batch.s, self.weight)
+
+    def told(self):
+        return {"asked": self.asked}
+
+    def state_dict(self):
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state):
+        self.asked = state["asked"]
+
+
+def test_a_judge_is_asked_at_every_batch_and_reaches_the_journal(tmp_path, train):
+    judge = Said([2.0, 0.5])
+    train(tmp_path, judge=judge)
+    assert judge.asked == 12
     first = json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])
-    assert first["lambdas"] == {"mid": 2.0, "up_3": 0.5}
+    assert first["lambdas"] == pytest.approx({"mid": 2.0015, "up_3": 0.5015})
+    assert first["asked"] == 2
+
+
+def test_a_judge_goes_on_from_what_he_remembers(tmp_path, train, power_cut):
+    with pytest.raises(InterruptedError):
+        train(tmp_path / "cut", batches=power_cut(14), judge=Said([2.0, 0.5]))
+    resumed = Said([2.0, 0.5])
+    assert same(train(tmp_path / "cut", judge=resumed), train(tmp_path / "whole", judge=Said([2.0, 0.5])))
+    assert resumed.asked == 12
 
 
 def test_a_sample_without_weight_teaches_nothing(tmp_path, train, toy):
     settings = {"optimizer": {"weight_decay": 0.0}}
-    assert same(train(tmp_path / "still", settings, omega=lambda batch: torch.zeros(2)), toy)
+    assert same(train(tmp_path / "still", settings, judge=Said(weight=0.0)), toy)
     assert not same(train(tmp_path / "moved", settings), toy)
 
 

@@ -1,6 +1,9 @@
 import pytest
+import torch
 
-from stages.train.optim import OptimizerConfig, learning_rate
+from configs.refusal import Refused
+from stages.tiny.anatomy import build_unet
+from stages.train.optim import OptimizerConfig, block_of, build_optimizer, learning_rate, set_learning_rate
 
 CONFIG = OptimizerConfig(learning_rate=2.0, warmup_samples=100, final_share=0.1)
 
@@ -19,3 +22,31 @@ def test_without_warm_up_the_rate_starts_at_its_height():
 
 def test_a_run_shorter_than_its_warm_up_never_leaves_it():
     assert learning_rate(CONFIG, 40, max_samples=50) == pytest.approx(0.8)
+
+
+def test_every_parameter_of_the_unet_lies_in_a_block_or_in_the_rest():
+    found = {block_of(f"unet.{name}") for name, _ in build_unet().named_parameters()}
+    assert found == {*(f"{way}_{i}" for way in ("down", "up") for i in range(4)), "mid", "rest"}
+
+
+PARAMETERS = {name: torch.nn.Parameter(torch.ones(2)) for name in ("down_blocks.1.a", "mid_block.b", "conv_in.c")}
+
+
+def test_a_block_learns_at_its_own_rate():
+    optimizer = build_optimizer(OptimizerConfig(block_rates={"mid": 0.5, "rest": 0.0}), PARAMETERS)
+    set_learning_rate(optimizer, 0.1)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert {name: rates[id(parameter)] for name, parameter in PARAMETERS.items()} == {
+        "down_blocks.1.a": 0.1,
+        "mid_block.b": 0.05,
+        "conv_in.c": 0.0,
+    }
+
+
+def test_without_rates_of_their_own_all_blocks_are_one_group():
+    assert len(build_optimizer(OptimizerConfig(), PARAMETERS).param_groups) == 1
+
+
+def test_the_rate_of_a_block_that_is_not_there_is_refused():
+    with pytest.raises(Refused, match=r"block_rates\.down_2: no such block - did you mean down_1"):
+        build_optimizer(OptimizerConfig(block_rates={"down_2": 0.5}), PARAMETERS)

@@ -1,0 +1,155 @@
+"""What David says about a block, and what he must know to say it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from stages.flow.timesteps import bin_of
+
+BLUR = 0.75
+"""Deviation of q in bins. At 1 the mass within two bins falls short of how often the truth lies there, by up to .06."""
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What one block's features say: of the time, of the content, and where they lie."""
+
+    log_bins: Float[Tensor, "b T"]
+    """log p(bin | x)"""
+    log_patterns: Float[Tensor, "b P"]
+    """log p(pattern | x), in the true bin where patterns depend on it"""
+    inclusion: Float[Tensor, " b"]
+    """in (0, 1]: inclusion ratio of z in the pentachoron of the true bin"""
+
+
+@dataclass(frozen=True)
+class BlockAssessment:
+    """How far a student's features are from the teacher's on the same b states, sample by sample."""
+
+    excess: Float[Tensor, " b"]
+    """nats: cross-entropy of the bin posterior over the teacher's own on the same state; may be negative"""
+    divergence: Float[Tensor, " b"]
+    """in [0, 1]: Jensen-Shannon divergence of the pattern posteriors over ln 2"""
+    coherence: Float[Tensor, " b"]
+    """in [0, 1]: inclusion ratio of student to teacher, at most 1"""
+    cross_entropy: Float[Tensor, " b"]
+    """nats: the original's raw quantity"""
+    entropy: Float[Tensor, " b"]
+    """in [0, 1]: entropy of the student's pattern posterior over its maximum, the original's raw quantity"""
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Three numbers for each block, all in [0, 1]; exactly (0, 0, 1) when the student's features are the teacher's."""
+
+    timestep_error: Mapping[str, Float[Tensor, ""]]
+    pattern_error: Mapping[str, Float[Tensor, ""]]
+    coherence: Mapping[str, Float[Tensor, ""]]
+
+
+class Assessor(Protocol):
+    """A back-end: `Fitted` on this cache, or `Published` weights."""
+
+    bins: int
+    patterns: int
+    blocks: tuple[str, ...]
+
+    def posterior(self, block: str, features: Float[Tensor, "b n"], bins: Int[Tensor, " b"]) -> Posterior:
+        """What these features say, given the true bin of each sample."""
+        ...
+
+
+def bins_of(k: Int[Tensor, " b"], bins: int, steps: int = 1000) -> Int[Tensor, " b"]:
+    """The bin of a teacher's integer step: k T // steps, never worked out again from the student's time."""
+    return bin_of(k, bins, steps)
+
+
+def soft_targets(bins: Int[Tensor, " b"], count: int) -> Float[Tensor, "b T"]:
+    """q, a Gaussian over the bins, since neighbours look alike: q_j ~ exp(-((j - bin) / blur)^2 / 2)."""
+    away = (torch.arange(count, device=bins.device) - bins[:, None]) / BLUR
+    return torch.softmax(-away.square() / 2, dim=1)
+
+
+def divergence(log_p: Float[Tensor, "b P"], log_q: Float[Tensor, "b P"]) -> Float[Tensor, " b"]:
+    """Jensen-Shannon divergence over ln 2, in [0, 1], and exactly 0 for equal posteriors.
+
+    JS = 1/2 sum_i [p_i log(2 p_i / (p_i + q_i)) + q_i log(2 q_i / (p_i + q_i))]
+    """
+    twice = (_to_middle(log_p.double(), log_q.double()) + _to_middle(log_q.double(), log_p.double())).sum(dim=1)
+    return (twice / (2 * math.log(2))).clamp(0, 1).float()
+
+
+def _to_middle(log_p: Float[Tensor, "b P"], log_q: Float[Tensor, "b P"]) -> Float[Tensor, "b P"]:
+    """p log(2 p / (p + q)); where p is near q it is p log(1 + d), d = (p - q) / (p + q), which loses no digits."""
+    p, q = log_p.exp(), log_q.exp()
+    d = (p - q) / (p + q).clamp_min(torch.finfo(p.dtype).tiny)
+    ratio = torch.where(d.abs() < 0.5, torch.log1p(d), math.log(2) + log_p - torch.logaddexp(log_p, log_q))
+    return torch.where(p > 0, p * ratio, 0.0)
+
+
+def assess_block(
+    student: Posterior, teacher: Posterior, bins: Int[Tensor, " b"], target: Float[Tensor, "b T"]
+) -> BlockAssessment:
+    """Compare a student's posterior with the teacher's on the same states, whose `bins` are known; `target` is q.
+
+    excess_i = sum_k q_ik [log p(k | teacher_i) - log p(k | student_i)]   (david.md 7.4)
+    """
+    entropy = -(student.log_patterns.exp() * student.log_patterns).sum(dim=1)
+    return BlockAssessment(
+        excess=(target * (teacher.log_bins - student.log_bins)).sum(dim=1),
+        divergence=divergence(student.log_patterns, teacher.log_patterns),
+        coherence=(student.inclusion / teacher.inclusion).clamp(0, 1),
+        cross_entropy=-student.log_bins.gather(1, bins[:, None]).squeeze(1),
+        entropy=(entropy / math.log(student.log_patterns.shape[1])).clamp(0, 1),
+    )
+
+
+def assess(
+    assessor: Assessor,
+    student: Mapping[str, Float[Tensor, "b n"]],
+    teacher: Mapping[str, Float[Tensor, "b n"]],
+    bins: Int[Tensor, " b"],
+) -> dict[str, BlockAssessment]:
+    """Every block's comparison of a student's features with the teacher's on the same states."""
+    target = soft_targets(bins, assessor.bins)
+    return {
+        block: assess_block(
+            assessor.posterior(block, student[block], bins),
+            assessor.posterior(block, teacher[block], bins),
+            bins,
+            target,
+        )
+        for block in assessor.blocks
+    }
+
+
+def reduce(
+    blocks: Mapping[str, BlockAssessment],
+    bin_count: int,
+    reliable: Mapping[str, Bool[Tensor, " b"]] | None = None,
+    weights: Float[Tensor, " b"] | None = None,
+) -> Assessment:
+    """Means over the samples, weighted if told so; the excess is cut off at 0 after it is averaged, never before.
+
+    E relu(noise) > 0, so a cut for each sample would call noise an error. A sample that is not `reliable` in a block
+    has no vote there; a block without any reliable sample gets (0, 0, 1), which leaves its weight as it is.
+    """
+    e_t, e_p, coherence = {}, {}, {}
+    for name, block in blocks.items():
+        weight = torch.ones_like(block.excess) if weights is None else weights.to(block.excess)
+        if reliable is not None:
+            weight = weight * reliable[name]
+        e_t[name] = (_mean(block.excess, weight) / math.log(bin_count)).clamp(0, 1)
+        e_p[name] = _mean(block.divergence, weight).clamp(0, 1)
+        coherence[name] = 1 - _mean(1 - block.coherence, weight).clamp(0, 1)
+    return Assessment(e_t, e_p, coherence)
+
+
+def _mean(values: Float[Tensor, " b"], weight: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+    """Weighted mean, 0 where all weights are."""
+    return (weight * values).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)

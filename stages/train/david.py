@@ -1,0 +1,177 @@
+"""David in the loop: he hears what student and teacher say of each batch, and decides how much each block counts."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from configs.strict import Strict
+from shards.batch import Batch
+from shards.manifest import Manifest
+from shards.reader import Reader
+from stages.david.assessment import Assessment, Assessor, Posterior, assess_block, bins_of, soft_targets
+from stages.david.assessor import Fitted
+from stages.david.companion import FitConfig
+from stages.david.fusion import FusionConfig
+from stages.david.profile import Profile, right
+from stages.david.published import Published
+from stages.david.sampling import SamplingConfig
+from stages.david.saved import ready
+from stages.david.time_choice import TimeChoice
+from stages.david.variation import Emphasis, Variation
+from stages.david.voice import Voice
+from stages.nets.student import StudentOutput
+from stages.train.judge import Nobody
+
+FOLDER = "david"
+DEAF = ("static", "uniform")
+"""Formulas that do not listen: nobody is fitted for them."""
+
+
+class DavidConfig(Strict):
+    """Who judges the student's features, and what his word is worth."""
+
+    published: Path | None = Field(
+        None, description="folder of a published GeoDavidCollective; none fits a David to this cache, in RUN/distill"
+    )
+    fit: FitConfig = FitConfig()
+    fusion: FusionConfig = FusionConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether anything depends on what he says."""
+        return self.fusion.formula not in DEAF or self.sampling.scheme != "stored"
+
+
+class David:
+    """The judge of a run of distillation."""
+
+    def __init__(
+        self, assessor: Assessor, config: DavidConfig, reader: Reader, seed: int, device: torch.device
+    ) -> None:
+        self.assessor, self.reader = assessor, reader
+        fitted = assessor if isinstance(assessor, Fitted) else None
+        self._fitted = fitted
+        alphas = assessor.alphas if isinstance(assessor, Published) else None
+        self.voice = Voice(
+            config.fusion, assessor.blocks, assessor.bins, reference_of(fitted) if fitted else None, alphas, device
+        )
+        self.emphasis = Emphasis(self.voice.quiet, config.fusion.warmup_samples)
+        self._counted = torch.ones(len(assessor.blocks), dtype=torch.bool, device=device)
+        self.choice: TimeChoice | None = None
+        if config.sampling.scheme != "stored":
+            profile = Profile(config.fusion, assessor.bins, config.sampling.profile_samples, device)
+            rows = reader.batch_size * reader.world
+            self.choice = TimeChoice(config.sampling, profile, seed, reader.pairs, reader.steps, rows)
+
+    def lambdas(
+        self, batch: Batch, output: StudentOutput, static: Float[Tensor, " n_blocks"]
+    ) -> Float[Tensor, " n_blocks"]:
+        """The configuration's weights times what David says; his own profile of the times grows on the way."""
+        bins = bins_of(batch.k, self.assessor.bins)
+        target = soft_targets(bins, self.assessor.bins)
+        teacher: dict[str, Posterior] = {}
+        assessed = {}
+        for block in self.assessor.blocks:
+            teacher[block] = self.assessor.posterior(block, batch.features[block].float(), bins)
+            student = self.assessor.posterior(block, output.features[block].float(), bins)
+            assessed[block] = assess_block(student, teacher[block], bins, target)
+        omega, reliable = None, None
+        if self._fitted:
+            reliable = {block: self._fitted.reliable(block, bins) for block in self.assessor.blocks}
+        if self.choice:
+            omega = self.choice.omega(batch.k)
+            self.choice.profile.see(bins, assessed, right(teacher, bins))
+        spoken = self.voice(assessed, omega, reliable)
+        self.emphasis.see(spoken, len(batch))
+        self._counted = static > 0
+        return static * spoken
+
+    def omega(self, batch: Batch) -> Float[Tensor, " b"]:
+        """pi / q of each sample where David chooses the times, else 1."""
+        return self.choice.omega(batch.k) if self.choice else torch.ones_like(batch.s)
+
+    def batches(self, start_sample: int) -> Iterator[Batch]:
+        """The batches of the run from this sample on: at the times that David chooses, or as the cache holds them."""
+        return (
+            self.choice.batches(start_sample, self.reader.batches) if self.choice else self.reader.batches(start_sample)
+        )
+
+    def told(self) -> dict[str, Any]:
+        """What he says of each block at present, how much lambda varied because of him, and what a sample is worth."""
+        said = self.voice.assessment()
+        line = {name: _plain(getattr(said, name)) for name in ("timestep_error", "pattern_error", "coherence")}
+        found = self.variation()
+        varied = {"over_blocks": found.over_blocks, "over_time": found.over_time} if found else {}
+        worth = {"effective_share": self.choice.effective_share()} if self.choice else {}
+        return {**line, "lambda_variation": varied, **worth}
+
+    def variation(self) -> Variation | None:
+        """How much lambda varied because of him, over the blocks whose loss counts; None within the warm-up."""
+        return self.emphasis.variation(self._counted)
+
+    def verdict(self) -> str:
+        """Whether he was heard, for the end of a run."""
+        found = self.variation()
+        return found.told() if found else "David was not heard: the run ended within fusion.warmup_samples"
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a step changes."""
+        state = {"voice": self.voice.state_dict(), "emphasis": self.emphasis.state_dict()}
+        return state | ({"choice": self.choice.state_dict()} if self.choice else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` once gave."""
+        self.voice.load_state_dict(state["voice"])
+        self.emphasis.load_state_dict(state["emphasis"])
+        if self.choice:
+            self.choice.load_state_dict(state["choice"])
+
+
+def reference_of(fitted: Fitted) -> Assessment:
+    """His response to noise of half a deviation on the teacher's own features."""
+    found = {block: fitted.reference(block) for block in fitted.blocks}
+    return Assessment(
+        {block: one[0] for block, one in found.items()},
+        {block: one[1] for block, one in found.items()},
+        {block: 1 - one[2] for block, one in found.items()},
+    )
+
+
+def assessor_of(config: DavidConfig, cache: Path, folder: Path, device: torch.device) -> Assessor:
+    """Published weights, or a David fitted to this cache, who is fitted first where `folder` holds none."""
+    if config.published is None:
+        return ready(folder / FOLDER, cache, config.fit).to(device)
+    made_by: Any = Manifest.open(cache).recipe.identity
+    return Published.open(config.published, made_by["hook_point"], made_by["blocks"], patterns="in_bin", device=device)
+
+
+class Deaf(Nobody):
+    """The judge of a formula that does not listen: the same lambdas at every step."""
+
+    def __init__(self, fusion: FusionConfig, blocks: tuple[str, ...], device: torch.device) -> None:
+        self.quiet = Voice(fusion, blocks, bins=2, device=device).quiet
+
+    def lambdas(
+        self, _batch: Batch, _output: StudentOutput, static: Float[Tensor, " n_blocks"]
+    ) -> Float[Tensor, " n_blocks"]:
+        """The configuration's weights times w_b, or their mean."""
+        return static * self.quiet
+
+
+def judge_of(
+    config: DavidConfig, reader: Reader, blocks: tuple[str, ...], folder: Path, seed: int, device: torch.device
+) -> David | Deaf:
+    """David, or a judge who hears nothing where nothing depends on what is said."""
+    if not config.is_asked:
+        return Deaf(config.fusion, blocks, device)
+    return David(assessor_of(config, reader.folder, folder, device), config, reader, seed, device)
+
+
+def _plain(said: Mapping[str, Tensor]) -> dict[str, float]:
+    return {block: float(value) for block, value in said.items()}

@@ -1,0 +1,57 @@
+"""A world whose bins and content are known: features that turn with time and step aside with content."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from stages.david.assessment import bins_of
+from stages.david.companion import Companion, FitConfig
+from stages.david.fit import fit_block, one_thread
+from stages.david.patterns import PatternSpace
+from stages.david.states import States
+from stages.david.tuning import tune
+
+CONTENTS, WIDTH = 4, 12
+CONFIG = FitConfig(bins=20, patterns=CONTENTS, dimensions=16, steps=250, batch_size=128, learning_rate=2e-2)
+
+
+def world(prompts: int, seed: int) -> tuple[States, Int[Tensor, " m"]]:
+    """Four states of each prompt, and the content of each."""
+    generator = torch.Generator().manual_seed(seed)
+    key = torch.arange(prompts).repeat_interleave(4)
+    content = torch.randint(CONTENTS, (prompts,), generator=generator)[key]
+    k = torch.randint(1000, (len(key),), generator=generator)
+    s = k / 1000
+    shape = torch.Generator().manual_seed(99)  # the same world for every seed
+    of_time, of_content = torch.randn(3, WIDTH, generator=shape), 1.5 * torch.randn(CONTENTS, WIDTH, generator=shape)
+    path = torch.stack([s, torch.sin(3 * s), torch.cos(3 * s)], dim=1)
+    noise = 0.03 * torch.randn(len(k), WIDTH, generator=generator)
+    return States(4 * path @ of_time + of_content[content] + noise, s, bins_of(k, CONFIG.bins), key), content
+
+
+@pytest.fixture(scope="session")
+def make_world() -> Callable[[int, int], tuple[States, Int[Tensor, " m"]]]:
+    return world
+
+
+@pytest.fixture(scope="session")
+def config() -> FitConfig:
+    return CONFIG
+
+
+@pytest.fixture(scope="session")
+def fitted() -> tuple[Companion, PatternSpace]:
+    """A companion fitted to that world, and its patterns."""
+    with one_thread():
+        companion, space = fit_block(world(300, 0)[0], CONFIG)
+        tune(companion, world(100, 1)[0], space, 0)
+    return companion, space
+
+
+@pytest.fixture(scope="session")
+def unseen() -> States:
+    """States that neither taught nor tuned him."""
+    return world(150, 2)[0]

@@ -1,0 +1,179 @@
+"""Laws of a fitted David in a folder: he comes back as he was, and only for the features that he was fitted to."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs.refusal import Refused
+from shards.manifest import Manifest, Recipe
+from shards.record import BlockFeatures, Draws, Record
+from shards.table import Table, write_table
+from shards.writer import CacheWriter
+from stages.david.assessment import Assessment, assess, reduce
+from stages.david.companion import FitConfig
+from stages.david.fit import fit, identity_of
+from stages.david.saved import load, ready, save
+from stages.david.states import split_rows
+
+CONFIG = FitConfig(bins=5, patterns=3, dimensions=6, steps=3, batch_size=16)
+
+
+def recipe(**changes):
+    said = {"hook_point": "last resnet", "teacher": {"unet": "ab12"}, "blocks": {"mid": 6, "down_0": 4}, "prompts": 1}
+    return Recipe(identity=said | changes)
+
+
+def record(number):
+    generator = torch.Generator().manual_seed(number)
+
+    def half(*shape):
+        return torch.randn(*shape, generator=generator).half()
+
+    k = torch.randint(0, 1000, (3,), generator=generator)
+    draws = Draws(k, k / 1000, half(3, 2, 3, 4), half(3, 2, 3, 4), half(3, 2, 3, 4), torch.tensor([True, True, False]))
+    features = BlockFeatures({"mid": half(3, 6), "down_0": half(3, 4)})
+    return Record(f"{number:09d}", f"number {number}", "one", number, 5.0, half(2, 3), half(2, 3, 4), draws, features)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "cache"
+    writer = CacheWriter(folder, recipe())
+    writer.add("train", 0, (record(number) for number in range(30)))
+    writer.add("validation", 0, (record(number) for number in range(5)))
+    write_table(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(cache, tmp_path):
+    save(fit(cache, CONFIG, say=lambda _line: None), tmp_path / "david")
+    return tmp_path / "david"
+
+
+def test_a_david_comes_back_as_he_was(cache, folder):
+    david, back = fit(cache, CONFIG, say=lambda _line: None), load(folder, recipe())
+    assert (back.blocks, back.bins, back.patterns, back.trials) == (("mid", "down_0"), 5, 3, david.trials)
+    features, bins = torch.randn(4, 6), torch.tensor([0, 1, 4, 4])
+    for name in ("log_bins", "log_patterns", "inclusion"):
+        assert getattr(back.posterior("mid", features, bins), name).equal(
+            getattr(david.posterior("mid", features, bins), name)
+        )
+    assert back.reference("mid").equal(david.reference("mid"))
+    assert back.reliable("mid", bins).equal(david.reliable("mid", bins))
+
+
+def test_the_same_cache_and_seed_give_the_same_bytes(cache, folder, tmp_path):
+    save(fit(cache, CONFIG, say=lambda _line: None), tmp_path / "again")
+    for name in ("david.safetensors", "config.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_he_is_fitted_once(cache, tmp_path, capsys):
+    ready(tmp_path, cache, CONFIG)
+    assert "mid" in capsys.readouterr().out
+    ready(tmp_path, cache, CONFIG)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hook_point": "whole block"}, 'hook_point was "last resnet", is now "whole block"'),
+        ({"teacher": {"unet": "cd34"}}, 'teacher.unet was "ab12", is now "cd34"'),
+        ({"prompts": 2}, "cache was "),
+    ],
+)
+def test_features_of_another_cache_are_refused_by_name(folder, changes, named):
+    with pytest.raises(Refused, match="fitted to something else") as refused:
+        load(folder, recipe(**changes))
+    assert named in str(refused.value)
+
+
+def test_another_configuration_is_refused_by_name(cache, folder):
+    with pytest.raises(Refused, match=r"fit\.seed was 0, is now 1"):
+        ready(folder, cache, CONFIG.model_copy(update={"seed": 1}))
+
+
+def test_a_cache_without_a_hook_point_is_refused():
+    with pytest.raises(Refused, match="no hook_point"):
+        identity_of(Recipe(identity={"teacher": {}}), CONFIG)
+
+
+def spoil(folder, change):
+    """Change the weights and make config.json mean the changed ones."""
+    path, facts = folder / "david.safetensors", folder / "config.json"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    said = json.loads(facts.read_text())
+    said["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    facts.write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda tensors: tensors.pop("mid.bins.vertices"), "mid.bins.vertices: missing"),
+        (lambda tensors: tensors.update({"mid.extra": torch.ones(1)}), "holds mid.extra, which no block has"),
+        (lambda tensors: tensors.update({"mid.mean": torch.ones(7)}), r"mid.mean: torch.float32 \[7\], not"),
+    ],
+)
+def test_every_tensor_must_be_there_and_no_other(folder, change, named):
+    spoil(folder, change)
+    with pytest.raises(Refused, match=named):
+        load(folder, recipe())
+
+
+def test_other_weights_than_the_ones_meant_are_refused(folder):
+    tensors = load_file(folder / "david.safetensors")
+    save_file({name: value + 1 for name, value in tensors.items()}, folder / "david.safetensors")
+    with pytest.raises(Refused, match=r"not the weights that config\.json means"):
+        load(folder, recipe())
+
+
+def test_a_block_of_another_width_or_name_is_refused(folder):
+    david = load(folder, recipe())
+    with pytest.raises(Refused, match="block mid: 5 channels, David was fitted to 6"):
+        david.posterior("mid", torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(Refused, match="block down_1: David was not fitted to it - did you mean down_0"):
+        david.posterior("down_1", torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))
+
+
+def test_he_assesses_every_block_and_finds_nothing_in_the_teachers_own_features(folder):
+    david, bins = load(folder, recipe()), torch.tensor([0, 4, 2])
+    features = {"mid": torch.randn(3, 6), "down_0": torch.randn(3, 4), "up_0": torch.randn(3, 9)}
+    said = assess(david, features, features, bins)
+    assert list(said) == ["mid", "down_0"]
+    reliable = {block: david.reliable(block, bins) for block in david.blocks}
+    assert reduce(said, david.bins, reliable) == Assessment(*({"mid": x, "down_0": x} for x in (0, 0, 1)))
+
+
+def test_features_that_are_not_finite_are_refused_by_block(cache, monkeypatch):
+    monkeypatch.setattr(Table, "features", lambda _self, _block, rows: torch.full((len(rows), 4), torch.inf))
+    with pytest.raises(Refused, match="block mid: the cache holds features that are not finite"):
+        fit(cache, CONFIG, say=lambda _line: None)
+
+
+def test_no_prompt_is_on_two_sides(cache):
+    table = Table.open(cache)
+    rows = split_rows(table, 1 / 3, 1000, 0)
+    teaching, tuning = (set(table.key[part].tolist()) for part in (rows.teaching, rows.tuning))
+    assert (len(teaching), len(tuning), len(rows.judging)) == (20, 10, 15)
+    assert not teaching & tuning
+
+
+def test_at_most_so_many_states_teach(cache):
+    assert len(split_rows(Table.open(cache), 1 / 3, 30, 0).teaching) == 30
+
+
+def test_a_cache_without_validation_prompts_is_refused(tmp_path):
+    writer = CacheWriter(tmp_path, recipe())
+    writer.add("train", 0, (record(number) for number in range(6)))
+    write_table(tmp_path)
+    assert Manifest.open(tmp_path).table
+    with pytest.raises(Refused, match="too few prompts in the validation split"):
+        fit(tmp_path, CONFIG)

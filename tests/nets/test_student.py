@@ -1,0 +1,49 @@
+"""Laws of the student: what its network is told, and what its answer means."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stages.nets.components import Components, load_components
+from stages.nets.student import Student, vp_of
+from stages.nets.teacher import Teacher
+
+
+@pytest.fixture(scope="module")
+def parts() -> Components:
+    return load_components("stages/tiny/model", torch.device("cpu"), torch.float32)
+
+
+X = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+K = torch.tensor([30, 500, 999])
+
+
+def test_a_student_of_v_prediction_is_the_field_of_a_v_predicting_teacher(parts: Components) -> None:
+    v_predicting = replace(parts, schedule=replace(parts.schedule, prediction_type="v_prediction"))
+    teacher = Teacher(v_predicting, "hold")
+    student = Student.from_teacher(parts.unet, vp_of("vp_v", parts.schedule, "hold"))
+    cond, s = teacher.encode(["a red star", "a blue moon", "a heart"]), teacher.bridge.s_of_k(K).float()
+    with torch.no_grad():
+        output = student(X, s, cond, teacher.uncond)
+    answer = teacher.answer(X, s, K, cond, teacher.uncond)
+    torch.testing.assert_close(output.v_cond, answer.v_cond, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(output.v_uncond, answer.v_uncond, atol=2e-4, rtol=2e-4)
+
+
+def test_a_student_of_the_velocity_is_told_a_thousand_s_and_shown_the_state(parts: Components) -> None:
+    student, seen = Student.from_teacher(parts.unet), []
+    student.unet.register_forward_pre_hook(lambda _unet, inputs: seen.append(inputs))
+    s = torch.tensor([0.1234, 0.5, 1.0])
+    with torch.no_grad():
+        student.velocity(X, s, torch.zeros(3, 2, 64))
+    shown, told, _cond = seen[0]
+    assert torch.equal(shown, X)
+    assert told.tolist() == pytest.approx([123.4, 500.0, 1000.0])
+
+
+def test_only_v_prediction_needs_a_bridge(parts: Components) -> None:
+    assert vp_of("velocity", parts.schedule, "hold") is None
+    spoken = vp_of("vp_v", parts.schedule, "faithful")
+    assert spoken is not None
+    assert (spoken.schedule.prediction_type, spoken.tail) == ("v_prediction", "faithful")

@@ -1,0 +1,163 @@
+"""David in the loop: he judges a student's features, his word reaches the loss, and a resumed run hears the same."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.load import load
+from shards.batch import Batch
+from shards.reader import Reader
+from stages import cache_teacher, distill
+from stages.david.fusion import W
+from stages.david.saved import ready
+from stages.nets.student import StudentOutput
+from stages.train.david import David, DavidConfig, judge_of
+
+TINY = [Path("configs/tiny.yaml")]
+FEW = ["--count", "60", "--validation-count", "6", "--render.records-per-shard", "30", "--render.states.steps", "8"]
+FIT = ["--david.fit.steps", "60", "--david.fusion.warmup-samples", "8"]
+TRAIN = [
+    "--train.max-samples",
+    "24",
+    "--train.batch-size",
+    "4",
+    "--train.checkpoint-every-samples",
+    "8",
+    "--train.keep",
+    "9",
+]
+TRAIN += ["--train.optimizer.warmup-samples", "4", "--grid.sampler.steps", "2", "--train.journal-every-samples", "4"]
+CPU = torch.device("cpu")
+BLOCKS = tuple(W)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache, and in `distill/david` a David who was fitted to it."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    cache_teacher.run(load(cache_teacher.Config, "cache_teacher", TINY, ["--run", str(folder), *FEW]))
+    ready(folder / "distill" / "david", folder / "cache", asked(folder).david.fit)
+    return folder
+
+
+def asked(run: Path, *options: str) -> distill.Config:
+    return load(distill.Config, "distill", TINY, ["--run", str(run), *TRAIN, *FIT, *options])
+
+
+def david(run: Path, *options: str) -> tuple[David, Batch]:
+    reader = Reader(run / "cache", batch_size=60)
+    found = judge_of(asked(run, *options).david, reader, BLOCKS, run / "distill", 0, CPU)
+    assert isinstance(found, David)
+    return found, next(reader.batches()).to("cpu", torch.float32)
+
+
+def spoken(judge: David, batch: Batch, features: dict[str, torch.Tensor]) -> torch.Tensor:
+    """His lambdas once the warm-up is over."""
+    output = StudentOutput(batch.v_cond, batch.v_uncond, features)
+    static = torch.ones(len(judge.assessor.blocks))
+    return [judge.lambdas(batch, output, static) for _ in range(4)][-1]
+
+
+def test_a_faultless_student_is_weighed_as_configured(run: Path) -> None:
+    judge, batch = david(run)
+    found = spoken(judge, batch, dict(batch.features))
+    assert torch.equal(found, judge.voice.quiet)
+    assert judge.told()["coherence"] == dict.fromkeys(judge.assessor.blocks, 1.0)
+    found = judge.variation()
+    assert found is not None
+    assert found.silent
+
+
+def test_what_he_says_of_a_block_that_counts_nothing_is_no_voice(run: Path) -> None:
+    judge, batch = david(run)
+    output = StudentOutput(batch.v_cond, batch.v_uncond, {**batch.features, "up_3": 2 * batch.features["up_3"]})
+    for silent in (False, True):
+        static = torch.ones(9)
+        static[8] = 0 if silent else 1
+        for _ in range(4):
+            judge.lambdas(batch, output, static)
+        found = judge.variation()
+        assert found is not None
+        assert found.silent == silent
+
+
+@pytest.mark.parametrize("block", ["down_0", "mid", "up_2"])
+def test_a_block_that_went_wrong_counts_more_and_the_others_as_before(run: Path, block: str) -> None:
+    judge, batch = david(run)
+    noise = torch.randn(batch.features[block].shape, generator=torch.Generator().manual_seed(0))
+    wrong = batch.features[block] + batch.features[block].std(dim=0) * noise
+    rise = spoken(judge, batch, {**batch.features, block: wrong}) - judge.voice.quiet
+    place = judge.assessor.blocks.index(block)
+    assert rise[place] > 0.1
+    assert rise.count_nonzero() == 1
+
+
+def test_nobody_is_fitted_where_nothing_depends_on_him(tmp_path: Path, run: Path) -> None:
+    deaf = DavidConfig.model_validate({"fusion": {"formula": "static"}})
+    judge = judge_of(deaf, Reader(run / "cache"), BLOCKS, tmp_path, 0, CPU)
+    assert not list(tmp_path.iterdir())
+    _, batch = david(run)
+    found = judge.lambdas(batch, StudentOutput(batch.v_cond, batch.v_uncond, {}), torch.full((9,), 2.0))
+    assert found.tolist() == pytest.approx([2 * W[block] for block in BLOCKS])
+
+
+def test_under_his_choice_of_times_the_weights_average_to_one(run: Path) -> None:
+    judge, batch = david(run, "--david.sampling.scheme", "david", "--david.sampling.profile-samples", "60")
+    assert judge.choice is not None
+    noise = torch.randn(60, 32, generator=torch.Generator().manual_seed(0)) * (batch.k > 500)[:, None]
+    spoken(judge, batch, {**batch.features, "up_3": batch.features["up_3"] + 3 * noise})
+    judge.choice.propose()
+    late = judge.choice.q[10:].sum() / judge.choice.pi[10:].sum()
+    assert late > 1.1
+    everything = torch.arange(1000)
+    weights = judge.omega(replace(batch, k=everything, s=torch.zeros(1000))).double()
+    bins = torch.div(everything * 20, 1000, rounding_mode="floor")
+    share = judge.choice.q[bins] / 50
+    assert (share * weights).sum() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["stored", "david"])
+def test_a_resumed_run_with_david_ends_on_the_same_bits(run: Path, tmp_path: Path, scheme: str) -> None:
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cache").symlink_to(run / "cache")
+        shutil.copytree(run / "distill" / "david", tmp_path / name / "distill" / "david")
+    options = ["--david.sampling.scheme", scheme, "--david.sampling.profile-samples", "12"]
+    distill.run(asked(tmp_path / "whole", *options))
+    kept = tmp_path / "whole" / "distill" / "checkpoints" / "000000016"
+    shutil.copytree(kept, tmp_path / "cut" / "distill" / "checkpoints" / "000000016")
+    distill.run(asked(tmp_path / "cut", *options))
+    one, two = (
+        load_file(tmp_path / name / "distill" / "checkpoints" / "000000024" / "ema.safetensors")
+        for name in ("whole", "cut")
+    )
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    lines = [
+        json.loads((tmp_path / name / "distill" / "journal.jsonl").read_text().splitlines()[-1])
+        for name in ("whole", "cut")
+    ]
+    for line in lines:
+        for clock in ("samples_per_second", "data_wait_seconds"):
+            del line[clock]
+    assert lines[0] == lines[1]
+    assert set(lines[0]["timestep_error"]) == set(lines[0]["lambdas"])
+    assert ("effective_share" in lines[0]) == (scheme == "david")
+
+
+@pytest.mark.parametrize(("overlay", "scheduler"), [("seed", "DDIMScheduler"), ("seed_repaired", "UniPC")])
+def test_the_original_recipe_and_its_repair_run_to_an_export(
+    run: Path, tmp_path: Path, overlay: str, scheduler: str
+) -> None:
+    (tmp_path / "cache").symlink_to(run / "cache")
+    shutil.copytree(run / "distill" / "david", tmp_path / "distill" / "david")
+    files = [*TINY, Path(f"configs/{overlay}.yaml")]
+    distill.run(load(distill.Config, "distill", files, ["--run", str(tmp_path), *TRAIN, *FIT]))
+    line = json.loads((tmp_path / "distill" / "journal.jsonl").read_text().splitlines()[-1])
+    assert all(value > 0 for value in line["lambdas"].values()) == (overlay == "seed")
+    told = json.loads((tmp_path / "distill" / "export" / "diffusers" / "model_index.json").read_text())
+    assert told["scheduler"][1].startswith(scheduler)
