@@ -1,0 +1,88 @@
+"""Does a change of distillation help? Arms of the same budget, paired by seed: `python -m benchmarks.arms RUN`.
+
+    python -m benchmarks.arms runs/tiny --option david.fusion.formula --values static relative --seeds 3
+
+The cache of RUN is shared; each arm and seed is a run of its own in FOLDER (default RUN/arms), which goes on where it
+was left, and is measured once. The first value is the control. Printed: each figure's difference to the control with
+its 95 % interval over the seeds.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from configs.load import load
+from stages import distill
+from stages.evaluate import measure
+
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""The .975 quantile for n seeds."""
+FEW = [
+    *("--paired.prompts", "128", "--paired.steps", "8", "--paired.controls", "false"),
+    *("--fidelity.prompts", "100", "--fidelity.control-prompts", "2"),
+]
+
+
+def figures(folder: Path) -> dict[str, float]:
+    """The figures of a run that was measured."""
+    said: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    found = {"velocity error": said["velocity"]["velocity"]["overall"]}
+    found["guidance error"] = said["velocity"]["guidance"]["overall"]
+    found["paired error at 8 steps"] = said["paired"]["student"][0]["student"]
+    return found
+
+
+def run(home: Path, cache: Path, files: list[Path], words: list[str]) -> dict[str, float]:
+    """Distil and measure one arm with one seed, unless that was done already."""
+    home.mkdir(parents=True, exist_ok=True)
+    if not (home / "cache").exists():
+        (home / "cache").symlink_to(cache.resolve())
+    folder = home / "distill"
+    if not (folder / "evaluation.json").exists():
+        distill.run(load(distill.Config, "distill", files, ["--run", str(home), *words]))
+        measure.main([str(folder), *(word for file in files for word in ("--config", str(file))), *FEW])
+    return figures(folder)
+
+
+def difference(arm: list[float], control: list[float]) -> str:
+    """Mean paired difference, its 95 % interval, and both as shares of the control."""
+    apart = [one - other for one, other in zip(arm, control, strict=True)]
+    mean, base = statistics.mean(apart), statistics.mean(control)
+    half = STUDENT_T[len(apart)] * statistics.stdev(apart) / math.sqrt(len(apart))
+    return f"{mean:+.5f} +- {half:.5f} ({mean / base:+.1%} +- {half / base:.1%})"
+
+
+def main() -> int:
+    """Run every arm, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder whose cache is used")
+    parser.add_argument("--config", type=Path, nargs="+", default=[Path("configs/tiny.yaml")])
+    parser.add_argument("--option", default="david.fusion.formula", help="what differs between the arms")
+    parser.add_argument("--values", nargs="+", default=["static", "relative"], help="the control first")
+    parser.add_argument("--seeds", type=int, default=3, choices=sorted(STUDENT_T))
+    parser.add_argument("--folder", type=Path, help="where the arms lie (default: RUN/arms)")
+    asked, rest = parser.parse_known_args()
+    home = asked.folder or asked.run / "arms"
+    found: dict[str, list[dict[str, float]]] = {value: [] for value in asked.values}
+    for seed in range(asked.seeds):
+        for value in asked.values:
+            words = [f"--{asked.option}", value, "--train.seed", str(seed), *rest]
+            found[value].append(run(home / f"{value}{seed}", asked.run / "cache", asked.config, words))
+            print(f"{value}, seed {seed}: {found[value][-1]}", file=sys.stderr)
+    control = asked.values[0]
+    print(f"\n{asked.option}, {asked.seeds} seeds\n")
+    print(f"| figure | {control} | arm | difference to {control} |\n|---|---|---|---|")
+    for name in found[control][0]:
+        base = [figure[name] for figure in found[control]]
+        for value in asked.values[1:]:
+            apart = difference([figure[name] for figure in found[value]], base)
+            print(f"| {name} | {statistics.mean(base):.5f} | {value} | {apart} |")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
