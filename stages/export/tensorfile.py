@@ -19,7 +19,7 @@ CHUNK = 1 << 24
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     """The bytes of every tensor, little-endian and in the order of their names."""
     for name in sorted(tensors):
-        yield memoryview(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:

@@ -18,9 +18,10 @@ from stages.nets.components import identity, read_json
 from stages.nets.saved import Origin
 from stages.nets.student import Student, Target, vp_of
 
+EMBEDDED = Path("stages/tiny/model")
 PARTS = ("unet", "vae", "text_encoder")
 FACTS = {"base_model": "someone/sd-embedded", "tail": "hold", "samples": 64, "recipe_sha256": "ab" * 32}
-INPUTS = {
+PORTS = {
     "CheckpointLoaderSimple": ([], ["MODEL", "CLIP", "VAE"]),
     "ModelSamplingSD3": (["MODEL"], ["MODEL"]),
     "CLIPTextEncode": (["CLIP"], ["CONDITIONING"]),
@@ -57,9 +58,9 @@ def paint(pipeline: StableDiffusionPipeline) -> torch.Tensor:
 
 
 def test_stock_diffusers_reads_the_file_bit_equal_and_samples_the_same_latents(
-    student: Student, teacher_folder: Path, tmp_path: Path
+    student: Student, tmp_path: Path
 ) -> None:
-    folder = folder_of(student, teacher_folder, tmp_path, torch.float32)
+    folder = folder_of(student, EMBEDDED, tmp_path, torch.float32)
     single = StableDiffusionPipeline.from_single_file(export_ldm(folder), config=str(folder), local_files_only=True)
     whole = StableDiffusionPipeline.from_pretrained(folder)
     for part in PARTS:
@@ -129,7 +130,7 @@ def test_the_workflow_is_a_sound_graph_that_samples_by_the_straight_path(folder:
     nodes = {node["id"]: node for node in graph["nodes"]}
     assert (graph["version"], graph["last_node_id"], graph["last_link_id"]) == (0.4, len(nodes), len(graph["links"]))
     for node in nodes.values():
-        inputs, outputs = INPUTS[node["type"]]
+        inputs, outputs = PORTS[node["type"]]
         assert [one["type"] for one in node["inputs"]] == inputs
         assert [one["type"] for one in node["outputs"]] == outputs
     for number, source, out_slot, target, in_slot, kind in graph["links"]:
