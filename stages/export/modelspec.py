@@ -45,7 +45,7 @@ def metadata(facts: Mapping[str, Any], pixels: int, tensor_hash: str) -> dict[st
         "modelspec.prediction_type": "sd3",
         "modelspec.usage_hint": (
             f"Rectified flow: in ComfyUI put ModelSamplingSD3 with shift {facts['flow_shift']:g} behind the loader; "
-            f"elsewhere set Sigma Shift to {facts['flow_shift']:g}. Sampler euler, scheduler simple."
+            f"in SwarmUI set Sigma Shift to {facts['flow_shift']:g}. Sampler euler, scheduler simple."
         ),
         **({"modelspec.license": str(facts["license"])} if "license" in facts else {}),
         **{f"sollune.{key}": _said(facts[fact]) for fact, key in TOLD.items() if fact in facts},
