@@ -1,4 +1,4 @@
-"""A student for other programs: `sollune export RUN` writes a diffusers folder."""
+"""A student for other programs: `sollune export RUN` writes a diffusers folder and one file in the LDM layout."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,35 +11,50 @@ from configs.load import load, request, resolved_yaml
 from configs.refusal import Refused
 from configs.strict import Strict
 from stages.export.diffusers import export_diffusers
+from stages.export.ldm import export_ldm, refuse_other_predictions
 from stages.nets.saved import load_student, load_teacher_parts, open_run
 
-__all__ = ["Config", "export_diffusers", "main", "run"]
+__all__ = ["Config", "export_diffusers", "export_ldm", "main", "run"]
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-USAGE = "usage: sollune export RUN [--checkpoint N] [--out DIR] [--dtype float16|float32] [--flow-shift S]"
+USAGE = (
+    "usage: sollune export RUN [--checkpoint N] [--out DIR] [--dtype float16|float32] [--flow-shift S] "
+    "[--single-file true|false]"
+)
 
 
 class Config(Strict):
-    """Write a run's model as a diffusers folder, <out>/diffusers: `sollune export RUN`."""
+    """Write a run's model as a diffusers folder and as one file for ComfyUI and its kind: `sollune export RUN`."""
 
     run: Path = Field(description="run folder, such as runs/tiny/distill")
     checkpoint: int | None = Field(None, ge=0, description="checkpoint, in samples seen; none takes the newest")
-    out: Path | None = Field(None, description="folder that will hold diffusers/; none takes RUN/export")
+    out: Path | None = Field(None, description="folder that will hold both; none takes RUN/export")
     dtype: Literal["float16", "float32"] = Field("float16", description="type of the weights")
     flow_shift: float = Field(
         1.0, gt=0, description="shift of the sampling grid written into the scheduler, a pure number"
     )
+    single_file: bool | None = Field(
+        None,
+        description="write <teacher>-flow.safetensors and a ComfyUI workflow beside diffusers/; "
+        "none writes them for a student that answers with velocity",
+    )
 
 
-def run(config: Config) -> Path:
-    """Export one checkpoint; returns the diffusers folder."""
+def run(config: Config) -> tuple[Path, ...]:
+    """Export one checkpoint; returns the diffusers folder and, where it is written, the single file.
+
+    Raises `Refused` before anything is written when a single file is asked of a student that predicts no velocity.
+    """
     saved = open_run(config.run, config.checkpoint)
+    if config.single_file:
+        refuse_other_predictions(saved.origin.target)
     parts = load_teacher_parts(saved.origin, torch.device("cpu"), torch.float32)
     facts = saved.origin.facts(parts, saved.samples)
     out = config.out or saved.folder / "export"
-    return export_diffusers(
-        load_student(saved, parts), parts.folder, out, facts, DTYPES[config.dtype], config.flow_shift
-    )
+    student = load_student(saved, parts)
+    folder = export_diffusers(student, parts.folder, out, facts, DTYPES[config.dtype], config.flow_shift)
+    single = student.vp is None if config.single_file is None else config.single_file
+    return (folder, export_ldm(folder)) if single else (folder,)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,5 +67,6 @@ def main(argv: Sequence[str]) -> int:
     if asked.print_config:
         print(resolved_yaml(config, "export"), end="")
     else:
-        print(f"{run(config)}: written and read back")
+        for path in run(config):
+            print(f"{path}: written and read back")
     return 0
