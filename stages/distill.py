@@ -13,7 +13,7 @@ from shards.reader import Reader
 from shards.view import View
 from stages.cluster import device_of
 from stages.evaluate.beside import GridConfig, grids_beside
-from stages.export.diffusers import export_diffusers
+from stages.export import export_all
 from stages.nets.graft import graft_time_embedding
 from stages.nets.saved import Origin, load_teacher_parts
 from stages.nets.student import Student, Target, vp_of
@@ -88,6 +88,6 @@ def run(config: Config) -> None:
         print(judge.verdict())
 
     facts = origin.facts(teacher.parts, config.train.max_samples)
-    exported = export_diffusers(student, teacher.parts.folder, folder / "export", facts)
+    exported = export_all(student, teacher.parts.folder, folder / "export", facts)
     atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
-    print(f"{exported}: written and read back; pictures in {folder / 'grids'}")
+    print(f"{', '.join(map(str, exported))}: written and read back; pictures in {folder / 'grids'}")

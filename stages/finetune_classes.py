@@ -18,7 +18,7 @@ from stages.classes import ClassFile, class_prompts, load_classes
 from stages.cluster import device_of, fill, refuse_surplus, tasks_of
 from stages.evaluate.beside import GridConfig, grids_beside
 from stages.evaluate.per_class import ExamConfig, examine, save_table, show_table
-from stages.export.diffusers import export_diffusers
+from stages.export import export_all
 from stages.nets.saved import Origin, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
@@ -75,9 +75,9 @@ def run(config: Config) -> None:
 
     facts = origin.facts(teacher.parts, config.train.max_samples)
     facts |= {"classes": {spec.name: spec.priority for spec in classes.classes}}
-    exported = export_diffusers(student, teacher.parts.folder, folder / "export", facts)
+    exported = export_all(student, teacher.parts.folder, folder / "export", facts)
     atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
-    print(f"{exported}: written and read back; table in {folder / 'per_class.csv'}")
+    print(f"{', '.join(map(str, exported))}: written and read back; table in {folder / 'per_class.csv'}")
 
 
 def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> None:

@@ -1,8 +1,8 @@
 """A student for other programs: `sollune export RUN` writes a diffusers folder and one file in the LDM layout."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -13,8 +13,9 @@ from configs.strict import Strict
 from stages.export.diffusers import export_diffusers
 from stages.export.ldm import export_ldm, refuse_other_predictions
 from stages.nets.saved import load_student, load_teacher_parts, open_run
+from stages.nets.student import Student
 
-__all__ = ["Config", "export_diffusers", "export_ldm", "main", "run"]
+__all__ = ["Config", "export_all", "export_diffusers", "export_ldm", "main", "run"]
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 USAGE = (
@@ -52,8 +53,24 @@ def run(config: Config) -> tuple[Path, ...]:
     facts = saved.origin.facts(parts, saved.samples)
     out = config.out or saved.folder / "export"
     student = load_student(saved, parts)
-    folder = export_diffusers(student, parts.folder, out, facts, DTYPES[config.dtype], config.flow_shift)
-    single = student.vp is None if config.single_file is None else config.single_file
+    return export_all(
+        student, parts.folder, out, facts, DTYPES[config.dtype], config.flow_shift, single_file=config.single_file
+    )
+
+
+def export_all(
+    student: Student,
+    teacher_folder: Path,
+    out: Path,
+    facts: Mapping[str, Any],
+    dtype: torch.dtype = torch.float16,
+    flow_shift: float = 1.0,
+    *,
+    single_file: bool | None = None,
+) -> tuple[Path, ...]:
+    """Write `<out>/diffusers`, and one file beside it: unless told, for a student that answers with velocity."""
+    folder = export_diffusers(student, teacher_folder, out, facts, dtype, flow_shift)
+    single = student.vp is None if single_file is None else single_file
     return (folder, export_ldm(folder)) if single else (folder,)
 
 
