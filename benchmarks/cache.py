@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextModel
 
 from benchmarks.full_size import make_full_size
 from configs.load import load
 from stages import cache_teacher
-from stages.nets.network import Network
-from stages.nets.teacher import Teacher
 
 LIMIT = 0.05
 FULL_SIZE = [
@@ -88,8 +88,8 @@ def measure(words: list[str], run: Path) -> Measured:
     loading, networks, texts = Clock(), Clock(), Clock()
     with (
         loading.around(cache_teacher, "load_components"),
-        networks.around(Network, "ask"),
-        texts.around(Teacher, "encode"),
+        networks.around(UNet2DConditionModel, "forward"),
+        texts.around(CLIPTextModel, "forward"),
     ):
         began = now()
         cache_teacher.run(config)

@@ -17,14 +17,15 @@ from torch import Tensor
 from shards.reader import Reader
 from stages.david.assessment import Assessor, assess, bins_of
 from stages.david.voice import Voice
-from stages.evaluate.david import few, said_by, voice_of
+from stages.evaluate.david import said_by
+from stages.evaluate.measure import held_out
 from stages.evaluate.sight import features_of, judged, see
 from stages.nets.features import last_resnets
 from stages.nets.graft import graft_time_embedding
 from stages.nets.saved import cache_of, load_teacher_parts, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
-from stages.train.david import DavidConfig, assessor_of
+from stages.train.david import DavidConfig, assessor_of, voice_of
 
 NEEDED = 8
 MOVED, FIRST_NOISE = 0.3, 0.1
@@ -76,8 +77,8 @@ def main() -> int:
     parts = load_teacher_parts(run.origin, CPU, torch.float32)
     teacher = Teacher(parts, run.origin.tail)
     assessor = assessor_of(config, cache_of(run.folder), run.folder, CPU)
-    voice = voice_of(assessor, config)
-    batches = list(few(Reader(cache_of(run.folder), "validation", batch_size=50), asked.states))
+    voice = voice_of(assessor, config.fusion, CPU)
+    batches = list(held_out(Reader(cache_of(run.folder), "validation"), asked.states))
     k = torch.cat([batch.k for batch in batches])
     target = {block: torch.cat([batch.features[block].float() for batch in batches]) for block in assessor.blocks}
     start = Student.from_teacher(parts.unet).eval()

@@ -126,7 +126,7 @@ def study(config: Config, folder: Path, teacher: Teacher, classes: ClassFile, st
         student.requires_grad_(True),
         Objective(config.objective, student.blocks, feature_scale(config.run / "cache", config.objective.block_bins)),
         mixture.batches,
-        teacher.encode([""]),
+        teacher.uncond,
         config.train,
         folder,
         grids_beside(teacher, config.grid, folder / "grids"),

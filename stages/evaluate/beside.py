@@ -29,7 +29,7 @@ class GridConfig(Strict):
 
 def grids_beside(teacher: Teacher, config: GridConfig, folder: Path) -> Callable[[int, Student], None]:
     """A function of (samples, student) that draws `<folder>/<samples>.png`; a grid that is there already is kept."""
-    cond, uncond = teacher.encode(config.prompts), teacher.encode([""])
+    cond, uncond = teacher.encode(config.prompts), teacher.uncond
     noise = fixed_noises(config.seed, len(config.prompts), teacher.parts.latent_shape).to(cond.device)
     few = config.sampler.model_copy(update={"steps": FEW})
     drawn_by_teacher: list[torch.Tensor] = []

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,16 @@ from torch import Tensor
 
 from configs.atomic import atomic_path
 from configs.refusal import Refused
-from shards.batch import Batch
 from shards.reader import Reader
-from stages.david.assessor import Fitted
-from stages.david.published import Published
-from stages.david.voice import Voice
+from stages.evaluate.measure import held_out
 from stages.evaluate.sight import Sight, features_of, see
 from stages.nets.graft import graft_time_embedding
 from stages.nets.saved import SavedRun, cache_of, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student, vp_of
 from stages.nets.teacher import Teacher
-from stages.train.david import DavidConfig, assessor_of, reference_of
+from stages.train.david import DavidConfig, assessor_of, voice_of
 
-ROWS_AT_ONCE = 64
+CPU = torch.device("cpu")
 PANELS = (
     ("timestep_error", "timestep error", "magma", (0.0, 1.0)),
     ("pattern_error", "pattern error", "magma", (0.0, 1.0)),
@@ -37,13 +34,12 @@ def show(run: SavedRun, out: Path, states: int) -> Path:
     """Draw teacher, student at start and student now, on states of prompts that no training saw."""
     told = said_by(run)
     config = DavidConfig.model_validate(told.get("david", {}))
-    parts = load_teacher_parts(run.origin, torch.device("cpu"), torch.float32)
+    parts = load_teacher_parts(run.origin, CPU, torch.float32)
     teacher = Teacher(parts, run.origin.tail)
-    assessor = assessor_of(config, cache_of(run.folder), run.folder, torch.device("cpu"))
-    voice = voice_of(assessor, config)
+    assessor = assessor_of(config, cache_of(run.folder), run.folder, CPU)
+    voice = voice_of(assessor, config.fusion, CPU)
 
-    reader = Reader(cache_of(run.folder), "validation", batch_size=min(ROWS_AT_ONCE, states))
-    held = list(few(reader, states))
+    held = list(held_out(Reader(cache_of(run.folder), "validation"), states))
     k = torch.cat([batch.k for batch in held])
     target = {b: torch.cat([batch.features[b].float() for batch in held]) for b in assessor.blocks}
 
@@ -73,20 +69,6 @@ def said_by(run: SavedRun) -> dict[str, Any]:
             f"{path}: tells of no distillation ({error}) - name a folder such as runs/tiny/distill"
         ) from error
     return said
-
-
-def voice_of(assessor: Any, config: DavidConfig) -> Voice:
-    """The formula of a run's lambdas, without its memory."""
-    reference = reference_of(assessor) if isinstance(assessor, Fitted) else None
-    alphas = assessor.alphas if isinstance(assessor, Published) else None
-    return Voice(config.fusion, assessor.blocks, assessor.bins, reference, alphas)
-
-
-def few(reader: Reader, states: int) -> Iterator[Batch]:
-    """Batches of a split, up to so many states or its end."""
-    count = min(states, reader.samples_per_epoch) // reader.batch_size
-    for _, batch in zip(range(count), reader.batches(), strict=False):
-        yield batch
 
 
 def draw(rows: dict[str, Sight], blocks: Sequence[str], told: dict[int, dict[str, float]], out: Path) -> None:

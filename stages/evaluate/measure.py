@@ -158,7 +158,7 @@ def exported(bench: Bench) -> Path:
 def measure_paired(bench: Bench, config: Config) -> Mapping[str, Sequence[PairedError]]:
     """Paired-noise errors of the student, and of controls that a good measure must tell from it."""
     asked, count = config.paired, config.paired.prompts
-    cond, uncond = bench.teacher.encode(bench.texts[:count]), bench.teacher.encode([""])
+    cond, uncond = bench.teacher.encode(bench.texts[:count]), bench.teacher.uncond
     other = fixed_noises(derived_seed("other noise", config.seed), count, bench.noise.shape[1:])
     task = Task(cond, uncond, bench.noise[:count])
     reference = make_reference(
@@ -185,11 +185,12 @@ def measure_velocity(bench: Bench, config: Config) -> VelocityErrors | None:
     if config.velocity_states == 0:
         return None
     reader = Reader(cache_of(bench.run.folder), "validation", config.seed)
-    count = min(config.velocity_states, reader.samples_per_epoch)
-    return velocity_errors(bench.student, _held_out(reader, count), bench.teacher.encode([""]))
+    return velocity_errors(bench.student, held_out(reader, config.velocity_states), bench.teacher.uncond)
 
 
-def _held_out(reader: Reader, count: int) -> Iterator[Batch]:
+def held_out(reader: Reader, most: int) -> Iterator[Batch]:
+    """The first states of a split, each once: up to so many, or all of them."""
+    count = min(most, reader.samples_per_epoch)
     for first in range(0, count, ROWS_AT_ONCE):
         yield reader.batch(np.arange(first, min(first + ROWS_AT_ONCE, count)))
 

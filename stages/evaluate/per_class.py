@@ -41,7 +41,7 @@ def examine(
 ) -> dict[str, dict[str, float]]:
     """Class -> paired error against the teacher's picture from the same noise, and what the scorer says."""
     found: dict[str, dict[str, float]] = {}
-    uncond = teacher.encode([""])
+    uncond = teacher.uncond
     for name, asked in prompts.items():
         texts = [prompt.text for prompt in asked]
         noise = fixed_noises(config.seed, len(texts), teacher.parts.latent_shape).to(uncond.device)

@@ -55,12 +55,8 @@ class David:
         self, assessor: Assessor, config: DavidConfig, reader: Reader, seed: int, device: torch.device
     ) -> None:
         self.assessor, self.reader = assessor, reader
-        fitted = assessor if isinstance(assessor, Fitted) else None
-        self._fitted = fitted
-        alphas = assessor.alphas if isinstance(assessor, Published) else None
-        self.voice = Voice(
-            config.fusion, assessor.blocks, assessor.bins, reference_of(fitted) if fitted else None, alphas, device
-        )
+        self._fitted = assessor if isinstance(assessor, Fitted) else None
+        self.voice = voice_of(assessor, config.fusion, device)
         self.emphasis = Emphasis(self.voice.quiet, config.fusion.warmup_samples)
         self._counted = torch.ones(len(assessor.blocks), dtype=torch.bool, device=device)
         self.choice: TimeChoice | None = None
@@ -141,6 +137,13 @@ def reference_of(fitted: Fitted) -> Assessment:
         {block: one[1] for block, one in found.items()},
         {block: 1 - one[2] for block, one in found.items()},
     )
+
+
+def voice_of(assessor: Assessor, fusion: FusionConfig, device: torch.device) -> Voice:
+    """The formula of the lambdas with all that this back-end brings for it."""
+    reference = reference_of(assessor) if isinstance(assessor, Fitted) else None
+    alphas = assessor.alphas if isinstance(assessor, Published) else None
+    return Voice(fusion, assessor.blocks, assessor.bins, reference, alphas, device)
 
 
 def assessor_of(config: DavidConfig, cache: Path, folder: Path, device: torch.device) -> Assessor:
