@@ -28,7 +28,6 @@ from stages.cluster import (
     device_of,
     fill,
     fill_by_many,
-    one_thread,
     ranges,
     refuse_surplus,
     starter,
@@ -41,6 +40,7 @@ from stages.nets.teacher import Teacher
 from stages.plan import blank_record, forecast, places_here, record_bytes, refuse_small_disk, watching
 from stages.prompts import Prompt, PromptSource, Split, prompts, report, source_identity
 from stages.targets import RenderConfig, make_records, recipe_of
+from stages.threads import one_thread
 
 MARK = "COMPLETE"
 POLL_SECONDS = 0.5

@@ -1,6 +1,6 @@
 """Filling a cache: shards are tasks of their own, made in this process, in several here, or on a Ray cluster."""
 
-from stages.cluster.device import device_of, one_thread
+from stages.cluster.device import device_of
 from stages.cluster.fill import fill, refuse_surplus
 from stages.cluster.fleet import Worker, fill_by_many
 from stages.cluster.records import Make
@@ -18,7 +18,6 @@ __all__ = [
     "device_of",
     "fill",
     "fill_by_many",
-    "one_thread",
     "ranges",
     "refuse_surplus",
     "starter",

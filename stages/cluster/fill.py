@@ -10,10 +10,10 @@ from configs.refusal import Refused
 from shards.claims import Claims
 from shards.record import SPLITS, Record
 from shards.writer import CacheWriter
-from stages.cluster.device import one_thread
 from stages.cluster.records import Make, Reasons, batches_of, finite
 from stages.cluster.scribe import Scribe, Write
 from stages.cluster.tasks import Task
+from stages.threads import one_thread
 
 POLL_SECONDS = 0.5
 

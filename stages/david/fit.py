@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from stages.david.patterns import PatternSpace
 from stages.david.states import States, split_rows
 from stages.david.trial import HEADING, Trial, try_out
 from stages.david.tuning import tune
+from stages.threads import one_thread
 
 BELONGS = ("hook_point", "teacher", "blocks")
 DEVIATION_FLOOR = 0.01
@@ -153,14 +153,3 @@ def hold_temperatures(companion: Companion) -> None:
     with torch.no_grad():
         companion.bins.temperature.clamp_(SHARPEST, BLUNTEST)
         companion.patterns.temperature.clamp_(SHARPEST, BLUNTEST)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread inside: tensors this small are slower on several, and sums keep their order on every machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

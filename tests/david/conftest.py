@@ -9,10 +9,11 @@ from torch import Tensor
 
 from stages.david.assessment import bins_of
 from stages.david.companion import Companion, FitConfig
-from stages.david.fit import fit_block, one_thread
+from stages.david.fit import fit_block
 from stages.david.patterns import PatternSpace
 from stages.david.states import States
 from stages.david.tuning import tune
+from stages.threads import one_thread
 
 CONTENTS, WIDTH = 4, 12
 CONFIG = FitConfig(bins=20, patterns=CONTENTS, dimensions=16, steps=250, batch_size=128, learning_rate=2e-2)

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from stages.david.assessment import assess_block, soft_targets
-from stages.david.fit import fit_block, one_thread
+from stages.david.fit import fit_block
 from stages.david.patterns import PatternSpace
 from stages.david.states import States
 from stages.david.trial import calibration_error, noised, respond, shuffled_within, try_out
 from stages.david.tuning import best_factor, reliability, tune
+from stages.threads import one_thread
 
 
 def seeded():
