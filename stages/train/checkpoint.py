@@ -9,39 +9,20 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from configs.atomic import fsync_folder
 from configs.refusal import Refused
-from stages.train.ema import Ema
-from stages.train.judge import Judge, Nobody
-from stages.train.objective import ObjectiveConfig
-from stages.train.penalty import Penalty
+from stages.train.state import TrainingState
 
 SCHEMA = 2
 PARTIAL = ".partial"
 MARGIN_BYTES = 1 << 20
 
 Resume = Literal["auto", "never"]
-
-
-@dataclass
-class TrainingState:
-    """All that a step changes."""
-
-    student: nn.Module
-    ema: Ema
-    optimizer: torch.optim.Optimizer
-    penalty: Penalty = field(default_factory=lambda: Penalty(ObjectiveConfig()))
-    judge: Judge = field(default_factory=Nobody)
-    samples: int = 0
 
 
 class Checkpoints:
@@ -85,9 +66,8 @@ class Checkpoints:
         return final
 
     def refuse_small_disk(self, state: TrainingState) -> None:
-        """Raise `Refused` when one more checkpoint does not fit: weights, average and two moments of each parameter."""
-        values = sum(p.nelement() * p.element_size() for p in state.student.parameters())
-        needed = 4 * values + MARGIN_BYTES
+        """Raise `Refused` when one more checkpoint does not fit."""
+        needed = state.bytes() + MARGIN_BYTES
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -111,7 +91,7 @@ class Checkpoints:
                 print(f"{folder}: passed over, {fault}")
                 continue
             self._refuse_other_run(folder)
-            self._load(folder, state)
+            state.read(folder, int(folder.name))
             return folder
         return None
 
@@ -120,12 +100,7 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
 
     def _write(self, folder: Path, state: TrainingState) -> None:
-        save_file({k: v.contiguous() for k, v in state.student.state_dict().items()}, folder / "student.safetensors")
-        save_file({k: v.contiguous() for k, v in state.ema.tensors().items()}, folder / "ema.safetensors")
-        memory = {"judge": state.judge.state_dict(), "penalty": state.penalty.state_dict()}
-        for name, content in (("optimizer.pt", state.optimizer.state_dict()), ("memory.pt", memory)):
-            with open(folder / name, "wb") as handle:  # given a path, torch hides why it failed
-                torch.save(content, handle)
+        state.write(folder)
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         facts = {"schema": SCHEMA, "samples": state.samples, "identity": self.identity, "files": files}
         (folder / "state.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -133,16 +108,6 @@ class Checkpoints:
             with open(path, "rb") as handle:
                 os.fsync(handle.fileno())
         fsync_folder(folder)
-
-    def _load(self, folder: Path, state: TrainingState) -> None:
-        device = str(next(state.student.parameters()).device)
-        state.student.load_state_dict(load_file(folder / "student.safetensors", device=device))
-        state.ema.restore(load_file(folder / "ema.safetensors", device=device))
-        state.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
-        memory = torch.load(folder / "memory.pt", map_location=device, weights_only=True)
-        state.judge.load_state_dict(memory["judge"])
-        state.penalty.load_state_dict(memory["penalty"])
-        state.samples = int(folder.name)
 
     def _refuse_other_run(self, folder: Path) -> None:
         then = json.loads((folder / "state.json").read_text(encoding="utf-8"))["identity"]

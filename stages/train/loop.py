@@ -13,7 +13,8 @@ from torch import Tensor
 from configs.refusal import Refused
 from shards.batch import Batch
 from stages.nets.student import Student
-from stages.train.checkpoint import Checkpoints, Resume, TrainingState
+from stages.train.checkpoint import Checkpoints, Resume
+from stages.train.config import TrainConfig
 from stages.train.ema import Ema
 from stages.train.interrupt import Interruption
 from stages.train.journal import Journal
@@ -21,7 +22,8 @@ from stages.train.judge import Judge, Nobody
 from stages.train.objective import Objective
 from stages.train.optim import build_optimizer, learning_rate
 from stages.train.penalty import Penalty
-from stages.train.step import Stepper, TrainConfig
+from stages.train.state import TrainingState
+from stages.train.step import Stepper
 
 __all__ = ["Batches", "TrainConfig", "fit"]
 

@@ -1,46 +1,24 @@
-"""One step of training, and all that steers a run."""
+"""One step of training."""
 
 from contextlib import AbstractContextManager
 from typing import Literal, NoReturn
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
 from configs.refusal import Refused
-from configs.strict import Strict
 from shards.batch import Batch
 from stages.nets.student import TIME_SCALE, StudentOutput
 from stages.prompts import derived_seed
-from stages.train.checkpoint import TrainingState
-from stages.train.ema import EmaConfig, decay
+from stages.train.config import TrainConfig
+from stages.train.ema import decay
 from stages.train.journal import Step
 from stages.train.objective import Objective
-from stages.train.optim import OptimizerConfig, learning_rate, set_learning_rate
+from stages.train.optim import learning_rate, set_learning_rate
+from stages.train.state import TrainingState
 
 NAMED_KEYS = 8
-
-
-class TrainConfig(Strict):
-    """How long, how fast and how often; one sample is one state with both guidance branches."""
-
-    max_samples: int = Field(
-        48_000, ge=1, description="samples after which training is over, counted from its beginning"
-    )
-    batch_size: int = Field(32, ge=1, description="states a step; the student sees each of them under both branches")
-    seed: int = Field(0, description="seed of the order of the data and of every draw in training")
-    optimizer: OptimizerConfig = OptimizerConfig()
-    ema: EmaConfig = EmaConfig()
-    embedding_jitter: float = Field(
-        0.5, ge=0, description="half-width of the jitter on the time that the student is told, in units of 1000 s"
-    )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: autocast on an accelerator; weights stay fp32, and a CPU always computes in fp32"
-    )
-    journal_every_samples: int = Field(640, ge=1, description="samples between two lines of the journal")
-    checkpoint_every_samples: int = Field(12_800, ge=1, description="samples between two checkpoints")
-    keep: int = Field(2, ge=1, description="newest checkpoints that stay")
 
 
 class Stepper:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from configs.refusal import Refused
-from stages.train.checkpoint import Checkpoints, TrainingState, differences, fault_of
+from stages.train.checkpoint import Checkpoints, differences, fault_of
 from stages.train.ema import Ema
 from stages.train.optim import OptimizerConfig, build_optimizer
+from stages.train.state import TrainingState
 
 
 @pytest.fixture

@@ -1,0 +1,49 @@
+"""All that a step of training changes, and the files of a checkpoint that hold it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stages.train.ema import Ema
+from stages.train.judge import Judge, Nobody
+from stages.train.objective import ObjectiveConfig
+from stages.train.penalty import Penalty
+
+
+@dataclass
+class TrainingState:
+    """All that a step changes."""
+
+    student: nn.Module
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+    penalty: Penalty = field(default_factory=lambda: Penalty(ObjectiveConfig()))
+    judge: Judge = field(default_factory=Nobody)
+    samples: int = 0
+
+    def write(self, folder: Path) -> None:
+        """Write everything but the number of samples into a folder: weights, average, optimizer, memory."""
+        save_file({k: v.contiguous() for k, v in self.student.state_dict().items()}, folder / "student.safetensors")
+        save_file({k: v.contiguous() for k, v in self.ema.tensors().items()}, folder / "ema.safetensors")
+        memory = {"judge": self.judge.state_dict(), "penalty": self.penalty.state_dict()}
+        for name, content in (("optimizer.pt", self.optimizer.state_dict()), ("memory.pt", memory)):
+            with open(folder / name, "wb") as handle:  # given a path, torch hides why it failed
+                torch.save(content, handle)
+
+    def read(self, folder: Path, samples: int) -> None:
+        """Take over what `write` left in a folder, as the state after so many samples."""
+        device = str(next(self.student.parameters()).device)
+        self.student.load_state_dict(load_file(folder / "student.safetensors", device=device))
+        self.ema.restore(load_file(folder / "ema.safetensors", device=device))
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+        memory = torch.load(folder / "memory.pt", map_location=device, weights_only=True)
+        self.judge.load_state_dict(memory["judge"])
+        self.penalty.load_state_dict(memory["penalty"])
+        self.samples = samples
+
+    def bytes(self) -> int:
+        """About what `write` needs: weights, average and two moments of each parameter."""
+        return 4 * sum(p.nelement() * p.element_size() for p in self.student.parameters())
