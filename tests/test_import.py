@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from configs.refusal import Refused
@@ -24,10 +25,15 @@ Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def weights() -> Weights:
+def unet() -> UNet2DConditionModel:
+    return load_components(TEACHER, CPU, torch.float32).unet
+
+
+@pytest.fixture(scope="module")
+def weights(unet: UNet2DConditionModel) -> Weights:
     """A student that differs from the embedded teacher in every tensor."""
     generator = torch.Generator().manual_seed(0)
-    teacher = load_components(TEACHER, CPU, torch.float32).unet.state_dict()
+    teacher = unet.state_dict()
     return {name: value + 0.01 * torch.randn(value.shape, generator=generator) for name, value in teacher.items()}
 
 
@@ -58,9 +64,8 @@ def test_an_original_becomes_a_run_that_paints_and_exports(tmp_path: Path, weigh
 
 @pytest.mark.parametrize("prefix", ["", "unet.", "module.unet.", "_orig_mod.unet.", "module._orig_mod."])
 def test_the_words_that_wrappers_leave_before_a_key_are_taken_off(
-    tmp_path: Path, weights: Weights, prefix: str
+    tmp_path: Path, unet: UNet2DConditionModel, weights: Weights, prefix: str
 ) -> None:
-    unet = load_components(TEACHER, CPU, torch.float32).unet
     found = read_original(written(tmp_path / "e.pt", weights, prefix)).weights(unet)
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], value) for name, value in weights.items())
@@ -131,8 +136,7 @@ def test_other_dictionaries_are_refused(tmp_path: Path) -> None:
         read_original(tmp_path / "e.pt")
 
 
-def test_the_first_tensor_that_does_not_fit_is_named(weights: Weights) -> None:
-    unet = load_components(TEACHER, CPU, torch.float32).unet
+def test_the_first_tensor_that_does_not_fit_is_named(unet: UNet2DConditionModel, weights: Weights) -> None:
 
     def refused(student: dict[str, object], *words: str) -> None:
         with pytest.raises(Refused) as refusal:

@@ -21,7 +21,7 @@ from shards.stamps import Facts
 from stages.train.retention import KeepConfig, staying
 from stages.train.statement import Broken, Statement, differences, fault_of, samples_of, sha256
 
-__all__ = ["Checkpoints", "Elsewhere", "KeepConfig", "Resume", "fault_of"]
+__all__ = ["Checkpoints", "Elsewhere", "KeepConfig", "Resume", "differences", "fault_of", "sha256"]
 
 PARTIAL, GONE = ".partial", ".gone"
 MARGIN_BYTES = 1 << 20
@@ -56,16 +56,12 @@ class Checkpoints:
     """The checkpoints of one run.
 
     `identity` is what the weights depend on besides the number of samples (recipe, configuration), as JSON values;
-    a run with another identity is refused. `machine` is what moves only their last bits (processes, precision): a
-    run that goes on under another one says so.
+    a run with another identity is refused.
     """
 
-    def __init__(
-        self, folder: Path, identity: Mapping[str, Any], keep: KeepConfig, machine: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: KeepConfig) -> None:
         self.folder, self.keep = folder, keep
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
-        self.machine: dict[str, Any] = json.loads(json.dumps(machine or {}))
         self._read: dict[str, list[Facts]] = {}
 
     def save(self, state: Written, score: float | None = None) -> Path:
@@ -81,17 +77,18 @@ class Checkpoints:
         try:
             partial.mkdir(parents=True)
             self._write(partial, state, score)
-            if not self._is_whole(partial):
-                raise Refused(f"{final}: not read back as it was written ({fault_of(partial)}) - check the disk")
-            self._name(partial, final)
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch.save ends with words of its own; the disk's stand in the error before.
             reason = str(error.__context__ or error).splitlines()[0]
+            shutil.rmtree(partial, ignore_errors=True)
             raise Refused(
                 f"{final}: cannot be written ({reason}) - free some space and start again: it goes on"
             ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        if not self._is_whole(partial):
+            fault = fault_of(partial)
+            shutil.rmtree(partial)
+            raise Refused(f"{final}: not read back as it was written ({fault}) - check the disk")
+        self._name(partial, final)
         self._rotate(final)
         return final
 
@@ -107,19 +104,19 @@ class Checkpoints:
             )
 
     def restore(self, state: Restored, resume: Resume = "auto", elsewhere: Elsewhere | None = None) -> Path | None:
-        """Bring `state` to the newest whole checkpoint; None when there is none: the run starts at its beginning."""
-        self.tidy()
-        found = self.newest(resume, elsewhere)
+        """Bring `state` to the newest whole checkpoint; None when there is none: the run starts at its beginning.
+
+        Says which it took, and which it passed over and why.
+        """
+        self._tidy()
+        found = self._newest(resume, elsewhere)
         if found is not None:
             state.read(found, samples_of(found))
         return found
 
-    def tidy(self) -> None:
-        """Finish what a killed process left half done: name what is whole, remove what is half-written or half-deleted.
-
-        For one process alone, before any other one looks.
-        """
-        for partial in sorted(self.folder.glob(f".*{PARTIAL}")):
+    def _tidy(self) -> None:
+        """Finish what a killed process left half done: name what is whole, remove what is half there."""
+        for partial in sorted(self.folder.glob(f".[0-9]*{PARTIAL}")):
             if fault_of(partial) is None:
                 print(f"{partial}: whole but for its name, which it gets")
                 self._name(partial, self.folder / f"{samples_of(partial):09d}")
@@ -128,11 +125,8 @@ class Checkpoints:
                 shutil.rmtree(partial)
         self._sweep()
 
-    def newest(self, resume: Resume = "auto", elsewhere: Elsewhere | None = None) -> Path | None:
-        """The newest whole checkpoint here, else the one that `elsewhere` brings.
-
-        Says which it took and which it passed over and why, and leaves those as they are.
-        """
+    def _newest(self, resume: Resume = "auto", elsewhere: Elsewhere | None = None) -> Path | None:
+        """The newest whole checkpoint here, else the one that `elsewhere` brings; others stay as they are."""
         for folder in reversed(self._folders()):
             if resume == "never":
                 raise Refused(f"{self.folder}: holds a run already - choose another run folder, or resume it")
@@ -141,6 +135,8 @@ class Checkpoints:
         brought = elsewhere(self.folder) if elsewhere and resume == "auto" else None
         if brought is not None and self._is_sound(brought):
             return brought
+        if self._folders():
+            print(f"{self.folder}: no checkpoint is whole, so the run starts at its beginning")
         return None
 
     def _is_sound(self, folder: Path) -> bool:
@@ -154,8 +150,7 @@ class Checkpoints:
                 f"{folder}: belongs to another run ({'; '.join(changed)}) - "
                 "choose another run folder, or give back what it had"
             )
-        moved = differences(said.machine, self.machine)
-        print(f"{folder}: taken, whole" + (f"; not to the same bits: {'; '.join(moved)}" if moved else ""))
+        print(f"{folder}: taken, it is whole")
         return True
 
     def _folders(self) -> list[Path]:
@@ -169,7 +164,7 @@ class Checkpoints:
         state.write(folder)
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         measured = score if score is not None and math.isfinite(score) else None
-        Statement(state.samples, measured, self.identity, self.machine, files).write(folder)
+        Statement(state.samples, measured, self.identity, files).write(folder)
         for path in folder.iterdir():
             with open(path, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -222,5 +217,5 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Remove what was discarded; what a network's disk will not let go yet goes the next time."""
-        for gone in self.folder.glob(f".*{GONE}"):
+        for gone in self.folder.glob(f".[0-9]*{GONE}"):
             shutil.rmtree(gone, ignore_errors=True)

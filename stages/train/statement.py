@@ -26,8 +26,6 @@ class Statement:
     """Validation error when it was written, the lower the better; None when none was measured."""
     identity: Mapping[str, Any]
     """What its weights depend on besides `samples`: another run may not go on from it."""
-    machine: Mapping[str, Any]
-    """What moves only the last bits (processes, precision): a run may go on under another one."""
     files: Mapping[str, str]
     """sha256 of every other file."""
 
@@ -52,7 +50,10 @@ class Statement:
         if unsealed(content):
             raise Broken(f"{FILE} is not the file that was written")
         del said["sha256"]
-        return cls(**said)
+        try:
+            return cls(**said)
+        except TypeError as error:
+            raise Broken(f"{FILE} lacks something or says too much ({error})") from error
 
 
 def samples_of(folder: Path) -> int:
