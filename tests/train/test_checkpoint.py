@@ -135,11 +135,10 @@ def test_a_broken_checkpoint_takes_nobodys_place(tmp_path, state):
 def test_the_last_good_one_goes_only_after_the_new_one_was_read_back(tmp_path, state, monkeypatch):
     checkpoints = save(tmp_path, state, 8, keep=1)
     order: list[str] = []
-    discard, is_whole = checkpoints._discard, checkpoints._is_whole
-    monkeypatch.setattr(checkpoints, "_discard", lambda folder: (order.append(f"{folder.name} goes"), discard(folder)))
-    monkeypatch.setattr(
-        checkpoints, "_is_whole", lambda folder: order.append(f"{folder.name} read") or is_whole(folder)
-    )
+    shelf = checkpoints.shelf
+    discard, is_whole = shelf.discard, shelf.is_whole
+    monkeypatch.setattr(shelf, "discard", lambda folder: (order.append(f"{folder.name} goes"), discard(folder)))
+    monkeypatch.setattr(shelf, "is_whole", lambda folder: order.append(f"{folder.name} read") or is_whole(folder))
     state.samples = 16
     checkpoints.save(state)
     assert order[0] == ".000000016.partial read"
@@ -226,6 +225,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, sta
 
 def test_the_last_good_one_stays_when_the_new_one_reads_back_wrongly(tmp_path, state, monkeypatch):
     checkpoints = save(tmp_path, state, 8, keep=1)
+    monkeypatch.setattr("stages.train.shelf.fault_of", lambda _folder: "it rotted")
     monkeypatch.setattr("stages.train.checkpoint.fault_of", lambda _folder: "it rotted")
     state.samples = 16
     with pytest.raises(Refused, match="it rotted"):
