@@ -1,4 +1,4 @@
-"""What a cache survives: `python -m benchmarks.faults [--kills 30] [--steps] [--flips 200 --cuts 50] [--seed 0]`.
+"""What a cache and a run survive: `python -m benchmarks.faults`, for `--kills 30` or what else is asked for.
 
 --kills: a real `python -m stages cache-teacher` is killed (-9) at random moments of the time in which it writes, three
 times in one life, and then goes on to its end: each time the bytes must be those of a run that was never stopped, and
@@ -6,6 +6,10 @@ at no kill may anything half-made lie under a final name.
 --steps: a small job is killed before every single step that it takes on the disk.
 --flips, --cuts: one bit of a real cache is changed, or a file is cut: verify must exit with 1, and repair must restore
 the same bytes.
+--checkpoints: a process that saves one checkpoint after another is killed at so many random moments, and before every
+step that it takes on the disk; one bit of its newest checkpoint is changed, or a file is cut; files may not grow
+beyond a size. Each time the newest whole checkpoint must be found, to the last bit and never older than the last one
+whose saving had ended, all that is kept must be whole, and what was to stay must be there.
 """
 
 import argparse
@@ -151,9 +155,10 @@ def main() -> int:
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--flips", type=int, default=0)
     parser.add_argument("--cuts", type=int, default=0)
+    parser.add_argument("--checkpoints", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    nothing = not (asked.kills or asked.steps or asked.flips or asked.cuts)
+    nothing = not (asked.kills or asked.steps or asked.flips or asked.cuts or asked.checkpoints)
     failed, rng = 0, random.Random(asked.seed)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/stamps"
@@ -163,6 +168,10 @@ def main() -> int:
             failed += steps(Path(folder) / "steps")
         if asked.flips or asked.cuts:
             failed += damages(Path(folder), asked.flips, asked.cuts, rng)
+        if asked.checkpoints:
+            from benchmarks import saving_faults
+
+            failed += saving_faults.checkpoints(Path(folder) / "checkpoints", asked.checkpoints, rng)
     return 1 if failed else 0
 
 

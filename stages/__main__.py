@@ -40,6 +40,7 @@ COMMANDS = (
     Command("evaluate", "stages.evaluate.measure", "tool", "measure a run against its teacher"),
     Command("david", "stages.evaluate.david", "tool", "see what David sees in a run's student (show RUN)"),
     Command("sample", "stages.evaluate.sample", "tool", "make pictures from a run"),
+    Command("import", "stages.import_original", "tool", "make a run of the original experiment's checkpoint"),
     Command("export", "stages.export", "tool", "write a run's model for other programs"),
     Command("prompts", "stages.prompts.__main__", "tool", "look at prompts before they are asked (show|sample|stats)"),
     Command("shards", "stages.upkeep", "tool", "verify, mend, show, count or publish a cache"),

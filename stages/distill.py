@@ -18,6 +18,7 @@ from stages.nets.graft import graft_time_embedding
 from stages.nets.saved import Origin, load_teacher_parts
 from stages.nets.student import Student, Target, vp_of
 from stages.nets.teacher import Teacher
+from stages.train.checkpoint import Resume
 from stages.train.david import David, DavidConfig, judge_of
 from stages.train.loop import TrainConfig, fit
 from stages.train.objective import Objective, ObjectiveConfig
@@ -40,6 +41,7 @@ class Config(Strict):
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="terms of the loss")
     david: DavidConfig = Field(DavidConfig(), description="who judges the blocks, and what his word is worth")
     grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
+    resume: Resume = Field("auto", description="auto: from the newest whole checkpoint; never: refuse a run's folder")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
 
     @model_validator(mode="after")
@@ -82,6 +84,7 @@ def run(config: Config) -> None:
         },
         judge=judge,
         samples_per_epoch=reader.samples_per_epoch,
+        resume=config.resume,
     )
 
     if isinstance(judge, David):

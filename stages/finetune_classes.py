@@ -24,6 +24,7 @@ from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, PromptSource, Split, source_identity
 from stages.targets import RenderConfig, make_records, recipe_of
+from stages.train.checkpoint import Resume
 from stages.train.loop import TrainConfig, fit
 from stages.train.mixture import Mixture, rows_of
 from stages.train.objective import Objective, ObjectiveConfig
@@ -48,6 +49,7 @@ class Config(Strict):
     grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
     scorer: ImportString[Any] | None = Field(None, description="function (texts, pictures) -> scores, for the table")
     exam: ExamConfig = Field(ExamConfig(), description="how each class is measured before and after")
+    resume: Resume = Field("auto", description="auto: from the newest whole checkpoint; never: refuse a run's folder")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
 
 
@@ -137,6 +139,7 @@ def study(config: Config, folder: Path, teacher: Teacher, classes: ClassFile, st
             "prior_share": config.prior_share,
             "start": hashlib.sha256(start.read_bytes()).hexdigest(),
         },
+        resume=config.resume,
     )
 
 

@@ -12,6 +12,7 @@ from configs.refusal import Refused
 from configs.strict import Strict
 from stages.export.diffusers import export_diffusers
 from stages.export.ldm import export_ldm, refuse_other_predictions
+from stages.export.original import export_original
 from stages.nets.saved import load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
 
@@ -20,7 +21,7 @@ __all__ = ["Config", "export_all", "export_diffusers", "export_ldm", "main", "ru
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 USAGE = (
     "usage: sollune export RUN [--checkpoint N] [--out DIR] [--dtype float16|float32] [--flow-shift S] "
-    "[--single-file true|false]"
+    "[--single-file true|false] [--to folder|pt]"
 )
 
 
@@ -29,6 +30,9 @@ class Config(Strict):
 
     run: Path = Field(description="run folder, such as runs/tiny/distill")
     checkpoint: int | None = Field(None, ge=0, description="checkpoint, in samples seen; none takes the newest")
+    to: Literal["folder", "pt"] = Field(
+        "folder", description="folder: diffusers and the single file; pt: the original experiment's checkpoint instead"
+    )
     out: Path | None = Field(None, description="folder that will hold both; none takes RUN/export")
     dtype: Literal["float16", "float32"] = Field("float16", description="type of the weights")
     flow_shift: float = Field(
@@ -50,8 +54,10 @@ def run(config: Config) -> tuple[Path, ...]:
     if config.single_file:
         refuse_other_predictions(saved.origin.target)
     parts = load_teacher_parts(saved.origin, torch.device("cpu"), torch.float32)
-    facts = saved.origin.facts(parts, saved.samples)
     out = config.out or saved.folder / "export"
+    if config.to == "pt":
+        return (export_original(saved, parts, out, DTYPES[config.dtype]),)
+    facts = saved.origin.facts(parts, saved.samples)
     student = load_student(saved, parts)
     return export_all(
         student, parts.folder, out, facts, DTYPES[config.dtype], config.flow_shift, single_file=config.single_file

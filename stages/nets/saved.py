@@ -30,6 +30,7 @@ class Origin:
     """What the teacher was when the cache was made, by component."""
     tail: Tail
     recipe_sha256: str
+    """Of the cache that taught it; empty for a student that was imported."""
     target: Target = "velocity"
     """What the student's network answers with."""
 
@@ -57,7 +58,8 @@ class Origin:
 
     def facts(self, parts: Components, samples: int) -> dict[str, Any]:
         """What an export tells about its student."""
-        return {**parts.name, "tail": self.tail, "recipe_sha256": self.recipe_sha256, "samples": samples}
+        recipe = {"recipe_sha256": self.recipe_sha256} if self.recipe_sha256 else {}
+        return {**parts.name, "tail": self.tail, **recipe, "samples": samples}
 
     def save(self, folder: Path) -> None:
         """Write it into a run folder."""

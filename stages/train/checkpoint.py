@@ -1,71 +1,94 @@
 """Checkpoints: a folder each, named by the samples seen, whole or not there; a run goes on from the newest whole one.
 
 checkpoints/000012800/  student.safetensors  ema.safetensors  optimizer.pt  memory.pt  state.json
-state.json comes last and holds the hashes of the others.
 """
 
-import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeAlias
 
 from safetensors import SafetensorError
 
 from configs.atomic import fsync_folder
 from configs.refusal import Refused
-from stages.train.state import TrainingState
+from stages.train.retention import KeepConfig
+from stages.train.shelf import Shelf
+from stages.train.statement import Statement, differences, fault_of, samples_of, sha256
 
-SCHEMA = 2
-PARTIAL = ".partial"
+__all__ = ["Checkpoints", "Elsewhere", "KeepConfig", "Resume", "differences", "fault_of", "sha256"]
+
 MARGIN_BYTES = 1 << 20
 
 Resume = Literal["auto", "never"]
+Elsewhere: TypeAlias = Callable[[Path], Path | None]
+"""Brings a checkpoint into this folder from where copies lie, and says which; None when there is none."""
+
+
+class Written(Protocol):
+    """What can be written as a checkpoint."""
+
+    @property
+    def samples(self) -> int:
+        """Samples seen."""
+
+    def write(self, folder: Path) -> None:
+        """Write all but the number of samples into a folder."""
+
+    def bytes(self) -> int:
+        """About what `write` needs."""
+
+
+class Restored(Protocol):
+    """What can be brought back to a checkpoint."""
+
+    def read(self, folder: Path, samples: int) -> None:
+        """Take over what a folder holds, as the state after so many samples."""
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     `identity` is what the weights depend on besides the number of samples (recipe, configuration), as JSON values;
-    a run with another identity is refused. The `keep` newest ones stay.
+    a run with another identity is refused.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: KeepConfig) -> None:
         self.folder, self.keep = folder, keep
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self.shelf = Shelf(folder)
 
-    def save(self, state: TrainingState) -> Path:
-        """Write a checkpoint, read it back, and only then delete the oldest ones beyond `keep`.
+    def save(self, state: Written, score: float | None = None) -> Path:
+        """Write a checkpoint, read it back, give it its name, and only then delete those that need not stay.
 
-        Raises `Refused` when the disk has no room; nothing half-written stays then.
+        `score` is the validation error at this moment, if one was measured; the checkpoint with the lowest one stays.
+        Raises `Refused` when the disk has no room or gives back something else; nothing else has changed then.
         """
         self.refuse_small_disk(state)
-        final = self.folder / f"{state.samples:09d}"
-        partial = self.folder / f".{final.name}{PARTIAL}"
+        final, partial = self.shelf.place(state.samples), self.shelf.hidden(state.samples)
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
-            self._write(partial, state)
-            # Only a checkpoint that was passed over as broken can stand here under the same name.
-            shutil.rmtree(final, ignore_errors=True)
-            partial.replace(final)
-            fsync_folder(self.folder)
+            self._write(partial, state, score)
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch.save ends with words of its own; the disk's stand in the error before.
             reason = str(error.__context__ or error).splitlines()[0]
+            shutil.rmtree(partial, ignore_errors=True)
             raise Refused(
                 f"{final}: cannot be written ({reason}) - free some space and start again: it goes on"
             ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        if fault := fault_of(final):
-            raise Refused(f"{final}: read back differently from what was written ({fault}) - check the disk")
-        self._prune()
+        if not self.shelf.is_whole(partial):
+            fault = fault_of(partial)
+            shutil.rmtree(partial)
+            raise Refused(f"{final}: not read back as it was written ({fault}) - check the disk")
+        self.shelf.name(partial)
+        self.shelf.rotate(final, self.keep)
         return final
 
-    def refuse_small_disk(self, state: TrainingState) -> None:
+    def refuse_small_disk(self, state: Written) -> None:
         """Raise `Refused` when one more checkpoint does not fit."""
         needed = state.bytes() + MARGIN_BYTES
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,86 +99,53 @@ class Checkpoints:
                 "free some space or choose another run folder, then start again: it goes on"
             )
 
-    def restore(self, state: TrainingState, resume: Resume) -> Path | None:
-        """Bring `state` to the newest whole checkpoint, saying which it is and which were passed over and why.
+    def restore(self, state: Restored, resume: Resume = "auto", elsewhere: Elsewhere | None = None) -> Path | None:
+        """Bring `state` to the newest whole checkpoint; None when there is none: the run starts at its beginning.
 
-        None when there is no whole one: the run starts at its beginning.
+        Says which it took, and which it passed over and why.
         """
-        for leftover in self.folder.glob(f".*{PARTIAL}"):
-            print(f"{leftover}: half-written, removed")
-            shutil.rmtree(leftover)
-        for folder in reversed(self._folders()):
+        self.shelf.tidy()
+        found = self._newest(resume, elsewhere)
+        if found is not None:
+            state.read(found, samples_of(found))
+        return found
+
+    def _newest(self, resume: Resume = "auto", elsewhere: Elsewhere | None = None) -> Path | None:
+        """The newest whole checkpoint here, else the one that `elsewhere` brings; others stay as they are."""
+        for folder in reversed(self.shelf.all()):
             if resume == "never":
                 raise Refused(f"{self.folder}: holds a run already - choose another run folder, or resume it")
-            if fault := fault_of(folder):
-                print(f"{folder}: passed over, {fault}")
-                continue
-            self._refuse_other_run(folder)
-            state.read(folder, int(folder.name))
-            return folder
+            if self._is_sound(folder):
+                return folder
+        brought = elsewhere(self.folder) if elsewhere and resume == "auto" else None
+        if brought is not None and self._is_sound(brought):
+            return brought
+        if self.shelf.all():
+            print(f"{self.folder}: no checkpoint is whole, so the run starts at its beginning")
         return None
 
-    def _folders(self) -> list[Path]:
-        """Every checkpoint by age, whole or not."""
-        return sorted(path for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
-
-    def _write(self, folder: Path, state: TrainingState) -> None:
-        state.write(folder)
-        files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-        facts = {"schema": SCHEMA, "samples": state.samples, "identity": self.identity, "files": files}
-        (folder / "state.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        for path in folder.iterdir():
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
-        fsync_folder(folder)
-
-    def _refuse_other_run(self, folder: Path) -> None:
-        then = json.loads((folder / "state.json").read_text(encoding="utf-8"))["identity"]
-        if changed := differences(then, self.identity):
+    def _is_sound(self, folder: Path) -> bool:
+        """Whether a checkpoint is whole, saying so; raises `Refused` when it belongs to another run."""
+        if fault := fault_of(folder):
+            print(f"{folder}: passed over, {fault}")
+            return False
+        said = Statement.read(folder)
+        if changed := differences(said.identity, self.identity):
             raise Refused(
                 f"{folder}: belongs to another run ({'; '.join(changed)}) - "
                 "choose another run folder, or give back what it had"
             )
+        print(f"{folder}: taken, it is whole")
+        return True
 
-    def _prune(self) -> None:
-        """Delete the oldest checkpoints beyond `keep`; called when the newest was just read back."""
-        for folder in self._folders()[: -self.keep]:
-            shutil.rmtree(folder)
-
-
-def fault_of(folder: Path) -> str | None:
-    """Why this checkpoint cannot be trusted; None when every file is what state.json says."""
-    try:
-        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        schema, samples, files = content["schema"], content["samples"], content["files"]
-    except FileNotFoundError:
-        return "state.json is missing, so it was never finished"
-    except (ValueError, KeyError, TypeError):
-        return "state.json cannot be read"
-    if schema != SCHEMA:
-        return f"its schema is {schema}, this program reads {SCHEMA}"
-    if samples != int(folder.name):
-        return f"state.json speaks of {samples} samples"
-    for name, expected in files.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256(folder / name) != expected:
-            return f"{name} is not the file that was written"
-    return None
-
-
-def differences(then: Any, now: Any, path: str = "") -> list[str]:
-    """Where two nested mappings differ, each as `full.path was A, is B`."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = sorted({*then, *now})
-        return [line for k in keys for line in differences(then.get(k), now.get(k), f"{path}.{k}" if path else k)]
-    if then == now:
-        return []
-    because = ": the learning rate's cosine would change" if path.endswith("max_samples") else ""
-    return [f"{path} was {then}, is {now}{because}"]
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    def _write(self, folder: Path, state: Written, score: float | None) -> None:
+        state.write(folder)
+        files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        measured = score if score is not None and math.isfinite(score) else None
+        Statement(state.samples, measured, self.identity, files).write(folder)
+        for path in folder.iterdir():
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+                if hasattr(os, "posix_fadvise"):  # so that the disk is read back, and not the memory before it
+                    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        fsync_folder(folder)

@@ -79,7 +79,7 @@ CONFIG = TrainConfig.model_validate(
         "ema": {"half_life_samples": 6, "ramp_ratio": 0.5},
         "journal_every_samples": 4,
         "checkpoint_every_samples": 8,
-        "keep": 10,
+        "keep": {"last": 10},
     }
 )
 

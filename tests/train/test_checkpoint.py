@@ -1,15 +1,20 @@
-import json
 import shutil
+from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import saving
 from configs.refusal import Refused
-from stages.train.checkpoint import Checkpoints, differences, fault_of
+from stages.train.checkpoint import Checkpoints
 from stages.train.ema import Ema
 from stages.train.optim import OptimizerConfig, build_optimizer
+from stages.train.retention import KeepConfig
 from stages.train.state import TrainingState
+from stages.train.statement import Statement, differences, fault_of
+
+FILES = ["student.safetensors", "ema.safetensors", "optimizer.pt", "memory.pt", "state.json"]
 
 
 @pytest.fixture
@@ -20,11 +25,11 @@ def state(toy) -> TrainingState:
     return state
 
 
-def save(folder, state, *samples: int, keep: int = 2) -> Checkpoints:
-    checkpoints = Checkpoints(folder, {"recipe": "r"}, keep)
+def save(folder, state, *samples: int, keep: int = 2, scores: dict[int, float] | None = None) -> Checkpoints:
+    checkpoints = Checkpoints(folder, {"recipe": "r"}, KeepConfig(last=keep))
     for n in samples:
         state.samples = n
-        checkpoints.save(state)
+        checkpoints.save(state, (scores or {}).get(n))
     return checkpoints
 
 
@@ -63,15 +68,113 @@ def test_a_half_written_checkpoint_is_passed_over_and_removed(tmp_path, state, c
     assert "half-written" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["student.safetensors", "ema.safetensors", "optimizer.pt"])
-def test_a_corrupted_checkpoint_is_passed_over_with_its_reason(tmp_path, state, capsys, file):
+def test_a_whole_checkpoint_that_lacks_only_its_name_gets_it(tmp_path, state, capsys):
     checkpoints = save(tmp_path, state, 8, 16)
-    path = tmp_path / "000000016" / file
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    assert checkpoints.restore(state, "auto") == tmp_path / "000000008"
-    assert f"000000016: passed over, {file} is not the file that was written" in capsys.readouterr().out
+    (tmp_path / "000000016").rename(tmp_path / ".000000016.partial")
+    shutil.copytree(tmp_path / "000000008", tmp_path / "000000016")  # what stood there was broken
+    assert checkpoints.restore(state, "auto") == tmp_path / "000000016"
+    assert names(tmp_path) == ["000000008", "000000016"]
+    assert fault_of(tmp_path / "000000016") is None
+    assert "whole but for its name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_any_flipped_bit_or_cut_is_passed_over_and_left_as_it_is(tmp_path, capsys, file):
+    saving.save_on(tmp_path, tmp_path.with_suffix(".returned"), 24)
+    bit = Random(file).randrange(8 * (tmp_path / "000000024" / file).stat().st_size)
+    for way in (saving.flipped, saving.cut):
+        assert saving.damaged(tmp_path, file, way(bit)) == []
+        assert f"000000024: passed over, {file} " in capsys.readouterr().out
+
+
+def test_the_statement_is_sealed(tmp_path, state):
+    save(tmp_path, state, 8)
+    path = tmp_path / "000000008" / "state.json"
+    path.write_text(path.read_text().replace('"recipe": "r"', '"recipe": "s"'))
+    assert fault_of(tmp_path / "000000008") == "state.json is not the file that was written"
+
+
+def test_a_process_that_dies_loses_no_checkpoint_whose_saving_had_ended(tmp_path):
+    rng = Random(0)
+    for _life in range(4):
+        assert saving.killed_at(tmp_path / "life", rng.uniform(0.05, 0.3), 64) == []
+    assert saving.done_in(tmp_path / "life.returned") > 0
+
+
+def test_dying_before_any_step_on_the_disk_loses_nothing(tmp_path):
+    met, wrong = saving.killed_at_each_step(tmp_path, 40, range(0, 10**6, 6))
+    assert wrong == []
+    assert met > 5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.9])
+def test_a_disk_that_is_full_in_the_middle_of_a_file_changes_nothing(tmp_path, share):
+    saving.save_on(tmp_path, tmp_path.with_suffix(".returned"), 24)
+    largest = max(path.stat().st_size for path in (tmp_path / "000000024").iterdir())
+    assert saving.full_after(tmp_path, int(share * largest)) == []
+
+
+def test_the_best_survives_rotation_and_a_restart(tmp_path, state):
+    save(tmp_path, state, 8, 16, 24, 32, scores={8: 0.3, 16: 0.1, 24: 0.2, 32: float("nan")})
+    save(tmp_path, state, 40, 48)  # another process: what it knows lies on the disk
+    assert names(tmp_path) == ["000000016", "000000040", "000000048"]
+    assert Statement.read(tmp_path / "000000016").score == 0.1
+
+
+def test_a_broken_checkpoint_takes_nobodys_place(tmp_path, state):
+    checkpoints = save(tmp_path, state, 8, 16, 24, keep=3)
+    (tmp_path / "000000024" / "ema.safetensors").write_bytes(b"rot")
+    checkpoints.restore(state, "auto")
+    save(tmp_path, state, 20, keep=2)  # it is older than the broken one, which would have been among the last two
+    assert names(tmp_path) == ["000000016", "000000020", "000000024"]
+    (tmp_path / "000000016" / "ema.safetensors").write_bytes(b"rot")
+    save(tmp_path, state, 22, keep=2)
+    assert names(tmp_path) == ["000000020", "000000022", "000000024"]
+
+
+def test_the_last_good_one_goes_only_after_the_new_one_was_read_back(tmp_path, state, monkeypatch):
+    checkpoints = save(tmp_path, state, 8, keep=1)
+    order: list[str] = []
+    shelf = checkpoints.shelf
+    discard, is_whole = shelf.discard, shelf.is_whole
+    monkeypatch.setattr(shelf, "discard", lambda folder: (order.append(f"{folder.name} goes"), discard(folder)))
+    monkeypatch.setattr(shelf, "is_whole", lambda folder: order.append(f"{folder.name} read") or is_whole(folder))
+    state.samples = 16
+    checkpoints.save(state)
+    assert order[0] == ".000000016.partial read"
+    assert order[-1] == "000000008 goes"
+
+
+def test_what_is_not_here_is_asked_for_elsewhere(tmp_path, state, capsys):
+    there, here = tmp_path / "there", tmp_path / "here"
+    save(there, state, 8)
+    asked = []
+
+    def fetch(folder):
+        asked.append(folder)
+        return shutil.copytree(there / "000000008", folder / "000000008")
+
+    checkpoints = save(here, state, 16)
+    assert checkpoints.restore(state, "auto", fetch) == here / "000000016"
+    assert asked == []
+    (here / "000000016" / "student.safetensors").unlink()
+    assert checkpoints.restore(state, "auto", fetch) == here / "000000008"
+    assert (state.samples, asked) == (8, [here])
+    told = capsys.readouterr().out
+    assert "000000016: passed over, student.safetensors is missing" in told
+    assert "000000008: taken" in told
+
+
+def test_what_elsewhere_brings_is_verified_too(tmp_path, state, capsys):
+    there, here = tmp_path / "there", tmp_path / "here"
+    save(there, state, 8)
+    (there / "000000008" / "ema.safetensors").write_bytes(b"another")
+    here.mkdir()
+    checkpoints = Checkpoints(here, {"recipe": "r"}, KeepConfig())
+    fetch = lambda folder: shutil.copytree(there / "000000008", folder / "000000008")  # noqa: E731
+    assert checkpoints.restore(state, "auto", fetch) is None
+    assert "passed over, ema.safetensors is not the file" in capsys.readouterr().out
+    assert checkpoints.restore(state, "auto", lambda _folder: None) is None
 
 
 def test_every_fault_of_a_folder_has_a_name(tmp_path, state):
@@ -97,7 +200,7 @@ def test_a_broken_checkpoint_is_replaced_when_the_run_gets_there_again(tmp_path,
 def test_a_run_of_another_recipe_is_refused_with_what_differs(tmp_path, state):
     save(tmp_path, state, 8)
     with pytest.raises(Refused, match="recipe was r, is another"):
-        Checkpoints(tmp_path, {"recipe": "another"}, 2).restore(state, "auto")
+        Checkpoints(tmp_path, {"recipe": "another"}, KeepConfig()).restore(state, "auto")
 
 
 def test_longer_training_is_refused_because_of_its_cosine():
@@ -120,22 +223,9 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, sta
     assert names(tmp_path) == ["000000008"]
 
 
-def test_a_disk_that_fills_up_while_writing_leaves_nothing_half_written(tmp_path, state, monkeypatch):
-    checkpoints = save(tmp_path, state, 8)
-
-    def full(*_arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    state.samples = 16
-    with pytest.raises(Refused, match="No space left on device"):
-        checkpoints.save(state)
-    assert names(tmp_path) == ["000000008"]
-    assert fault_of(tmp_path / "000000008") is None
-
-
 def test_the_last_good_one_stays_when_the_new_one_reads_back_wrongly(tmp_path, state, monkeypatch):
     checkpoints = save(tmp_path, state, 8, keep=1)
+    monkeypatch.setattr("stages.train.shelf.fault_of", lambda _folder: "it rotted")
     monkeypatch.setattr("stages.train.checkpoint.fault_of", lambda _folder: "it rotted")
     state.samples = 16
     with pytest.raises(Refused, match="it rotted"):
@@ -145,6 +235,6 @@ def test_the_last_good_one_stays_when_the_new_one_reads_back_wrongly(tmp_path, s
 
 def test_state_says_what_the_weights_depend_on(tmp_path, state):
     save(tmp_path, state, 8)
-    content = json.loads((tmp_path / "000000008" / "state.json").read_text())
-    assert content["identity"] == {"recipe": "r"}
-    assert sorted(content["files"]) == ["ema.safetensors", "memory.pt", "optimizer.pt", "student.safetensors"]
+    said = Statement.read(tmp_path / "000000008")
+    assert said.identity == {"recipe": "r"}
+    assert sorted(said.files) == ["ema.safetensors", "memory.pt", "optimizer.pt", "student.safetensors"]

@@ -28,7 +28,7 @@ TRAIN = [
     "4",
     "--train.checkpoint-every-samples",
     "8",
-    "--train.keep",
+    "--train.keep.last",
     "9",
 ]
 TRAIN += ["--train.optimizer.warmup-samples", "4", "--grid.sampler.steps", "2", "--train.journal-every-samples", "4"]

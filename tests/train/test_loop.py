@@ -115,7 +115,7 @@ def test_another_configuration_is_refused_but_another_rhythm_is_not(tmp_path, tr
         train(tmp_path, {"max_samples": 30})
     with pytest.raises(Refused, match=r"recipe\.teacher was abc, is xyz"):
         train(tmp_path, identity={"recipe": {"teacher": "xyz"}})
-    train(tmp_path, {"keep": 1, "checkpoint_every_samples": 6, "journal_every_samples": 2})
+    train(tmp_path, {"keep": {"last": 1}, "checkpoint_every_samples": 6, "journal_every_samples": 2})
 
 
 class Said(Nobody):

@@ -1,0 +1,63 @@
+"""A run's student as the original experiment's checkpoint: one .pt file {cfg, student, opt, sched, gstep}."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.atomic import atomic_path
+from configs.refusal import Refused
+from stages.export.modelspec import teacher_name
+from stages.nets.components import Components
+from stages.nets.original import Original, read_original
+from stages.nets.saved import SavedRun, load_student
+
+
+def export_original(run: SavedRun, parts: Components, out: Path, dtype: torch.dtype) -> Path:
+    """Write `<out>/<teacher>-flow.pt`, reading it back before it gets this name; returns the file.
+
+    `student` holds the averaged weights under the keys of the original's trainer. `opt` and `sched` are empty: the
+    optimizer's moments belong to the weights before averaging, and training goes on from a run's own checkpoints.
+    Raises `Refused` for a student that is still its teacher, and for weights that are no numbers in `dtype`.
+    """
+    state = load_student(run, parts).unet.state_dict()
+    student = {f"unet.{name}": value.detach().cpu().to(dtype).contiguous() for name, value in state.items()}
+    cfg = settings(run, parts)
+    content = {"cfg": cfg, "student": student, "opt": {}, "sched": {}, "gstep": run.samples // cfg["batch_size"]}
+    file = out / f"{teacher_name(parts.name)}-flow.pt"
+    Original(run.weights, cfg, student, run.samples).weights(parts.unet)
+    try:
+        with atomic_path(file) as temporary:
+            with open(temporary, "wb") as handle:
+                torch.save(content, handle)
+            _read_back(temporary, student)
+    except (RuntimeError, pickle.PicklingError) as error:  # torch hides the disk's words in the error before
+        reason = str(error.__context__ or error).splitlines()[0]
+        raise Refused(f"{file}: cannot be written ({reason}) - free some space or choose another folder") from error
+    return file
+
+
+def settings(run: SavedRun, parts: Components) -> dict[str, Any]:
+    """`cfg`: the original's names where it has them, and what an import of ours wants to know besides.
+
+    Without a recorded batch size `gstep` counts samples.
+    """
+    recorded = run.weights.parent / "state.json"
+    train = json.loads(recorded.read_text(encoding="utf-8"))["identity"].get("train", {}) if recorded.exists() else {}
+    return {
+        "model_id": next(iter(parts.name.values())),
+        "batch_size": train.get("batch_size", 1),
+        "samples": run.samples,
+        "target": run.origin.target,
+        "tail": run.origin.tail,
+    }
+
+
+def _read_back(file: Path, student: dict[str, Tensor]) -> None:
+    """Raise `Refused` unless a reader that runs no code finds these very tensors."""
+    found = read_original(file).student
+    if found.keys() != student.keys() or not all(torch.equal(found[key], student[key]) for key in student):
+        raise Refused(f"{file}: not read back as it was written - check the disk")

@@ -1,0 +1,111 @@
+"""`sollune import FILE.pt --teacher T --out RUN`: a student of the original experiment as a run folder of ours."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configs.load import load, request, resolved_yaml
+from configs.refusal import Refused
+from configs.strict import Strict
+from stages.flow.bridge import Tail
+from stages.nets.components import identity, load_components
+from stages.nets.original import Original, read_original
+from stages.nets.saved import CHECKPOINTS, WEIGHTS, Origin
+from stages.nets.student import Target
+from stages.train.checkpoint import Checkpoints, KeepConfig
+from stages.train.statement import sha256
+
+USAGE = "usage: sollune import FILE.pt --teacher FOLDER --out RUN [--samples N] [--target vp_v|velocity] [--tail T]"
+
+
+class Config(Strict):
+    """Make a run folder of the original experiment's checkpoint: `sollune import FILE.pt --teacher T --out RUN`."""
+
+    file: Path = Field(description="checkpoint {cfg, student, opt, sched, gstep}; no code in it is run")
+    teacher: str = Field(description="diffusers folder or hub id of the model that it was distilled from")
+    out: Path = Field(description="run folder that will be made")
+    samples: int | None = Field(
+        None, ge=1, description="samples that it has seen; none takes gstep times the batch size that cfg names"
+    )
+    target: Target | None = Field(
+        None, description="what its network answers with; none takes what cfg says, and vp_v where it says nothing"
+    )
+    tail: Tail | None = Field(
+        None, description="its velocity at the noisy end; none takes what cfg says, and hold where it says nothing"
+    )
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A checkpoint of nothing but weights: no training goes on from it."""
+
+    tensors: Mapping[str, Tensor]
+    samples: int
+
+    def write(self, folder: Path) -> None:
+        """Write the weights as the average that every reader of a run asks for."""
+        save_file({f"unet.{name}": value.contiguous() for name, value in self.tensors.items()}, folder / WEIGHTS)
+
+    def bytes(self) -> int:
+        """What `write` needs."""
+        return sum(value.nbytes for value in self.tensors.values())
+
+
+def run(config: Config) -> Path:
+    """Read the file, check every tensor against the teacher's, and write the run folder; returns its checkpoint."""
+    if config.out.is_dir() and any(config.out.iterdir()):
+        raise Refused(f"{config.out}: holds something already - name a new folder with --out")
+    original = read_original(config.file)
+    samples = config.samples or samples_of(original)
+    parts = load_components(config.teacher, torch.device("cpu"), torch.float32)
+    imported = Imported(original.weights(parts.unet), samples)
+    made_from = {"file": config.file.name, "sha256": sha256(config.file), "gstep": original.gstep}
+    batch = max(1, samples // max(1, original.gstep))
+    identities = {"imported": made_from, "train": {"batch_size": batch}}
+    folder = Checkpoints(config.out / CHECKPOINTS, identities, KeepConfig()).save(imported)
+    target = config.target or said(original, "target", get_args(Target)) or "vp_v"
+    tail = config.tail or said(original, "tail", get_args(Tail)) or "hold"
+    Origin(config.teacher, identity(parts.folder), tail, "", target).save(config.out)
+    print(f"{folder}: {len(imported.tensors)} tensors after {samples} samples, read as {target}, tail {tail}")
+    return folder
+
+
+def samples_of(original: Original) -> int:
+    """The samples that it saw: what an export of ours wrote down, else steps times batch size."""
+    counted = original.cfg.get("samples"), original.cfg.get("batch_size")
+    if isinstance(counted[0], int) and counted[0] > 0:
+        return counted[0]
+    if isinstance(counted[1], int) and counted[1] * original.gstep > 0:
+        return counted[1] * original.gstep
+    raise Refused(
+        f"{original.file}: cfg.batch_size is {counted[1]} and gstep {original.gstep}, "
+        "so the samples seen are unknown - tell them with --samples"
+    )
+
+
+def said(original: Original, key: str, known: Sequence[str]) -> Any:
+    """What cfg says of itself, None where it says nothing; raises `Refused` for a word that is unknown."""
+    word = original.cfg.get(key)
+    if word is not None and word not in known:
+        raise Refused(f"{original.file}: cfg.{key} is {word!r}, known are {', '.join(known)} - tell it with --{key}")
+    return word
+
+
+def main(argv: Sequence[str]) -> int:
+    """`sollune import FILE.pt ...`."""
+    words = ["--file", *argv] if argv and not argv[0].startswith("-") else list(argv)
+    if not words:
+        raise Refused(f"import: which file? - {USAGE}")
+    asked = request(words)
+    config = load(Config, "import", asked.files, asked.options)
+    if asked.print_config:
+        print(resolved_yaml(config, "import"), end="")
+    else:
+        run(config)
+    return 0

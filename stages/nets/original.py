@@ -1,0 +1,96 @@
+"""The original experiment's checkpoint: one .pt file {cfg, student, opt, sched, gstep}, read without running its code.
+
+`cfg` is its trainer's settings as a plain dict, `student` the state dict of a module that holds the UNet as `unet`,
+`gstep` counts optimizer steps (david.md 2.3). Wrappers of torch leave their own words before a key.
+"""
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from configs.refusal import Refused
+
+PARTS = ("cfg", "student", "opt", "sched", "gstep")
+PREFIXES = ("module.", "_orig_mod.", "unet.")
+"""Of `DistributedDataParallel`, of `torch.compile`, of the trainer's student."""
+MALFORMED = (RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError, pickle.UnpicklingError)
+"""What a broken or hostile pickle makes torch's restricted reader raise."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """What such a file holds; the state of its optimizer is not read."""
+
+    file: Path
+    cfg: Mapping[str, Any]
+    student: Mapping[str, Any]
+    gstep: int
+
+    def weights(self, unet: UNet2DConditionModel) -> dict[str, Tensor]:
+        """The student's UNet in fp32, under diffusers' names.
+
+        Raises `Refused` with the first tensor that is unknown, missing, of another shape, or holds no numbers, and for
+        a file that holds the weights of `unet` itself.
+        """
+        found, expected = self._bare(), unet.state_dict()
+        if unknown := sorted(found.keys() - expected.keys()):
+            raise Refused(f"{self.file}: tensor {unknown[0]} is none of the UNet's - name the teacher it was made from")
+        if missing := sorted(expected.keys() - found.keys()):
+            raise Refused(f"{self.file}: tensor {missing[0]} is missing - fetch the file again")
+        for name, value in found.items():
+            self._check(name, value, expected[name].shape)
+        weights = {name: value.float() for name, value in found.items()}
+        if all(torch.equal(value, expected[name].cpu().float()) for name, value in weights.items()):
+            raise Refused(f"{self.file}: holds the teacher's own weights, no student's - take another file")
+        return weights
+
+    def _bare(self) -> dict[str, Any]:
+        """What `student` holds, without the words of wrappers before its keys."""
+        bare: dict[str, Any] = {}
+        for key, value in self.student.items():
+            name = str(key)
+            while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+                name = name.removeprefix(prefix)
+            if name in bare:
+                raise Refused(f"{self.file}: tensor {name} comes twice, the second time as {key} - fetch it again")
+            bare[name] = value
+        return bare
+
+    def _check(self, name: str, value: Any, shape: torch.Size) -> None:
+        if not isinstance(value, Tensor):
+            raise Refused(f"{self.file}: {name} is no tensor but {type(value).__name__} - fetch it again")
+        if value.shape != shape:
+            shapes = f"{list(value.shape)}, the teacher's is {list(shape)}"
+            raise Refused(f"{self.file}: tensor {name} is {shapes} - name the teacher it was made from")
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise Refused(f"{self.file}: tensor {name} holds values that are no numbers ({value.dtype}) - take another")
+
+
+def read_original(file: Path) -> Original:
+    """Open such a file, its tensors left on the disk until they are asked for; raises `Refused` for anything else."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that it will not read: what it raises then says more
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except OSError as error:
+        raise Refused(f"{file}: cannot be read ({error.strerror}) - name a .pt file") from error
+    except MALFORMED as error:
+        asked = re.search(r"GLOBAL:? ([\w.]+)", str(error))
+        why = f"asks to run {asked[1]}, and no code of a file is run" if asked else "is no whole file of torch.save"
+        raise Refused(f"{file}: {why} - get it anew from where you trust it") from error
+    parts = ("cfg", "student", "gstep")
+    if not isinstance(content, dict) or not set(parts) <= content.keys():
+        raise Refused(f"{file}: is no checkpoint of the original experiment, which holds {', '.join(PARTS)}")
+    cfg, student, gstep = (content[part] for part in parts)
+    if not (isinstance(cfg, Mapping) and isinstance(student, Mapping) and isinstance(gstep, int)):
+        raise Refused(f"{file}: cfg and student should be mappings, gstep a whole number - fetch it again")
+    return Original(file, cfg, student, gstep)
