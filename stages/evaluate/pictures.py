@@ -19,10 +19,10 @@ from stages.prompts import FileSource
 USAGE = 'usage: sollune sample RUN|FOLDER|FILE "a sentence" ... [options], or --help'
 PLACES_AT_ONCE = 4 * 64 * 64
 """Places of all latents that are computed together: four of SD1.5's, which fit beside the model on a small card."""
-TAKES = {
-    "heun": "a student, which answers at every time",
-    "unipc": "a student, which answers at every time",
-    "ddim": "a teacher or a student of v-prediction, which have discrete steps",
+WHY_NOT = {
+    "heun": "a teacher answers at its own steps only",
+    "unipc": "a teacher answers at its own steps only",
+    "ddim": "a model that answers with velocity has no discrete steps",
 }
 
 
@@ -96,10 +96,8 @@ def _sentences(config: Config) -> list[str]:
 def _settled(config: Config, asked: Sequence[str], painter: Painter) -> Config:
     """The settings with nothing left to the model or to another file; raises `Refused` for what it cannot follow."""
     if config.solver not in painter.field.solvers:
-        raise Refused(
-            f"--solver {config.solver}: {config.run} is not {TAKES[config.solver]} - "
-            f"use {' or '.join(painter.field.solvers)}"
-        )
+        others = " or ".join(painter.field.solvers)
+        raise Refused(f"--solver {config.solver}: {config.run}: {WHY_NOT[config.solver]} - use {others}")
     if config.solver == "ddim" and config.shift is not None:
         raise Refused(f"--shift {config.shift:g}: ddim walks the teacher's own steps - leave it out, or use euler")
     shift = painter.shift if config.shift is None and config.solver != "ddim" else config.shift

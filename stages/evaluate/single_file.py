@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
+from transformers import CLIPTextModel
 
 from configs.refusal import Refused
 from stages.nets.components import check_anatomy, read_json
@@ -15,6 +16,8 @@ from stages.nets.student import TIME_SCALE
 
 PARTS = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 """Part -> how the names of its tensors begin."""
+OTHERS = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+"""Parts that a file may leave to the folder: exports hold the UNet alone on request."""
 OURS = {"prediction": "velocity", "path": "linear", "time_scale": f"{TIME_SCALE:g}"}
 """What `sollune export` says in a file's metadata, behind `sollune.`, of a model that we can sample."""
 
@@ -72,21 +75,31 @@ def read_single(path: Path) -> SingleFile:
 
 
 def open_single(file: SingleFile, configs: Path, device: torch.device) -> StableDiffusionPipeline:
-    """The stock pipeline of the file's weights, in fp32; sizes and words, and parts it lacks, come from `configs`."""
+    """The stock pipeline of the file's weights, in fp32; sizes and words, and the parts it lacks, come from `configs`.
+
+    Raises `Refused` unless every tensor of every part is there, in the size that `configs` say.
+    """
     check_anatomy(configs)
-    for part in PARTS.keys() - file.parts:
-        if not list((configs / part).glob("*.safetensors")):
-            raise Refused(
-                f"{file.path}: holds no {part}, nor does {configs} - name a folder that does by --config-from"
-            )
     try:
+        others = {
+            part: kind.from_pretrained(configs, subfolder=part, dtype=torch.float32)
+            for part, kind in OTHERS.items()
+            if part not in file.parts
+        }
         pipeline = StableDiffusionPipeline.from_single_file(
-            str(file.path), config=str(configs), local_files_only=True, dtype=torch.float32, feature_extractor=None
+            str(file.path),
+            config=str(configs),
+            local_files_only=True,
+            dtype=torch.float32,
+            feature_extractor=None,
+            **others,
         ).to(device)
-    except (SingleFileComponentError, OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except NotImplementedError as error:  # what torch says of a tensor that nobody filled
+        raise Refused(f"{file.path}: lacks tensors that {configs} ask for - export or fetch it again") from error
+    except (SingleFileComponentError, OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
         raise Refused(
-            f"{file.path}: no model of the sizes in {configs} ({reason}) - name its own folder by --config-from"
+            f"{file.path}: not of the sizes in {configs} ({reason}) - name its own diffusers folder by --config-from"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
