@@ -1,7 +1,7 @@
 """Whatever paints: a run, an exported folder or file, or a teacher, opened by what lies there."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,9 +34,9 @@ class Painter:
     encode: Encode
     decode: Decode
     latent_shape: tuple[int, int, int]
-    shift: float = 1.0
-    told: Mapping[str, Any] = field(default_factory=dict)
+    told: Mapping[str, Any]
     """What identifies the weights, for the pictures' metadata."""
+    shift: float = 1.0
 
 
 def open_painter(location: str, device: str, checkpoint: int | None = None, config_from: str | None = None) -> Painter:
@@ -67,7 +67,7 @@ def _of_folder(location: str, device: torch.device) -> Painter:
     folder = _diffusers(location)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     facts = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
-    told = {key: facts[key] for key in ("samples", "recipe_sha256") if key in facts}
+    told: dict[str, Any] = {key: facts[key] for key in ("samples", "recipe_sha256") if key in facts}
     if facts.get("prediction") == "v_prediction":
         parts = load_components(str(folder), device, torch.float32)
         teacher, student = (
@@ -96,7 +96,7 @@ def _of_file(path: Path, device: torch.device, config_from: str | None) -> Paint
     configs = _diffusers(config_from, CONFIGS) if config_from else beside
     shift = file.flow_shift(configs)
     pipeline = open_single(file, configs, device)
-    told = {"hash_sha256": file.told["modelspec.hash_sha256"]} if file.ours else {}
+    told = {key: value for key, value in file.told.items() if key == "modelspec.hash_sha256"}
     if shift is not None:
         return _of_pipeline(pipeline, shift, told)
     return _of_teacher(Components.of_pipeline(pipeline, str(path), configs), told)
@@ -140,4 +140,4 @@ def _of_pipeline(pipeline: StableDiffusionPipeline, shift: float, told: Mapping[
 
     size = pipeline.unet.config.sample_size
     shape = (pipeline.unet.config.in_channels, size, size)
-    return Painter(student_field(Student(pipeline.unet)), encode, decode, shape, shift, told)
+    return Painter(student_field(Student(pipeline.unet)), encode, decode, shape, told, shift)

@@ -42,7 +42,7 @@ class SingleFile:
         `Refused` where the file's own metadata says otherwise.
         """
         if self.ours:
-            return float(self.told["sollune.shift"])
+            return self._own_shift()
         scheduler = read_json(configs / "scheduler" / "scheduler_config.json")
         flow, said = scheduler.get("prediction_type") == "flow_prediction", self.told.get("modelspec.prediction_type")
         if flow and said in ("epsilon", "v"):
@@ -51,6 +51,13 @@ class SingleFile:
                 "name with --config-from the diffusers folder of the model that this file was made from"
             )
         return float(scheduler.get("flow_shift", 1.0)) if flow else None
+
+    def _own_shift(self) -> float:
+        said = self.told.get("sollune.shift", "nothing")
+        try:
+            return float(said)
+        except ValueError as error:
+            raise Refused(f"{self.path}: sollune.shift is {said}, not a number - export the run again") from error
 
 
 def read_single(path: Path) -> SingleFile:
