@@ -39,7 +39,7 @@ COMMANDS = (
     Command("finetune-classes", "stages.finetune_classes", "story", "fine-tune it by class priorities, and export it"),
     Command("evaluate", "stages.evaluate.measure", "tool", "measure a run against its teacher"),
     Command("david", "stages.evaluate.david", "tool", "see what David sees in a run's student (show RUN)"),
-    Command("sample", "stages.evaluate.sample", "tool", "make pictures from a run"),
+    Command("sample", "stages.evaluate.pictures", "tool", "make pictures of a run, an export or a teacher"),
     Command("import", "stages.import_original", "tool", "make a run of the original experiment's checkpoint"),
     Command("export", "stages.export", "tool", "write a run's model for other programs"),
     Command("prompts", "stages.prompts.__main__", "tool", "look at prompts before they are asked (show|sample|stats)"),

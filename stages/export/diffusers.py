@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    SchedulerMixin,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UniPCMultistepScheduler,
-)
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,11 +18,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from configs.atomic import fsync_folder
 from configs.refusal import Refused
 from stages.export.card import card
-from stages.nets.components import check_anatomy, identity, read_json
+from stages.nets.components import check_anatomy, identity
+from stages.nets.scheduler import flow_scheduler, vp_scheduler
 from stages.nets.student import TIME_SCALE, Student
 
 FACTS = "sollune.json"
-VP_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset")
 
 
 def export_diffusers(
@@ -56,32 +49,6 @@ def export_diffusers(
         (folder / "README.md").write_text(card(facts), encoding="utf-8")
         _read_back(folder, weights, dtype)
     return out / "diffusers"
-
-
-def flow_scheduler(flow_shift: float = 1.0) -> UniPCMultistepScheduler:
-    """The one stock scheduler with which the stock pipeline samples a velocity model (formats.md 3.1).
-
-    Order 1 is Euler's predictor with UniPC's corrector: together of order 2, at one call a step. Higher orders do worse
-    under guidance at few steps. On a half-trained embedded teacher's velocity, guidance 5, relative squared error
-    against 60 Heun steps at 4, 8, 16, 25 steps: order 1 .43 .046 .0010 .0004, order 2 .79 .157 .0044 .0004, order 3
-    .79 .33 .096 .0075, plain Euler .52 .043 .0023 .0008. `steps_offset` does not enter the flow grid; without it the
-    pipeline warns of an outdated config. The teacher's betas are left out: nothing reads them here.
-    """
-    return UniPCMultistepScheduler(
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=flow_shift,
-        solver_order=1,
-        final_sigmas_type="zero",
-        steps_offset=1,
-    )
-
-
-def vp_scheduler(teacher_folder: Path) -> DDIMScheduler:
-    """DDIM on the teacher's own betas, for a student that answers with v-prediction on the teacher's path."""
-    config = read_json(teacher_folder / "scheduler" / "scheduler_config.json")
-    kept = {name: config[name] for name in VP_FIELDS if name in config}
-    return DDIMScheduler(**kept, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False)
 
 
 def _own_facts(student: Student, teacher_folder: Path, dtype: torch.dtype, flow_shift: float) -> dict[str, Any]:

@@ -31,6 +31,11 @@ def guided(
     return v_uncond + scale * (v_cond - v_uncond)
 
 
+def of_each(s: float, x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+    """The one time s for each sample of x, in float64."""
+    return torch.full((x.shape[0],), s, dtype=torch.float64, device=x.device)
+
+
 def euler(
     velocity: Velocity, x: Float[Tensor, "b ..."], grid: Iterable[float] | Tensor, callback: Callback | None = None
 ) -> Float[Tensor, "b ..."]:
@@ -38,7 +43,7 @@ def euler(
     for s, s_next in _steps(grid):
         if callback:
             callback(s, x)
-        x = x + (s_next - s) * velocity(x, _of_each(s, x))
+        x = x + (s_next - s) * velocity(x, of_each(s, x))
     if callback:
         callback(s_next, x)
     return x
@@ -51,8 +56,8 @@ def heun(
     for s, s_next in _steps(grid):
         if callback:
             callback(s, x)
-        v = velocity(x, _of_each(s, x))
-        v_next = velocity(x + (s_next - s) * v, _of_each(s_next, x))
+        v = velocity(x, of_each(s, x))
+        v_next = velocity(x + (s_next - s) * v, of_each(s_next, x))
         x = x + (s_next - s) * (v + v_next) / 2
     if callback:
         callback(s_next, x)
@@ -61,7 +66,3 @@ def heun(
 
 def _steps(grid: Iterable[float] | Tensor) -> list[tuple[float, float]]:
     return list(pairwise(float(s) for s in grid))
-
-
-def _of_each(s: float, x: Tensor) -> Float[Tensor, " b"]:
-    return torch.full((x.shape[0],), s, dtype=torch.float64, device=x.device)

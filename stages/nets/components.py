@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -22,7 +23,8 @@ ANATOMY = {
     "out_channels": 4,
 }
 COMPONENTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-FILES = ("*.json", "*.txt", "unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors")
+CONFIGS = ("*.json", "*.txt")
+FILES = (*CONFIGS, "unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,15 @@ class Components:
     tokenizer: CLIPTokenizer
     schedule: Schedule
 
+    @classmethod
+    def of_pipeline(cls, pipeline: StableDiffusionPipeline, location: str, folder: Path) -> "Components":
+        """The frozen parts of a pipeline whose configs lie in `folder`."""
+        schedule = Schedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+        parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+        for part in parts:
+            part.eval().requires_grad_(False)
+        return cls(location, folder, *parts, pipeline.tokenizer, schedule)
+
     @property
     def name(self) -> dict[str, str]:
         """What an export says of its teacher: a hub id may be told to anybody, of a local path only the last part."""
@@ -51,12 +62,12 @@ class Components:
         return self.unet.config["in_channels"], size, size
 
 
-def locate(location: str) -> Path:
-    """The local folder of a model: the folder itself, or a snapshot of the hub repository of that name."""
+def locate(location: str, files: Sequence[str] = FILES) -> Path:
+    """The local folder of a model: the folder itself, or a snapshot of these files of the hub repository."""
     if Path(location).is_dir():
         return Path(location)
     try:
-        return Path(snapshot_download(location, allow_patterns=list(FILES)))
+        return Path(snapshot_download(location, allow_patterns=list(files)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise Refused(
             f"teacher: {location!r} is neither a folder nor a hub repository that can be reached - "

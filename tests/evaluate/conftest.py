@@ -73,5 +73,7 @@ def run_folder(teacher: Teacher, student: Student, tmp_path_factory: pytest.Temp
     checkpoint.mkdir(parents=True)
     save_file(student.state_dict(), checkpoint / "ema.safetensors")
     Origin.of(writer.manifest).save(run)
-    export_diffusers(student, teacher.parts.folder, run / "export", {"samples": SAMPLES}, torch.float32)
+    export_diffusers(
+        student, teacher.parts.folder, run / "export", {"samples": SAMPLES, "teacher": "random"}, torch.float32
+    )
     return run

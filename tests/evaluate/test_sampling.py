@@ -5,10 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.refusal import Refused
 from stages.evaluate.fields import Field
 from stages.evaluate.grid import fixed_noise, fixed_noises, read_settings, save_sheet, sheet
-from stages.evaluate.sample import Sampler, main, sample_student, sample_teacher
+from stages.evaluate.sample import Sampler, sample_student, sample_teacher
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 
@@ -87,46 +86,3 @@ def test_sheet_shows_tiny_pictures_doubled_and_holds_its_settings(tmp_path: Path
         pixels = np.asarray(image)[20:, 180:]
     assert (pixels == 0).all(axis=2).sum() == 16 * 16
     assert [file.name for file in tmp_path.iterdir()] == ["sheet.png"]
-
-
-@pytest.mark.parametrize("kind", ["run", "export", "teacher"])
-def test_sample_command_paints_with_whatever_lies_there(
-    kind: str, run_folder: Path, teacher_folder: Path, tmp_path: Path
-) -> None:
-    folder = {"run": run_folder, "export": run_folder / "export", "teacher": teacher_folder}[kind]
-    (tmp_path / "more.txt").write_text("a green moon\n")
-    out, more = tmp_path / "out.png", tmp_path / "more.txt"
-    words = ["a red star", "--prompts", str(more), "--steps", "2", "--count", "3", "--negative", "a ring"]
-    assert main([str(folder), *words, "--out", str(out)]) == 0
-    settings = read_settings(out)
-    assert settings["texts"] == ["a red star", "a green moon"]
-    assert (settings["run"], settings["steps"], settings["negative"]) == (str(folder), 2, "a ring")
-    with Image.open(out) as image:
-        assert image.size == (180 + 3 * (128 + 4), 20 + 2 * (128 + 4))
-
-
-def test_run_and_its_export_paint_the_same(run_folder: Path, tmp_path: Path) -> None:
-    for name, folder in (("run.png", run_folder), ("export.png", run_folder / "export" / "diffusers")):
-        main([str(folder), "a red star", "--steps", "2", "--count", "1", "--out", str(tmp_path / name)])
-    with Image.open(tmp_path / "run.png") as one, Image.open(tmp_path / "export.png") as other:
-        assert one.tobytes() == other.tobytes()
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ((), "which model"),
-        (("RUN",), "no sentence"),
-        (("RUN", "a star", "--checkpoint", "65"), "there are 64"),
-        (("TEACHER", "a star", "--solver", "heun"), "use euler"),
-        (("TEACHER", "a star", "--checkpoint", "64"), "no run folder"),
-        (("RUN", "a star", "--prompts", "missing.txt"), "missing.txt"),
-    ],
-)
-def test_sample_command_refuses_in_one_line(
-    words: tuple[str, ...], said: str, run_folder: Path, teacher_folder: Path
-) -> None:
-    places = {"RUN": str(run_folder), "TEACHER": str(teacher_folder)}
-    with pytest.raises(Refused, match=said) as refusal:
-        main([places.get(word, word) for word in words])
-    assert "\n" not in str(refusal.value)

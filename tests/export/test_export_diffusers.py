@@ -11,11 +11,12 @@ from transformers import CLIPTokenizer
 
 from configs.refusal import Refused
 from stages.export import main
-from stages.export.diffusers import export_diffusers, flow_scheduler
+from stages.export.diffusers import export_diffusers
 from stages.flow.schedule import Schedule
 from stages.flow.solver import euler, guided
 from stages.nets.components import identity, read_json
 from stages.nets.saved import Origin
+from stages.nets.scheduler import flow_scheduler
 from stages.nets.student import TIME_SCALE, Student, vp_of
 
 TEXTS = ["a small red star at the left", "a large blue ring"]

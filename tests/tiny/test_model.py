@@ -7,10 +7,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from shards.record import BLOCKS
-from stages.export.diffusers import flow_scheduler
 from stages.flow.bridge import Bridge, Schedule
 from stages.nets.components import load_components
 from stages.nets.features import last_resnets
+from stages.nets.scheduler import flow_scheduler
 from stages.prompts import GrammarSource, prompts
 from stages.tiny.check import MODEL, through
 from stages.tiny.fit import PatchCode, Scenes, draw_scenes, fit_code

@@ -1,0 +1,131 @@
+"""The command `sollune sample`: sentences and seeds -> one PNG that can be made again from what it holds."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field as Knob
+
+from configs.load import load, request, resolved_yaml
+from configs.refusal import Refused
+from configs.strict import Strict
+from stages.evaluate.grid import fixed_noise, save_sheet, sheet
+from stages.evaluate.painter import Painter, open_painter
+from stages.evaluate.sample import Sampler, Solve, draw
+from stages.prompts import FileSource
+
+USAGE = 'usage: sollune sample RUN|FOLDER|FILE "a sentence" ... [options], or --help'
+PLACES_AT_ONCE = 4 * 64 * 64
+"""Places of all latents that are computed together: four of SD1.5's, which fit beside the model on a small card."""
+WHY_NOT = {
+    "heun": "a teacher answers at its own steps only",
+    "unipc": "a teacher answers at its own steps only",
+    "ddim": "a model that answers with velocity has no discrete steps",
+}
+
+
+class Config(Strict):
+    """Make a sheet of pictures: `sollune sample RUN|FOLDER|FILE "a sentence" ...`."""
+
+    run: str = Knob(
+        description="run folder, exported folder or -flow.safetensors file, or diffusers folder or hub id of a teacher"
+    )
+    texts: tuple[str, ...] = Knob((), description="sentences, a row each; they may stand right behind the run instead")
+    prompts: Path | None = Knob(None, description="text file with more sentences, one a line")
+    negative: str = Knob("", description="sentence to keep away from")
+    seeds: tuple[int, ...] = Knob(
+        (0, 1, 2, 3), min_length=1, description="a column each; a seed is the same noise for every sentence and model"
+    )
+    solver: Literal["euler", "heun", "unipc", "ddim"] = Knob(
+        "euler",
+        description="euler; heun, of order 2 with two calls a step (students); unipc, as stock diffusers samples an "
+        "export (students); ddim, as stock diffusers samples teachers and students of v-prediction (these)",
+    )
+    steps: int = Knob(25, ge=1, description="steps from noise to data")
+    guidance: float = Knob(5.0, ge=0, description="guidance scale w; 1 is the conditional branch alone")
+    shift: float | None = Knob(
+        None, gt=0, description="shift S of the time grid, above 1 leans to noise; none takes the model's own"
+    )
+    checkpoint: int | None = Knob(
+        None, ge=0, description="checkpoint of the run, in samples seen; none takes the newest"
+    )
+    config_from: str | None = Knob(
+        None,
+        description="diffusers folder or hub id with the configs and tokenizer of a single file; "
+        "none takes diffusers/ beside it",
+    )
+    out: Path = Knob(Path("sample.png"), description="PNG file to write; its metadata hold these settings")
+    device: str = Knob("auto", description="torch device; auto takes a GPU where there is one")
+
+
+def run(config: Config) -> str:
+    """Write the sheet, a row for each sentence and a column for each seed; returns what was done in one line."""
+    asked = _sentences(config)
+    if config.out.suffix.lower() != ".png":
+        raise Refused(f"--out {config.out}: pictures are written as PNG - give it a name that ends in .png")
+    painter = open_painter(config.run, config.device, config.checkpoint, config.config_from)
+    settled = _settled(config, asked, painter)
+    count, size = len(config.seeds), max(1, PLACES_AT_ONCE // (painter.latent_shape[1] * painter.latent_shape[2]))
+    noise = torch.stack([fixed_noise(0, seed, painter.latent_shape) for seed in config.seeds])
+    cond, uncond = painter.encode(asked), painter.encode([config.negative])
+    latents = draw(
+        painter.field,
+        cond.repeat_interleave(count, dim=0),
+        uncond,
+        noise.repeat(len(asked), 1, 1, 1).to(cond.device),
+        _solve(settled, painter),
+        config.guidance,
+        size,
+    )
+    pictures = torch.cat([painter.decode(rows).cpu() for rows in latents.split(size)])
+    columns = [pictures[i::count] for i in range(count)]
+    told = {"sample": settled.model_dump(mode="json", exclude={"out", "device"}), "model": dict(painter.told)}
+    save_sheet(sheet(asked, [f"seed {seed}" for seed in config.seeds], columns), config.out, told)
+    return f"{config.out}: {len(asked)} x {count} pictures of {_spoken(settled)}"
+
+
+def _sentences(config: Config) -> list[str]:
+    file = [row.text for row in FileSource(path=config.prompts).usable()] if config.prompts else []
+    if not (config.texts or file):
+        raise Refused('sample: no sentence - write one behind the model, as in sollune sample RUN "a sentence"')
+    return [*config.texts, *file]
+
+
+def _settled(config: Config, asked: Sequence[str], painter: Painter) -> Config:
+    """The settings with nothing left to the model or to another file; raises `Refused` for what it cannot follow."""
+    if config.solver not in painter.field.solvers:
+        others = " or ".join(painter.field.solvers)
+        raise Refused(f"--solver {config.solver}: {config.run}: {WHY_NOT[config.solver]} - use {others}")
+    if config.solver == "ddim" and config.shift is not None:
+        raise Refused(f"--shift {config.shift:g}: ddim walks the teacher's own steps - leave it out, or use euler")
+    shift = painter.shift if config.shift is None and config.solver != "ddim" else config.shift
+    found = {"texts": tuple(asked), "prompts": None, "shift": shift}
+    return config.model_copy(update={**found, "checkpoint": painter.told.get("checkpoint")})
+
+
+def _solve(config: Config, painter: Painter) -> Solve:
+    if config.solver == "ddim" and painter.field.ddim:
+        return partial(painter.field.ddim.solve, steps=config.steps)
+    said = config.model_dump(include={"solver", "steps", "shift"})
+    return Sampler.model_validate(said).solve(painter.field)
+
+
+def _spoken(config: Config) -> str:
+    where = config.run if config.checkpoint is None else f"{config.run} at {config.checkpoint} samples"
+    shift = "" if config.shift is None else f", shift {config.shift:g}"
+    return f"{where} ({config.solver}, {config.steps} steps, guidance {config.guidance:g}{shift})"
+
+
+def main(argv: Sequence[str]) -> int:
+    """`sollune sample RUN|FOLDER|FILE "a sentence" ... [options]`."""
+    if not argv:
+        raise Refused(f"sample: which model? - {USAGE}")
+    plain = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    asked = request([*(["--run", argv[0]] if plain else []), *argv[plain:]])
+    config = load(Config, "sample", asked.files, asked.options)
+    # Sentences are no words of an option: one may begin with a bracket, which an option would read as a list.
+    config = config.model_copy(update={"texts": (*argv[1:plain], *config.texts)})
+    print(resolved_yaml(config, "sample") if asked.print_config else f"{run(config)}\n", end="")
+    return 0

@@ -1,0 +1,112 @@
+"""One .safetensors file in the LDM layout: what it says of itself, and the stock pipeline that it makes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPTextModel
+
+from configs.refusal import Refused
+from stages.nets.components import check_anatomy, read_json
+from stages.nets.student import TIME_SCALE
+
+PARTS = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+"""Part -> how the names of its tensors begin."""
+OTHERS = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+"""Parts that a file may leave to the folder: exports hold the UNet alone on request."""
+OURS = {"prediction": "velocity", "path": "linear", "time_scale": f"{TIME_SCALE:g}"}
+"""What `sollune export` says in a file's metadata, behind `sollune.`, of a model that we can sample."""
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A file's metadata, and the parts of a model that its tensors belong to."""
+
+    path: Path
+    told: Mapping[str, str]
+    parts: frozenset[str]
+
+    @property
+    def ours(self) -> bool:
+        """Whether `sollune export` wrote it."""
+        return "sollune.prediction" in self.told
+
+    def flow_shift(self, configs: Path) -> float | None:
+        """The shift of a model that answers with velocity; None for a teacher.
+
+        A file of ours says so itself. Of another only the scheduler of `configs` tells, as in stock diffusers; raises
+        `Refused` where the file's own metadata says otherwise.
+        """
+        if self.ours:
+            return self._own_shift()
+        scheduler = read_json(configs / "scheduler" / "scheduler_config.json")
+        flow, said = scheduler.get("prediction_type") == "flow_prediction", self.told.get("modelspec.prediction_type")
+        if flow and said in ("epsilon", "v"):
+            raise Refused(
+                f"{self.path}: its metadata say prediction {said}, and {configs} is a flow model - "
+                "name with --config-from the diffusers folder of the model that this file was made from"
+            )
+        return float(scheduler.get("flow_shift", 1.0)) if flow else None
+
+    def _own_shift(self) -> float:
+        said = self.told.get("sollune.shift", "nothing")
+        try:
+            return float(said)
+        except ValueError as error:
+            raise Refused(f"{self.path}: sollune.shift is {said}, not a number - export the run again") from error
+
+
+def read_single(path: Path) -> SingleFile:
+    """Look into a file without loading it; raises `Refused` for what is no whole SD-1.x model of a known prediction."""
+    if path.suffix != ".safetensors":
+        raise Refused(f"{path}: not a .safetensors file - other formats may run code when opened, so convert it first")
+    try:
+        with safe_open(path, "pt") as opened:
+            told, names = opened.metadata() or {}, list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"{path}: cannot be read ({error}) - export or fetch it again") from error
+    parts = frozenset(part for part, prefix in PARTS.items() if any(name.startswith(prefix) for name in names))
+    file = SingleFile(path, told, parts)
+    if "unet" not in parts:
+        raise Refused(f"{path}: holds no UNet in the LDM layout ({PARTS['unet']}...) - name a whole model's file")
+    for key, value in OURS.items():
+        if file.ours and told.get(f"sollune.{key}") != value:
+            raise Refused(
+                f"{path}: sollune.{key} is {told.get(f'sollune.{key}')}, not {value} - sample its run instead"
+            )
+    return file
+
+
+def open_single(file: SingleFile, configs: Path, device: torch.device) -> StableDiffusionPipeline:
+    """The stock pipeline of the file's weights, in fp32; sizes and words, and the parts it lacks, come from `configs`.
+
+    Raises `Refused` unless every tensor of every part is there, in the size that `configs` say.
+    """
+    check_anatomy(configs)
+    try:
+        others = {
+            part: kind.from_pretrained(configs, subfolder=part, dtype=torch.float32)
+            for part, kind in OTHERS.items()
+            if part not in file.parts
+        }
+        pipeline = StableDiffusionPipeline.from_single_file(
+            str(file.path),
+            config=str(configs),
+            local_files_only=True,
+            dtype=torch.float32,
+            feature_extractor=None,
+            **others,
+        ).to(device)
+    except NotImplementedError as error:  # what torch says of a tensor that nobody filled
+        raise Refused(f"{file.path}: lacks tensors that {configs} ask for - export or fetch it again") from error
+    except (SingleFileComponentError, OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise Refused(
+            f"{file.path}: not of the sizes in {configs} ({reason}) - name its own diffusers folder by --config-from"
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

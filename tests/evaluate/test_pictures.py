@@ -1,0 +1,215 @@
+"""The command `sollune sample`, on everything that it opens."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from configs.refusal import Refused
+from stages.evaluate.grid import as_image, fixed_noise, read_settings
+from stages.evaluate.painter import open_painter
+from stages.evaluate.pictures import main
+from stages.evaluate.sample import Sampler, sample_student
+from stages.export.diffusers import export_diffusers
+from stages.export.ldm import export_ldm
+from stages.nets.saved import Origin
+from stages.nets.student import Student, vp_of
+from stages.nets.teacher import Teacher
+
+FEW = ["--steps", "2", "--seeds", "1"]
+
+
+@pytest.fixture(scope="module")
+def single(run_folder: Path) -> Path:
+    return export_ldm(run_folder / "export" / "diffusers")
+
+
+@pytest.fixture
+def lone(single: Path, tmp_path: Path) -> Path:
+    """The file without the folder beside it."""
+    return Path(shutil.copy(single, tmp_path / single.name))
+
+
+@pytest.fixture
+def nameless(single: Path, tmp_path: Path) -> Path:
+    """The same tensors as another program saves them."""
+    save_file(load_file(single), tmp_path / "merged.safetensors", {"format": "pt"})
+    return tmp_path / "merged.safetensors"
+
+
+def pixels(where: Path, *words: str) -> npt.NDArray[np.int64]:
+    """The sheet that the command writes."""
+    out = where.parent / "sheet.png" if where.is_file() else where / "sheet.png"
+    main([str(where), "a red star", *FEW, *words, "--out", str(out)])
+    with Image.open(out) as image:
+        return np.asarray(image, dtype=np.int64)
+
+
+def assert_same(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> None:
+    """Up to one step of a byte: tensors mapped from two files are aligned differently, and products then round."""
+    assert np.abs(one - other).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["run", "export", "file", "teacher"])
+def test_sample_command_paints_with_whatever_lies_there(
+    kind: str, run_folder: Path, teacher_folder: Path, single: Path, tmp_path: Path
+) -> None:
+    places = {"run": run_folder, "export": run_folder / "export", "file": single, "teacher": teacher_folder}
+    (tmp_path / "more.txt").write_text("a green moon\nshape/ring\ta blue ring\n")
+    out, more = tmp_path / "out.png", tmp_path / "more.txt"
+    words = ["[a] red star", "--prompts", str(more), "--steps", "2", "--seeds", "0", "7", "42", "--negative", "a ring"]
+    assert main([str(places[kind]), *words, "--out", str(out)]) == 0
+    told = read_settings(out)["sample"]
+    assert told["texts"] == ["[a] red star", "a green moon", "a blue ring"]
+    assert (told["run"], told["steps"], told["negative"], told["seeds"]) == (str(places[kind]), 2, "a ring", [0, 7, 42])
+    assert (told["shift"], told["checkpoint"]) == (1.0, 64 if kind == "run" else None)
+    with Image.open(out) as image:
+        assert image.size == (180 + 3 * (128 + 4), 20 + 3 * (128 + 4))
+
+
+def test_a_seed_is_the_same_noise_for_every_sentence_and_number_of_seeds(
+    run_folder: Path, student: Student, teacher: Teacher, tmp_path: Path
+) -> None:
+    main(
+        [
+            str(run_folder),
+            "a blue ring",
+            "a red star",
+            "--steps",
+            "2",
+            "--seeds",
+            "7",
+            "3",
+            "--out",
+            f"{tmp_path}/a.png",
+        ]
+    )
+    noise = fixed_noise(0, 3, (4, 8, 8))[None]
+    cond = teacher.encode(["a red star"])
+    expected = as_image(teacher.decode(sample_student(student, cond, teacher.uncond, noise, Sampler(steps=2)))[0])
+    with Image.open(tmp_path / "a.png") as image:
+        found = image.crop((180 + 132, 20 + 132, 180 + 132 + 128, 20 + 132 + 128))
+    assert_same(np.asarray(found, dtype=np.int64), np.asarray(expected, dtype=np.int64))
+
+
+def test_run_and_its_export_paint_the_same(run_folder: Path) -> None:
+    assert_same(pixels(run_folder), pixels(run_folder / "export" / "diffusers"))
+
+
+def test_a_file_paints_what_its_folder_paints_and_needs_of_another_its_configs_only(
+    single: Path, lone: Path, teacher_folder: Path, run_folder: Path
+) -> None:
+    """The teacher's folder gives sizes and words, while its scheduler for noise prediction is not asked."""
+    noise, sampler = fixed_noise(0, 1, (4, 8, 8))[None], Sampler(steps=2, guidance=3.0)
+    drawn = []
+    for where, configs in ((run_folder / "export", None), (single, None), (lone, str(teacher_folder))):
+        painter = open_painter(str(where), "cpu", config_from=configs)
+        drawn.append(sampler.draw(painter.field, painter.encode(["a red star"]), painter.encode([""]), noise))
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(drawn[2], drawn[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_of_the_unet_alone_takes_the_rest_from_the_folder(lone: Path, teacher_folder: Path) -> None:
+    whole = pixels(lone, "--config-from", str(teacher_folder))
+    told = read_settings(lone.parent / "sheet.png")["model"]
+    kept = {name: value for name, value in load_file(lone).items() if name.startswith("model.")}
+    save_file(kept, lone.parent / "unet-flow.safetensors", {"sollune.prediction": "velocity", **FLOW})
+    assert_same(pixels(lone.parent / "unet-flow.safetensors", "--config-from", str(teacher_folder)), whole)
+    assert told["modelspec.hash_sha256"].startswith("0x")
+
+
+FLOW = {"sollune.path": "linear", "sollune.time_scale": "1000", "sollune.shift": "1"}
+
+
+def test_of_a_file_without_our_metadata_the_folders_scheduler_decides(
+    nameless: Path, run_folder: Path, teacher_folder: Path
+) -> None:
+    as_flow = open_painter(str(nameless), "cpu", config_from=str(run_folder / "export"))
+    as_noise = open_painter(str(nameless), "cpu", config_from=str(teacher_folder))
+    assert as_flow.field.solvers == ("euler", "heun", "unipc")
+    assert as_noise.field.solvers == ("euler", "ddim")
+
+
+def test_a_v_prediction_run_and_its_export_are_the_same_field(
+    student: Student, teacher: Teacher, teacher_folder: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "distill"
+    shutil.copytree(run_folder / "checkpoints", run / "checkpoints")
+    origin = Origin.open(run_folder)
+    Origin(origin.teacher, origin.teacher_sha256, "faithful", origin.recipe_sha256, "vp_v").save(run)
+    speaking = Student(student.unet, vp_of("vp_v", teacher.parts.schedule, "faithful"))
+    folder = export_diffusers(speaking, teacher_folder, run / "export", {"tail": "faithful"}, torch.float32)
+    for solver in ("heun", "ddim"):
+        assert_same(pixels(run, "--solver", solver), pixels(folder, "--solver", solver))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "which model"),
+        (("RUN",), "no sentence"),
+        (("RUN", "a star", "--checkpoint", "65"), "there are 64"),
+        (("RUN", "a star", "--solver", "ddim"), "no discrete steps - use euler or heun or unipc"),
+        (("RUN", "a star", "--seeds"), "--seeds: needs a value"),
+        (("RUN", "a star", "--device", "cuda:99"), "cuda:99"),
+        (("RUN", "a star", "--device", "bogus"), "bogus"),
+        (("RUN", "a star", "--out", "a.jpg"), r"ends in \.png"),
+        (("RUN", "a star", "--config-from", "TEACHER"), "no single file"),
+        (("RUN", "a star", "--prompts", "missing.txt"), "missing.txt"),
+        (("ABOVE", "a star"), "name .*distill"),
+        (("nowhere/to/be/found", "a star"), "neither a run"),
+        (("TEACHER", "a star", "--solver", "heun"), "use euler or ddim"),
+        (("TEACHER", "a star", "--solver", "unipc"), "use euler or ddim"),
+        (("TEACHER", "a star", "--solver", "ddim", "--shift", "2"), "own steps"),
+        (("TEACHER", "a star", "--checkpoint", "64"), "no run folder"),
+        (("nowhere.safetensors", "a star"), "no such file"),
+        (("LONE", "a star"), "keep the export's diffusers/ beside it"),
+        (("NAMELESS", "a star"), "--config-from"),
+        (("WEIGHTS", "a star", "--config-from", "TEACHER"), "no UNet in the LDM layout"),
+    ],
+)
+def test_sample_command_refuses_in_one_line(
+    words: tuple[str, ...], said: str, run_folder: Path, teacher_folder: Path, lone: Path, nameless: Path
+) -> None:
+    weights = run_folder / "checkpoints" / "000000064" / "ema.safetensors"
+    places = {"RUN": run_folder, "ABOVE": run_folder.parent, "TEACHER": teacher_folder, "WEIGHTS": weights}
+    places |= {"LONE": lone, "NAMELESS": nameless}
+    with pytest.raises(Refused, match=said) as refusal:
+        main([str(places.get(word, word)) for word in words])
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("a hole", "lacks tensors"),
+        ("another size", "not of the sizes"),
+        ("says epsilon", "its metadata say prediction epsilon"),
+        ("says v_prediction", "sollune.prediction is v_prediction"),
+        ("cut", "cannot be read"),
+        ("a pickle", "not a .safetensors file"),
+    ],
+)
+def test_a_file_that_would_paint_noise_is_refused(fault: str, said: str, lone: Path, run_folder: Path) -> None:
+    tensors, told, out = load_file(lone), {"format": "pt"}, "model.diffusion_model.out.2.weight"
+    match fault:
+        case "a hole":
+            del tensors[out]
+        case "another size":
+            tensors[out] = torch.zeros(4, 8, 3, 3)
+        case "says epsilon":
+            told["modelspec.prediction_type"] = "epsilon"
+        case "says v_prediction":
+            told["sollune.prediction"] = "v_prediction"
+    save_file(tensors, lone, told)
+    if fault == "cut":
+        lone.write_bytes(lone.read_bytes()[:5000])
+    where = lone.rename(lone.with_suffix(".ckpt")) if fault == "a pickle" else lone
+    with pytest.raises(Refused, match=said) as refusal:
+        open_painter(str(where), "cpu", config_from=str(run_folder / "export"))
+    assert "\n" not in str(refusal.value)

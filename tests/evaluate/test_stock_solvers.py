@@ -1,0 +1,163 @@
+"""`sollune sample` against the stock pipeline: the same noise, the same latents."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+
+from stages.evaluate.grid import fixed_noises
+from stages.evaluate.painter import Painter, open_painter
+from stages.evaluate.sample import Sampler, draw
+from stages.evaluate.stock import open_stock
+from stages.export.diffusers import export_diffusers
+from stages.flow.solver import euler, guided
+from stages.nets.student import TIME_SCALE, Student, vp_of
+from stages.nets.teacher import Teacher
+
+TEXTS = ["a small red star at the left", "a large blue ring"]
+NOISE = fixed_noises(0, 2, (4, 8, 8))
+STEPS, GUIDANCE = 5, 3.0
+
+# diffusers 0.42 hands numpy a tensor that does not know numpy 2's `copy`.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(run_folder: Path) -> Path:
+    return run_folder / "export" / "diffusers"
+
+
+@pytest.fixture(scope="module")
+def painter(folder: Path) -> Painter:
+    return open_painter(str(folder), "cpu")
+
+
+@pytest.fixture(scope="module")
+def opened(folder: Path) -> StableDiffusionPipeline:
+    return open_stock(folder, torch.device("cpu"))
+
+
+@pytest.fixture
+def pipeline(opened: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> StableDiffusionPipeline:
+    """The export in stock diffusers, with a scheduler that a test may swap."""
+    monkeypatch.setattr(opened, "scheduler", type(opened.scheduler).from_config(opened.scheduler.config))
+    return opened
+
+
+def stock(pipeline: StableDiffusionPipeline, **options: Any) -> torch.Tensor:
+    told = {"num_inference_steps": STEPS, **options}
+    return pipeline(TEXTS, guidance_scale=GUIDANCE, latents=NOISE, output_type="latent", **told).images
+
+
+def ours(painter: Painter, sampler: Sampler) -> torch.Tensor:
+    return sampler.draw(painter.field, painter.encode(TEXTS), painter.encode([""]), NOISE)
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def test_euler_is_stock_flow_match_euler(pipeline: StableDiffusionPipeline, painter: Painter) -> None:
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline.scheduler.init_noise_sigma = 1.0
+    grid = torch.linspace(1, 1 / STEPS, STEPS).tolist()
+    drawn = ours(painter, Sampler(steps=STEPS, guidance=GUIDANCE))
+    assert relative(drawn, stock(pipeline, sigmas=grid, num_inference_steps=None)) < 1e-5
+
+
+def test_euler_is_stock_dpm_solver_of_order_one_on_its_grid(
+    pipeline: StableDiffusionPipeline, painter: Painter
+) -> None:
+    """It tells the model whole times, as UniPC does, so ours is told the same."""
+    pipeline.scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=1, steps_offset=1
+    )
+    latents = stock(pipeline)
+    cond, uncond = painter.encode(TEXTS), painter.encode([""])
+
+    def velocity(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return guided(*painter.field.branches(x, (TIME_SCALE * s).floor() / TIME_SCALE, cond, uncond), GUIDANCE)
+
+    with torch.inference_mode():
+        assert relative(euler(velocity, NOISE, pipeline.scheduler.sigmas), latents) < 1e-5
+
+
+@pytest.mark.parametrize("shift", [None, 2.5])
+def test_unipc_is_the_stock_pipeline_with_the_shipped_scheduler(
+    pipeline: StableDiffusionPipeline, painter: Painter, shift: float | None
+) -> None:
+    if shift:
+        pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, flow_shift=shift)
+    sampler = Sampler(solver="unipc", steps=STEPS, guidance=GUIDANCE, shift=shift or 1.0)
+    assert relative(ours(painter, sampler), stock(pipeline)) < 1e-5
+
+
+def ddim(painter: Painter) -> torch.Tensor:
+    steps = painter.field.ddim
+    assert steps
+    cond, uncond = painter.encode(TEXTS), painter.encode([""])
+    return draw(painter.field, cond, uncond, NOISE, lambda v, x: steps.solve(v, x, STEPS), GUIDANCE, 8)
+
+
+def test_ddim_of_a_v_prediction_student_is_stock_ddim(
+    student: Student, teacher: Teacher, teacher_folder: Path, tmp_path: Path
+) -> None:
+    speaking = Student(student.unet, vp_of("vp_v", teacher.parts.schedule, "hold"))
+    exported = export_diffusers(speaking, teacher_folder, tmp_path, {"tail": "hold"}, torch.float32)
+    painter = open_painter(str(exported), "cpu")
+    pipeline = open_stock(exported, torch.device("cpu"))
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    assert painter.field.solvers == ("euler", "heun", "unipc", "ddim")
+    assert relative(ddim(painter), stock(pipeline)) < 1e-5
+
+
+def test_ddim_of_a_teacher_of_noise_prediction_is_stock_ddim(teacher_folder: Path) -> None:
+    pipeline = open_stock(teacher_folder, torch.device("cpu"))
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    assert pipeline.scheduler.config.prediction_type == "epsilon"
+    assert relative(ddim(open_painter(str(teacher_folder), "cpu")), stock(pipeline)) < 1e-5
+
+
+@pytest.mark.parametrize("s", [0.37345, 0.9])
+def test_comfyui_reads_the_exported_unet_as_our_solver_does(folder: Path, painter: Painter, s: float) -> None:
+    """ComfyUI's CONST: x0 = x - sigma * out, with the time sigma * 1000 as a float."""
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    cond, uncond = painter.encode(TEXTS), painter.encode([""])
+    with torch.inference_mode():
+        told = torch.full((2,), s) * 1000
+        theirs = NOISE - s * unet(NOISE, told, cond).sample
+        landed = euler(lambda x, at: painter.field.branches(x, at, cond, uncond)[0], NOISE, (s, 0.0))
+        assert relative(landed, theirs) < 1e-5
+        assert relative(NOISE - s * unet(NOISE, told.long() + 20, cond).sample, theirs) > 1e-4
+
+
+REFUSING = ("EulerDiscrete", "EulerAncestralDiscrete", "DDIM", "HeunDiscrete", "LCM", "PNDM", "FlowMatchEulerDiscrete")
+
+
+@pytest.mark.parametrize("name", REFUSING)
+def test_a_swapped_scheduler_that_would_paint_noise_fails_loudly(pipeline: StableDiffusionPipeline, name: str) -> None:
+    pipeline.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipeline.scheduler.config)
+    with pytest.raises(
+        (ValueError, RuntimeError, AttributeError), match=r"prediction_type|shape|size|init_noise_sigma"
+    ):
+        stock(pipeline)
+
+
+def test_dpm_solver_swapped_in_by_config_samples_what_we_sample(
+    pipeline: StableDiffusionPipeline, painter: Painter
+) -> None:
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    finest = ours(painter, Sampler(solver="heun", steps=12, guidance=GUIDANCE))
+    near, far = (relative(stock(pipeline, num_inference_steps=steps), finest) for steps in (16, 3))
+    assert near < 0.05
+    assert near < far
