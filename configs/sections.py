@@ -7,7 +7,7 @@ import yaml
 
 from configs.refusal import Refused, did_you_mean
 
-SECTIONS = ("cache_teacher", "distill", "finetune_classes", "evaluate", "sample", "export")
+SECTIONS = ("cache_teacher", "distill", "finetune_classes", "evaluate", "sample", "export", "publish")
 
 
 class _Loader(yaml.SafeLoader):

@@ -41,6 +41,7 @@ COMMANDS = (
     Command("david", "stages.evaluate.david", "tool", "see what David sees in a run's student (show RUN)"),
     Command("sample", "stages.evaluate.sample", "tool", "make pictures from a run"),
     Command("export", "stages.export", "tool", "write a run's model for other programs"),
+    Command("publish", "stages.export.publish", "tool", "send a run's export and newest checkpoint to the hub"),
     Command("prompts", "stages.prompts.__main__", "tool", "look at prompts before they are asked (show|sample|stats)"),
     Command("shards", "stages.upkeep", "tool", "verify, mend, show, count or publish a cache"),
 )
