@@ -7,7 +7,9 @@ import yaml
 
 from configs.refusal import Refused, did_you_mean
 
-SECTIONS = ("cache_teacher", "distill", "finetune_classes", "evaluate", "sample", "import", "export")
+SECTIONS = (
+    "cache_teacher", "distill", "finetune_classes", "evaluate", "sample", "import", "export", "publish",
+)  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):

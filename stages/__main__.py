@@ -42,6 +42,7 @@ COMMANDS = (
     Command("sample", "stages.evaluate.pictures", "tool", "make pictures of a run, an export or a teacher"),
     Command("import", "stages.import_original", "tool", "make a run of the original experiment's checkpoint"),
     Command("export", "stages.export", "tool", "write a run's model for other programs"),
+    Command("publish", "stages.export.publish", "tool", "send a run's export and newest checkpoint to the hub"),
     Command("prompts", "stages.prompts.__main__", "tool", "look at prompts before they are asked (show|sample|stats)"),
     Command("shards", "stages.upkeep", "tool", "verify, mend, show, count or publish a cache"),
 )

@@ -1,0 +1,76 @@
+"""`sollune publish RUN --to ORG/NAME`: send a run's export and newest checkpoint to the hub, as often as it takes."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from configs.load import load, request, resolved_yaml
+from configs.refusal import Refused
+from configs.strict import Strict
+from stages.export.parcel import CHECKPOINTS, Parcel, Staging, staging_in
+from stages.export.repository import Repository, reason
+from stages.train.statement import fault_of
+
+USAGE = "usage: sollune publish RUN --to ORG/NAME [--private true|false] [--checkpoint true|false]"
+
+
+class Config(Strict):
+    """Send a run's export, and its newest checkpoint, to a hub repository: `sollune publish RUN --to ORG/NAME`."""
+
+    run: Path = Field(description="run folder, such as runs/tiny/distill")
+    to: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="hub repository, ORG/NAME; made if it is missing")
+    private: bool = Field(True, description="make the repository private, and refuse one that is public already")
+    checkpoint: bool = Field(True, description="send the newest whole checkpoint too, from which a run can go on")
+
+
+def run(config: Config, repository: Repository | None = None) -> None:
+    """Send what is there, and find it there with the right hashes; what already lies there is not sent twice.
+
+    Raises `Refused` when there is nothing to send, no right to, or when it did not arrive.
+    """
+    repository = repository or Repository(config.to, config.private)
+    with staging_in(config.run) as staging:
+        parcels = list(_parcels(config, staging))
+        if not parcels:
+            raise Refused(f"{config.run}: holds neither an export nor a whole checkpoint - name a run that does")
+        for parcel in parcels:
+            try:
+                repository.put(parcel)
+            except Refused:
+                raise
+            except Exception as error:  # what the client and its transports raise has no common name
+                raise Refused(
+                    f"hub {config.to}: {parcel.name} has not arrived ({reason(error)}) - "
+                    "run the same command again, it goes on from there"
+                ) from error
+            print(f"hub {config.to}: {parcel.name} is there, {len(parcel.files())} files with the right hash")
+
+
+def _parcels(config: Config, staging: Staging) -> Iterator[Parcel]:
+    try:
+        if config.checkpoint:
+            for folder in sorted((config.run / CHECKPOINTS).glob("[0-9]*"), reverse=True):
+                if fault := fault_of(folder):
+                    print(f"{folder}: passed over, {fault}")
+                    continue
+                yield staging.checkpoint(folder)
+                break
+        if (config.run / "export").is_dir():
+            yield staging.export(config.run / "export")
+    except OSError as error:
+        raise Refused(f"{config.run}: cannot be read ({reason(error)}) - run the same command again") from error
+
+
+def main(argv: Sequence[str]) -> int:
+    """`sollune publish RUN --to ORG/NAME`."""
+    words = ["--run", *argv] if argv and not argv[0].startswith("-") else list(argv)
+    if not words:
+        raise Refused(f"publish: which run? - {USAGE}")
+    asked = request(words)
+    config = load(Config, "publish", asked.files, asked.options)
+    if asked.print_config:
+        print(resolved_yaml(config, "publish"), end="")
+    else:
+        run(config)
+    return 0
