@@ -22,6 +22,7 @@ from stages.train.david import David, DavidConfig, judge_of
 from stages.train.loop import TrainConfig, fit
 from stages.train.objective import Objective, ObjectiveConfig
 from stages.train.statistics import feature_scale
+from stages.train.validation import Validation, ValidationConfig
 
 
 class Config(Strict):
@@ -39,6 +40,7 @@ class Config(Strict):
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="terms of the loss")
     david: DavidConfig = Field(DavidConfig(), description="who judges the blocks, and what his word is worth")
+    validation: ValidationConfig = Field(ValidationConfig(), description="held-out and seen states measured on the way")
     grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
 
@@ -63,6 +65,8 @@ def run(config: Config) -> None:
     save_resolved(config, folder / "config.yaml", "distill")
     origin.save(folder)
     reader = Reader(cache, "train", config.train.seed, config.train.batch_size, view=config.view)
+    unseen = Reader(cache, "validation", config.train.seed)
+    validation = Validation(config.validation, unseen, reader, teacher) if config.validation.states else None
     judge = judge_of(config.david, reader, student.blocks, folder, config.train.seed, device)
     student = fit(
         student,
@@ -82,6 +86,7 @@ def run(config: Config) -> None:
         },
         judge=judge,
         samples_per_epoch=reader.samples_per_epoch,
+        validation=validation,
     )
 
     if isinstance(judge, David):

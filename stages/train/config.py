@@ -7,6 +7,7 @@ from pydantic import Field
 from configs.strict import Strict
 from stages.train.ema import EmaConfig
 from stages.train.optim import OptimizerConfig
+from stages.train.trackers import TrackingConfig
 
 
 class TrainConfig(Strict):
@@ -28,3 +29,4 @@ class TrainConfig(Strict):
     journal_every_samples: int = Field(640, ge=1, description="samples between two lines of the journal")
     checkpoint_every_samples: int = Field(12_800, ge=1, description="samples between two checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
+    tracking: TrackingConfig = TrackingConfig()

@@ -24,13 +24,15 @@ from stages.train.optim import build_optimizer, learning_rate
 from stages.train.penalty import Penalty
 from stages.train.state import TrainingState
 from stages.train.step import Stepper
+from stages.train.updates import UpdateRatios
+from stages.train.validation import Validation
 
 __all__ = ["Batches", "TrainConfig", "fit"]
 
 Batches: TypeAlias = Callable[[int], Iterator[Batch]]
 """The batches from this sample on; what they hold depends on the number alone."""
 
-FREE_TO_CHANGE = {"journal_every_samples", "checkpoint_every_samples", "keep"}
+FREE_TO_CHANGE = {"journal_every_samples", "checkpoint_every_samples", "keep", "tracking"}
 
 
 def fit(
@@ -46,6 +48,7 @@ def fit(
     identity: Mapping[str, Any],
     judge: Judge | None = None,
     samples_per_epoch: int | None = None,
+    validation: Validation | None = None,
     resume: Resume = "auto",
 ) -> Student:
     """Train the student up to `max_samples` and hand it back wearing its averaged weights.
@@ -78,26 +81,36 @@ def fit(
 
     # The steps
     step = Stepper(state, objective.to(device), uncond.to(device), config, device)
+    updates, facts = UpdateRatios(trained), _identity(config, objective, identity)
     with (
-        Journal(folder, state.samples, config.max_samples, objective.blocks) as journal,
+        Journal(folder, state.samples, config.max_samples, objective.blocks, config.tracking, facts=facts) as journal,
         Interruption() as interruption,
     ):
         waiting = time.perf_counter()
         for batch in chain([first] if first is not None else [], stream):
             before = state.samples
+            after = before + len(batch)
+            told = _due(before, after, config.journal_every_samples)
+            kept = after >= config.max_samples or _due(before, after, config.checkpoint_every_samples)
+            if told or kept:
+                updates.remember()
             journal.add(step(batch, time.perf_counter() - waiting))
             over = state.samples >= config.max_samples
             leave = interruption.signal is not None
+            kept = kept or leave
+            if told or kept:
+                journal.write(state.samples, {"update_ratio": updates.ratios(), **state.judge.told()})
 
-            if over or leave or _due(before, state.samples, config.checkpoint_every_samples):
-                journal.write(state.samples, state.judge.told())
+            measured = validation is not None and not leave and validation.due(before, after, at_checkpoint=kept)
+            if validation is not None and measured:
+                _measure(state, student, validation, journal)
+            if kept:
                 checkpoints.save(state)
                 if leave and not over:
                     _leave(interruption, state.samples, folder)
                 _show(state, student, at_checkpoint)
+            if kept or measured:
                 journal.pause()
-            elif _due(before, state.samples, config.journal_every_samples):
-                journal.write(state.samples, state.judge.told())
             if over:
                 break
             waiting = time.perf_counter()
@@ -120,6 +133,16 @@ def _show(state: TrainingState, student: Student, at_checkpoint: Callable[[int, 
     with state.ema.worn():
         at_checkpoint(state.samples, student.eval())
     student.train()
+
+
+@torch.no_grad()
+def _measure(state: TrainingState, student: Student, validation: Validation, journal: Journal) -> float:
+    """The averaged student's error at held-out states; the journal hears all that was found."""
+    with state.ema.worn():
+        found = validation(student.eval())
+    student.train()
+    journal.note(state.samples, "validation", found.told())
+    return found.score
 
 
 def _identity(config: TrainConfig, objective: Objective, identity: Mapping[str, Any]) -> dict[str, Any]:

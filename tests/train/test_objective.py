@@ -5,7 +5,7 @@ from pydantic import ValidationError
 from configs.refusal import Refused
 from stages.nets.student import StudentOutput
 from stages.train.losses import FeatureScale
-from stages.train.objective import Objective, ObjectiveConfig
+from stages.train.objective import Losses, Objective, ObjectiveConfig
 
 BLOCKS = ("mid", "up_3")
 SCALE = FeatureScale({block: torch.ones(1, 3) for block in BLOCKS})
@@ -93,6 +93,32 @@ def test_omega_weighs_samples_and_is_not_normalised(batch):
     double = objective()(off(batch), batch, torch.ones(2), 0.05, generator(), torch.full((2,), 2.0))
     assert double.total.item() == pytest.approx(2 * plain.total.item())
     assert torch.equal(double.flow_errors, plain.flow_errors)
+
+
+def test_the_parts_of_each_sample_are_told_before_any_weight(batch):
+    omega = torch.tensor([0.0, 3.0])
+    losses = objective(loss_weighting="min_snr")(off(batch), batch, torch.ones(2), 0.05, generator(), omega)
+    assert losses.flow_errors.tolist() == pytest.approx([1.0, 1.0])
+    assert losses.block_errors.flatten().tolist() == pytest.approx([1.0] * 4)
+    assert losses.blocks.tolist() == pytest.approx([1.5, 1.5])
+    w = objective()._guidance_scales(batch, generator())
+    guided = (2 * w - 1) ** 2 / (w**2 + (w - 1) ** 2)  # branches off by 1 and -1
+    assert losses.guidance_errors.tolist() == pytest.approx(guided.tolist())
+    assert torch.equal(losses.omega, omega)
+
+
+def test_the_losses_of_equal_chunks_join_to_those_of_the_batch(batch):
+    exactly = objective(guidance_range=(3, 3))
+    one, two = (
+        exactly(output, batch, torch.ones(2), 0.05, generator(), torch.tensor(omega))
+        for output, omega in ((off(batch), [1.0, 2.0]), (off(batch, 2.0), [0.5, 0.25]))
+    )
+    joined = Losses.joined([one, two])
+    assert joined.total.item() == pytest.approx((one.total.item() + two.total.item()) / 2)
+    assert joined.flow_errors.tolist() == pytest.approx([1.0, 1.0, 4.0, 4.0])
+    assert joined.block_errors.shape == (2, 4)
+    assert joined.omega.tolist() == [1.0, 2.0, 0.5, 0.25]
+    assert joined.flow.item() == pytest.approx((joined.omega * joined.flow_errors).mean().item())
 
 
 def test_min_snr_weighs_velocity_errors_by_time(batch):
