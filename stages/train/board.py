@@ -15,12 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.,:-=+#"
-REFRESH_SECONDS = 1.0
+REFRESH_SECONDS = 2.0
 TREND, WARNINGS = 48, 3
 FORMATS = ("{:.4g}", "{:.3f}", "{:.1e}")
 """Of a block's error, lambda and update ratio."""
 BY_S = {"flow_by_s": "flow", "guidance_by_s": "guidance", "blocks_by_s": "blocks"}
-VALIDATED = {"held_out": "held out", "seen": "seen", "seen_new_noise": "seen, new noise", "cache_gap": "cache gap"}
+VALIDATED = {"held_out": "held out", "seen": "seen", "seen_new_noise": "seen, new noise"}
 
 
 class Clock:
@@ -41,7 +41,7 @@ def share(line: Mapping[str, Any], name: str) -> str:
 
 
 class Board:
-    """The whole run at a glance, drawn anew about once a second."""
+    """The whole run at a glance, drawn anew every other second."""
 
     def __init__(self, title: str, samples: int, max_samples: int, console: Console) -> None:
         self.title, self.samples, self._clock = title, samples, Clock(samples, max_samples)
@@ -57,7 +57,7 @@ class Board:
         self._drawn_at = time.monotonic()
 
     def progress(self, samples: int) -> None:
-        """Move the bar, at most once a second."""
+        """Move the bar, where it was not drawn a moment ago."""
         self.samples = samples
         if time.monotonic() - self._drawn_at >= REFRESH_SECONDS:
             self._draw()
@@ -164,10 +164,17 @@ def _by_s(line: Mapping[str, Any], bars: str) -> Table:
 
 
 def _validation(samples: int, found: Mapping[str, Any], bars: str) -> Table:
-    table = Table.grid(padding=(0, 3))
-    cells = [_named(name, f"{found[key]:.4g}") for key, name in VALIDATED.items() if found.get(key) is not None]
-    drawn = Text(sparkline(found["held_out_by_s"], bars), style="cyan")
-    table.add_row(Text(f"validation after {samples:,}", style="bold"), *cells, drawn)
+    """A row for each set of states, and what noise makes of the seen ones."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(f"validation after {samples:,}")
+    table.add_column("error", justify="right")
+    table.add_column("s 0 .. 1")
+    for key, name in VALIDATED.items():
+        if key in found:
+            by_s = sparkline(found[f"{key}_by_s"], bars)
+            table.add_row(name, f"{found[key]:.4f}", Text(by_s, style="cyan"))
+    if "cache_gap" in found:
+        table.add_row("cache gap", f"{found['cache_gap']:+.4f}")
     return table
 
 

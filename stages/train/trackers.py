@@ -64,7 +64,9 @@ class Online:
     accelerate's trackers would do the same, but only where its global state is, which a journal does not need.
     """
 
-    def __init__(self, name: Name, config: TrackingConfig, folder: Path, samples: int, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, name: Name, config: TrackingConfig, folder: Path, samples: int, facts: Mapping[str, Any]
+    ) -> None:
         run = config.name or "-".join(folder.absolute().parts[-2:])
         told: dict[str, Any] = {"project": config.project, "name": run, "config": dict(facts)}
         self._by_samples = name == "wandb"

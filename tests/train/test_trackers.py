@@ -1,4 +1,4 @@
-"""Trackers read along and never end a run; packages that are not installed here are played by small ones on the path."""
+"""Trackers read along and never end a run; packages that are not installed are played by small ones on the path."""
 
 import json
 import sys
