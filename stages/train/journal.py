@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from configs.atomic import atomic_write
 from stages.flow.timesteps import bin_of
+from stages.train.machine import Machine
 from stages.train.objective import Losses
 
 BINS = 10
@@ -60,6 +61,14 @@ class Window:
         self.data_wait_seconds += step.data_wait_seconds
         self.learning_rate, self.block_weight = step.learning_rate, step.block_weight
 
+    def reduce(self, machine: Machine) -> None:
+        """Put the means and sums over all processes in the place of this one's."""
+        waited = torch.tensor(self.data_wait_seconds, dtype=torch.float64, device=machine.device)
+        bins = [torch.as_tensor(one) for one in (self._bin_errors, self._bin_counts)]
+        *sums, self._bin_errors, self._bin_counts, waited = machine.sum([*self._sums.values(), *bins, waited])
+        self._sums = {name: total / machine.world for name, total in zip(self._sums, sums, strict=True)}
+        self.data_wait_seconds, self.samples = float(waited) / machine.world, self.samples * machine.world
+
     def line(self, samples: int, blocks: Sequence[str]) -> dict[str, Any]:
         """The means of the window as one line of the journal; a bin of s without a sample is null."""
         mean = {name: (total / self.steps).tolist() for name, total in self._sums.items()}
@@ -79,10 +88,15 @@ class Window:
 
 
 class Journal:
-    """`journal.jsonl` and `tensorboard/` of one run folder, taken up again at `samples`; a context that closes both."""
+    """`journal.jsonl` and `tensorboard/` of one run folder, taken up again at `samples`; a context that closes both.
 
-    def __init__(self, folder: Path, samples: int, max_samples: int, blocks: Sequence[str]) -> None:
-        self.path, self.blocks, self.window = folder / "journal.jsonl", tuple(blocks), Window()
+    All processes of a run count their steps in and ask for lines together; only the main one has a file and a bar.
+    """
+
+    def __init__(self, folder: Path, samples: int, max_samples: int, blocks: Sequence[str], machine: Machine) -> None:
+        self.path, self.blocks, self.window, self.machine = folder / "journal.jsonl", tuple(blocks), Window(), machine
+        if not machine.is_main:
+            return
         forget_after(self.path, samples)
         # Later steps of an earlier life are hidden from TensorBoard too.
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=samples + 1)
@@ -95,25 +109,32 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
-        self._tensorboard.close()
+        if self.machine.is_main:
+            self._bar.close()
+            self._tensorboard.close()
 
     def add(self, step: Step) -> None:
         """Count one step in."""
         self.window.add(step)
-        self._bar.update(len(step.s))
+        if self.machine.is_main:
+            self._bar.update(len(step.s) * self.machine.world)
 
     def write(self, samples: int, more: Mapping[str, Any] = NOTHING) -> None:
         """Write the means since the last line and `more`, if there was a step since, and begin a new window."""
         if not self.window.steps:
             return
+        self.window.reduce(self.machine)
+        if self.machine.is_main:
+            self._write(samples, more)
+        self.window = Window()
+
+    def _write(self, samples: int, more: Mapping[str, Any]) -> None:
         line = {**self.window.line(samples, self.blocks), **more}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in flat(line):
             self._tensorboard.add_scalar(name, value, samples)
         self._bar.set_postfix(loss=f"{line['loss']:.4f}", flow=f"{line['flow']:.4f}", refresh=False)
-        self.window = Window()
 
     def pause(self) -> None:
         """Leave out of the rate what happens between two windows (a checkpoint, a grid)."""
