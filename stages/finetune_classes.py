@@ -24,7 +24,9 @@ from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, PromptSource, Split, source_identity
 from stages.targets import RenderConfig, make_records, recipe_of
+from stages.train.hooks import Hooks
 from stages.train.loop import TrainConfig, fit
+from stages.train.machine import Machine
 from stages.train.mixture import Mixture, rows_of
 from stages.train.objective import Objective, ObjectiveConfig
 from stages.train.statistics import feature_scale
@@ -53,18 +55,27 @@ class Config(Strict):
 
 def run(config: Config) -> None:
     """Paint, study, measure and export; what is finished already is kept."""
-    folder, device = config.run / "classes", device_of(config.device)
+    machine = Machine(device_of(config.device), config.train.precision)
+    machine.rows(config.train.batch_size, config.train.accumulate)
+    folder, device = config.run / "classes", machine.device
     saved = open_run(config.run / "distill")
     origin = saved.origin.at(config.teacher)
     teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
     classes = load_classes(config.classes)
 
-    paint(config, folder / "cache", teacher, classes)
-    remember(config, origin)
+    machine.on_main(paint, config, folder / "cache", teacher, classes)
+    machine.on_main(remember, config, origin)
 
-    distilled = load_student(saved, teacher.parts)
-    student = study(config, folder, teacher, classes, load_student(saved, teacher.parts), saved.weights)
+    student = study(config, machine, teacher, classes, load_student(saved, teacher.parts), saved.weights)
+    machine.on_main(finish, config, origin, teacher, classes, load_student(saved, teacher.parts), student)
+    machine.close()
 
+
+def finish(
+    config: Config, origin: Origin, teacher: Teacher, classes: ClassFile, distilled: Student, student: Student
+) -> None:
+    """Measure each class before and after, and export the student, verified."""
+    folder = config.run / "classes"
     asked = exam_prompts(config, classes)
     results = {
         name: examine(model, teacher, asked, config.scorer, config.exam)
@@ -112,8 +123,11 @@ def repaint(config: Config, origin: Origin) -> None:
     paint(config, config.run / "classes" / "cache", teacher, load_classes(config.classes))
 
 
-def study(config: Config, folder: Path, teacher: Teacher, classes: ClassFile, student: Student, start: Path) -> Student:
+def study(
+    config: Config, machine: Machine, teacher: Teacher, classes: ClassFile, student: Student, start: Path
+) -> Student:
     """Train on batches of class pictures, weighted by priority, and of the distillation cache."""
+    folder = config.run / "classes"
     in_classes, in_prior = rows_of(config.train.batch_size, config.prior_share)
     painted = Reader(folder / "cache", "train")
     weights = draw_weights(classes, Counter(painted.class_names()))
@@ -121,6 +135,8 @@ def study(config: Config, folder: Path, teacher: Teacher, classes: ClassFile, st
     mixture = Mixture(
         classes=Reader(folder / "cache", "train", seed, in_classes, class_weights=weights),
         prior=Reader(config.run / "cache", "train", seed, in_prior),
+        rank=machine.rank,
+        world=machine.world,
     )
     return fit(
         student.requires_grad_(True),
@@ -129,14 +145,14 @@ def study(config: Config, folder: Path, teacher: Teacher, classes: ClassFile, st
         teacher.uncond,
         config.train,
         folder,
-        grids_beside(teacher, config.grid, folder / "grids"),
-        device=device_of(config.device),
+        machine=machine,
         identity={
             "recipe": painted.manifest.recipe.fingerprint(),
             "prior": mixture.prior.manifest.recipe.fingerprint(),
             "prior_share": config.prior_share,
             "start": hashlib.sha256(start.read_bytes()).hexdigest(),
         },
+        hooks=Hooks(at_checkpoint=grids_beside(teacher, config.grid, folder / "grids")),
     )
 
 

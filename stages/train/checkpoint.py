@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 
 from configs.atomic import fsync_folder
 from configs.refusal import Refused
+from stages.train.hooks import Elsewhere
 from stages.train.state import TrainingState
 
-SCHEMA = 2
+SCHEMA = 3
 PARTIAL = ".partial"
 MARGIN_BYTES = 1 << 20
 
@@ -36,9 +37,10 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
 
-    def save(self, state: TrainingState) -> Path:
+    def save(self, state: TrainingState, score: float | None = None) -> Path:
         """Write a checkpoint, read it back, and only then delete the oldest ones beyond `keep`.
 
+        `score` is the error that validation found, if any.
         Raises `Refused` when the disk has no room; nothing half-written stays then.
         """
         self.refuse_small_disk(state)
@@ -47,7 +49,7 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
-            self._write(partial, state)
+            self._write(partial, state, score)
             # Only a checkpoint that was passed over as broken can stand here under the same name.
             shutil.rmtree(final, ignore_errors=True)
             partial.replace(final)
@@ -76,10 +78,10 @@ class Checkpoints:
                 "free some space or choose another run folder, then start again: it goes on"
             )
 
-    def restore(self, state: TrainingState, resume: Resume) -> Path | None:
+    def restore(self, state: TrainingState, resume: Resume, elsewhere: Elsewhere | None = None) -> Path | None:
         """Bring `state` to the newest whole checkpoint, saying which it is and which were passed over and why.
 
-        None when there is no whole one: the run starts at its beginning.
+        When none is whole, `elsewhere` is asked for one. None when it has none either: the run starts at its beginning.
         """
         for leftover in self.folder.glob(f".*{PARTIAL}"):
             print(f"{leftover}: half-written, removed")
@@ -90,19 +92,23 @@ class Checkpoints:
             if fault := fault_of(folder):
                 print(f"{folder}: passed over, {fault}")
                 continue
-            self._refuse_other_run(folder)
-            state.read(folder, int(folder.name))
-            return folder
-        return None
+            return self._taken(folder, state)
+        brought = elsewhere(self.folder) if elsewhere is not None else None
+        return None if brought is None else self._taken(brought, state)
+
+    def _taken(self, folder: Path, state: TrainingState) -> Path:
+        self._refuse_other_run(folder)
+        state.read(folder, int(folder.name))
+        return folder
 
     def _folders(self) -> list[Path]:
         """Every checkpoint by age, whole or not."""
         return sorted(path for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
 
-    def _write(self, folder: Path, state: TrainingState) -> None:
+    def _write(self, folder: Path, state: TrainingState, score: float | None) -> None:
         state.write(folder)
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-        facts = {"schema": SCHEMA, "samples": state.samples, "identity": self.identity, "files": files}
+        facts = {"schema": SCHEMA, "samples": state.samples, "score": score, "identity": self.identity, "files": files}
         (folder / "state.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         for path in folder.iterdir():
             with open(path, "rb") as handle:

@@ -15,6 +15,11 @@ class Interruption:
         self.signal: signal.Signals | None = None
         self._earlier: dict[signal.Signals, object] = {}
 
+    @property
+    def number(self) -> int:
+        """The signal's number, 0 when there was none."""
+        return int(self.signal or 0)
+
     def __enter__(self) -> "Interruption":
         # Python hands signals to the main thread only; elsewhere they keep their meaning.
         if threading.current_thread() is threading.main_thread():

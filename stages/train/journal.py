@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -10,10 +10,10 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from configs.atomic import atomic_write
 from stages.train.live import Silent, view_of
+from stages.train.machine import Machine
 from stages.train.trackers import NOTHING, TrackingConfig, trackers_of
 from stages.train.window import Step, Window
 
@@ -26,8 +26,8 @@ GIB = 2**30
 class Journal:
     """`journal.jsonl` of one run folder, taken up again at `samples`, and all who read along; a context.
 
-    Every process has one, and all call it alike: `reduce` adds the sums of all processes up, and only the `main` one
-    writes and shows anything. `facts` (the configuration, say) are told to the trackers once.
+    All processes of a run count their steps in and ask for lines together; only the main one writes and shows
+    anything. `facts` (the configuration, say) are told to the trackers once.
     """
 
     def __init__(
@@ -36,20 +36,18 @@ class Journal:
         samples: int,
         max_samples: int,
         blocks: Sequence[str],
+        machine: Machine,
         tracking: TrackingConfig | None = None,
-        *,
         facts: Mapping[str, Any] = NOTHING,
-        reduce: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
-        main: bool = True,
     ) -> None:
-        self.path, self.blocks, self.window = folder / FILE, tuple(blocks), Window()
-        self._reduce, self._main = reduce, main
-        if main:
+        self.path, self.blocks, self.window, self.machine = folder / FILE, tuple(blocks), Window(), machine
+        if machine.is_main:
             forget_after(self.path, samples)
-        self._trackers = trackers_of(tracking or TrackingConfig(), folder, samples, facts) if main else None
-        self._view = view_of(str(folder), samples, max_samples) if main else Silent()
+        asked = (tracking or TrackingConfig()) if machine.is_main else TrackingConfig(to=())
+        self._trackers = trackers_of(asked, folder, samples, facts)
+        self._view = view_of(str(folder), samples, max_samples) if machine.is_main else Silent()
         self._samples, self._paused_seconds = samples, 0.0
-        for trouble in self._trackers.start() if self._trackers else []:
+        for trouble in self._trackers.start():
             self.warn(trouble)
 
     def __enter__(self) -> "Journal":
@@ -58,7 +56,7 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for trouble in self._trackers.close() if self._trackers else []:
+        for trouble in self._trackers.close():
             self.warn(trouble)
         self._view.close()
 
@@ -69,12 +67,15 @@ class Journal:
         yield
         self.window.bookkeeping_seconds += time.perf_counter() - begun
 
-    def add(self, step: Step, samples: int | None = None) -> None:
-        """Count one step in; `samples` are those seen by all processes, unless told those of this one."""
+    def add(self, step: Step | None, samples: int) -> None:
+        """Count one step in, after which all processes have seen so many samples; None is a step that was skipped."""
         with self.bookkeeping():
-            self.window.add(step)
-            self._samples = self._samples + len(step.s) if samples is None else samples
-            self._view.progress(self._samples)
+            self._samples = samples
+            if step is None:
+                self.warn("step skipped, loss or gradient was not finite; mishaps.jsonl names the samples")
+            else:
+                self.window.add(step)
+            self._view.progress(samples)
 
     def write(self, samples: int, more: Mapping[str, Any] = NOTHING, warnings: Sequence[str] = ()) -> None:
         """Write the means since the last line and `more`, if there was a step since, and begin a new window.
@@ -84,9 +85,9 @@ class Journal:
         if not self.window.steps:
             return
         begun, own = time.perf_counter(), self.window.sums()
-        sums = dict(zip(own, self._reduce(list(own.values())), strict=True))
-        if self._main:
-            line = {**self.window.line(samples, self.blocks, sums), "memory_gib": memory_gib(own["loss"].device)}
+        sums = dict(zip(own, self.machine.sum(list(own.values())), strict=True))
+        if self.machine.is_main:
+            line = {**self.window.line(samples, self.blocks, sums), "memory_gib": memory_gib(self.machine.device)}
             line |= {"paused_seconds": self._paused_seconds, **more}
             self._append(line)
             self._view.line(line, [*warnings, *self._track(flat(line), samples)])
@@ -96,7 +97,7 @@ class Journal:
 
     def note(self, samples: int, kind: str, found: Mapping[str, Any]) -> None:
         """Write a line of another kind, such as a validation."""
-        if not self._main:
+        if not self.machine.is_main:
             return
         self._append({"samples": samples, "kind": kind, **found})
         for trouble in self._track([(f"{kind}/{name}", value) for name, value in flat(found)], samples):
@@ -117,7 +118,7 @@ class Journal:
             file.write(json.dumps(line) + "\n")
 
     def _track(self, named: Sequence[tuple[str, float]], samples: int) -> list[str]:
-        return self._trackers.log(dict(named), samples) if self._trackers else []
+        return self._trackers.log(dict(named), samples)
 
 
 def memory_gib(device: torch.device) -> float:

@@ -134,13 +134,13 @@ class Objective:
         batch: Batch,
         lambdas: Float[Tensor, " n_blocks"],
         block_weight: float,
-        generator: torch.Generator,
+        scales: Float[Tensor, " b"],
         omega: Float[Tensor, " b"] | None = None,
     ) -> Losses:
         """The loss of a batch, `block_weight` being that of the block term at present.
 
-        `omega` weighs whole samples and is not normalised inside the batch (mathematics.md section 4); `generator`
-        lies on the CPU.
+        `scales` are the guidance scales w of the samples; `omega` weighs whole samples and is not normalised inside
+        the batch (mathematics.md section 4).
         """
         config = self.config
         omega = torch.ones_like(batch.s) if omega is None else omega
@@ -151,8 +151,7 @@ class Objective:
         flow_errors = (conditional + config.uncond_weight * unconditional) / (1 + config.uncond_weight)
         flow = (weights * flow_errors).mean()
 
-        w = self._guidance_scales(batch, generator)
-        guided_errors = guidance_error(output.v_cond - batch.v_cond, output.v_uncond - batch.v_uncond, w)
+        guided_errors = guidance_error(output.v_cond - batch.v_cond, output.v_uncond - batch.v_uncond, scales)
         guidance = (weights * guided_errors).mean()
 
         with torch.set_grad_enabled(block_weight > 0 and torch.is_grad_enabled()):
@@ -166,10 +165,10 @@ class Objective:
         parts = (flow, guidance, blocks, flow_errors, guided_errors, by_block)
         return Losses(total, rest, *(part.detach() for part in parts), omega)
 
-    def _guidance_scales(self, batch: Batch, generator: torch.Generator) -> Float[Tensor, " b"]:
+    def guidance_scales(self, count: int, generator: torch.Generator) -> Float[Tensor, " b"]:
+        """So many guidance scales, drawn on the CPU."""
         lowest, highest = self.config.guidance_range
-        drawn = lowest + (highest - lowest) * torch.rand(len(batch.s), generator=generator)
-        return drawn.to(batch.s.device)
+        return lowest + (highest - lowest) * torch.rand(count, generator=generator)
 
     def _block_errors(self, output: StudentOutput, batch: Batch) -> Float[Tensor, "n_blocks b"]:
         targets = {block: batch.features[block] for block in self.blocks}

@@ -25,13 +25,10 @@ ROWS_AT_ONCE = 16
 
 
 class ValidationConfig(Strict):
-    """How often, and on how many states, the averaged student is measured while it trains."""
+    """On how many states the averaged student is measured at each checkpoint."""
 
     states: int = Field(
         160, ge=0, description="held-out states, and as many seen ones, as stored and under new noise; 0 for none"
-    )
-    every_samples: int | None = Field(
-        None, ge=1, description="samples between two validations; none takes the rhythm of the checkpoints"
     )
 
 
@@ -70,18 +67,15 @@ class Validation:
 
     def __init__(self, config: ValidationConfig, unseen: Reader, seen: Reader, teacher: Teacher, seed: int = 0) -> None:
         """`unseen` reads the split for validation, `seen` what is trained on; `teacher` answers at the new states."""
-        self._config, self._uncond = config, teacher.uncond
+        self._uncond = teacher.uncond
         self._held_out = tuple(held_out(unseen, config.states, ROWS_AT_ONCE))
         self._seen = tuple(seen_states(seen, config.states))
         self._anew = tuple(noised_anew(teacher, self._seen, seed))
 
-    def due(self, before: int, after: int, at_checkpoint: bool) -> bool:
-        """Whether to measure after the step that led from `before` to `after`."""
-        every = self._config.every_samples
-        return at_checkpoint if every is None else after // every > before // every
-
-    def __call__(self, student: Student) -> Validated:
-        """Measure; the student should be in eval mode and wear its average."""
+    def __call__(self, student: Student) -> Validated | None:
+        """Measure, if there is anything to measure at; the student should be in eval mode and wear its average."""
+        if not self._held_out:
+            return None
         begun = time.perf_counter()
         unseen = velocity_errors(student, self._held_out, self._uncond)
         seen, anew = (
@@ -102,7 +96,7 @@ def seen_states(reader: Reader, most: int) -> Iterator[Known]:
     that difference too.
     """
     rows: list[tuple[Record, int]] = []
-    for first in range(0, reader.samples_per_epoch, ROWS_AT_ONCE):
+    for first in range(0, reader.samples_per_epoch if most else 0, ROWS_AT_ONCE):
         last = min(first + ROWS_AT_ONCE, reader.samples_per_epoch)
         places = zip(*reader.order.at(np.arange(first, last)), strict=True)
         found = ((reader.number(int(record)), int(draw)) for record, draw in places)

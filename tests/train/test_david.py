@@ -60,7 +60,14 @@ def spoken(judge: David, batch: Batch, features: dict[str, torch.Tensor]) -> tor
     """His lambdas once the warm-up is over."""
     output = StudentOutput(batch.v_cond, batch.v_uncond, features)
     static = torch.ones(len(judge.assessor.blocks))
-    return [judge.lambdas(batch, output, static) for _ in range(4)][-1]
+    return [told(judge, batch, output, static) for _ in range(4)][-1]
+
+
+def told(judge: David, batch: Batch, output: StudentOutput, static: torch.Tensor) -> torch.Tensor:
+    """His lambdas once he has learnt from this batch."""
+    judge.lambdas(static)
+    judge.learn(judge.hear(batch, output, judge.omega(batch)), len(batch))
+    return judge.lambdas(static)
 
 
 def test_a_faultless_student_is_weighed_as_configured(run: Path) -> None:
@@ -80,7 +87,7 @@ def test_what_he_says_of_a_block_that_counts_nothing_is_no_voice(run: Path) -> N
         static = torch.ones(9)
         static[8] = 0 if silent else 1
         for _ in range(4):
-            judge.lambdas(batch, output, static)
+            told(judge, batch, output, static)
         found = judge.variation()
         assert found is not None
         assert found.silent == silent
@@ -101,8 +108,7 @@ def test_nobody_is_fitted_where_nothing_depends_on_him(tmp_path: Path, run: Path
     deaf = DavidConfig.model_validate({"fusion": {"formula": "static"}})
     judge = judge_of(deaf, Reader(run / "cache"), BLOCKS, tmp_path, 0, CPU)
     assert not list(tmp_path.iterdir())
-    _, batch = david(run)
-    found = judge.lambdas(batch, StudentOutput(batch.v_cond, batch.v_uncond, {}), torch.full((9,), 2.0))
+    found = judge.lambdas(torch.full((9,), 2.0))
     assert found.tolist() == pytest.approx([2 * W[block] for block in BLOCKS])
 
 

@@ -5,11 +5,14 @@ import pytest
 import torch
 
 from stages.train.journal import Journal, Step, Window, flat, forget_after, memory_gib, steps_told
+from stages.train.machine import Machine
 from stages.train.objective import Losses
 from stages.train.trackers import TrackingConfig
 
 BLOCKS = ("mid", "up_3")
 QUIET = TrackingConfig(to=())
+CPU = torch.device("cpu")
+ALONE = Machine(CPU)
 
 
 def step(
@@ -79,31 +82,47 @@ def test_the_sums_of_two_processes_make_the_line_of_one_that_saw_all():
     assert apart["data_wait_seconds"] == 0.25  # of one process, on the average
 
 
-def test_only_the_main_process_writes_and_both_add_up(tmp_path, capsys):
-    heard = []
+class Twin:
+    """One of two processes that see the same."""
 
-    def doubled(tensors):
-        heard.append(len(tensors))
+    device, world = CPU, 2
+
+    def __init__(self, is_main: bool) -> None:
+        self.is_main, self.heard = is_main, 0
+
+    def sum(self, tensors):
+        self.heard = len(tensors)
         return [2 * tensor for tensor in tensors]
 
-    for main in (False, True):
-        with Journal(tmp_path, 0, 8, BLOCKS, QUIET, main=main, reduce=doubled) as journal:
-            journal.add(step([1.0, 3.0], [0.05, 0.95]))
+
+def test_only_the_main_process_writes_and_both_add_up(tmp_path, capsys):
+    twins = [Twin(is_main=False), Twin(is_main=True)]
+    for twin in twins:
+        with Journal(tmp_path, 0, 8, BLOCKS, twin, QUIET) as journal:
+            journal.add(step([1.0, 3.0], [0.05, 0.95]), 4)
             journal.write(4)
             journal.note(4, "validation", {"held_out": 0.5})
             journal.warn("nothing")
             journal.pause()
-    assert len(heard) == 2
-    assert heard[0] == heard[1]
+    assert twins[0].heard == twins[1].heard > 0
     lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     assert [line.get("kind") for line in lines] == [None, "validation"]
     assert lines[0]["flow"] == 2.0
-    assert capsys.readouterr().out.count("train samples=4 of=8") == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in said] == [[word, "samples=4"] for word in ("train", "validation", "warning")]
+
+
+def test_a_skipped_step_is_told_and_counted_into_nothing(tmp_path, capsys):
+    with Journal(tmp_path, 0, 8, BLOCKS, ALONE, QUIET) as journal:
+        journal.add(None, 2)
+        journal.write(2)
+    assert not (tmp_path / "journal.jsonl").exists()
+    assert "warning samples=2 step skipped" in capsys.readouterr().out
 
 
 def test_a_line_of_another_kind_is_no_line_of_training(tmp_path):
-    with Journal(tmp_path, 0, 8, BLOCKS, QUIET) as journal:
-        journal.add(step([1.0, 3.0], [0.05, 0.95]))
+    with Journal(tmp_path, 0, 8, BLOCKS, ALONE, QUIET) as journal:
+        journal.add(step([1.0, 3.0], [0.05, 0.95]), 2)
         journal.write(2)
         journal.note(2, "validation", {"held_out": 0.5})
     assert [line["samples"] for line in steps_told(tmp_path)] == [2]
@@ -112,8 +131,8 @@ def test_a_line_of_another_kind_is_no_line_of_training(tmp_path):
 def test_what_happens_between_two_windows_is_told_and_left_out_of_the_rate(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    with Journal(tmp_path, 0, 8, BLOCKS, QUIET) as journal:
-        journal.add(step([1.0, 3.0], [0.05, 0.95]))
+    with Journal(tmp_path, 0, 8, BLOCKS, ALONE, QUIET) as journal:
+        journal.add(step([1.0, 3.0], [0.05, 0.95]), 2)
         now[0] = 2.0
         journal.write(2)
         now[0] = 102.0
@@ -121,7 +140,7 @@ def test_what_happens_between_two_windows_is_told_and_left_out_of_the_rate(tmp_p
         with journal.bookkeeping():
             now[0] = 103.0
         now[0] = 106.0
-        journal.add(step([1.0, 3.0], [0.05, 0.95]))
+        journal.add(step([1.0, 3.0], [0.05, 0.95]), 2)
         journal.write(4)
     first, second = steps_told(tmp_path)
     assert (first["samples_per_second"], first["paused_seconds"]) == (1.0, 0.0)
@@ -130,7 +149,7 @@ def test_what_happens_between_two_windows_is_told_and_left_out_of_the_rate(tmp_p
 
 
 def test_memory_is_that_of_the_process_on_a_cpu():
-    assert 0.05 < memory_gib(torch.device("cpu")) < 100
+    assert 0.05 < memory_gib(CPU) < 100
 
 
 def test_trackers_get_every_number_by_name():
@@ -139,8 +158,8 @@ def test_trackers_get_every_number_by_name():
 
 
 def test_a_journal_line_is_made_of_plain_numbers(tmp_path):
-    with Journal(tmp_path, 0, 8, BLOCKS, QUIET) as journal:
-        journal.add(step([1.0, 3.0], [0.05, 0.95]))
+    with Journal(tmp_path, 0, 8, BLOCKS, ALONE, QUIET) as journal:
+        journal.add(step([1.0, 3.0], [0.05, 0.95]), 2)
         journal.write(2, {"asked": 1})
     line = steps_told(tmp_path)[0]
     assert line["asked"] == 1

@@ -18,7 +18,7 @@ def losses(weight: float, pull: float) -> Losses:
 
 
 def looked(penalty: Penalty, pull: float, samples: int, progress: float = 0.0) -> Penalty:
-    penalty.look(losses(penalty.weight(progress), pull), progress, samples, [PARAMETER])
+    penalty.learn(penalty.measure(losses(penalty.weight(progress), pull), progress, samples, [PARAMETER]), samples)
     return penalty
 
 

@@ -14,6 +14,7 @@ from shards.record import BlockFeatures, Draws, Record
 from shards.view import View
 from shards.writer import CacheWriter
 from stages.nets.student import StudentOutput
+from stages.train.hooks import Hooks
 from stages.train.validation import ROWS_AT_ONCE, Validated, Validation, ValidationConfig
 from stages.train.velocity import RelativeError, VelocityErrors
 
@@ -140,18 +141,10 @@ def test_a_cache_without_renoised_states_tells_of_held_out_ones_alone(tmp_path):
     assert found.score < 1e-6
 
 
-def test_it_is_due_with_each_checkpoint_or_at_its_own_rhythm(folder):
-    made = validation(folder)
-    assert [made.due(0, 8, at_checkpoint=kept) for kept in (True, False)] == [True, False]
-    readers = (Reader(folder, "validation"), Reader(folder))
-    own = Validation(ValidationConfig(states=2, every_samples=10), *readers, FormulaTeacher())
-    assert [own.due(before, before + 4, at_checkpoint=True) for before in (0, 4, 8, 12, 16)] == [
-        False,
-        False,
-        True,
-        False,
-        True,
-    ]
+def test_without_states_there_is_nothing_to_find(folder):
+    teacher = FormulaTeacher()
+    assert validation(folder, 0, teacher)(Exact()) is None
+    assert teacher.asked == []
 
 
 class Stub:
@@ -159,9 +152,6 @@ class Stub:
 
     def __init__(self) -> None:
         self.shown: list[Tensor] = []
-
-    def due(self, before: int, after: int, *, at_checkpoint: bool) -> bool:
-        return at_checkpoint
 
     def __call__(self, student: nn.Module) -> Validated:
         assert not student.training
@@ -172,11 +162,8 @@ class Stub:
 
 def test_training_is_measured_with_each_checkpoint_and_not_moved_by_it(tmp_path, train):
     shown, stub = [], Stub()
-    measured = train(
-        tmp_path / "a",
-        validation=stub,
-        at_checkpoint=lambda _samples, student: shown.append(student.conv.weight.detach().clone()),
-    )
+    look = Hooks(stub, at_checkpoint=lambda _samples, student: shown.append(student.conv.weight.detach().clone()))
+    measured = train(tmp_path / "a", hooks=look)
     plain = train(tmp_path / "b")
     assert torch.equal(measured.conv.weight, plain.conv.weight)
     assert all(torch.equal(one, two) for one, two in zip(stub.shown, shown, strict=True))
