@@ -40,6 +40,11 @@ def share(line: Mapping[str, Any], name: str) -> str:
     return f"{100 * line[name] / line['window_seconds']:.1f}%"
 
 
+def counted(line: Mapping[str, Any]) -> dict[str, int]:
+    """The steps of the run that were skipped and the losses that were spikes, where there are any."""
+    return {name: line[name] for name in ("skipped", "spikes") if line.get(name)}
+
+
 class Board:
     """The whole run at a glance, drawn anew every other second."""
 
@@ -124,6 +129,8 @@ class Board:
             _named("memory", f"{line['memory_gib']:.2f} GiB"),
         )
         figures.add_row(_named("flow so far", ""), Text(sparkline(list(self._trend), self._bars), style="cyan"))
+        if went_wrong := counted(line):
+            figures.add_row(*(Text(f"{name} {count}", style="yellow") for name, count in went_wrong.items()))
         return figures
 
 

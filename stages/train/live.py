@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from stages.train.board import Board, Clock, share
+from stages.train.board import Board, Clock, counted, share
 
 
 class View(Protocol):
@@ -68,7 +68,8 @@ class Lines:
         told += [f"{name}={line[name]:.4g}" for name in ("loss", "flow", "guidance", "block_term", "grad_norm")]
         told += [f"lr={line['learning_rate']:.3g} rate={line['samples_per_second']:.1f}/s"]
         told += [f"wait={share(line, 'data_wait_seconds')} memory={line['memory_gib']:.2f}GiB"]
-        self._print(f"train {' '.join(told)} left={self._clock.left(samples)}")
+        told += [f"left={self._clock.left(samples)}", *(f"{name}={count}" for name, count in counted(line).items())]
+        self._print(f"train {' '.join(told)}")
         for warning in warnings:
             self.warn(samples, warning)
 

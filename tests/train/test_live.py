@@ -119,6 +119,13 @@ def test_a_log_gets_one_line_of_names_and_numbers_for_each_line_of_the_journal()
     assert validation == "validation samples=640 held_out=0.0345 seen=0.03 seen_new_noise=0.031 cache_gap=0.001"
 
 
+def test_skipped_steps_and_spikes_are_told_where_there_are_any():
+    for skipped, spikes in ((0, 0), (2, 1)):
+        console = log()
+        Lines(0, 44800, console).line({**LINE, "skipped": skipped, "spikes": spikes}, ())
+        assert ("skipped=2 spikes=1" in said(console)) == (skipped > 0)
+
+
 def test_without_a_terminal_the_view_is_lines(capsys):
     assert isinstance(view_of("runs/tiny", 0, 10), Lines)
 
