@@ -33,7 +33,8 @@ def cache_config(run: Path, *options: str) -> cache_teacher.Config:
 
 
 def distill_config(run: Path, *options: str) -> distill.Config:
-    return load(distill.Config, "distill", TINY, ["--run", str(run), *TRAIN, *DAVID, *options])
+    few = ["--validation.states", "6"]
+    return load(distill.Config, "distill", TINY, ["--run", str(run), *TRAIN, *DAVID, *few, *options])
 
 
 def classes_config(run: Path, *options: str) -> finetune_classes.Config:

@@ -162,8 +162,17 @@ class Objective:
         total = rest
         if block_weight > 0 and self.blocks:
             total = total + block_weight * (lambdas * blocks).sum()
-        parts = (flow, guidance, blocks, flow_errors, guided_errors, by_block)
-        return Losses(total, rest, *(part.detach() for part in parts), omega)
+        return Losses(
+            total,
+            rest,
+            flow.detach(),
+            guidance.detach(),
+            blocks.detach(),
+            flow_errors.detach(),
+            guided_errors.detach(),
+            by_block.detach(),
+            omega,
+        )
 
     def guidance_scales(self, count: int, generator: torch.Generator) -> Float[Tensor, " b"]:
         """So many guidance scales, drawn on the CPU."""
