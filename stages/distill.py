@@ -20,6 +20,7 @@ from stages.nets.student import Student, Target, vp_of
 from stages.nets.teacher import Teacher
 from stages.train.david import DavidConfig, judge_of
 from stages.train.hooks import Hooks
+from stages.train.launch import is_launched, launch
 from stages.train.loop import TrainConfig, fit
 from stages.train.machine import Machine
 from stages.train.objective import Objective, ObjectiveConfig
@@ -45,6 +46,7 @@ class Config(Strict):
     validation: ValidationConfig = Field(ValidationConfig(), description="states measured at each checkpoint")
     grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
+    processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
 
     @model_validator(mode="after")
     def _graft_fits(self) -> "Config":
@@ -54,7 +56,15 @@ class Config(Strict):
 
 
 def run(config: Config) -> None:
-    """Train from wherever the run was left, then export; nothing is done twice."""
+    """Train from wherever the run was left, then export, in as many processes as asked for; nothing is done twice."""
+    if config.processes > 1 and not is_launched():
+        launch(config, "distill", config.processes, device_of(config.device))
+    else:
+        distill(config)
+
+
+def distill(config: Config) -> None:
+    """What each process does."""
     machine = Machine(device_of(config.device), config.train.precision)
     cache, folder, device = config.run / "cache", config.run / "distill", machine.device
     rows = machine.rows(config.train.batch_size, config.train.accumulate)

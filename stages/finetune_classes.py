@@ -25,6 +25,7 @@ from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, PromptSource, Split, source_identity
 from stages.targets import RenderConfig, make_records, recipe_of
 from stages.train.hooks import Hooks
+from stages.train.launch import is_launched, launch
 from stages.train.loop import TrainConfig, fit
 from stages.train.machine import Machine
 from stages.train.mixture import Mixture, rows_of
@@ -51,10 +52,19 @@ class Config(Strict):
     scorer: ImportString[Any] | None = Field(None, description="function (texts, pictures) -> scores, for the table")
     exam: ExamConfig = Field(ExamConfig(), description="how each class is measured before and after")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
+    processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
 
 
 def run(config: Config) -> None:
-    """Paint, study, measure and export; what is finished already is kept."""
+    """Paint, study, measure and export, in as many processes as asked for; what is finished already is kept."""
+    if config.processes > 1 and not is_launched():
+        launch(config, "finetune_classes", config.processes, device_of(config.device))
+    else:
+        finetune(config)
+
+
+def finetune(config: Config) -> None:
+    """What each process does."""
     machine = Machine(device_of(config.device), config.train.precision)
     machine.rows(config.train.batch_size, config.train.accumulate)
     folder, device = config.run / "classes", machine.device

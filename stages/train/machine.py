@@ -1,5 +1,6 @@
 """The processes that train together, where this one computes and how precisely: the one door to accelerate."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -46,6 +47,8 @@ class Machine:
     # The model and its gradient
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model whose forward pass is autocast, and whose backward pass averages gradients over the processes."""
+        # The gradient of a 1x1 convolution names its strides otherwise than the weight; they mean the same.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         prepared: nn.Module = self.accelerator.prepare_model(model, device_placement=False)
         return prepared
 
@@ -161,5 +164,5 @@ def _accelerator(kind: str, precision: Precision) -> Accelerator:
         mixed_precision=mixed,
         # The loop sums its gradients itself: a setting of the launcher's must not divide them again.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
