@@ -81,6 +81,8 @@ def distill(config: Config) -> None:
     machine.on_main(remember, config, origin)
     seed, rank, world = config.train.seed, machine.rank, machine.world
     reader = Reader(cache, "train", seed, rows, view=config.view, rank=rank, world=world)
+    validation = Validation(config.validation, Reader(cache, "validation", seed), reader, teacher)
+    machine.say(validation.announced())
     judge = machine.main_first(judge_of, config.david, reader, student.blocks, folder, seed, device)
     student = fit(
         student,
@@ -98,7 +100,7 @@ def distill(config: Config) -> None:
             "david": config.david.model_dump(mode="json"),
         },
         hooks=Hooks(
-            validate=Validation(config.validation, Reader(cache, "validation", seed), reader, teacher),
+            validate=validation,
             at_checkpoint=grids_beside(teacher, config.grid, folder / "grids"),
         ),
         judge=judge,

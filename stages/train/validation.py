@@ -72,6 +72,18 @@ class Validation:
         self._seen = tuple(seen_states(seen, config.states))
         self._anew = tuple(noised_anew(teacher, self._seen, seed))
 
+    def announced(self) -> str:
+        """What will be measured, and what cannot be."""
+        held, seen = (sum(map(len, batches)) for batches in (self._held_out, self._anew))
+        if not held:
+            return "validation: none asked for"
+        twins = (
+            f"{seen} seen ones and their twins under new noise"
+            if seen
+            else ("no seen ones: the cache holds no renoised state, so its gap is not measured")
+        )
+        return f"validation: {held} held-out states, {twins}"
+
     def __call__(self, student: Student) -> Validated | None:
         """Measure, if there is anything to measure at; the student should be in eval mode and wear its average."""
         if not self._held_out:

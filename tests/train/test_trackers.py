@@ -132,3 +132,13 @@ def test_a_tracker_that_does_not_start_is_opened_at_a_later_line(tmp_path, packa
     wandb.deaf = False
     assert trackers.log({"flow": 1.0}, 1) == []
     assert [word for word, *_ in wandb.told] == ["init", "axis", "log"]
+
+
+def test_a_dead_tracker_ends_no_run_and_another_one_makes_no_other_run(tmp_path, package, train, power_cut, capsys):
+    package("wandb").broken = True
+    with pytest.raises(InterruptedError):
+        train(tmp_path / "run", {"tracking": {"to": ["wandb"]}}, batches=power_cut(14))
+    train(tmp_path / "run", {"tracking": {"to": []}})
+    said = capsys.readouterr().out
+    assert said.count("wandb: ConnectionError") == MOST_FAILURES
+    assert "train samples=24 of=24" in said

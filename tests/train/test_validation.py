@@ -99,6 +99,9 @@ def test_a_student_that_is_its_teacher_has_no_error_and_no_gap(folder):
     assert found.score < 1e-6  # the cache rounds its answers
     assert found.told()["cache_gap"] == pytest.approx(0, abs=1e-6)
     assert found.held_out.states == 12
+    assert validation(folder).announced() == (
+        "validation: 12 held-out states, 20 seen ones and their twins under new noise"
+    )
 
 
 def test_a_student_that_learnt_the_cache_by_heart_has_a_gap(folder):
@@ -135,7 +138,11 @@ def test_the_twins_differ_in_their_noise_alone_and_are_rounded_before_the_teache
 
 
 def test_a_cache_without_renoised_states_tells_of_held_out_ones_alone(tmp_path):
-    found = validation(cache(tmp_path / "plain", renoised=0))(Exact())
+    made = validation(cache(tmp_path / "plain", renoised=0))
+    assert made.announced() == (
+        "validation: 12 held-out states, no seen ones: the cache holds no renoised state, so its gap is not measured"
+    )
+    found = made(Exact())
     assert (found.seen, found.seen_new_noise) == (None, None)
     assert "cache_gap" not in found.told()
     assert found.score < 1e-6
