@@ -18,7 +18,6 @@ from shards.reader import Reader
 from stages.david.assessment import Assessor, assess, bins_of
 from stages.david.voice import Voice
 from stages.evaluate.david import said_by
-from stages.evaluate.measure import held_out
 from stages.evaluate.sight import features_of, judged, see
 from stages.nets.features import last_resnets
 from stages.nets.graft import graft_time_embedding
@@ -26,6 +25,7 @@ from stages.nets.saved import cache_of, load_teacher_parts, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.train.david import DavidConfig, assessor_of, voice_of
+from stages.train.velocity import held_out
 
 NEEDED = 8
 MOVED, FIRST_NOISE = 0.3, 0.1

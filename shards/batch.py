@@ -29,6 +29,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def rows(self, which: slice) -> "Batch":
+        """Some of the rows."""
+        return replace(
+            self,
+            **{name: getattr(self, name)[which] for name in vars(self) if name != "features"},
+            features={block: values[which] for block, values in self.features.items()},
+        )
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Batch":
         """The same rows elsewhere; s stays float32, because a time does not survive half precision."""
 

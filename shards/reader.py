@@ -1,7 +1,7 @@
 """Shards -> records -> batches, in an order that is a function of the sample's number."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain, count
@@ -113,9 +113,12 @@ class Reader:
         """
         first = start_sample + (self.rank - start_sample) % self.world
         step = self.batch_size * self.world
+        return self.read((np.arange(begin, begin + step, self.world) for begin in count(first, step)), order)
+
+    def read(self, places: Iterable[Indices], order: Order | None = None) -> Iterator[Batch]:
+        """For each set of places of the stream the rows there, in this order, read ahead."""
         order, rows = order or self.order, self._rows  # made here once, not by several threads at a time
-        spans = (np.arange(begin, begin + step, self.world) for begin in count(first, step))
-        return ahead(lambda samples: rows.take(*order.at(samples)), spans, self.workers)
+        return ahead(lambda samples: rows.take(*order.at(samples)), places, self.workers)
 
     def batch(self, samples: Indices) -> Batch:
         """The rows at these places of the stream."""

@@ -19,10 +19,14 @@ from stages.nets.saved import Origin, load_teacher_parts
 from stages.nets.student import Student, Target, vp_of
 from stages.nets.teacher import Teacher
 from stages.train.checkpoint import Resume
-from stages.train.david import David, DavidConfig, judge_of
+from stages.train.david import DavidConfig, judge_of
+from stages.train.hooks import Hooks
+from stages.train.launch import is_launched, launch
 from stages.train.loop import TrainConfig, fit
+from stages.train.machine import Machine
 from stages.train.objective import Objective, ObjectiveConfig
 from stages.train.statistics import feature_scale
+from stages.train.validation import Validation, ValidationConfig
 
 
 class Config(Strict):
@@ -40,9 +44,11 @@ class Config(Strict):
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="terms of the loss")
     david: DavidConfig = Field(DavidConfig(), description="who judges the blocks, and what his word is worth")
+    validation: ValidationConfig = Field(ValidationConfig(), description="states measured at each checkpoint")
     grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
     resume: Resume = Field("auto", description="auto: from the newest whole checkpoint; never: refuse a run's folder")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
+    processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
 
     @model_validator(mode="after")
     def _graft_fits(self) -> "Config":
@@ -52,29 +58,42 @@ class Config(Strict):
 
 
 def run(config: Config) -> None:
-    """Train from wherever the run was left, then export; nothing is done twice."""
-    cache, folder, device = config.run / "cache", config.run / "distill", device_of(config.device)
+    """Train from wherever the run was left, then export, in as many processes as asked for; nothing is done twice."""
+    if config.processes > 1 and not is_launched():
+        launch(config, "distill", config.processes, device_of(config.device))
+    else:
+        distill(config)
+
+
+def distill(config: Config) -> None:
+    """What each process does."""
+    machine = Machine(device_of(config.device), config.train.precision)
+    cache, folder, device = config.run / "cache", config.run / "distill", machine.device
+    rows = machine.rows(config.train.batch_size, config.train.accumulate)
     manifest = Manifest.open(cache)
     origin = Origin.of(manifest, config.teacher, config.target)
     teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
 
     student = Student.from_teacher(teacher.parts.unet, vp_of(config.target, teacher.parts.schedule, origin.tail))
     left = graft_time_embedding(student.unet, teacher.bridge) if config.graft else None
-    print(f"student: time embedding grafted, relative error {left:.3f}" if config.graft else "student: a plain copy")
+    machine.say(
+        f"student: time embedding grafted, relative error {left:.3f}" if config.graft else "student: a plain copy"
+    )
 
-    save_resolved(config, folder / "config.yaml", "distill")
-    origin.save(folder)
-    reader = Reader(cache, "train", config.train.seed, config.train.batch_size, view=config.view)
-    judge = judge_of(config.david, reader, student.blocks, folder, config.train.seed, device)
+    machine.on_main(remember, config, origin)
+    seed, rank, world = config.train.seed, machine.rank, machine.world
+    reader = Reader(cache, "train", seed, rows, view=config.view, rank=rank, world=world)
+    validation = Validation(config.validation, Reader(cache, "validation", seed), reader, teacher)
+    machine.say(validation.announced())
+    judge = machine.main_first(judge_of, config.david, reader, student.blocks, folder, seed, device)
     student = fit(
         student,
         Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins)),
-        judge.batches if isinstance(judge, David) else reader.batches,
+        judge.batches,
         teacher.uncond,
         config.train,
         folder,
-        grids_beside(teacher, config.grid, folder / "grids"),
-        device=device,
+        machine=machine,
         identity={
             "recipe": manifest.recipe.fingerprint(),
             "target": config.target,
@@ -82,14 +101,30 @@ def run(config: Config) -> None:
             "view": config.view.model_dump(mode="json"),
             "david": config.david.model_dump(mode="json"),
         },
+        hooks=Hooks(
+            validate=validation,
+            at_checkpoint=grids_beside(teacher, config.grid, folder / "grids"),
+        ),
         judge=judge,
         samples_per_epoch=reader.samples_per_epoch,
         resume=config.resume,
     )
 
-    if isinstance(judge, David):
-        print(judge.verdict())
+    machine.say(judge.verdict())
+    machine.on_main(finish, config, origin, teacher, student)
+    machine.close()
 
+
+def remember(config: Config, origin: Origin) -> None:
+    """Leave in the run folder all that it takes to do it again."""
+    folder = config.run / "distill"
+    save_resolved(config, folder / "config.yaml", "distill")
+    origin.save(folder)
+
+
+def finish(config: Config, origin: Origin, teacher: Teacher, student: Student) -> None:
+    """Export the student, verified."""
+    folder = config.run / "distill"
     facts = origin.facts(teacher.parts, config.train.max_samples)
     exported = export_all(student, teacher.parts.folder, folder / "export", facts)
     atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")

@@ -25,7 +25,10 @@ from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, PromptSource, Split, source_identity
 from stages.targets import RenderConfig, make_records, recipe_of
 from stages.train.checkpoint import Resume
+from stages.train.hooks import Hooks
+from stages.train.launch import is_launched, launch
 from stages.train.loop import TrainConfig, fit
+from stages.train.machine import Machine
 from stages.train.mixture import Mixture, rows_of
 from stages.train.objective import Objective, ObjectiveConfig
 from stages.train.statistics import feature_scale
@@ -51,22 +54,40 @@ class Config(Strict):
     exam: ExamConfig = Field(ExamConfig(), description="how each class is measured before and after")
     resume: Resume = Field("auto", description="auto: from the newest whole checkpoint; never: refuse a run's folder")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
+    processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
 
 
 def run(config: Config) -> None:
-    """Paint, study, measure and export; what is finished already is kept."""
-    folder, device = config.run / "classes", device_of(config.device)
+    """Paint, study, measure and export, in as many processes as asked for; what is finished already is kept."""
+    if config.processes > 1 and not is_launched():
+        launch(config, "finetune_classes", config.processes, device_of(config.device))
+    else:
+        finetune(config)
+
+
+def finetune(config: Config) -> None:
+    """What each process does."""
+    machine = Machine(device_of(config.device), config.train.precision)
+    machine.rows(config.train.batch_size, config.train.accumulate)
+    folder, device = config.run / "classes", machine.device
     saved = open_run(config.run / "distill")
     origin = saved.origin.at(config.teacher)
     teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
     classes = load_classes(config.classes)
 
-    paint(config, folder / "cache", teacher, classes)
-    remember(config, origin)
+    machine.on_main(paint, config, folder / "cache", teacher, classes)
+    machine.on_main(remember, config, origin)
 
-    distilled = load_student(saved, teacher.parts)
-    student = study(config, folder, teacher, classes, load_student(saved, teacher.parts), saved.weights)
+    student = study(config, machine, teacher, classes, load_student(saved, teacher.parts), saved.weights)
+    machine.on_main(finish, config, origin, teacher, classes, load_student(saved, teacher.parts), student)
+    machine.close()
 
+
+def finish(
+    config: Config, origin: Origin, teacher: Teacher, classes: ClassFile, distilled: Student, student: Student
+) -> None:
+    """Measure each class before and after, and export the student, verified."""
+    folder = config.run / "classes"
     asked = exam_prompts(config, classes)
     results = {
         name: examine(model, teacher, asked, config.scorer, config.exam)
@@ -114,8 +135,11 @@ def repaint(config: Config, origin: Origin) -> None:
     paint(config, config.run / "classes" / "cache", teacher, load_classes(config.classes))
 
 
-def study(config: Config, folder: Path, teacher: Teacher, classes: ClassFile, student: Student, start: Path) -> Student:
+def study(
+    config: Config, machine: Machine, teacher: Teacher, classes: ClassFile, student: Student, start: Path
+) -> Student:
     """Train on batches of class pictures, weighted by priority, and of the distillation cache."""
+    folder = config.run / "classes"
     in_classes, in_prior = rows_of(config.train.batch_size, config.prior_share)
     painted = Reader(folder / "cache", "train")
     weights = draw_weights(classes, Counter(painted.class_names()))
@@ -123,6 +147,8 @@ def study(config: Config, folder: Path, teacher: Teacher, classes: ClassFile, st
     mixture = Mixture(
         classes=Reader(folder / "cache", "train", seed, in_classes, class_weights=weights),
         prior=Reader(config.run / "cache", "train", seed, in_prior),
+        rank=machine.rank,
+        world=machine.world,
     )
     return fit(
         student.requires_grad_(True),
@@ -131,8 +157,7 @@ def study(config: Config, folder: Path, teacher: Teacher, classes: ClassFile, st
         teacher.uncond,
         config.train,
         folder,
-        grids_beside(teacher, config.grid, folder / "grids"),
-        device=device_of(config.device),
+        machine=machine,
         identity={
             "recipe": painted.manifest.recipe.fingerprint(),
             "prior": mixture.prior.manifest.recipe.fingerprint(),
@@ -140,6 +165,7 @@ def study(config: Config, folder: Path, teacher: Teacher, classes: ClassFile, st
             "start": hashlib.sha256(start.read_bytes()).hexdigest(),
         },
         resume=config.resume,
+        hooks=Hooks(at_checkpoint=grids_beside(teacher, config.grid, folder / "grids")),
     )
 
 

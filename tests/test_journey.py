@@ -33,7 +33,8 @@ def cache_config(run: Path, *options: str) -> cache_teacher.Config:
 
 
 def distill_config(run: Path, *options: str) -> distill.Config:
-    return load(distill.Config, "distill", TINY, ["--run", str(run), *TRAIN, *DAVID, *options])
+    few = ["--validation.states", "6"]
+    return load(distill.Config, "distill", TINY, ["--run", str(run), *TRAIN, *DAVID, *few, *options])
 
 
 def classes_config(run: Path, *options: str) -> finetune_classes.Config:
@@ -104,9 +105,13 @@ def test_the_table_of_classes_has_a_row_for_each(journey: Path) -> None:
 
 def test_grids_and_journal_are_there_for_each_checkpoint(journey: Path) -> None:
     assert [path.stem for path in sorted((journey / "distill" / "grids").iterdir())] == ["000000008", "000000012"]
-    samples = [json.loads(line)["samples"] for line in (journey / "distill" / "journal.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (journey / "distill" / "journal.jsonl").read_text().splitlines()]
+    samples = [line["samples"] for line in lines if "kind" not in line]
     assert samples == sorted(set(samples))
     assert samples[-1] == 12
+    validated = [line for line in lines if line.get("kind") == "validation"]
+    assert [line["samples"] for line in validated] == [8, 12]
+    assert all(line["held_out"] > 0 and len(line["seen_new_noise_by_s"]) == 5 for line in validated)
 
 
 def test_a_second_call_changes_nothing(journey: Path) -> None:

@@ -33,15 +33,24 @@ class Profile:
         self._sums = torch.zeros(READINGS, bins, dtype=torch.float64, device=device)
         self._count = torch.zeros(bins, dtype=torch.float64, device=device)
 
-    def see(self, bins: Int[Tensor, " b"], assessed: Mapping[str, BlockAssessment], right: Float[Tensor, " b"]) -> None:
-        """Take in a batch. Draws are alike within their bin, so no weight is asked for."""
+    def see(
+        self, bins: Int[Tensor, " b"], assessed: Mapping[str, BlockAssessment], right: Float[Tensor, " b"]
+    ) -> Float[Tensor, "READINGS+1 T"]:
+        """Sums over some samples, and their number in each bin; sums of all parts of a batch are learnt from.
+
+        Draws are alike within their bin, so no weight is asked for.
+        """
         of_blocks = [(a.excess, a.divergence, a.cross_entropy, a.entropy) for a in assessed.values()]
         means = [torch.stack(readings).mean(dim=0) for readings in zip(*of_blocks, strict=True)]
         # A product with a table of zeros and ones adds up in the same order every time; scattering need not.
         member = F.one_hot(bins, self.bins).to(self._sums)
-        kept = 2.0 ** (-len(bins) / self.memory)
-        self._sums = kept * self._sums + torch.stack([*means, right]).to(self._sums) @ member
-        self._count = kept * self._count + member.sum(dim=0)
+        return torch.cat([torch.stack([*means, right]).to(self._sums) @ member, member.sum(dim=0, keepdim=True)])
+
+    def learn(self, sums: Float[Tensor, "READINGS+1 T"], samples: int) -> None:
+        """Take in what was seen of so many samples."""
+        kept = 2.0 ** (-samples / self.memory)
+        self._sums = kept * self._sums + sums[:READINGS]
+        self._count = kept * self._count + sums[READINGS]
 
     @property
     def is_empty(self) -> bool:

@@ -55,13 +55,19 @@ class Voice:
         self._sums = torch.zeros(len(blocks), READINGS, device=device)
         self._heard = torch.zeros(len(blocks), device=device)
 
-    def __call__(
+    def lambdas(self) -> PerBlock:
+        """Lambda from all that was learnt so far, at first drawn towards that of a faultless student."""
+        warmup = self.config.warmup_samples
+        share = min(1.0, self._samples / warmup) if warmup else 1.0
+        return torch.lerp(self.quiet, lambdas(self.heard(), self.known), share)
+
+    def hear(
         self,
         assessed: Mapping[str, BlockAssessment],
         omega: Float[Tensor, " b"] | None = None,
         reliable: Mapping[str, Bool[Tensor, " b"]] | None = None,
-    ) -> PerBlock:
-        """Hear what David says of a batch, and answer with lambda.
+    ) -> Float[Tensor, "n_blocks READINGS+1"]:
+        """Sums of what David says of some samples, and of their votes; sums of all parts of a batch are learnt from.
 
         `omega` weighs samples whose times were chosen; a sample that he cannot judge in a block has no vote there.
         """
@@ -71,15 +77,15 @@ class Voice:
             votes = votes * torch.stack([reliable[block] for block in self.blocks])
         if omega is not None:
             votes = votes * omega
-        half_life = self.config.half_life_samples
-        kept = 2.0 ** (-votes.shape[1] / half_life) if half_life else 0.0
-        self._sums = kept * self._sums + (readings * votes[:, None]).sum(dim=2)
-        self._heard = kept * self._heard + votes.sum(dim=1)
+        return torch.cat([(readings * votes[:, None]).sum(dim=2), votes.sum(dim=1, keepdim=True)], dim=1)
 
-        warmup = self.config.warmup_samples
-        share = min(1.0, self._samples / warmup) if warmup else 1.0
-        self._samples += votes.shape[1]
-        return torch.lerp(self.quiet, lambdas(self.heard(), self.known), share)
+    def learn(self, sums: Float[Tensor, "n_blocks READINGS+1"], samples: int) -> None:
+        """Take in what was heard of so many samples."""
+        half_life = self.config.half_life_samples
+        kept = 2.0 ** (-samples / half_life) if half_life else 0.0
+        self._sums = kept * self._sums + sums[:, :READINGS]
+        self._heard = kept * self._heard + sums[:, READINGS]
+        self._samples += samples
 
     def heard(self) -> Heard:
         """What David says at present; averaged before negative excess is cut off, because noise has a positive part."""

@@ -1,7 +1,6 @@
 """`sollune david show RUN`: a picture of what David sees in a run's student, at its start and now."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from torch import Tensor
 from configs.atomic import atomic_path
 from configs.refusal import Refused
 from shards.reader import Reader
-from stages.evaluate.measure import held_out
 from stages.evaluate.sight import Sight, features_of, see
 from stages.nets.graft import graft_time_embedding
 from stages.nets.saved import SavedRun, cache_of, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student, vp_of
 from stages.nets.teacher import Teacher
 from stages.train.david import DavidConfig, assessor_of, voice_of
+from stages.train.journal import steps_told
+from stages.train.velocity import held_out
 
 CPU = torch.device("cpu")
 PANELS = (
@@ -55,8 +55,7 @@ def show(run: SavedRun, out: Path, states: int) -> Path:
 
 def told_lambdas(folder: Path) -> dict[int, dict[str, float]]:
     """Samples seen -> what David's word made of each block's weight, as the journal tells it."""
-    lines = (folder / "journal.jsonl").read_text(encoding="utf-8").splitlines()
-    return {line["samples"]: line["lambdas"] for line in map(json.loads, lines)}
+    return {line["samples"]: line["lambdas"] for line in steps_told(folder)}
 
 
 def said_by(run: SavedRun) -> dict[str, Any]:

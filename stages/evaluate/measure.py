@@ -1,11 +1,10 @@
 """How near a student is to its teacher: `sollune evaluate RUN --config FILE`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field, ImportString
 from rich.console import Console
@@ -15,12 +14,11 @@ from configs.atomic import atomic_write
 from configs.load import load, request, resolved_yaml
 from configs.refusal import Refused
 from configs.strict import Strict
-from shards.batch import Batch
 from shards.reader import Reader
 from stages.cluster import device_of
 from stages.evaluate.fields import student_field, teacher_field
 from stages.evaluate.grid import fixed_noises, save_sheet, sheet
-from stages.evaluate.metrics import Fidelity, Scorer, VelocityErrors, fidelity, velocity_errors
+from stages.evaluate.metrics import Fidelity, Scorer, fidelity
 from stages.evaluate.paired import PairedError, Task, make_reference, paired_error
 from stages.evaluate.report import AS_NOISE, STUDENT, TEACHER, Evaluation, Gates, as_json, show, verdicts
 from stages.evaluate.sample import Sampler
@@ -31,9 +29,9 @@ from stages.nets.saved import SavedRun, cache_of, load_student, load_teacher_par
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import PromptSource, derived_seed, prompts
+from stages.train.velocity import VelocityErrors, held_out, velocity_errors
 
 GRID_ROWS = 6
-ROWS_AT_ONCE = 64
 
 
 class FidelityConfig(Strict):
@@ -186,13 +184,6 @@ def measure_velocity(bench: Bench, config: Config) -> VelocityErrors | None:
         return None
     reader = Reader(cache_of(bench.run.folder), "validation", config.seed)
     return velocity_errors(bench.student, held_out(reader, config.velocity_states), bench.teacher.uncond)
-
-
-def held_out(reader: Reader, most: int) -> Iterator[Batch]:
-    """The first states of a split, each once: up to so many, or all of them."""
-    count = min(most, reader.samples_per_epoch)
-    for first in range(0, count, ROWS_AT_ONCE):
-        yield reader.batch(np.arange(first, min(first + ROWS_AT_ONCE, count)))
 
 
 def main(argv: Sequence[str]) -> int:

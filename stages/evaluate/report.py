@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.strict import Strict
-from stages.evaluate.metrics import Fidelity, RelativeError, VelocityErrors
+from stages.evaluate.metrics import Fidelity
 from stages.evaluate.paired import PairedError
+from stages.train.velocity import RelativeError, VelocityErrors
 
 TEACHER, STUDENT, AS_NOISE = "teacher", "student", "student as a noise model"
 

@@ -30,20 +30,30 @@ def unheard(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 class FeatureTap:
-    """Listens to the last resnets of a UNet; `take` hands over what the latest forward pass left."""
+    """Listens to the last resnets of a UNet; `take` hands over what the latest forward pass left.
+
+    It listens from the begin of a pass until that is taken: with gradient checkpointing the resnets run once more in
+    the backward pass, and what they say then would only keep their activations.
+    """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self._latest: dict[str, Tensor] = {}
+        self._listens = False
+        unet.register_forward_pre_hook(self._listen)
         for name, resnet in last_resnets(unet).items():
             resnet.register_forward_hook(self._listener(name))
 
+    def _listen(self, _unet: nn.Module, _inputs: tuple[Tensor, ...]) -> None:
+        self._listens = True
+
     def _listener(self, name: str):  # type: ignore[no-untyped-def]
         def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Float[Tensor, "b n h w"]) -> None:
-            self._latest[name] = output.mean(dim=(2, 3), dtype=torch.float32)
+            if self._listens:
+                self._latest[name] = output.mean(dim=(2, 3), dtype=torch.float32)
 
         return keep
 
     def take(self, rows: slice) -> Mapping[str, Float[Tensor, "b n"]]:
         """Pooled features of these rows of the latest forward pass, in fp32; the tap is empty afterwards."""
-        taken, self._latest = self._latest, {}
+        taken, self._latest, self._listens = self._latest, {}, False
         return {name: feature[rows] for name, feature in taken.items()}

@@ -54,6 +54,20 @@ class Student(nn.Module):
         """The names of its blocks, in the order in which they run."""
         return tuple(last_resnets(self.unet))
 
+    def lay_out(
+        self,
+        *,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,  # noqa: A002
+        channels_last: bool = False,
+    ) -> None:
+        """How the UNet computes, which changes neither its names nor, but for rounding, its answers."""
+        self.unet.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if compile:
+            self.unet.compile()
+
     def velocity(
         self, x: Float[Tensor, "b c h w"], s: Float[Tensor, " b"], cond: Float[Tensor, "b l d"]
     ) -> Float[Tensor, "b c h w"]:

@@ -25,7 +25,7 @@ MARGIN_BYTES = 1 << 20
 
 Resume = Literal["auto", "never"]
 Elsewhere: TypeAlias = Callable[[Path], Path | None]
-"""Brings a checkpoint into this folder from where copies lie, and says which; None when there is none."""
+"""Brings the newest checkpoint that is kept elsewhere into this folder, verified; None when there is none."""
 
 
 class Written(Protocol):

@@ -1,6 +1,6 @@
 """David in the loop: he hears what student and teacher say of each batch, and decides how much each block counts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,13 @@ class David:
             rows = reader.batch_size * reader.world
             self.choice = TimeChoice(config.sampling, profile, seed, reader.pairs, reader.steps, rows)
 
-    def lambdas(
-        self, batch: Batch, output: StudentOutput, static: Float[Tensor, " n_blocks"]
-    ) -> Float[Tensor, " n_blocks"]:
-        """The configuration's weights times what David says; his own profile of the times grows on the way."""
+    def lambdas(self, static: Float[Tensor, " n_blocks"]) -> Float[Tensor, " n_blocks"]:
+        """The configuration's weights times what David says."""
+        self._counted = static > 0
+        return static * self.voice.lambdas()
+
+    def hear(self, batch: Batch, output: StudentOutput, omega: Float[Tensor, " b"]) -> Sequence[Tensor]:
+        """What he says of some samples; where he chooses the times, also what his profile of them sees."""
         bins = bins_of(batch.k, self.assessor.bins)
         target = soft_targets(bins, self.assessor.bins)
         teacher: dict[str, Posterior] = {}
@@ -77,16 +80,18 @@ class David:
             teacher[block] = self.assessor.posterior(block, batch.features[block].float(), bins)
             student = self.assessor.posterior(block, output.features[block].float(), bins)
             assessed[block] = assess_block(student, teacher[block], bins, target)
-        omega, reliable = None, None
+        reliable = None
         if self._fitted:
             reliable = {block: self._fitted.reliable(block, bins) for block in self.assessor.blocks}
+        said = self.voice.hear(assessed, omega if self.choice else None, reliable)
+        return (said, self.choice.profile.see(bins, assessed, right(teacher, bins))) if self.choice else (said,)
+
+    def learn(self, heard: Sequence[Tensor], samples: int) -> None:
+        """Take in the sums over a step, whose lambdas were those from before it."""
+        self.emphasis.see(self.voice.lambdas(), samples)
+        self.voice.learn(heard[0], samples)
         if self.choice:
-            omega = self.choice.omega(batch.k)
-            self.choice.profile.see(bins, assessed, right(teacher, bins))
-        spoken = self.voice(assessed, omega, reliable)
-        self.emphasis.see(spoken, len(batch))
-        self._counted = static > 0
-        return static * spoken
+            self.choice.profile.learn(heard[1], samples)
 
     def omega(self, batch: Batch) -> Float[Tensor, " b"]:
         """pi / q of each sample where David chooses the times, else 1."""
@@ -155,16 +160,18 @@ def assessor_of(config: DavidConfig, cache: Path, folder: Path, device: torch.de
 
 
 class Deaf(Nobody):
-    """The judge of a formula that does not listen: the same lambdas at every step."""
+    """The judge of a formula that does not listen: the same lambdas at every step, and the batches as they come."""
 
-    def __init__(self, fusion: FusionConfig, blocks: tuple[str, ...], device: torch.device) -> None:
-        self.quiet = Voice(fusion, blocks, bins=2, device=device).quiet
+    def __init__(self, fusion: FusionConfig, blocks: tuple[str, ...], reader: Reader, device: torch.device) -> None:
+        self.quiet, self.batches = Voice(fusion, blocks, bins=2, device=device).quiet, reader.batches
 
-    def lambdas(
-        self, _batch: Batch, _output: StudentOutput, static: Float[Tensor, " n_blocks"]
-    ) -> Float[Tensor, " n_blocks"]:
+    def lambdas(self, static: Float[Tensor, " n_blocks"]) -> Float[Tensor, " n_blocks"]:
         """The configuration's weights times w_b, or their mean."""
         return static * self.quiet
+
+    def verdict(self) -> str:
+        """What there is to say at the end of a run."""
+        return "David was not asked: the lambdas are those of the configuration"
 
 
 def judge_of(
@@ -172,7 +179,7 @@ def judge_of(
 ) -> David | Deaf:
     """David, or a judge who hears nothing where nothing depends on what is said."""
     if not config.is_asked:
-        return Deaf(config.fusion, blocks, device)
+        return Deaf(config.fusion, blocks, reader, device)
     return David(assessor_of(config, reader.folder, folder, device), config, reader, seed, device)
 
 

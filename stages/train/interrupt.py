@@ -13,7 +13,15 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._earlier: dict[signal.Signals, object] = {}
+
+    @property
+    def number(self) -> int:
+        """The signal's number, 0 when there was none; the launcher's death is a SIGTERM to those whom it started."""
+        if self.signal is None and self._launcher not in (None, os.getppid()):
+            return int(signal.SIGTERM)
+        return int(self.signal or 0)
 
     def __enter__(self) -> "Interruption":
         # Python hands signals to the main thread only; elsewhere they keep their meaning.

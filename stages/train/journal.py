@@ -1,93 +1,54 @@
-"""What a run tells about itself: one JSON line now and then, the same numbers for TensorBoard, and a progress bar."""
+"""What a run tells about itself: a JSON line now and then, the same numbers for trackers, and a view of the moment."""
 
 import json
-import math
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from configs.atomic import atomic_write
-from stages.flow.timesteps import bin_of
-from stages.train.objective import Losses
+from stages.train.live import Silent, view_of
+from stages.train.machine import Machine
+from stages.train.trackers import NOTHING, TrackingConfig, trackers_of
+from stages.train.window import Step, Window
 
-BINS = 10
-NOTHING: Mapping[str, Any] = {}
+__all__ = ["Journal", "Step", "Window", "flat", "forget_after", "steps_told"]
 
-
-@dataclass(frozen=True)
-class Step:
-    """What one step has to tell."""
-
-    losses: Losses
-    lambdas: Float[Tensor, " n_blocks"]
-    block_weight: float
-    s: Float[Tensor, " b"]
-    grad_norm: Float[Tensor, ""]
-    learning_rate: float
-    data_wait_seconds: float
-
-
-class Window:
-    """Sums over the steps since the last line; tensors stay on their device until they are asked for."""
-
-    def __init__(self) -> None:
-        self.steps, self.samples, self.data_wait_seconds = 0, 0, 0.0
-        self.since = time.perf_counter()
-        self._sums: dict[str, Tensor] = {}
-        self._bin_errors: Float[Tensor, " bins"] | float = 0.0
-        self._bin_counts: Int[Tensor, " bins"] | int = 0
-
-    def add(self, step: Step) -> None:
-        """Count one step in."""
-        losses = step.losses
-        parts = {"loss": losses.total.detach(), "flow": losses.flow, "guidance": losses.guidance}
-        parts |= {"blocks": losses.blocks, "lambdas": step.lambdas, "grad_norm": step.grad_norm}
-        self._sums = {name: self._sums[name] + part if self.steps else part for name, part in parts.items()}
-        index = bin_of(step.s, BINS)
-        self._bin_errors = self._bin_errors + torch.bincount(index, losses.flow_errors, minlength=BINS)
-        self._bin_counts = self._bin_counts + torch.bincount(index, minlength=BINS)
-        self.steps, self.samples = self.steps + 1, self.samples + len(step.s)
-        self.data_wait_seconds += step.data_wait_seconds
-        self.learning_rate, self.block_weight = step.learning_rate, step.block_weight
-
-    def line(self, samples: int, blocks: Sequence[str]) -> dict[str, Any]:
-        """The means of the window as one line of the journal; a bin of s without a sample is null."""
-        mean = {name: (total / self.steps).tolist() for name, total in self._sums.items()}
-        by_bin = torch.as_tensor(self._bin_errors / self._bin_counts).tolist()
-        return {
-            "samples": samples,
-            **{name: mean[name] for name in ("loss", "flow", "guidance")},
-            "blocks": dict(zip(blocks, mean["blocks"], strict=True)),
-            "lambdas": dict(zip(blocks, mean["lambdas"], strict=True)),
-            "block_weight": self.block_weight,
-            "flow_by_s": [None if math.isnan(error) else error for error in by_bin],
-            "learning_rate": self.learning_rate,
-            "grad_norm": mean["grad_norm"],
-            "samples_per_second": self.samples / (time.perf_counter() - self.since),
-            "data_wait_seconds": self.data_wait_seconds,
-        }
+FILE = "journal.jsonl"
+GIB = 2**30
 
 
 class Journal:
-    """`journal.jsonl` and `tensorboard/` of one run folder, taken up again at `samples`; a context that closes both."""
+    """`journal.jsonl` of one run folder, taken up again at `samples`, and all who read along; a context.
 
-    def __init__(self, folder: Path, samples: int, max_samples: int, blocks: Sequence[str]) -> None:
-        self.path, self.blocks, self.window = folder / "journal.jsonl", tuple(blocks), Window()
-        forget_after(self.path, samples)
-        # Later steps of an earlier life are hidden from TensorBoard too.
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=samples + 1)
-        interval = 0.5 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(total=max_samples, initial=samples, unit=" samples", mininterval=interval, dynamic_ncols=True)
+    All processes of a run count their steps in and ask for lines together; only the main one writes and shows
+    anything. `facts` (the configuration, say) are told to the trackers once.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        samples: int,
+        max_samples: int,
+        blocks: Sequence[str],
+        machine: Machine,
+        tracking: TrackingConfig | None = None,
+        facts: Mapping[str, Any] = NOTHING,
+    ) -> None:
+        self.path, self.blocks, self.window, self.machine = folder / FILE, tuple(blocks), Window(), machine
+        if machine.is_main:
+            forget_after(self.path, samples)
+        asked = (tracking or TrackingConfig()) if machine.is_main else TrackingConfig(to=())
+        self._trackers = trackers_of(asked, folder, samples, facts)
+        self._view = view_of(str(folder), samples, max_samples) if machine.is_main else Silent()
+        self._samples, self._paused_seconds = samples, 0.0
+        for trouble in self._trackers.start():
+            self.warn(trouble)
 
     def __enter__(self) -> "Journal":
         return self
@@ -95,29 +56,82 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
-        self._tensorboard.close()
+        for trouble in self._trackers.close():
+            self.warn(trouble)
+        self._view.close()
 
-    def add(self, step: Step) -> None:
-        """Count one step in."""
-        self.window.add(step)
-        self._bar.update(len(step.s))
+    @contextmanager
+    def bookkeeping(self) -> Iterator[None]:
+        """Count the time spent within as bookkeeping of the window."""
+        begun = time.perf_counter()
+        yield
+        self.window.bookkeeping_seconds += time.perf_counter() - begun
 
-    def write(self, samples: int, more: Mapping[str, Any] = NOTHING) -> None:
-        """Write the means since the last line and `more`, if there was a step since, and begin a new window."""
+    def add(self, step: Step | None, samples: int) -> None:
+        """Count one step in, after which all processes have seen so many samples; None is a step that was skipped."""
+        with self.bookkeeping():
+            self._samples = samples
+            if step is None:
+                self.warn("step skipped, loss or gradient was not finite; mishaps.jsonl names the samples")
+            else:
+                self.window.add(step)
+            self._view.progress(samples)
+
+    def write(self, samples: int, more: Mapping[str, Any] = NOTHING, warnings: Sequence[str] = ()) -> None:
+        """Write the means since the last line and `more`, if there was a step since, and begin a new window.
+
+        `warnings` are shown beside the line, for as long as they are told again.
+        """
         if not self.window.steps:
             return
-        line = {**self.window.line(samples, self.blocks), **more}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in flat(line):
-            self._tensorboard.add_scalar(name, value, samples)
-        self._bar.set_postfix(loss=f"{line['loss']:.4f}", flow=f"{line['flow']:.4f}", refresh=False)
-        self.window = Window()
+        begun, own = time.perf_counter(), self.window.sums()
+        sums = dict(zip(own, self.machine.sum(list(own.values())), strict=True))
+        if self.machine.is_main:
+            line = {**self.window.line(samples, self.blocks, sums), "memory_gib": memory_gib(self.machine.device)}
+            line |= {"paused_seconds": self._paused_seconds, **more}
+            self._append(line)
+            self._view.line(line, [*warnings, *self._track(flat(line), samples)])
+        self.window, self._paused_seconds = Window(), 0.0
+        self.window.since = begun
+        self.window.bookkeeping_seconds = time.perf_counter() - begun
+
+    def note(self, samples: int, kind: str, found: Mapping[str, Any]) -> None:
+        """Write a line of another kind, such as a validation."""
+        if not self.machine.is_main:
+            return
+        self._append({"samples": samples, "kind": kind, **found})
+        for trouble in self._track([(f"{kind}/{name}", value) for name, value in flat(found)], samples):
+            self._view.warn(samples, trouble)
+        self._view.note(samples, kind, found)
+
+    def warn(self, text: str) -> None:
+        """Show that something went wrong that does not end the run."""
+        self._view.warn(self._samples, text)
 
     def pause(self) -> None:
-        """Leave out of the rate what happens between two windows (a checkpoint, a grid)."""
+        """Leave out of the rate what happened since the last line (a checkpoint, a grid); the next line names it."""
+        self._paused_seconds += time.perf_counter() - self.window.since
         self.window = Window()
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _track(self, named: Sequence[tuple[str, float]], samples: int) -> list[str]:
+        return self._trackers.log(dict(named), samples)
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most that tensors took on a GPU so far; on a CPU what this process takes of the machine's memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return float(psutil.Process().memory_info().rss / GIB)
+
+
+def steps_told(folder: Path) -> list[dict[str, Any]]:
+    """The lines about training in a run's journal, without those of another kind."""
+    lines = (folder / FILE).read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if "kind" not in line]
 
 
 def forget_after(path: Path, samples: int) -> None:
@@ -130,13 +144,10 @@ def forget_after(path: Path, samples: int) -> None:
         atomic_write(path, "".join(kept))
 
 
-def flat(line: dict[str, Any]) -> list[tuple[str, float]]:
-    """Names and numbers for TensorBoard: `blocks/mid`, `flow_by_s/3`."""
-    found: list[tuple[str, float]] = []
+def flat(line: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Names and numbers for a tracker: `blocks/mid`, `flow_by_s/3`."""
+    found: list[tuple[str, Any]] = []
     for name, value in line.items():
-        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-        if parts is None:
-            found.append((name, value))
-        else:
-            found += [(f"{name}/{key}", part) for key, part in parts if part is not None]
-    return [(name, value) for name, value in found if name != "samples"]
+        parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+        found += [(name, value)] if parts is None else [(f"{name}/{key}", part) for key, part in parts]
+    return [(name, value) for name, value in found if name != "samples" and isinstance(value, int | float)]

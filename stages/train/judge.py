@@ -1,6 +1,6 @@
-"""Who decides, batch by batch, how much each block and each sample counts."""
+"""Who decides, step by step, how much each block and each sample counts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,16 +12,26 @@ from stages.nets.student import StudentOutput
 
 
 class Judge(Protocol):
-    """Asked at every step, within the step's no_grad; what he remembers goes into the checkpoint."""
+    """Asked at every step, within the step's no_grad; what he remembers goes into the checkpoint.
 
-    def lambdas(
-        self, batch: Batch, output: StudentOutput, static: Float[Tensor, " n_blocks"]
-    ) -> Float[Tensor, " n_blocks"]:
+    What he says at a step rests on the steps before it: he hears a step's micro-batches on all processes before he
+    learns from their sum, so that all processes hold the same judge.
+    """
+
+    def lambdas(self, static: Float[Tensor, " n_blocks"]) -> Float[Tensor, " n_blocks"]:
         """One weight for each block; `static` are those of the configuration."""
         ...
 
     def omega(self, batch: Batch) -> Float[Tensor, " b"]:
         """The weight of each sample, not normalised inside the batch."""
+        ...
+
+    def hear(self, batch: Batch, output: StudentOutput, omega: Float[Tensor, " b"]) -> Sequence[Tensor]:
+        """What he hears in a micro-batch, as tensors that add up over micro-batches and processes."""
+        ...
+
+    def learn(self, heard: Sequence[Tensor], samples: int) -> None:
+        """Take in the sums over a whole step of so many samples."""
         ...
 
     def told(self) -> Mapping[str, Any]:
@@ -40,15 +50,20 @@ class Judge(Protocol):
 class Nobody:
     """Nobody judges: each block counts as configured, and every sample alike."""
 
-    def lambdas(
-        self, _batch: Batch, _output: StudentOutput, static: Float[Tensor, " n_blocks"]
-    ) -> Float[Tensor, " n_blocks"]:
+    def lambdas(self, static: Float[Tensor, " n_blocks"]) -> Float[Tensor, " n_blocks"]:
         """Those of the configuration."""
         return static
 
     def omega(self, batch: Batch) -> Float[Tensor, " b"]:
         """One each."""
         return torch.ones_like(batch.s)
+
+    def hear(self, _batch: Batch, _output: StudentOutput, _omega: Float[Tensor, " b"]) -> Sequence[Tensor]:
+        """Nothing."""
+        return ()
+
+    def learn(self, _heard: Sequence[Tensor], _samples: int) -> None:
+        """Nothing is learnt."""
 
     def told(self) -> Mapping[str, Any]:
         """Nothing."""

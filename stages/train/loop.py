@@ -16,21 +16,28 @@ from stages.nets.student import Student
 from stages.train.checkpoint import Checkpoints, Resume
 from stages.train.config import TrainConfig
 from stages.train.ema import Ema
+from stages.train.hooks import Hooks
 from stages.train.interrupt import Interruption
 from stages.train.journal import Journal
 from stages.train.judge import Judge, Nobody
+from stages.train.machine import Machine
+from stages.train.mishaps import Mishaps
 from stages.train.objective import Objective
 from stages.train.optim import build_optimizer, learning_rate
 from stages.train.penalty import Penalty
 from stages.train.state import TrainingState
 from stages.train.step import Stepper
+from stages.train.updates import UpdateRatios
 
 __all__ = ["Batches", "TrainConfig", "fit"]
 
 Batches: TypeAlias = Callable[[int], Iterator[Batch]]
-"""The batches from this sample on; what they hold depends on the number alone."""
+"""This process's rows of each batch from this sample on; what they hold depends on the number alone."""
 
-FREE_TO_CHANGE = {"journal_every_samples", "checkpoint_every_samples", "keep"}
+FREE_TO_CHANGE = {"journal_every_samples", "checkpoint_every_samples", "keep", "max_skips", "spike_sigmas", "tracking"}
+ARITHMETIC = {"accumulate", "gradient_checkpointing", "compile", "channels_last"}
+"""Free to change as well, but not without a word: a run goes on with other last bits."""
+LAYOUT = {"gradient_checkpointing", "compile", "channels_last"}
 
 
 def fit(
@@ -40,10 +47,10 @@ def fit(
     uncond: Float[Tensor, "1 l d"],
     config: TrainConfig,
     folder: Path,
-    at_checkpoint: Callable[[int, Student], None],
     *,
-    device: torch.device,
+    machine: Machine,
     identity: Mapping[str, Any],
+    hooks: Hooks | None = None,
     judge: Judge | None = None,
     samples_per_epoch: int | None = None,
     resume: Resume = "auto",
@@ -52,52 +59,61 @@ def fit(
 
     `identity` holds what the weights depend on beyond `config` and the objective (the recipe's fingerprint, say), as
     JSON values.
-    `at_checkpoint` sees the averaged student after each checkpoint, and again when a run goes on from one.
-    A run that was left at any sample goes on to the very bits of one that was not.
+    A run that was left at any sample goes on to the very bits of one that was not, if as many processes go on.
     """
     # What a step changes, and where the run was left
-    student = student.to(device).train()
-    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
-    optimizer = build_optimizer(config.optimizer, trained)
-    state = TrainingState(student, Ema(student), optimizer, Penalty(objective.config), judge or Nobody())
+    hooks = hooks or Hooks()
+    state = _state(student, objective, config, folder, machine, judge or Nobody())
     checkpoints = Checkpoints(folder / "checkpoints", _identity(config, objective, identity), config.keep)
-    taken = checkpoints.restore(state, resume)
+    taken = machine.on_main(checkpoints.restore, state, resume, hooks.elsewhere)
     if taken is not None:
-        _show(state, student, at_checkpoint)
+        if not machine.is_main:
+            state.read(taken, int(taken.name))
+        state.mishaps.forget_after(state.samples)
+        machine.on_main(_show, state, student, hooks)
 
     # The data from there on
     if state.samples >= config.max_samples:
-        print(f"{folder}: all {config.max_samples} samples seen already")
-        state.ema.hand_over()
-        return student.eval()
-    checkpoints.refuse_small_disk(state)
+        machine.say(f"{folder}: all {config.max_samples} samples seen already")
+        return _worn_for_good(state, student)
+    machine.on_main(checkpoints.refuse_small_disk, state)
     stream = iter(batches(state.samples))
     first = next(stream, None)
     if taken is not None and first is not None:
-        print(_resumed(taken, state.samples, config, samples_per_epoch, first.keys[0]))
+        machine.say(_resumed(taken, state, config, samples_per_epoch, first.keys[0]))
 
     # The steps
-    step = Stepper(state, objective.to(device), uncond.to(device), config, device)
+    machine.rows(config.batch_size, config.accumulate)
+    step = Stepper(state, objective.to(machine.device), uncond.to(machine.device), config, machine)
+    updates = UpdateRatios(dict(student.named_parameters()))
+    facts = _identity(config, objective, identity)
     with (
-        Journal(folder, state.samples, config.max_samples, objective.blocks) as journal,
+        Journal(
+            folder, state.samples, config.max_samples, objective.blocks, machine, config.tracking, facts
+        ) as journal,
         Interruption() as interruption,
     ):
         waiting = time.perf_counter()
         for batch in chain([first] if first is not None else [], stream):
-            before = state.samples
-            journal.add(step(batch, time.perf_counter() - waiting))
-            over = state.samples >= config.max_samples
-            leave = interruption.signal is not None
+            before, after = state.samples, state.samples + config.batch_size
+            over = after >= config.max_samples
+            kept = over or _due(before, after, config.checkpoint_every_samples)
+            told = kept or _due(before, after, config.journal_every_samples)
+            if told and machine.is_main:
+                updates.remember()
+            made = step(batch, time.perf_counter() - waiting)
+            journal.add(made, state.samples)
+            signal = machine.most(interruption.number)
 
-            if over or leave or _due(before, state.samples, config.checkpoint_every_samples):
-                journal.write(state.samples, state.judge.told())
-                checkpoints.save(state)
-                if leave and not over:
-                    _leave(interruption, state.samples, folder)
-                _show(state, student, at_checkpoint)
+            if told or signal:
+                _tell(journal, state, updates, hooks, machine)
+            if kept or signal:
+                score = None if signal else machine.on_main(_validated, state, student, hooks, journal)
+                machine.on_main(_keep, checkpoints, state, score, hooks)
+                if signal and not over:
+                    _leave(signal, state.samples, folder, machine)
+                machine.on_main(_show, state, student, hooks)
                 journal.pause()
-            elif _due(before, state.samples, config.journal_every_samples):
-                journal.write(state.samples, state.judge.told())
             if over:
                 break
             waiting = time.perf_counter()
@@ -105,7 +121,35 @@ def fit(
             raise Refused(f"data: ended after {state.samples} samples of {config.max_samples} - lower max_samples")
 
     # The end
+    machine.release(step.model)
+    return _worn_for_good(state, student)
+
+
+def _state(
+    student: Student, objective: Objective, config: TrainConfig, folder: Path, machine: Machine, judge: Judge
+) -> TrainingState:
+    """All that a step changes, at the beginning of a run."""
+    student = student.to(machine.device).train()
+    arithmetic = config.model_dump(include=ARITHMETIC)
+    if any(arithmetic[name] for name in LAYOUT):
+        student.lay_out(**{name: arithmetic[name] for name in LAYOUT})
+    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+    return TrainingState(
+        student,
+        Ema(student),
+        build_optimizer(config.optimizer, trained),
+        Penalty(objective.config),
+        judge,
+        Mishaps(folder / "mishaps.jsonl" if machine.is_main else None, config.spike_sigmas),
+        machine.scaler,
+        {"processes": machine.world, **arithmetic},
+    )
+
+
+def _worn_for_good(state: TrainingState, student: Student) -> Student:
     state.ema.hand_over()
+    if state.arithmetic["channels_last"]:
+        student.lay_out(channels_last=False)
     return student.eval()
 
 
@@ -115,27 +159,60 @@ def _due(before: int, after: int, every: int) -> bool:
 
 
 @torch.no_grad()
-def _show(state: TrainingState, student: Student, at_checkpoint: Callable[[int, Student], None]) -> None:
+def _validated(state: TrainingState, student: Student, hooks: Hooks, journal: Journal) -> float | None:
+    """The averaged student's error, if the caller measures one; the journal hears all that was found."""
+    with state.ema.worn():
+        found = hooks.validate(student.eval())
+    student.train()
+    if found is None:
+        return None
+    journal.note(state.samples, "validation", found.told())
+    return found.score
+
+
+@torch.no_grad()
+def _show(state: TrainingState, student: Student, hooks: Hooks) -> None:
     """Let the caller look at the averaged student."""
     with state.ema.worn():
-        at_checkpoint(state.samples, student.eval())
+        hooks.at_checkpoint(state.samples, student.eval())
     student.train()
+
+
+def _keep(checkpoints: Checkpoints, state: TrainingState, score: float | None, hooks: Hooks) -> None:
+    hooks.after_checkpoint(checkpoints.save(state, score))
+
+
+def _tell(journal: Journal, state: TrainingState, updates: UpdateRatios, hooks: Hooks, machine: Machine) -> None:
+    """One line of the journal, with all that anybody has to say."""
+    if not machine.is_main:
+        journal.write(state.samples)
+        return
+    more = {"update_ratio": updates.ratios(), **state.judge.told(), **state.mishaps.told(), **hooks.extra()}
+    warning = hooks.warning()
+    journal.write(state.samples, more, [warning] if warning else [])
 
 
 def _identity(config: TrainConfig, objective: Objective, identity: Mapping[str, Any]) -> dict[str, Any]:
     """What a run must have in common with the one that it continues."""
-    train = config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+    train = config.model_dump(mode="json", exclude=FREE_TO_CHANGE | ARITHMETIC)
     return {**identity, "train": train, "objective": objective.config.model_dump(mode="json")}
 
 
-def _resumed(taken: Path, samples: int, config: TrainConfig, samples_per_epoch: int | None, next_key: str) -> str:
-    epoch = f", epoch {samples / samples_per_epoch:.2f}" if samples_per_epoch else ""
-    rate = learning_rate(config.optimizer, samples, config.max_samples)
-    seen = f"{samples} of {config.max_samples} samples"
-    return f"{taken}: going on after {seen}{epoch}, learning rate {rate:.3g}, next {next_key}"
+def _resumed(
+    taken: Path, state: TrainingState, config: TrainConfig, samples_per_epoch: int | None, next_key: str
+) -> str:
+    epoch = f", epoch {state.samples / samples_per_epoch:.2f}" if samples_per_epoch else ""
+    rate = learning_rate(config.optimizer, state.samples, config.max_samples)
+    seen = f"{state.samples} of {config.max_samples} samples"
+    other = [
+        f"{name} was {was}, is {state.arithmetic[name]}"
+        for name, was in state.inherited.items()
+        if was != state.arithmetic[name]
+    ]
+    rounding = f" - equal to rounding, not to the last bit: {'; '.join(other)}" if other else ""
+    return f"{taken}: going on after {seen}{epoch}, learning rate {rate:.3g}, next {next_key}{rounding}"
 
 
-def _leave(interruption: Interruption, samples: int, folder: Path) -> NoReturn:
-    number = interruption.signal
-    print(f"{folder}: left after {samples} samples, with a checkpoint - the same command goes on from there")
-    raise SystemExit(128 + int(number) if number is not None else 1)
+def _leave(signal: int, samples: int, folder: Path, machine: Machine) -> NoReturn:
+    machine.say(f"{folder}: left after {samples} samples, with a checkpoint - the same command goes on from there")
+    raise SystemExit(128 + signal)

@@ -69,28 +69,18 @@ def block_errors(
     features: Mapping[str, Float[Tensor, "b n"]],
     targets: Mapping[str, Float[Tensor, "b n"]],
     deviations: Mapping[str, Float[Tensor, "#b n"]],
-    weights: Float[Tensor, " b"] | None = None,
-) -> Float[Tensor, " n_blocks"]:
-    """Mean square of the standardised features' difference, one number for each block of `targets`, in its order.
+) -> Float[Tensor, "n_blocks b"]:
+    """Mean square of the standardised features' difference, for each block of `targets`, in its order.
 
     Standardising subtracts the same mean on both sides, so only the deviations are needed.
     """
-    return _each(
-        [((features[b].float() - targets[b].float()) / deviations[b]).square().mean(dim=1) for b in targets], weights
+    return torch.stack(
+        [((features[b].float() - targets[b].float()) / deviations[b]).square().mean(dim=1) for b in targets]
     )
 
 
 def cosine_errors(
-    features: Mapping[str, Float[Tensor, "b n"]],
-    targets: Mapping[str, Float[Tensor, "b n"]],
-    weights: Float[Tensor, " b"] | None = None,
-) -> Float[Tensor, " n_blocks"]:
-    """1 - cos of the plain pooled features, one number for each block of `targets`: the original experiment's form."""
-    return _each([1 - F.cosine_similarity(features[b].float(), targets[b].float(), dim=1) for b in targets], weights)
-
-
-def _each(errors: list[Float[Tensor, " b"]], weights: Float[Tensor, " b"] | None) -> Float[Tensor, " n_blocks"]:
-    if not errors:
-        return torch.zeros(0)
-    stacked = torch.stack(errors)
-    return (stacked if weights is None else stacked * weights).mean(dim=1)
+    features: Mapping[str, Float[Tensor, "b n"]], targets: Mapping[str, Float[Tensor, "b n"]]
+) -> Float[Tensor, "n_blocks b"]:
+    """1 - cos of the plain pooled features, for each block of `targets`: the original experiment's form."""
+    return torch.stack([1 - F.cosine_similarity(features[b].float(), targets[b].float(), dim=1) for b in targets])

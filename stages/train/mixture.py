@@ -2,6 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+from jaxtyping import Int
 
 from configs.refusal import Refused
 from shards.batch import Batch, concatenate
@@ -10,20 +14,33 @@ from shards.reader import Reader
 
 @dataclass(frozen=True)
 class Mixture:
-    """Every batch holds the same number of rows of each stream, so its content depends on its number alone."""
+    """Every batch holds the same number of rows of each stream, so its content depends on its number alone.
+
+    The rows of the classes come first, and rank r of `world` takes the rows n with n mod world = r. Both readers count
+    the rows of all ranks.
+    """
 
     classes: Reader
     prior: Reader
+    rank: int = 0
+    world: int = 1
 
     def batches(self, start_sample: int) -> Iterator[Batch]:
-        """The batches from this sample on, a whole number of batches from the beginning."""
-        number, rest = divmod(start_sample, self.classes.batch_size + self.prior.batch_size)
+        """This rank's rows of the batches from this sample on, a whole number of batches from the beginning."""
+        of_classes, of_prior = self.classes.batch_size, self.prior.batch_size
+        number, rest = divmod(start_sample, of_classes + of_prior)
         if rest:
             raise ValueError(f"sample {start_sample} is {rest} rows into a batch")
-        classes = self.classes.batches(number * self.classes.batch_size)
-        prior = self.prior.batches(number * self.prior.batch_size)
-        for rows in zip(classes, prior, strict=True):
+        mine = np.arange(self.rank, of_classes + of_prior, self.world)
+        ours, theirs = mine[mine < of_classes], mine[mine >= of_classes] - of_classes
+        streams = [_places(self.classes, ours, number), _places(self.prior, theirs, number)]
+        for rows in zip(*filter(None, streams), strict=True):
             yield concatenate(rows)
+
+
+def _places(reader: Reader, rows: Int[np.ndarray, " n"], number: int) -> Iterator[Batch] | None:
+    """The same rows of a reader's batches from this one on; None when there are no rows."""
+    return reader.read(batch * reader.batch_size + rows for batch in count(number)) if len(rows) else None
 
 
 def rows_of(batch_size: int, prior_share: float) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What the student is asked to match: both velocities, their guidance, and what each block says."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -86,9 +86,21 @@ class Losses:
     flow: Float[Tensor, ""]
     guidance: Float[Tensor, ""]
     blocks: Float[Tensor, " n_blocks"]
-    """Error of each block, before any weight."""
+    """Error of each block, before any weight but omega."""
     flow_errors: Float[Tensor, " b"]
-    """Flow error of each sample, before any weight."""
+    """Flow error of each sample, before any weight; so are the two below."""
+    guidance_errors: Float[Tensor, " b"]
+    block_errors: Float[Tensor, "n_blocks b"]
+    omega: Float[Tensor, " b"]
+    """What each sample weighed."""
+
+    @classmethod
+    def joined(cls, chunks: Sequence["Losses"]) -> "Losses":
+        """The losses of a batch from those of its equal chunks, for the journal: nothing carries a gradient."""
+        means = ("total", "rest", "flow", "guidance", "blocks")
+        rows = ("flow_errors", "guidance_errors", "block_errors", "omega")
+        mean = {name: torch.stack([getattr(chunk, name).detach() for chunk in chunks]).mean(dim=0) for name in means}
+        return cls(**mean, **{name: torch.cat([getattr(chunk, name) for chunk in chunks], dim=-1) for name in rows})
 
 
 class Objective:
@@ -122,13 +134,13 @@ class Objective:
         batch: Batch,
         lambdas: Float[Tensor, " n_blocks"],
         block_weight: float,
-        generator: torch.Generator,
+        scales: Float[Tensor, " b"],
         omega: Float[Tensor, " b"] | None = None,
     ) -> Losses:
         """The loss of a batch, `block_weight` being that of the block term at present.
 
-        `omega` weighs whole samples and is not normalised inside the batch (mathematics.md section 4); `generator`
-        lies on the CPU.
+        `scales` are the guidance scales w of the samples; `omega` weighs whole samples and is not normalised inside
+        the batch (mathematics.md section 4).
         """
         config = self.config
         omega = torch.ones_like(batch.s) if omega is None else omega
@@ -139,28 +151,38 @@ class Objective:
         flow_errors = (conditional + config.uncond_weight * unconditional) / (1 + config.uncond_weight)
         flow = (weights * flow_errors).mean()
 
-        w = self._guidance_scales(batch, generator)
-        guided_errors = guidance_error(output.v_cond - batch.v_cond, output.v_uncond - batch.v_uncond, w)
+        guided_errors = guidance_error(output.v_cond - batch.v_cond, output.v_uncond - batch.v_uncond, scales)
         guidance = (weights * guided_errors).mean()
 
         with torch.set_grad_enabled(block_weight > 0 and torch.is_grad_enabled()):
-            blocks = self._block_errors(output, batch, omega)
+            by_block = self._block_errors(output, batch)
+            blocks = (by_block * omega).mean(dim=1)
 
         rest = flow + config.guidance_weight * guidance
         total = rest
         if block_weight > 0 and self.blocks:
             total = total + block_weight * (lambdas * blocks).sum()
-        return Losses(total, rest, flow.detach(), guidance.detach(), blocks.detach(), flow_errors.detach())
+        return Losses(
+            total,
+            rest,
+            flow.detach(),
+            guidance.detach(),
+            blocks.detach(),
+            flow_errors.detach(),
+            guided_errors.detach(),
+            by_block.detach(),
+            omega,
+        )
 
-    def _guidance_scales(self, batch: Batch, generator: torch.Generator) -> Float[Tensor, " b"]:
+    def guidance_scales(self, count: int, generator: torch.Generator) -> Float[Tensor, " b"]:
+        """So many guidance scales, drawn on the CPU."""
         lowest, highest = self.config.guidance_range
-        drawn = lowest + (highest - lowest) * torch.rand(len(batch.s), generator=generator)
-        return drawn.to(batch.s.device)
+        return lowest + (highest - lowest) * torch.rand(count, generator=generator)
 
-    def _block_errors(
-        self, output: StudentOutput, batch: Batch, omega: Float[Tensor, " b"]
-    ) -> Float[Tensor, " n_blocks"]:
+    def _block_errors(self, output: StudentOutput, batch: Batch) -> Float[Tensor, "n_blocks b"]:
         targets = {block: batch.features[block] for block in self.blocks}
+        if not targets:
+            return torch.zeros(0, len(batch.s), device=batch.s.device)
         if self.config.block_form == "cosine" or self.scale is None:
-            return cosine_errors(output.features, targets, omega)
-        return block_errors(output.features, targets, self.scale.at(batch.s), omega)
+            return cosine_errors(output.features, targets)
+        return block_errors(output.features, targets, self.scale.at(batch.s))

@@ -24,18 +24,29 @@ class Penalty:
         """Weight of the block term after the share `progress` of training."""
         return self.factor * self.config.annealed_block_weight(progress)
 
-    def look(self, losses: Losses, progress: float, samples: int, parameters: Sequence[nn.Parameter]) -> None:
-        """Measure where that is due; the factor holds from the next step on.
+    def measure(
+        self, losses: Losses, progress: float, samples: int, parameters: Sequence[nn.Parameter]
+    ) -> Sequence[Tensor]:
+        """Where that is due, two norms: of the gradient of everything else, and of the block term at block_weight.
 
-        With |g| the norm of the gradient of everything else and |g_b| that of the block term at weight block_weight,
-        factor = share / (1 - share) |g| / |g_b|: the geometric mean of what is measured and what was, so that a single
-        batch moves it half.
+        They add up over micro-batches and processes; only their ratio counts.
         """
-        share, weight = self.config.block_share, self.weight(progress)
-        if share is None or weight <= 0 or samples - self._measured_at < MEASURED_EVERY_SAMPLES:
-            return
+        weight = self.weight(progress)
+        if self.config.block_share is None or weight <= 0 or samples - self._measured_at < MEASURED_EVERY_SAMPLES:
+            return ()
         rest = _norm(losses.rest, parameters)
-        blocks = _norm(losses.total - losses.rest, parameters) * self.config.block_weight / weight
+        return rest, _norm(losses.total - losses.rest, parameters) * self.config.block_weight / weight
+
+    def learn(self, measured: Sequence[Tensor], samples: int) -> None:
+        """Take in what was measured, if anything; the factor holds from the next step on.
+
+        factor = share / (1 - share) |g| / |g_b|: the geometric mean of what is measured and what was, so that a single
+        step moves it half.
+        """
+        share = self.config.block_share
+        if not measured or share is None:
+            return
+        rest, blocks = measured
         if bool(torch.isfinite(rest) & torch.isfinite(blocks)) and float(blocks) > 0:
             found = float(share / (1 - share) * rest / blocks)
             first = self._measured_at < 0

@@ -1,7 +1,9 @@
 """All that a step of training changes, and the files of a checkpoint that hold it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,6 +11,7 @@ from torch import nn
 
 from stages.train.ema import Ema
 from stages.train.judge import Judge, Nobody
+from stages.train.mishaps import Mishaps
 from stages.train.objective import ObjectiveConfig
 from stages.train.penalty import Penalty
 
@@ -22,13 +25,25 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     penalty: Penalty = field(default_factory=lambda: Penalty(ObjectiveConfig()))
     judge: Judge = field(default_factory=Nobody)
+    mishaps: Mishaps = field(default_factory=Mishaps)
+    scaler: torch.amp.GradScaler | None = None
+    arithmetic: Mapping[str, Any] = field(default_factory=dict)
+    """What moves the last bits of a step and nothing else: processes, micro-batches, layout."""
+    inherited: Mapping[str, Any] = field(default_factory=dict)
+    """The same of whoever wrote the checkpoint that was read."""
     samples: int = 0
 
     def write(self, folder: Path) -> None:
         """Write everything but the number of samples into a folder: weights, average, optimizer, memory."""
         save_file({k: v.contiguous() for k, v in self.student.state_dict().items()}, folder / "student.safetensors")
         save_file({k: v.contiguous() for k, v in self.ema.tensors().items()}, folder / "ema.safetensors")
-        memory = {"judge": self.judge.state_dict(), "penalty": self.penalty.state_dict()}
+        memory = {
+            "judge": self.judge.state_dict(),
+            "penalty": self.penalty.state_dict(),
+            "mishaps": self.mishaps.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else {},
+            "arithmetic": dict(self.arithmetic),
+        }
         for name, content in (("optimizer.pt", self.optimizer.state_dict()), ("memory.pt", memory)):
             with open(folder / name, "wb") as handle:  # given a path, torch hides why it failed
                 torch.save(content, handle)
@@ -42,6 +57,10 @@ class TrainingState:
         memory = torch.load(folder / "memory.pt", map_location=device, weights_only=True)
         self.judge.load_state_dict(memory["judge"])
         self.penalty.load_state_dict(memory["penalty"])
+        self.mishaps.load_state_dict(memory["mishaps"])
+        if self.scaler and memory["scaler"]:
+            self.scaler.load_state_dict(memory["scaler"])
+        self.inherited = memory["arithmetic"]
         self.samples = samples
 
     def bytes(self) -> int:

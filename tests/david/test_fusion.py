@@ -26,6 +26,12 @@ def voice(formula: str, **changes) -> Voice:
     return Voice(config, BLOCKS, bins=100, reference=REFERENCE)
 
 
+def told_after(heard: Voice, assessed: dict[str, BlockAssessment], **weights) -> torch.Tensor:
+    """His lambdas once he has learnt from this batch."""
+    heard.learn(heard.hear(assessed, **weights), len(assessed["mid"].excess))
+    return heard.lambdas()
+
+
 def said(excess=0.0, divergence=0.0, coherence=1.0, cross_entropy=0.0, entropy=0.0, b=4) -> BlockAssessment:
     return BlockAssessment(
         *(torch.full((b,), value) for value in (excess, divergence, coherence, cross_entropy, entropy))
@@ -76,7 +82,7 @@ def test_every_formula_has_its_row():
 
 @pytest.mark.parametrize("formula", sorted(set(FORMULAS) - {"uniform", "seed"}))
 def test_a_faultless_student_leaves_every_block_its_own_weight(formula):
-    assert voice(formula)(everywhere()).tolist() == torch.tensor(list(W.values())).tolist()
+    assert told_after(voice(formula), everywhere()).tolist() == torch.tensor(list(W.values())).tolist()
 
 
 numbers = st.floats(0, 1e30)
@@ -88,7 +94,7 @@ shares = st.floats(0, 1)
 @given(excess=st.floats(-1e30, 1e30), divergence=shares, coherence=shares, cross_entropy=numbers, entropy=shares)
 def test_lambda_keeps_its_range_whatever_is_said(formula, excess, divergence, coherence, cross_entropy, entropy):
     loud = said(excess, divergence, coherence, cross_entropy, entropy)
-    told = voice(formula)(everywhere() | {"mid": loud, "up_3": loud})
+    told = told_after(voice(formula), everywhere() | {"mid": loud, "up_3": loud})
     w = torch.tensor(list(W.values()))
     within_twice = {"static": w, "absolute": w, "relative": w, "permuted": w, "mean_kept": w / 2}
     lowest, highest = (within_twice[formula], 2 * w) if formula in within_twice else (0.5, 3.0)
@@ -102,39 +108,39 @@ def test_the_worst_block_rises_most(formula):
     loud = {"excess": 2.0, "divergence": 0.5, "coherence": 0.6, "cross_entropy": 2.0, "entropy": 0.5}
     for i, block in enumerate(BLOCKS):
         heard = voice(formula)
-        assert (heard(worst(block, **loud)) / heard.quiet).argmax() == i
+        assert (told_after(heard, worst(block, **loud)) / heard.quiet).argmax() == i
 
 
 @pytest.mark.parametrize("formula", WITHOUT_DAVID)
 def test_arms_without_david_do_not_hear_him(formula):
     heard = voice(formula, warmup_samples=8)
-    assert heard(worst("mid")).tolist() == heard.quiet.tolist()
+    assert told_after(heard, worst("mid")).tolist() == heard.quiet.tolist()
     assert formula == "static" or len(set(heard.quiet.tolist())) == 1
 
 
 def test_the_relative_form_is_half_way_at_the_reference_response():
     response = said(excess=0.02 * math.log(100), divergence=0.04, coherence=0.9)
-    told = voice("relative")(everywhere() | {"mid": response})
+    told = told_after(voice("relative"), everywhere() | {"mid": response})
     assert float(told[BLOCKS.index("mid")]) == pytest.approx(1.2 * 1.5, rel=1e-5)
 
 
 def test_the_relative_form_has_a_voice_where_the_absolute_one_whispers():
     near = everywhere() | {"down_2": said(excess=0.01 * math.log(100), divergence=0.02, coherence=0.95)}
     at = BLOCKS.index("down_2")
-    assert float(voice("absolute")(near)[at]) < 1.03
-    assert float(voice("relative")(near)[at]) > 1.3
+    assert float(told_after(voice("absolute"), near)[at]) < 1.03
+    assert float(told_after(voice("relative"), near)[at]) > 1.3
 
 
 def test_the_seed_form_saturates_at_chance():
     at_chance = everywhere(cross_entropy=math.log(100), entropy=1.0)
-    told = voice("seed")(at_chance)
+    told = told_after(voice("seed"), at_chance)
     assert [float(told[i]) for i, w in enumerate(W.values()) if w >= 0.85] == [3.0] * 7
 
 
 def test_the_seed_form_reads_alpha_where_others_read_coherence():
     alphas = {block: 0.1 * i for i, block in enumerate(BLOCKS)}
     config = FusionConfig.model_validate({"formula": "seed", **AT_ONCE})
-    told = Voice(config, BLOCKS, bins=100, alphas=alphas)(everywhere(coherence=0.2))
+    told = told_after(Voice(config, BLOCKS, bins=100, alphas=alphas), everywhere(coherence=0.2))
     expected = [w * (1 + 0.25 * (1 - alphas[block])) for block, w in W.items()]
     assert told.tolist() == pytest.approx(expected)
 
@@ -143,17 +149,19 @@ def test_the_placebo_gives_what_is_said_of_a_block_to_another_one():
     taken = []
     for i, block in enumerate(BLOCKS):
         heard = voice("permuted", placebo_seed=3)
-        emphasis = heard(worst(block)) / heard.quiet
+        emphasis = told_after(heard, worst(block)) / heard.quiet
         taken.append(int(emphasis.argmax()))
         assert taken[-1] != i
-        assert float(emphasis.max()) == pytest.approx(float((voice("relative")(worst(block)) / heard.quiet).max()))
+        assert float(emphasis.max()) == pytest.approx(
+            float((told_after(voice("relative"), worst(block)) / heard.quiet).max())
+        )
     assert sorted(taken) == list(range(9))
     assert voice("permuted", placebo_seed=3).known.other.tolist() != voice("permuted").known.other.tolist()
 
 
 def test_warm_up_leads_from_w_to_davids_lambda():
-    heard, final = voice("absolute", warmup_samples=16), voice("absolute")(worst("mid"))
-    told = [heard(worst("mid")) for _ in range(6)]
+    heard, final = voice("absolute", warmup_samples=16), told_after(voice("absolute"), worst("mid"))
+    told = [heard.lambdas(), *(told_after(heard, worst("mid")) for _ in range(5))]
     w = heard.quiet
     for step, now in enumerate(told):
         assert torch.allclose(now, w + min(1.0, step / 4) * (final - w))
@@ -166,7 +174,7 @@ def test_what_was_said_counts_half_after_its_half_life_whatever_the_batch_size()
         heard = voice("absolute", half_life_samples=4)
         heard._heard += 1e6  # a long past without faults
         for _ in range(4 // b):
-            heard(everywhere(divergence=0.0, b=b))
+            told_after(heard, everywhere(divergence=0.0, b=b))
         assert heard._heard.tolist() == pytest.approx([5e5] * 9, rel=1e-4)
 
 
@@ -174,25 +182,25 @@ def test_negative_excess_is_cut_off_after_averaging_and_not_before():
     mixed = said()
     noise = BlockAssessment(torch.tensor([-1.0, 1.0, -1.0, 1.0]), *(getattr(mixed, n) for n in list(vars(mixed))[1:]))
     heard = voice("absolute", half_life_samples=100)
-    assert heard(dict.fromkeys(BLOCKS, noise)).tolist() == heard.quiet.tolist()
+    assert told_after(heard, dict.fromkeys(BLOCKS, noise)).tolist() == heard.quiet.tolist()
 
 
 def test_a_sample_of_no_weight_has_a_neutral_vote():
     loud, quiet = said(excess=2.0, divergence=0.5, coherence=0.5), said(divergence=0.1)
     both = BlockAssessment(*(torch.cat([a, b]) for a, b in zip(vars(loud).values(), vars(quiet).values(), strict=True)))
     weights = torch.tensor([0.0] * 4 + [1.0] * 4)
-    only = voice("absolute")(everywhere() | {"mid": quiet})
+    only = told_after(voice("absolute"), everywhere() | {"mid": quiet})
     padded = everywhere(b=8) | {"mid": both}
-    assert torch.equal(voice("absolute")(padded, omega=weights), only)
+    assert torch.equal(told_after(voice("absolute"), padded, omega=weights), only)
     reliable = dict.fromkeys(BLOCKS, torch.ones(8, dtype=torch.bool)) | {"mid": weights > 0}
-    assert torch.equal(voice("absolute")(padded, reliable=reliable), only)
+    assert torch.equal(told_after(voice("absolute"), padded, reliable=reliable), only)
     unheard = voice("absolute")
-    assert unheard(everywhere(divergence=1.0), omega=torch.zeros(4)).tolist() == unheard.quiet.tolist()
+    assert told_after(unheard, everywhere(divergence=1.0), omega=torch.zeros(4)).tolist() == unheard.quiet.tolist()
 
 
 def test_a_voice_goes_on_from_its_saved_state_to_the_same_bits():
     def told(heard, first, last):
-        return [heard(everywhere(excess=0.1 * i, divergence=0.01 * i)).tolist() for i in range(first, last)]
+        return [told_after(heard, everywhere(excess=0.1 * i, divergence=0.01 * i)).tolist() for i in range(first, last)]
 
     settings = {"warmup_samples": 20, "half_life_samples": 7}
     whole, cut, resumed = (voice("mean_kept", **settings) for _ in range(3))
@@ -205,7 +213,7 @@ def test_a_voice_goes_on_from_its_saved_state_to_the_same_bits():
 
 def test_the_three_numbers_are_told_by_block():
     heard = voice("static")
-    heard(worst("up_1", excess=math.log(100) / 4, divergence=0.5, coherence=0.75))
+    told_after(heard, worst("up_1", excess=math.log(100) / 4, divergence=0.5, coherence=0.75))
     now = heard.assessment()
     assert (float(now.timestep_error["up_1"]), float(now.pattern_error["up_1"])) == (pytest.approx(0.25), 0.5)
     assert float(now.coherence["up_1"]) == 0.75

@@ -44,6 +44,10 @@ def assessed(excess: torch.Tensor) -> dict[str, BlockAssessment]:
     return {"mid": BlockAssessment(excess, zeros, zeros + 1, excess.clamp_min(0), zeros + 0.5)}
 
 
+def sees(profile: Profile, bins: torch.Tensor, *said) -> None:
+    profile.learn(profile.see(bins, *said), len(bins))
+
+
 def difficult(hard: list[int], blind: tuple[int, ...] = (), bins: int = T) -> Profile:
     """A profile of 40 samples a bin, in which some bins are hard, and some are not to be told."""
     profile = Profile(FusionConfig(), bins, memory=10 * bins)
@@ -52,7 +56,7 @@ def difficult(hard: list[int], blind: tuple[int, ...] = (), bins: int = T) -> Pr
         excess[hard] = 1.0
         seen = torch.ones(bins)
         seen[list(blind)] = 0.0
-        profile.see(torch.arange(bins), assessed(excess), seen)
+        sees(profile, torch.arange(bins), assessed(excess), seen)
     return profile
 
 
@@ -183,11 +187,11 @@ def test_bins_of_which_nothing_is_stored_are_not_asked_for():
 def test_the_profile_is_the_mean_of_each_bin_and_forgets():
     profile = Profile(FusionConfig(beta=0.0, alpha=1.0), 4, memory=8)
     bins = torch.tensor([0, 0, 1, 1])
-    profile.see(bins, assessed(torch.tensor([1.0, 0.0, -0.3, 0.3])), torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    sees(profile, bins, assessed(torch.tensor([1.0, 0.0, -0.3, 0.3])), torch.tensor([1.0, 0.0, 1.0, 1.0]))
     assert profile._means()[0].tolist() == pytest.approx([0.5, 0.0, 0.0, 0.0])
     assert profile.trusted(0.6).tolist() == [False, True, False, False]
-    profile.see(bins, assessed(torch.tensor([0.0, 0.0, 0.0, 0.0])), torch.ones(4))
-    profile.see(bins, assessed(torch.tensor([0.0, 0.0, 0.0, 0.0])), torch.ones(4))
+    sees(profile, bins, assessed(torch.tensor([0.0, 0.0, 0.0, 0.0])), torch.ones(4))
+    sees(profile, bins, assessed(torch.tensor([0.0, 0.0, 0.0, 0.0])), torch.ones(4))
     newer = 1 + 2**-0.5
     assert profile._means()[0, 0].item() == pytest.approx(0.5 * 0.5 / (0.5 + newer))
 
@@ -195,10 +199,10 @@ def test_the_profile_is_the_mean_of_each_bin_and_forgets():
 def test_a_bin_seldom_seen_is_drawn_to_the_mean_of_all():
     profile = Profile(FusionConfig(), T, memory=10 * T)
     for _ in range(50):
-        profile.see(torch.arange(T), assessed(torch.full((T,), 0.1)), torch.ones(T))
+        sees(profile, torch.arange(T), assessed(torch.full((T,), 0.1)), torch.ones(T))
     profile = difficult([])
     before = profile.difficulty(0.0)
-    profile.see(torch.tensor([4]), assessed(torch.tensor([4.0])), torch.ones(1))
+    sees(profile, torch.tensor([4]), assessed(torch.tensor([4.0])), torch.ones(1))
     raised = profile.difficulty(0.0)[4] - before[4]
     assert 0 < raised < 0.05
 
@@ -221,7 +225,7 @@ def learnt(made: TimeChoice, start: int, batches: int) -> list[list[int]]:
     seen = []
     for number, pairs in zip(range(start, start + batches), made.batches(8 * start, stream), strict=False):
         bins = torch.from_numpy(STEPS[pairs] * T // 1000)
-        made.profile.see(bins, assessed(bins.float() / T * (number % 5)), torch.ones(8))
+        sees(made.profile, bins, assessed(bins.float() / T * (number % 5)), torch.ones(8))
         seen.append(pairs.tolist())
     return seen
 

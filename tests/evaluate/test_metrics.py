@@ -8,9 +8,10 @@ import torch
 
 from shards.batch import Batch
 from shards.reader import Reader
-from stages.evaluate.metrics import fidelity, velocity_errors
+from stages.evaluate.metrics import fidelity
 from stages.nets.student import Student, StudentOutput
 from stages.nets.teacher import Teacher
+from stages.train.velocity import velocity_errors
 
 
 @pytest.fixture

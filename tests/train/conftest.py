@@ -13,6 +13,7 @@ from shards.batch import Batch
 from stages.nets.student import Student, StudentOutput
 from stages.train.loop import TrainConfig, fit
 from stages.train.losses import FeatureScale
+from stages.train.machine import Machine
 from stages.train.objective import Objective, ObjectiveConfig
 
 BLOCKS = ("mid", "up_3")
@@ -106,12 +107,11 @@ def train() -> Callable[..., Any]:
             "objective": Objective(ObjectiveConfig(), BLOCKS, SCALE),
             "batches": stream,
             "uncond": torch.zeros(1, 5, 6),
-            "at_checkpoint": lambda samples, student: None,
             "identity": {"recipe": {"teacher": "abc"}},
             **options,
         }
         config = TrainConfig.model_validate({**CONFIG.model_dump(), **(changes or {})})
-        return fit(folder=folder, config=config, device=torch.device("cpu"), **options)
+        return fit(folder=folder, config=config, machine=Machine(torch.device("cpu")), **options)
 
     return run
 

@@ -17,6 +17,7 @@ from stages.david.fusion import W
 from stages.david.saved import ready
 from stages.nets.student import StudentOutput
 from stages.train.david import David, DavidConfig, judge_of
+from stages.train.journal import steps_told
 
 TINY = [Path("configs/tiny.yaml")]
 FEW = ["--count", "60", "--validation-count", "6", "--render.records-per-shard", "30", "--render.states.steps", "8"]
@@ -32,6 +33,7 @@ TRAIN = [
     "9",
 ]
 TRAIN += ["--train.optimizer.warmup-samples", "4", "--grid.sampler.steps", "2", "--train.journal-every-samples", "4"]
+TRAIN += ["--validation.states", "0"]
 CPU = torch.device("cpu")
 BLOCKS = tuple(W)
 
@@ -60,7 +62,14 @@ def spoken(judge: David, batch: Batch, features: dict[str, torch.Tensor]) -> tor
     """His lambdas once the warm-up is over."""
     output = StudentOutput(batch.v_cond, batch.v_uncond, features)
     static = torch.ones(len(judge.assessor.blocks))
-    return [judge.lambdas(batch, output, static) for _ in range(4)][-1]
+    return [told(judge, batch, output, static) for _ in range(4)][-1]
+
+
+def told(judge: David, batch: Batch, output: StudentOutput, static: torch.Tensor) -> torch.Tensor:
+    """His lambdas once he has learnt from this batch."""
+    judge.lambdas(static)
+    judge.learn(judge.hear(batch, output, judge.omega(batch)), len(batch))
+    return judge.lambdas(static)
 
 
 def test_a_faultless_student_is_weighed_as_configured(run: Path) -> None:
@@ -80,7 +89,7 @@ def test_what_he_says_of_a_block_that_counts_nothing_is_no_voice(run: Path) -> N
         static = torch.ones(9)
         static[8] = 0 if silent else 1
         for _ in range(4):
-            judge.lambdas(batch, output, static)
+            told(judge, batch, output, static)
         found = judge.variation()
         assert found is not None
         assert found.silent == silent
@@ -101,8 +110,7 @@ def test_nobody_is_fitted_where_nothing_depends_on_him(tmp_path: Path, run: Path
     deaf = DavidConfig.model_validate({"fusion": {"formula": "static"}})
     judge = judge_of(deaf, Reader(run / "cache"), BLOCKS, tmp_path, 0, CPU)
     assert not list(tmp_path.iterdir())
-    _, batch = david(run)
-    found = judge.lambdas(batch, StudentOutput(batch.v_cond, batch.v_uncond, {}), torch.full((9,), 2.0))
+    found = judge.lambdas(torch.full((9,), 2.0))
     assert found.tolist() == pytest.approx([2 * W[block] for block in BLOCKS])
 
 
@@ -137,14 +145,12 @@ def test_a_resumed_run_with_david_ends_on_the_same_bits(run: Path, tmp_path: Pat
         for name in ("whole", "cut")
     )
     assert all(torch.equal(value, two[name]) for name, value in one.items())
-    lines = [
-        json.loads((tmp_path / name / "distill" / "journal.jsonl").read_text().splitlines()[-1])
-        for name in ("whole", "cut")
+    lines = [steps_told(tmp_path / name / "distill")[-1] for name in ("whole", "cut")]
+    timeless = [
+        {name: value for name, value in line.items() if not name.endswith(("_seconds", "_per_second", "_gib"))}
+        for line in lines
     ]
-    for line in lines:
-        for clock in ("samples_per_second", "data_wait_seconds"):
-            del line[clock]
-    assert lines[0] == lines[1]
+    assert timeless[0] == timeless[1]
     assert set(lines[0]["timestep_error"]) == set(lines[0]["lambdas"])
     assert ("effective_share" in lines[0]) == (scheme == "david")
 
@@ -157,7 +163,7 @@ def test_the_original_recipe_and_its_repair_run_to_an_export(
     shutil.copytree(run / "distill" / "david", tmp_path / "distill" / "david")
     files = [*TINY, Path(f"configs/{overlay}.yaml")]
     distill.run(load(distill.Config, "distill", files, ["--run", str(tmp_path), *TRAIN, *FIT]))
-    line = json.loads((tmp_path / "distill" / "journal.jsonl").read_text().splitlines()[-1])
+    line = steps_told(tmp_path / "distill")[-1]
     assert all(value > 0 for value in line["lambdas"].values()) == (overlay == "seed")
     told = json.loads((tmp_path / "distill" / "export" / "diffusers" / "model_index.json").read_text())
     assert told["scheduler"][1].startswith(scheduler)

@@ -1,39 +1,174 @@
 import json
+import math
 
 import pytest
 import torch
 
-from stages.train.journal import Step, Window, flat, forget_after
+from stages.train.journal import Journal, Step, Window, flat, forget_after, memory_gib, steps_told
+from stages.train.machine import Machine
 from stages.train.objective import Losses
+from stages.train.trackers import TrackingConfig
+
+BLOCKS = ("mid", "up_3")
+QUIET = TrackingConfig(to=())
+CPU = torch.device("cpu")
+ALONE = Machine(CPU)
 
 
-def step(flow_errors: list[float], s: list[float], learning_rate: float = 0.1) -> Step:
+def step(
+    flow_errors: list[float], s: list[float], learning_rate: float = 0.1, omega: list[float] | None = None
+) -> Step:
     errors = torch.tensor(flow_errors)
+    by_block = torch.stack([torch.ones_like(errors), 3 * torch.ones_like(errors)])
     losses = Losses(
-        errors.mean() * 2, errors.mean(), errors.mean(), torch.tensor(0.5), torch.tensor([1.0, 3.0]), errors
+        total=errors.mean() * 2,
+        rest=errors.mean(),
+        flow=errors.mean(),
+        guidance=torch.tensor(0.5),
+        blocks=by_block.mean(dim=1),
+        flow_errors=errors,
+        guidance_errors=10 * errors,
+        block_errors=by_block,
+        omega=torch.ones_like(errors) if omega is None else torch.tensor(omega),
     )
-    return Step(losses, torch.tensor([1.0, 0.0]), 0.05, torch.tensor(s), torch.tensor(2.0), learning_rate, 0.25)
+    return Step(losses, torch.tensor([1.0, 0.5]), 0.05, torch.tensor(s), torch.tensor(2.0), learning_rate, 0.25)
 
 
 def test_a_line_holds_the_means_of_its_window():
     window = Window()
     window.add(step([1.0, 3.0], [0.05, 0.95]))
     window.add(step([5.0, 7.0], [0.96, 0.55], learning_rate=0.2))
-    line = window.line(4, ("mid", "up_3"))
+    line = window.line(4, BLOCKS)
     assert (line["samples"], line["flow"], line["loss"], line["learning_rate"]) == (4, 4.0, 8.0, 0.2)
     assert line["blocks"] == {"mid": 1.0, "up_3": 3.0}
-    assert line["lambdas"] == {"mid": 1.0, "up_3": 0.0}
-    assert line["flow_by_s"] == [1.0, None, None, None, None, 7.0, None, None, None, 4.0]
+    assert line["lambdas"] == {"mid": 1.0, "up_3": 0.5}
+    assert line["block_term"] == 2.5
     assert line["data_wait_seconds"] == pytest.approx(0.5)
 
 
-def test_tensorboard_gets_every_number_by_name():
-    named = dict(flat({"samples": 4, "flow": 1.0, "blocks": {"mid": 2.0}, "flow_by_s": [None, 3.0]}))
-    assert named == {"flow": 1.0, "blocks/mid": 2.0, "flow_by_s/1": 3.0}
+def test_every_part_of_the_loss_falls_into_the_bin_of_its_time():
+    window = Window()
+    window.add(step([1.0, 3.0], [0.05, 0.95]))
+    window.add(step([5.0, 7.0], [0.96, 0.55]))
+    line = window.line(4, BLOCKS)
+    flow = [1.0, None, None, None, None, 7.0, None, None, None, 4.0]
+    assert line["flow_by_s"] == flow
+    assert line["guidance_by_s"] == [None if error is None else 10 * error for error in flow]
+    assert line["blocks_by_s"] == [None if error is None else 2.5 for error in flow]
+
+
+def test_the_effective_size_is_one_for_equal_weights_and_less_for_others():
+    window = Window()
+    window.add(step([1.0, 1.0, 1.0, 1.0], [0.05, 0.05, 0.95, 0.95], omega=[1.0, 3.0, 2.0, 2.0]))
+    line = window.line(4, BLOCKS)
+    assert line["effective_size"] == pytest.approx(8**2 / (4 * 18))
+    assert line["effective_size_by_s"][0] == pytest.approx(16 / (2 * 10))
+    assert line["effective_size_by_s"][9] == 1
+    assert line["effective_size_by_s"][5] is None
+
+
+def test_the_sums_of_two_processes_make_the_line_of_one_that_saw_all():
+    whole, one, two = Window(), Window(), Window()
+    halves = (step([1.0, 3.0], [0.05, 0.95]), step([5.0, 7.0], [0.96, 0.55]))
+    for half, window in zip(halves, (one, two), strict=True):
+        whole.add(half)
+        window.add(half)
+    sums = {name: value + two.sums()[name] for name, value in one.sums().items()}
+    apart, together = one.line(4, BLOCKS, sums), whole.line(4, BLOCKS)
+    varying = {"samples_per_second", "window_seconds", "data_wait_seconds"}
+    assert {k: v for k, v in apart.items() if k not in varying} == {
+        k: v for k, v in together.items() if k not in varying
+    }
+    assert apart["data_wait_seconds"] == 0.25  # of one process, on the average
+
+
+class Twin:
+    """One of two processes that see the same."""
+
+    device, world = CPU, 2
+
+    def __init__(self, is_main: bool) -> None:
+        self.is_main, self.heard = is_main, 0
+
+    def sum(self, tensors):
+        self.heard = len(tensors)
+        return [2 * tensor for tensor in tensors]
+
+
+def test_only_the_main_process_writes_and_both_add_up(tmp_path, capsys):
+    twins = [Twin(is_main=False), Twin(is_main=True)]
+    for twin in twins:
+        with Journal(tmp_path, 0, 8, BLOCKS, twin, QUIET) as journal:
+            journal.add(step([1.0, 3.0], [0.05, 0.95]), 4)
+            journal.write(4)
+            journal.note(4, "validation", {"held_out": 0.5})
+            journal.warn("nothing")
+            journal.pause()
+    assert twins[0].heard == twins[1].heard > 0
+    lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert [line.get("kind") for line in lines] == [None, "validation"]
+    assert lines[0]["flow"] == 2.0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in said] == [[word, "samples=4"] for word in ("train", "validation", "warning")]
+
+
+def test_a_skipped_step_is_told_and_counted_into_nothing(tmp_path, capsys):
+    with Journal(tmp_path, 0, 8, BLOCKS, ALONE, QUIET) as journal:
+        journal.add(None, 2)
+        journal.write(2)
+    assert not (tmp_path / "journal.jsonl").exists()
+    assert "warning samples=2 step skipped" in capsys.readouterr().out
+
+
+def test_a_line_of_another_kind_is_no_line_of_training(tmp_path):
+    with Journal(tmp_path, 0, 8, BLOCKS, ALONE, QUIET) as journal:
+        journal.add(step([1.0, 3.0], [0.05, 0.95]), 2)
+        journal.write(2)
+        journal.note(2, "validation", {"held_out": 0.5})
+    assert [line["samples"] for line in steps_told(tmp_path)] == [2]
+
+
+def test_what_happens_between_two_windows_is_told_and_left_out_of_the_rate(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    with Journal(tmp_path, 0, 8, BLOCKS, ALONE, QUIET) as journal:
+        journal.add(step([1.0, 3.0], [0.05, 0.95]), 2)
+        now[0] = 2.0
+        journal.write(2)
+        now[0] = 102.0
+        journal.pause()
+        with journal.bookkeeping():
+            now[0] = 103.0
+        now[0] = 106.0
+        journal.add(step([1.0, 3.0], [0.05, 0.95]), 2)
+        journal.write(4)
+    first, second = steps_told(tmp_path)
+    assert (first["samples_per_second"], first["paused_seconds"]) == (1.0, 0.0)
+    assert (second["samples_per_second"], second["paused_seconds"]) == (0.5, 100.0)
+    assert second["bookkeeping_seconds"] == 1.0
+
+
+def test_memory_is_that_of_the_process_on_a_cpu():
+    assert 0.05 < memory_gib(CPU) < 100
+
+
+def test_trackers_get_every_number_by_name():
+    line = {"samples": 4, "kind": "x", "flow": 1.0, "blocks": {"mid": 2.0}, "flow_by_s": [None, 3.0]}
+    assert dict(flat(line)) == {"flow": 1.0, "blocks/mid": 2.0, "flow_by_s/1": 3.0}
+
+
+def test_a_journal_line_is_made_of_plain_numbers(tmp_path):
+    with Journal(tmp_path, 0, 8, BLOCKS, ALONE, QUIET) as journal:
+        journal.add(step([1.0, 3.0], [0.05, 0.95]), 2)
+        journal.write(2, {"asked": 1})
+    line = steps_told(tmp_path)[0]
+    assert line["asked"] == 1
+    assert all(math.isfinite(value) for _, value in flat(line))
 
 
 def test_lines_beyond_the_resumed_sample_and_a_cut_off_line_are_dropped(tmp_path):
     path = tmp_path / "journal.jsonl"
-    path.write_text("".join(json.dumps({"samples": n}) + "\n" for n in (4, 8, 12)) + '{"samp')
+    told = [{"samples": 4}, {"samples": 8}, {"samples": 8, "kind": "validation"}, {"samples": 12}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in told) + '{"samp')
     forget_after(path, 8)
-    assert [json.loads(line)["samples"] for line in path.read_text().splitlines()] == [4, 8]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == told[:3]

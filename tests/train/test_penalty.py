@@ -14,11 +14,11 @@ NOTHING = torch.zeros(0)
 def losses(weight: float, pull: float) -> Losses:
     """The rest pulls with a gradient of norm 2, the unweighted block term with one of norm `pull`."""
     rest, blocks = 2 * PARAMETER[0], pull * PARAMETER[1]
-    return Losses(rest + weight * blocks, rest, NOTHING, NOTHING, NOTHING, NOTHING)
+    return Losses(rest + weight * blocks, rest, *[NOTHING] * 7)
 
 
 def looked(penalty: Penalty, pull: float, samples: int, progress: float = 0.0) -> Penalty:
-    penalty.look(losses(penalty.weight(progress), pull), progress, samples, [PARAMETER])
+    penalty.learn(penalty.measure(losses(penalty.weight(progress), pull), progress, samples, [PARAMETER]), samples)
     return penalty
 
 

@@ -1,0 +1,88 @@
+"""Several processes for one story, on this machine: torch's elastic launcher starts them and passes signals on."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from configs.load import resolved_yaml
+from configs.refusal import Refused
+from configs.strict import Strict
+
+PATIENCE_SECONDS = 600
+"""How long the processes have to finish a step and a checkpoint once they were asked to leave."""
+ANSWERED = 2
+"""Exit code of a process that said itself why it ended."""
+
+
+def is_launched() -> bool:
+    """Whether this process is one of several already, whoever started them."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def launch(config: Strict, section: str, processes: int, device: torch.device) -> None:
+    """Run a story with this configuration in so many processes of one thread each, and wait for their end.
+
+    A signal goes to all of them: the first asks them to leave with a checkpoint, the second ends them at once. When one
+    dies, the others are ended too, and `Refused` says which it was.
+    """
+    if device.type == "cuda" and processes > torch.cuda.device_count():
+        raise Refused(f"processes = {processes}: there are {torch.cuda.device_count()} GPUs - one process for each")
+    with TemporaryDirectory(prefix="sollune-") as folder:
+        asked = Path(folder) / "config.yaml"
+        asked.write_text(resolved_yaml(config, section), encoding="utf-8")
+        together(("-m", "stages", section.replace("_", "-"), "--config", str(asked)), processes, folder)
+
+
+def together(words: Sequence[str], processes: int, folder: str) -> None:
+    """Run Python with these words in so many processes that know of each other; `folder` is for the launcher's notes.
+
+    Raises what is left to say of their end: `SystemExit` with its code after a signal or a refusal, else `Refused`.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE_SECONDS))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        elastic_launch(_on_this_machine(processes, folder), sys.executable)(*words)
+    except SignalException as told:
+        raise SystemExit(128 + int(told.sigval)) from None
+    except ChildFailedError as failed:
+        raise _said(failed, processes) from None
+
+
+def _on_this_machine(processes: int, folder: str) -> LaunchConfig:
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
+    )
+
+
+def _said(failed: ChildFailedError, processes: int) -> Refused | SystemExit:
+    """What is left to say of processes that ended before their time."""
+    ended: dict[int, Any] = failed.failures
+    if any(failure.exitcode == ANSWERED for failure in ended.values()):
+        return SystemExit(ANSWERED)
+    rank, first = failed.get_first_failure()
+    code = first.exitcode
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return Refused(
+        f"process {rank} of {processes} {how}, so the others were ended too - the last checkpoint is whole; "
+        "the same command goes on from it"
+    )

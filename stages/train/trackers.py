@@ -1,0 +1,170 @@
+"""Who reads along: TensorBoard beside the run, trackio or W&B if asked for; none of them can end a run."""
+
+import json
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+from torch.utils.tensorboard import SummaryWriter
+
+from configs.atomic import atomic_write
+from configs.refusal import Refused
+from configs.strict import Strict
+
+Name = Literal["tensorboard", "wandb", "trackio"]
+NOTHING: Mapping[str, Any] = {}
+FILE = "tracking.json"
+MOST_FAILURES = 3
+"""In a row, before a tracker is given up: one that waits for a dead network would slow the run down for good."""
+
+
+class TrackingConfig(Strict):
+    """Where the journal's numbers go besides journal.jsonl."""
+
+    to: tuple[Name, ...] = Field(("tensorboard",), description="tensorboard, wandb, trackio, or several; () for none")
+    project: str = Field("sollune", min_length=1, description="project at trackio or W&B")
+    name: str | None = Field(None, description="the run's name there; the last two folders of its path, unless told")
+
+
+class Tracker(Protocol):
+    """Takes numbers, and is closed at the end."""
+
+    def log(self, values: Mapping[str, float], samples: int) -> None:
+        """Take the numbers found after so many samples."""
+        ...
+
+    def close(self) -> None:
+        """Deliver the rest."""
+        ...
+
+
+class TensorBoard:
+    """Event files in `tensorboard/` of the run folder; later steps of an earlier life are hidden."""
+
+    def __init__(self, folder: Path, samples: int) -> None:
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=samples + 1)
+
+    def log(self, values: Mapping[str, float], samples: int) -> None:
+        """Write one scalar for each name."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, samples)
+
+    def close(self) -> None:
+        """Flush to disk."""
+        self._writer.close()
+
+
+class Online:
+    """trackio or W&B, which are spoken to alike; a resumed run goes on under the name it had.
+
+    accelerate's trackers would do the same, but only where its global state is, which a journal does not need.
+    """
+
+    def __init__(
+        self, name: Name, config: TrackingConfig, folder: Path, samples: int, facts: Mapping[str, Any]
+    ) -> None:
+        run = config.name or "-".join(folder.absolute().parts[-2:])
+        told: dict[str, Any] = {"project": config.project, "name": run, "config": dict(facts)}
+        self._by_samples = name == "wandb"
+        if self._by_samples:
+            # W&B knows a run by an id that is never given twice, so a folder that begins anew takes a new one.
+            told |= {"id": _identifier(folder, anew=samples == 0), "resume": "allow", "dir": str(folder)}
+        else:
+            told["resume"] = "allow" if samples else "never"
+        self._run: Any = import_module(name).init(**told)
+        if self._by_samples:
+            # W&B drops every number of a step below its last one: a resumed run's would be lost.
+            self._run.define_metric("*", step_metric="samples")
+
+    def log(self, values: Mapping[str, float], samples: int) -> None:
+        """Send the numbers."""
+        self._run.log({**values, "samples": samples}, step=None if self._by_samples else samples)
+
+    def close(self) -> None:
+        """Say that the run is over, for now."""
+        self._run.finish()
+
+
+class Guarded:
+    """One tracker behind a fence: what goes wrong with it is told, and the run goes on."""
+
+    def __init__(self, name: Name, open_it: Callable[[], Tracker]) -> None:
+        self._name, self._open = name, open_it
+        self._tracker: Tracker | None = None
+        self._failures = 0
+
+    def start(self) -> str | None:
+        """Open it, if it is not; what went wrong, if anything did."""
+        return self._fenced(self._opened)
+
+    def log(self, values: Mapping[str, float], samples: int) -> str | None:
+        """Log, opening it first where that failed so far; what went wrong, if anything did."""
+        return self._fenced(lambda: self._opened().log(values, samples))
+
+    def close(self) -> str | None:
+        """Close it, if it was ever open; what went wrong, if anything did."""
+        return self._fenced(self._tracker.close) if self._tracker else None
+
+    def _opened(self) -> Tracker:
+        if self._tracker is None:
+            self._tracker = self._open()
+        return self._tracker
+
+    def _fenced(self, act: Callable[[], object]) -> str | None:
+        if self._failures == MOST_FAILURES:
+            return None
+        try:
+            act()
+        except Exception as error:  # whatever a tracker or its network comes up with
+            self._failures += 1
+            over = "given up for this run" if self._failures == MOST_FAILURES else "tried again at the next line"
+            return f"{self._name}: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]} - {over}"
+        self._failures = 0
+        return None
+
+
+class Trackers:
+    """All of them; each call gives back what went wrong with any, and journal.jsonl has every number all the same."""
+
+    def __init__(self, trackers: Sequence[Guarded]) -> None:
+        self._trackers = trackers
+
+    def start(self) -> list[str]:
+        """Open each of them."""
+        return [trouble for tracker in self._trackers if (trouble := tracker.start())]
+
+    def log(self, values: Mapping[str, float], samples: int) -> list[str]:
+        """Tell each of them."""
+        return [trouble for tracker in self._trackers if (trouble := tracker.log(values, samples))]
+
+    def close(self) -> list[str]:
+        """Close each of them."""
+        return [trouble for tracker in self._trackers if (trouble := tracker.close())]
+
+
+def trackers_of(config: TrackingConfig, folder: Path, samples: int, facts: Mapping[str, Any] = NOTHING) -> Trackers:
+    """The trackers of a run taken up at `samples`; raises `Refused` for one that is not installed."""
+    for name in config.to:
+        if find_spec(name) is None:
+            raise Refused(f"train.tracking.to: {name} is not installed - pip install {name}, or leave it out")
+    return Trackers([Guarded(name, _opener(name, config, folder, samples, facts)) for name in config.to])
+
+
+def _opener(
+    name: Name, config: TrackingConfig, folder: Path, samples: int, facts: Mapping[str, Any]
+) -> Callable[[], Tracker]:
+    if name == "tensorboard":
+        return lambda: TensorBoard(folder, samples)
+    return lambda: Online(name, config, folder, samples, facts)
+
+
+def _identifier(folder: Path, anew: bool) -> str:
+    """The id under which W&B knows the run of this folder; it stays in the folder."""
+    path = folder / FILE
+    if anew or not path.exists():
+        atomic_write(path, json.dumps({"wandb": uuid.uuid4().hex[:16]}) + "\n")
+    return str(json.loads(path.read_text(encoding="utf-8"))["wandb"])

@@ -1,0 +1,160 @@
+import io
+
+from rich.console import Console
+
+from stages.train.board import Board, Clock, sparkline
+from stages.train.live import Lines, view_of
+
+LINE = {
+    "samples": 640,
+    "loss": 1.25,
+    "flow": 0.75,
+    "guidance": 0.5,
+    "block_term": 2.5,
+    "blocks": {"mid": 0.125, "up_3": 7.5},
+    "lambdas": {"mid": 1.25, "up_3": 0.0},
+    "flow_by_s": [0.1, None, 0.8],
+    "guidance_by_s": [0.0, None, 0.4],
+    "blocks_by_s": [1.0, None, 2.0],
+    "effective_size": 0.875,
+    "learning_rate": 1e-4,
+    "grad_norm": 3.5,
+    "samples_per_second": 121.25,
+    "window_seconds": 5.0,
+    "data_wait_seconds": 0.05,
+    "bookkeeping_seconds": 0.01,
+    "memory_gib": 1.5,
+    "update_ratio": {"mid": 5e-4, "rest": 1e-4},
+}
+FOUND = {
+    "held_out": 0.0345,
+    "held_out_by_s": [0.1, 0.2],
+    "seen": 0.03,
+    "seen_by_s": [0.1, None],
+    "seen_new_noise": 0.031,
+    "seen_new_noise_by_s": [0.1, None],
+    "cache_gap": 0.001,
+}
+
+
+def terminal() -> Console:
+    return Console(
+        file=io.StringIO(), force_terminal=True, width=110, height=50, color_system=None, legacy_windows=False
+    )
+
+
+def log() -> Console:
+    return Console(file=io.StringIO(), width=80)
+
+
+def said(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def board(console: Console) -> str:
+    """What a board that was told everything leaves on the screen."""
+    shown = Board("runs/[tiny]/distill", 0, 44800, console)
+    shown.progress(640)
+    shown.line({**LINE, "samples": 320, "flow": 1.5}, ())
+    shown.line(LINE, ["upload: no route to host"])
+    shown.note(640, "validation", FOUND)
+    shown.warn(700, "step skipped: a gradient was not finite")
+    text = "".join(segment.text for segment in console.render(shown.drawn(), console.options))
+    shown.close()
+    return text
+
+
+def test_the_board_shows_how_far_it_is_what_it_loses_and_what_is_wrong():
+    text = board(terminal())
+    for part in (
+        "runs/[tiny]/distill",
+        "640 of 44,800 samples",
+        "121.2 samples/s",
+        "loss 1.25",
+        "flow 0.75",
+        "data wait 1.0%",
+        "bookkeeping 0.2%",
+        "memory 1.50 GiB",
+        "validation after 640",
+        "+0.0010",
+        "! upload: no route to host",
+        "! after 700: step skipped",
+        "█▅",  # flow, line by line
+    ):
+        assert part in text, part
+
+
+def test_the_board_has_a_row_for_each_block_and_a_sparkline_for_each_part_of_the_loss():
+    lines = [line.split() for line in board(terminal()).splitlines()]
+    assert any(words[1:5] == ["mid", "0.125", "1.250", "5.0e-04"] for words in lines)
+    assert any(words[1:4] == ["up_3", "7.5", "0.000"] for words in lines)
+    assert any(words[1:3] == ["rest", "1.0e-04"] for words in lines)
+    flow = next(words for words in lines if "flow" in words and "0.8" in words)
+    assert any(words[1:5] == ["held", "out", "0.0345", "▅█"] for words in lines)
+    assert flow[-4:-1] == ["▂", "█", "0.8"]
+
+
+def test_the_board_fits_a_narrow_terminal_and_one_that_knows_only_ascii():
+    narrow = Console(file=io.StringIO(), force_terminal=True, width=60, height=40, color_system=None)
+    assert max(map(len, board(narrow).splitlines())) <= 60
+    plain = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), force_terminal=True, width=110, height=50)
+    shown = Board("runs/tiny", 0, 10, plain)
+    shown.line(LINE, ())
+    shown.close()
+    plain.file.flush()
+
+
+def test_a_log_gets_one_line_of_names_and_numbers_for_each_line_of_the_journal():
+    console = log()
+    lines = Lines(0, 44800, console)
+    lines.progress(640)
+    assert said(console) == ""
+    lines.line(LINE, ["upload: [red] no route"])
+    lines.note(640, "validation", FOUND)
+    train, warning, validation = said(console).splitlines()
+    assert train.startswith("train samples=640 of=44800 loss=1.25 flow=0.75 guidance=0.5 block_term=2.5 grad_norm=3.5 ")
+    assert " lr=0.0001 rate=121.2/s wait=1.0% memory=1.50GiB left=" in train
+    assert warning == "warning samples=640 upload: [red] no route"
+    assert validation == "validation samples=640 held_out=0.0345 seen=0.03 seen_new_noise=0.031 cache_gap=0.001"
+
+
+def test_skipped_steps_and_spikes_are_told_where_there_are_any():
+    for skipped, spikes in ((0, 0), (2, 1)):
+        console = log()
+        Lines(0, 44800, console).line({**LINE, "skipped": skipped, "spikes": spikes}, ())
+        assert ("skipped=2 spikes=1" in said(console)) == (skipped > 0)
+
+
+def test_without_a_terminal_the_view_is_lines(capsys):
+    assert isinstance(view_of("runs/tiny", 0, 10), Lines)
+
+
+def test_a_sparkline_is_as_high_as_its_values_and_blank_where_there_is_none():
+    assert sparkline([0.0, None, 0.5, 1.0]) == "▁ ▅█"
+    assert sparkline([0.0, 0.0]) == "▁▁"
+    assert sparkline([None]) == " "
+    assert sparkline([]) == ""
+
+
+def test_the_time_left_follows_from_the_pace_of_this_process(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = Clock(1000, 3000)
+    assert clock.left(1000) == "?"
+    now[0] = 110.0
+    assert clock.left(1500) == "0:00:30"
+
+
+def test_the_board_is_drawn_every_other_second_at_most(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    shown = Board("runs/tiny", 0, 100, terminal())
+    drawn = []
+    monkeypatch.setattr(shown, "_draw", lambda: drawn.append(shown.samples))
+    for samples in range(1, 11):
+        now[0] += 0.5
+        shown.progress(samples)
+        if drawn[-1:] == [samples]:
+            shown._drawn_at = now[0]
+    assert drawn == [4, 8]
