@@ -11,7 +11,8 @@ from transformers import CLIPTokenizer
 
 from configs.refusal import Refused
 from stages.export import main
-from stages.export.diffusers import export_diffusers, flow_scheduler
+from stages.export.diffusers import export_diffusers
+from stages.export.scheduler import flow_scheduler
 from stages.flow.schedule import Schedule
 from stages.flow.solver import euler, guided
 from stages.nets.components import identity, read_json

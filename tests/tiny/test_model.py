@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from shards.record import BLOCKS
-from stages.export.diffusers import flow_scheduler
+from stages.export.scheduler import flow_scheduler
 from stages.flow.bridge import Bridge, Schedule
 from stages.nets.components import load_components
 from stages.nets.features import last_resnets
