@@ -31,6 +31,8 @@ class Folder:
     path: Path
     facts: Mapping[str, Any]
     """Its `sollune.json`."""
+    variant: str
+    """Which of its files are taken over; the plain ones' variant is the empty word."""
     dtype: torch.dtype
     tensors: Mapping[str, Tensor]
     """`<part>.<diffusers' name>` -> tensor, all of one type."""
@@ -86,7 +88,7 @@ def verify_file(file: Path, held: Folder, told: Mapping[str, str], name: str) ->
         said = opened.metadata()
     if said != told or tensorfile.hash_in(file) != told["modelspec.hash_sha256"]:
         raise Refused(f"{name}: its header did not come back as written - {checks.AGAIN}")
-    stock_reads_the_same(file, held.path, held.tensors, held.unet_only)
+    stock_reads_the_same(file, name, held.path, held.variant, held.tensors, held.unet_only)
 
 
 def refuse_other_predictions(prediction: str) -> None:
@@ -117,7 +119,7 @@ def open_folder(folder: Path, unet_only: bool = False) -> Folder:
     checks.only_numbers(str(folder), tensors)
     levels = len(vae["block_out_channels"])
     names = ldm_names(tensors, unet["layers_per_block"], levels)
-    return Folder(folder, facts, dtype, tensors, names, unet["sample_size"] * 2 ** (levels - 1), unet_only)
+    return Folder(folder, facts, variant, dtype, tensors, names, unet["sample_size"] * 2 ** (levels - 1), unet_only)
 
 
 def _comes_back(key: str, value: Tensor, expected: Tensor) -> bool:

@@ -13,33 +13,40 @@ from stages.export import checks
 STEPS, GUIDANCE = 2, 3.0
 
 
-def stock_reads_the_same(file: Path, folder: Path, tensors: Mapping[str, Tensor], unet_only: bool) -> None:
+def stock_reads_the_same(
+    file: Path, name: str, folder: Path, variant: str, tensors: Mapping[str, Tensor], unet_only: bool
+) -> None:
     """`from_single_file` must give the folder's `tensors`, and sample the folder's latents.
 
-    `tensors` are named `<part>.<diffusers' name>`. One pipeline is held at a time: at SD-1.x's size each takes 4.3 GB.
+    `name` is what the file is called in messages, `tensors` are named `<part>.<diffusers' name>`. One pipeline is held
+    at a time: at SD-1.x's size each takes 4.3 GB.
     """
-    meant = _latents(StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32))
-    pipeline = _open(file, folder, unet_only)
+    meant = _latents(_of_folder(folder, variant))
+    pipeline = _open(file, folder, variant, unet_only)
     for part in ("unet",) if unet_only else ("unet", "vae", "text_encoder"):
-        for name, value in getattr(pipeline, part).state_dict().items():
-            stored = tensors.get(f"{part}.{name}", tensors.get(f"{part}.text_model.{name}"))
+        for key, value in getattr(pipeline, part).state_dict().items():
+            stored = tensors.get(f"{part}.{key}", tensors.get(f"{part}.text_model.{key}"))
             if stored is None or not torch.equal(value, stored.float()):
-                raise Refused(f"{file.name}: stock diffusers reads another {part}.{name} - {checks.AGAIN}")
+                raise Refused(f"{name}: stock diffusers reads another {part}.{key} - {checks.AGAIN}")
     error = checks.relative(_latents(pipeline), meant)
     most = STEPS * GUIDANCE * checks.rounding(len(tensors), torch.float32)
     if not error <= most:
         raise Refused(
-            f"{file.name}: stock diffusers samples latents {error:.1e} away from the folder's, rounding explains "
+            f"{name}: stock diffusers samples latents {error:.1e} away from the folder's, rounding explains "
             f"{most:.1e} - {checks.AGAIN}"
         )
 
 
-def _open(file: Path, folder: Path, unet_only: bool) -> StableDiffusionPipeline:
-    told = {"config": str(folder), "local_files_only": True, "dtype": torch.float32}
+def _open(file: Path, folder: Path, variant: str, unet_only: bool) -> StableDiffusionPipeline:
+    told = {"config": str(folder), "local_files_only": True}
     if not unet_only:
         return StableDiffusionPipeline.from_single_file(file, **told)
-    unet = UNet2DConditionModel.from_single_file(file, subfolder="unet", **told)
-    return StableDiffusionPipeline.from_pretrained(folder, unet=unet, dtype=torch.float32)
+    return _of_folder(folder, variant, unet=UNet2DConditionModel.from_single_file(file, subfolder="unet", **told))
+
+
+def _of_folder(folder: Path, variant: str, **parts: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """In fp32, so that any processor can be asked; single files are opened so unless told."""
+    return StableDiffusionPipeline.from_pretrained(folder, variant=variant or None, dtype=torch.float32, **parts)
 
 
 def _latents(pipeline: StableDiffusionPipeline) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,10 +26,7 @@ def verify_folder(folder: Path, content: Content) -> None:
             _verify_part(folder, content, part, variant, dtype, teacher if part == "unet" else {})
     del teacher  # 3.4 GB at SD-1.x's size
     for variant, dtype in content.types.items():
-        file = weight_file("unet", variant)
-        found = Student(_unet(folder, variant), content.student.vp)
-        checks.same_velocities(str(file), found, content.student, dtype)
-    _loads_whole(folder, content)
+        _ask_the_stock_pipeline(folder, content, variant, dtype)
 
 
 def _verify_part(
@@ -52,17 +49,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise Refused(f"{file}: cannot be read ({error}) - {checks.AGAIN}") from error
 
 
-def _unet(folder: Path, variant: str) -> UNet2DConditionModel:
-    """The folder's network as stock diffusers opens it, in fp32 so that any processor can ask it."""
-    return UNet2DConditionModel.from_pretrained(
-        folder, subfolder="unet", variant=variant or None, dtype=torch.float32
-    ).eval()
+def _ask_the_stock_pipeline(folder: Path, content: Content, variant: str, dtype: torch.dtype) -> None:
+    """It must open the folder with the scheduler that lies there, and answer as the student does.
 
-
-def _loads_whole(folder: Path, content: Content) -> None:
-    """The stock pipeline must open the folder in each of its variants, with the scheduler that lies there."""
-    for variant, dtype in content.types.items():
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, variant=variant or None, dtype=dtype)
-        name = type(pipeline.scheduler).__name__
-        if name != (meant := type(content.scheduler).__name__):
-            raise Refused(f"{folder.name}: the stock pipeline opens it with {name}, not {meant} - {checks.AGAIN}")
+    In fp32, so that any processor can be asked.
+    """
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, variant=variant or None, dtype=torch.float32)
+    name, meant = type(pipeline.scheduler).__name__, type(content.scheduler).__name__
+    if name != meant:
+        raise Refused(f"{folder.name}: the stock pipeline opens it with {name}, not {meant} - {checks.AGAIN}")
+    found = Student(pipeline.unet.eval(), content.student.vp)
+    checks.same_velocities(str(weight_file("unet", variant)), found, content.student, dtype)

@@ -22,7 +22,15 @@ ANATOMY = {
     "out_channels": 4,
 }
 COMPONENTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-FILES = ("*.json", "*.txt", "unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors")
+FILES = (
+    "*.json",
+    "*.txt",
+    "README.md",
+    "LICENSE*",
+    "unet/*.safetensors",
+    "vae/*.safetensors",
+    "text_encoder/*.safetensors",
+)
 
 
 @dataclass(frozen=True)
