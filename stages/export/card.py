@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from stages.export.figures import results, tables
 from stages.export.history import History
-from stages.export.licence import OPENRAIL, STABLE_DIFFUSION_1
+from stages.export.licence import FIELDS, OPENRAIL, STABLE_DIFFUSION_1
 
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "diffusers-training", "sollune"]
 PROMPT = "a red lighthouse on a cliff"
@@ -73,17 +73,18 @@ def card(facts: Mapping[str, Any], history: History | None = None) -> str:
 def _head(facts: Mapping[str, Any], history: History | None, flows: bool) -> ModelCardData:
     found = results(history.evaluation) if history else []
     base = facts.get("base_model")
-    known = {key: facts[key] for key in ("license", "license_name", "license_link") if key in facts}
+    told: dict[str, Any] = {key: facts[key] for key in FIELDS if key in facts}
+    if base:
+        told |= {"base_model": base, "base_model_relation": "finetune"}
+    if found:
+        told |= {"eval_results": found, "model_name": str(base or facts.get("teacher") or "student")}
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=[*TAGS, *(["flow-matching"] if flows else [])],
         language="en" if _of_stable_diffusion(facts) else None,
-        base_model=base,
         inference=False,
-        **({"base_model_relation": "finetune"} if base else {}),
-        **known,
-        **({"eval_results": found, "model_name": str(base or facts.get("teacher") or "student")} if found else {}),
+        **told,
     )
 
 

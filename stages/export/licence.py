@@ -31,5 +31,5 @@ def _of_card(file: Path) -> dict[str, str]:
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if not text.startswith("---"):
         return {}
-    head = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-    return {key: head[key] for key in FIELDS if isinstance(head.get(key), str)}
+    head = ModelCard(text, ignore_metadata_errors=True).data
+    return {key: value for key in FIELDS if isinstance(value := head.get(key), str)}

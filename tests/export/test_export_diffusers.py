@@ -227,8 +227,9 @@ def test_export_command_writes_the_newest_checkpoint(
     student: Student, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = save_run(tmp_path / "distill", teacher_folder, student)
-    assert main([str(run), "--dtype", "float32"]) == 0
+    assert main([str(run), "--dtype", "float32", "--single-file", "false"]) == 0
     assert str(run / "export" / "diffusers") in capsys.readouterr().out
+    assert [path.name for path in (run / "export").iterdir()] == ["diffusers"]
     written = load_file(run / "export" / "diffusers" / "unet" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(written["conv_in.weight"], student.unet.conv_in.weight)
 

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from stages.export import main, tensorfile
 from stages.export.diffusers import export_diffusers
 from stages.export.ldm import export_ldm
 from stages.export.ldm_names import ldm_names, to_ldm
+from stages.export.stale import remove_stale
 from stages.nets.components import identity
 from stages.nets.saved import Origin
 from stages.nets.student import Student, Target
@@ -74,8 +76,13 @@ def test_the_file_holds_the_folders_tensors_in_the_folders_type(whole: Path, sin
     assert all(torch.equal(written[names[key]], to_ldm(key, value)) for key, value in expected.items())
 
 
-def test_the_network_alone_is_a_file_for_unet_loader(folder: Path) -> None:
+def test_the_network_alone_is_a_file_for_unet_loader_and_the_whole_one_may_stay_beside_it(
+    folder: Path, single: Path
+) -> None:
+    beside = Path(shutil.copy(single, folder.parent))
     file = export_ldm(folder, "mine", unet_only=True)
+    assert remove_stale(folder.parent) == []
+    assert beside.is_file()
     assert file.name == "mine-unet-flow.safetensors"
     written, told = load_file(file), header(file)
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
@@ -208,8 +215,7 @@ def save_run(run: Path, teacher_folder: Path, student: Student, target: Target) 
 
 
 @pytest.mark.parametrize(
-    ("target", "words", "single"),
-    [("velocity", (), True), ("velocity", ("--single-file", "false"), False), ("vp_v", (), False)],
+    ("target", "words", "single"), [("velocity", ("--single-file", "true"), True), ("vp_v", (), False)]
 )
 def test_the_command_writes_the_file_where_the_student_answers_with_velocity(
     target: Target, words: tuple[str, ...], single: bool, student: Student, teacher_folder: Path, tmp_path: Path

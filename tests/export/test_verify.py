@@ -39,10 +39,6 @@ def swap(tensors: dict[str, torch.Tensor], one: str, other: str) -> None:
     tensors[one], tensors[other] = tensors[other], tensors[one]
 
 
-def test_an_untouched_export_is_verified(folder: Path, student: Student, teacher_folder: Path) -> None:
-    verify_folder(folder, content_of(student, teacher_folder))
-
-
 def test_the_teachers_weights_under_the_students_name_are_caught(
     folder: Path, student: Student, teacher_folder: Path
 ) -> None:
@@ -221,14 +217,3 @@ def test_files_of_an_earlier_student_do_not_stay_beside_a_newer_folder(
     said = capsys.readouterr().out
     assert f"{out / 'sd-embedded-flow.safetensors'}: removed" in said
     assert "workflow-comfyui.json: removed" in said
-
-
-def test_another_file_of_the_same_student_stays(
-    whole: Path, student: Student, teacher_folder: Path, tmp_path: Path
-) -> None:
-    out = Path(shutil.copytree(whole, tmp_path / "export"))
-    export_all(student, teacher_folder, out, FACTS, unet_only=True)
-    assert sorted(path.name for path in out.glob("*.safetensors")) == [
-        "sd-embedded-flow.safetensors",
-        "sd-embedded-unet-flow.safetensors",
-    ]
