@@ -84,10 +84,10 @@ def test_no_trained_tensor_is_still_the_teachers(journey: Path) -> None:
     assert any(not torch.equal(value, finetuned[name]) for name, value in distilled.items())
 
 
-@pytest.mark.parametrize("story", ["distill", "classes"])
-def test_one_file_for_other_programs_lies_beside_the_folder(journey: Path, story: str) -> None:
+@pytest.mark.parametrize(("story", "name"), [("distill", "model"), ("classes", "model-classes")])
+def test_one_file_for_other_programs_lies_beside_the_folder(journey: Path, story: str, name: str) -> None:
     found = sorted(path.name for path in (journey / story / "export").iterdir())
-    assert found == ["diffusers", "model-flow.safetensors", "workflow-comfyui.json"]
+    assert found == ["diffusers", f"{name}-flow.safetensors", "workflow-comfyui.json"]
 
 
 def test_what_david_sees_is_drawn(journey: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,17 +11,20 @@ from configs.load import load, request, resolved_yaml
 from configs.refusal import Refused
 from configs.strict import Strict
 from stages.export.diffusers import export_diffusers
+from stages.export.existing import verify_export
+from stages.export.history import classes_of, history_of
 from stages.export.ldm import export_ldm, refuse_other_predictions
 from stages.export.original import export_original
+from stages.export.stale import remove_stale
 from stages.nets.saved import load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
 
 __all__ = ["Config", "export_all", "export_diffusers", "export_ldm", "main", "run"]
 
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "both": torch.float32}
 USAGE = (
-    "usage: sollune export RUN [--checkpoint N] [--out DIR] [--dtype float16|float32] [--flow-shift S] "
-    "[--single-file true|false] [--to folder|pt]"
+    "usage: sollune export RUN [--checkpoint N] [--out DIR] [--dtype float16|float32|both] [--flow-shift S] "
+    "[--name NAME] [--single-file true|false] [--unet-only] [--to folder|pt] [--verify]"
 )
 
 
@@ -34,33 +37,61 @@ class Config(Strict):
         "folder", description="folder: diffusers and the single file; pt: the original experiment's checkpoint instead"
     )
     out: Path | None = Field(None, description="folder that will hold both; none takes RUN/export")
-    dtype: Literal["float16", "float32"] = Field("float16", description="type of the weights")
+    dtype: Literal["float16", "float32", "both"] = Field(
+        "float16",
+        description="type of the weights; both: fp32 files with their fp16 variant beside them, and a single file in "
+        "fp16",
+    )
     flow_shift: float = Field(
         1.0, gt=0, description="shift of the sampling grid written into the scheduler, a pure number"
     )
+    name: str | None = Field(
+        None,
+        pattern=r"^\w[\w.-]*$",
+        description="what stands before -flow.safetensors; none takes the teacher's name, with -classes for a model "
+        "fine-tuned on classes",
+    )
     single_file: bool | None = Field(
         None,
-        description="write <teacher>-flow.safetensors and a ComfyUI workflow beside diffusers/; "
+        description="write NAME-flow.safetensors and a ComfyUI workflow beside diffusers/; "
         "none writes them for a student that answers with velocity",
     )
+    unet_only: bool = Field(
+        False, description="let the single file hold the UNet alone, as NAME-unet-flow.safetensors for UNETLoader"
+    )
+    verify: bool = Field(False, description="write nothing: check the export that lies there against the checkpoint")
 
 
 def run(config: Config) -> tuple[Path, ...]:
-    """Export one checkpoint; returns the diffusers folder and, where it is written, the single file.
+    """Export one checkpoint, or verify its export; returns the diffusers folder and, where there is one, the file.
 
     Raises `Refused` before anything is written when a single file is asked of a student that predicts no velocity.
     """
     saved = open_run(config.run, config.checkpoint)
-    if config.single_file:
+    if config.single_file or config.unet_only:
         refuse_other_predictions(saved.origin.target)
+    if config.unet_only and config.single_file is False:
+        raise Refused("export: --unet-only speaks of the single file, --single-file false leaves it out - choose one")
     parts = load_teacher_parts(saved.origin, torch.device("cpu"), torch.float32)
-    out = config.out or saved.folder / "export"
+    out, facts = config.out or saved.folder / "export", saved.origin.facts(parts, saved.samples)
     if config.to == "pt":
         return (export_original(saved, parts, out, DTYPES[config.dtype]),)
-    facts = saved.origin.facts(parts, saved.samples)
-    student = load_student(saved, parts)
+    student, folder = load_student(saved, parts), parts.folder
+    del parts  # 4.3 GB at SD-1.x's size
+    if config.verify:
+        return verify_export(out, student, folder)
     return export_all(
-        student, parts.folder, out, facts, DTYPES[config.dtype], config.flow_shift, single_file=config.single_file
+        student,
+        folder,
+        out,
+        facts,
+        DTYPES[config.dtype],
+        config.flow_shift,
+        single_file=config.single_file,
+        half_variant=config.dtype == "both",
+        unet_only=config.unet_only,
+        name=config.name,
+        run=saved.folder,
     )
 
 
@@ -73,11 +104,27 @@ def export_all(
     flow_shift: float = 1.0,
     *,
     single_file: bool | None = None,
+    half_variant: bool = False,
+    unet_only: bool = False,
+    name: str | None = None,
+    run: Path | None = None,
 ) -> tuple[Path, ...]:
-    """Write `<out>/diffusers`, and one file beside it: unless told, for a student that answers with velocity."""
-    folder = export_diffusers(student, teacher_folder, out, facts, dtype, flow_shift)
+    """Write `<out>/diffusers`, and one file beside it: unless told, for a student that answers with velocity.
+
+    `run` is the run folder whose history the card tells; none takes the one that `out` lies in. Single files of an
+    earlier student that lie in `out` are removed, and that is said.
+    """
+    run = run or out.parent
+    facts = {**classes_of(run), **facts}
+    history = history_of(run, int(facts.get("samples", 0)))
+    folder = export_diffusers(
+        student, teacher_folder, out, facts, dtype, flow_shift, half_variant=half_variant, history=history
+    )
     single = student.vp is None if single_file is None else single_file
-    return (folder, export_ldm(folder)) if single else (folder,)
+    written = (folder, export_ldm(folder, name, unet_only=unet_only)) if single else (folder,)
+    for stale in remove_stale(out):
+        print(f"{stale}: removed, it was of an earlier student")
+    return written
 
 
 def main(argv: Sequence[str]) -> int:
@@ -91,5 +138,5 @@ def main(argv: Sequence[str]) -> int:
         print(resolved_yaml(config, "export"), end="")
     else:
         for path in run(config):
-            print(f"{path}: written and read back")
+            print(f"{path}: {'verified' if config.verify else 'written and verified'}")
     return 0

@@ -23,9 +23,12 @@ class Node:
     widgets: tuple[str | int | float, ...]
 
 
-def workflow(checkpoint: str, shift: float, pixels: int) -> str:
-    """The workflow as JSON; `checkpoint` is the file's name, `pixels` the side of the pictures."""
-    nodes = _graph(checkpoint, shift, pixels)
+def workflow(file: str, shift: float, pixels: int, lender: str | None = None) -> str:
+    """The workflow as JSON; `file` is the single file's name, `pixels` the side of the pictures.
+
+    With a `lender` the file holds a network alone, and text encoder and VAE come from the checkpoint of that name.
+    """
+    nodes = _graph(file, shift, pixels, lender)
     links: list[list[Any]] = []
     drawn = []
     for number, node in enumerate(nodes, start=1):
@@ -50,7 +53,7 @@ def workflow(checkpoint: str, shift: float, pixels: int) -> str:
     return json.dumps(whole, indent=2) + "\n"
 
 
-def _graph(checkpoint: str, shift: float, pixels: int) -> list[Node]:
+def _graph(file: str, shift: float, pixels: int, lender: str | None) -> list[Node]:
     """Loader -> ModelSamplingSD3 -> sampler -> picture; `simple` is the grid that ends where the path ends."""
     sampler: dict[str, tuple[int, str]] = {
         "model": (2, "MODEL"),
@@ -59,15 +62,19 @@ def _graph(checkpoint: str, shift: float, pixels: int) -> list[Node]:
         "latent_image": (5, "LATENT"),
     }
     settings = (0, "fixed", 25, 5.0, "euler", "simple", 1.0)
+    checkpoint = Node("CheckpointLoaderSimple", (20, 100), (320, 100), {}, ("MODEL", "CLIP", "VAE"), (lender or file,))
+    unet = Node("UNETLoader", (20, 0), (320, 80), {}, ("MODEL",), (file, "default"))
+    model = (9 if lender else 1, "MODEL")
     return [
-        Node("CheckpointLoaderSimple", (20, 100), (320, 100), {}, ("MODEL", "CLIP", "VAE"), (checkpoint,)),
-        Node("ModelSamplingSD3", (400, 0), (320, 60), {"model": (1, "MODEL")}, ("MODEL",), (shift,)),
+        checkpoint,
+        Node("ModelSamplingSD3", (400, 0), (320, 60), {"model": model}, ("MODEL",), (shift,)),
         Node("CLIPTextEncode", (400, 120), (400, 140), {"clip": (1, "CLIP")}, ("CONDITIONING",), ("a lighthouse",)),
         Node("CLIPTextEncode", (400, 320), (400, 140), {"clip": (1, "CLIP")}, ("CONDITIONING",), ("",)),
         Node("EmptyLatentImage", (400, 520), (320, 110), {}, ("LATENT",), (pixels, pixels, 1)),
         Node("KSampler", (860, 100), (320, 260), sampler, ("LATENT",), settings),
         Node("VAEDecode", (1240, 100), (210, 50), {"samples": (6, "LATENT"), "vae": (1, "VAE")}, ("IMAGE",), ()),
         Node("SaveImage", (1240, 220), (320, 320), {"images": (7, "IMAGE")}, (), ("sollune",)),
+        *([unet] if lender else []),
     ]
 
 

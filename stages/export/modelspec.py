@@ -6,6 +6,7 @@ from typing import Any
 
 from configs.refusal import Refused
 
+STUDENT = "student_sha256"
 TOLD = {
     "prediction": "prediction",
     "path": "path",
@@ -14,6 +15,7 @@ TOLD = {
     "tail": "tail_policy",
     "recipe_sha256": "recipe_sha256",
     "teacher_sha256": "teacher_sha256",
+    "student_sha256": STUDENT,
     "samples": "samples_seen",
 }
 """A fact of `sollune.json` -> its key in the file, behind `sollune.`."""
@@ -27,24 +29,38 @@ def teacher_name(facts: Mapping[str, Any]) -> str:
     return name
 
 
-def metadata(facts: Mapping[str, Any], pixels: int, tensor_hash: str) -> dict[str, str]:
+def model_name(facts: Mapping[str, Any]) -> str:
+    """What a student is called unless told: as its teacher, and as its story where it was fine-tuned on classes."""
+    return f"{teacher_name(facts)}-classes" if "classes" in facts else teacher_name(facts)
+
+
+def file_name(facts: Mapping[str, Any], name: str | None, unet_only: bool) -> str:
+    """The single file's name, which must hold `flow`: SD.Next goes by it."""
+    stem = (name or model_name(facts)).removesuffix("-flow")
+    return f"{stem}{'-unet' if unet_only else ''}-flow.safetensors"
+
+
+def metadata(
+    facts: Mapping[str, Any], pixels: int, tensor_hash: str, name: str | None = None, unet_only: bool = False
+) -> dict[str, str]:
     """The file's metadata; `pixels` is the side of the pictures, `tensor_hash` sha256 over the tensor bytes.
 
     `sd3` is the one word for a velocity that a program acts on: SwarmUI then samples on the straight path. No date and
     no author: the same export gives the same bytes (formats.md 4.1).
     """
+    behind = "UNETLoader" if unet_only else "the loader"
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-v1",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": f"{teacher_name(facts)} flow (sollune)",
+        "modelspec.title": f"{name or model_name(facts)} {'UNet ' if unet_only else ''}flow (sollune)",
         "modelspec.resolution": f"{pixels}x{pixels}",
         "modelspec.description": "A Stable Diffusion 1.x model that answers with the velocity of the straight path.",
         "modelspec.hash_sha256": tensor_hash,
         "modelspec.prediction_type": "sd3",
         "modelspec.usage_hint": (
-            f"Rectified flow: in ComfyUI put ModelSamplingSD3 with shift {facts['flow_shift']:g} behind the loader; "
+            f"Rectified flow: in ComfyUI put ModelSamplingSD3 with shift {facts['flow_shift']:g} behind {behind}; "
             f"in SwarmUI set Sigma Shift to {facts['flow_shift']:g}. Sampler euler, scheduler simple."
         ),
         **({"modelspec.license": str(facts["license"])} if "license" in facts else {}),

@@ -24,7 +24,7 @@ ANATOMY = {
 }
 COMPONENTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 CONFIGS = ("*.json", "*.txt")
-FILES = (*CONFIGS, "unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors")
+FILES = (*CONFIGS, "README.md", "LICENSE*", "unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors")
 
 
 @dataclass(frozen=True)

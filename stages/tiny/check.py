@@ -97,7 +97,10 @@ def table(found: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-README = """# The embedded teacher
+README = """---
+license: mit
+---
+# The embedded teacher
 
 A whole diffusers folder with the anatomy of Stable Diffusion 1.5, small, trained from scratch on the world of
 `stages/tiny/world.py`. It is remade by `python -m stages.tiny fit` (about an hour on two

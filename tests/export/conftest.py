@@ -1,11 +1,13 @@
 """A teacher with random weights, and a student that differs from it in every tensor."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+from stages.export import export_all
 from stages.export.diffusers import export_diffusers
 from stages.nets.student import Student
 from stages.tiny import anatomy
@@ -49,3 +51,26 @@ def exported(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """An export in fp32 that no test may change."""
     out, facts = tmp_path_factory.mktemp("export"), {"samples": 64, "tail": "hold"}
     return export_diffusers(distilled(teacher_folder), teacher_folder, out, facts, torch.float32)
+
+
+FACTS = {"base_model": "someone/sd-embedded", "tail": "hold", "samples": 64, "recipe_sha256": "ab" * 32}
+
+
+@pytest.fixture(scope="session")
+def whole(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export in fp16 with its single file that no test may change."""
+    out = tmp_path_factory.mktemp("whole")
+    export_all(distilled(teacher_folder), teacher_folder, out, FACTS, torch.float16, 2.5)
+    return out
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """The diffusers folder of the same export, alone and a test's own."""
+    return Path(shutil.copytree(whole / "diffusers", tmp_path / "diffusers"))
+
+
+@pytest.fixture(scope="session")
+def single(whole: Path) -> Path:
+    """The single file of the same export."""
+    return whole / "sd-embedded-flow.safetensors"

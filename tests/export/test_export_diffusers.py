@@ -95,11 +95,36 @@ def test_no_file_tells_where_it_was_made(exported: Path, teacher_folder: Path) -
         assert str(teacher_folder) not in file.read_text()
 
 
-def test_half_precision_is_the_default(student: Student, teacher_folder: Path, tmp_path: Path) -> None:
-    folder = export_diffusers(student, teacher_folder, tmp_path, {})
+def test_half_precision_is_the_default(folder: Path) -> None:
     for part in ("unet", "vae", "text_encoder"):
         for file in (folder / part).glob("*.safetensors"):
             assert {value.dtype for value in load_file(file).values()} == {torch.float16}
+
+
+def test_both_types_lie_side_by_side_and_each_is_found_by_its_variant(
+    student: Student, teacher_folder: Path, tmp_path: Path
+) -> None:
+    run = save_run(tmp_path / "distill", teacher_folder, student)
+    assert main([str(run), "--dtype", "both"]) == 0
+    folder = run / "export" / "diffusers"
+    types = {
+        f"{file.parent.name}/{file.name}": {value.dtype for value in load_file(file).values()}
+        for file in folder.rglob("*.safetensors")
+    }
+    assert types == {
+        "unet/diffusion_pytorch_model.safetensors": {torch.float32},
+        "unet/diffusion_pytorch_model.fp16.safetensors": {torch.float16},
+        "vae/diffusion_pytorch_model.safetensors": {torch.float32},
+        "vae/diffusion_pytorch_model.fp16.safetensors": {torch.float16},
+        "text_encoder/model.safetensors": {torch.float32},
+        "text_encoder/model.fp16.safetensors": {torch.float16},
+    }
+    plain = open_stock(folder).unet.state_dict()
+    half = StableDiffusionPipeline.from_pretrained(folder, variant="fp16", dtype=torch.float16).unet.state_dict()
+    assert all(torch.equal(plain[name], value) for name, value in student.unet.state_dict().items())
+    assert all(torch.equal(half[name], value.half()) for name, value in plain.items())
+    (single,) = (run / "export").glob("*-flow.safetensors")
+    assert {value.dtype for value in load_file(single).values()} == {torch.float16}
 
 
 def test_text_encoder_keys_are_nested(exported: Path) -> None:
@@ -152,13 +177,15 @@ def test_one_tensor_of_the_teacher_is_refused_by_name(student: Student, teacher_
         export_diffusers(student, teacher_folder, tmp_path, {})
 
 
+@pytest.mark.parametrize(("value", "way_out"), [(1e5, "--dtype float32"), (float("nan"), "another checkpoint")])
 def test_values_that_do_not_fit_half_precision_are_refused(
-    student: Student, teacher_folder: Path, tmp_path: Path
+    value: float, way_out: str, student: Student, teacher_folder: Path, tmp_path: Path
 ) -> None:
     with torch.no_grad():
-        student.unet.conv_in.bias[0] = 1e5
-    with pytest.raises(Refused, match=r"conv_in\.bias"):
+        student.unet.conv_in.bias[0] = value
+    with pytest.raises(Refused, match=rf"conv_in\.bias .*{way_out}"):
         export_diffusers(student, teacher_folder, tmp_path, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_earlier_export_stays_until_the_new_one_is_whole(
@@ -200,8 +227,9 @@ def test_export_command_writes_the_newest_checkpoint(
     student: Student, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = save_run(tmp_path / "distill", teacher_folder, student)
-    assert main([str(run), "--dtype", "float32"]) == 0
+    assert main([str(run), "--dtype", "float32", "--single-file", "false"]) == 0
     assert str(run / "export" / "diffusers") in capsys.readouterr().out
+    assert [path.name for path in (run / "export").iterdir()] == ["diffusers"]
     written = load_file(run / "export" / "diffusers" / "unet" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(written["conv_in.weight"], student.unet.conv_in.weight)
 

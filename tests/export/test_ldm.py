@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,13 @@ from stages.export import main, tensorfile
 from stages.export.diffusers import export_diffusers
 from stages.export.ldm import export_ldm
 from stages.export.ldm_names import ldm_names, to_ldm
-from stages.flow.schedule import Schedule
-from stages.nets.components import identity, read_json
+from stages.export.stale import remove_stale
+from stages.nets.components import identity
 from stages.nets.saved import Origin
-from stages.nets.student import Student, Target, vp_of
+from stages.nets.student import Student, Target
 
 EMBEDDED = Path("stages/tiny/model")
 PARTS = ("unet", "vae", "text_encoder")
-FACTS = {"base_model": "someone/sd-embedded", "tail": "hold", "samples": 64, "recipe_sha256": "ab" * 32}
 PORTS = {
     "CheckpointLoaderSimple": ([], ["MODEL", "CLIP", "VAE"]),
     "ModelSamplingSD3": (["MODEL"], ["MODEL"]),
@@ -30,15 +30,6 @@ PORTS = {
     "VAEDecode": (["LATENT", "VAE"], ["IMAGE"]),
     "SaveImage": (["IMAGE"], []),
 }
-
-
-def folder_of(student: Student, teacher_folder: Path, out: Path, dtype: torch.dtype = torch.float16) -> Path:
-    return export_diffusers(student, teacher_folder, out, FACTS, dtype, flow_shift=2.5)
-
-
-@pytest.fixture
-def folder(student: Student, teacher_folder: Path, tmp_path: Path) -> Path:
-    return folder_of(student, teacher_folder, tmp_path)
 
 
 def header(file: Path) -> dict[str, str]:
@@ -60,7 +51,7 @@ def paint(pipeline: StableDiffusionPipeline) -> torch.Tensor:
 def test_stock_diffusers_reads_the_file_bit_equal_and_samples_the_same_latents(
     student: Student, tmp_path: Path
 ) -> None:
-    folder = folder_of(student, EMBEDDED, tmp_path, torch.float32)
+    folder = export_diffusers(student, EMBEDDED, tmp_path, {"teacher": "model"}, torch.float32)
     single = StableDiffusionPipeline.from_single_file(export_ldm(folder), config=str(folder), local_files_only=True)
     whole = StableDiffusionPipeline.from_pretrained(folder)
     for part in PARTS:
@@ -71,8 +62,8 @@ def test_stock_diffusers_reads_the_file_bit_equal_and_samples_the_same_latents(
     assert torch.equal(paint(single), paint(whole))
 
 
-def test_the_file_holds_the_folders_tensors_in_the_folders_type(folder: Path) -> None:
-    written = load_file(export_ldm(folder))
+def test_the_file_holds_the_folders_tensors_in_the_folders_type(whole: Path, single: Path) -> None:
+    folder, written = whole / "diffusers", load_file(single)
     expected = {
         f"{part}.{name}": value
         for part in PARTS
@@ -85,8 +76,33 @@ def test_the_file_holds_the_folders_tensors_in_the_folders_type(folder: Path) ->
     assert all(torch.equal(written[names[key]], to_ldm(key, value)) for key, value in expected.items())
 
 
-def test_the_file_says_how_to_sample_it_to_every_program(folder: Path) -> None:
-    told = header(file := export_ldm(folder))
+def test_the_network_alone_is_a_file_for_unet_loader_and_the_whole_one_may_stay_beside_it(
+    folder: Path, single: Path
+) -> None:
+    beside = Path(shutil.copy(single, folder.parent))
+    file = export_ldm(folder, "mine", unet_only=True)
+    assert remove_stale(folder.parent) == []
+    assert beside.is_file()
+    assert file.name == "mine-unet-flow.safetensors"
+    written, told = load_file(file), header(file)
+    unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    names = ldm_names((f"unet.{name}" for name in unet), layers=1, vae_levels=4)
+    assert written.keys() == set(names.values())
+    assert all(name.startswith("model.diffusion_model.") for name in written)
+    assert told["modelspec.title"] == "mine UNet flow (sollune)"
+    assert "behind UNETLoader" in told["modelspec.usage_hint"]
+    nodes = json.loads((file.parent / "workflow-comfyui.json").read_text())["nodes"]
+    loaders = {node["type"]: node["widgets_values"] for node in nodes if "Loader" in node["type"]}
+    assert loaders == {
+        "UNETLoader": [file.name, "default"],
+        "CheckpointLoaderSimple": ["sd-embedded.safetensors"],
+    }
+    sampling, unet_loader = (next(n for n in nodes if n["type"] == t) for t in ("ModelSamplingSD3", "UNETLoader"))
+    assert unet_loader["outputs"][0]["links"] == [sampling["inputs"][0]["link"]]
+
+
+def test_the_file_says_how_to_sample_it_to_every_program(single: Path) -> None:
+    told = header(file := single)
     assert file.name == "sd-embedded-flow.safetensors"
     assert told["format"] == "pt"
     assert told["modelspec.sai_model_spec"] == "1.0.1"
@@ -98,6 +114,7 @@ def test_the_file_says_how_to_sample_it_to_every_program(folder: Path) -> None:
     assert "ModelSamplingSD3 with shift 2.5" in told["modelspec.usage_hint"]
     own = {key.removeprefix("sollune."): value for key, value in told.items() if key.startswith("sollune.")}
     assert json.loads(own.pop("teacher_sha256")).keys() == {*PARTS, "tokenizer", "scheduler"}
+    assert len(own.pop("student_sha256")) == 64
     assert own == {
         "prediction": "velocity",
         "path": "linear",
@@ -110,22 +127,22 @@ def test_the_file_says_how_to_sample_it_to_every_program(folder: Path) -> None:
     assert not any("v_pred" in key for key in (*told, *load_file(file)))
 
 
-def test_the_stated_hash_is_that_of_the_bytes_behind_the_header(folder: Path) -> None:
-    file = export_ldm(folder)
+def test_the_stated_hash_is_that_of_the_bytes_behind_the_header(single: Path) -> None:
+    file = single
     content = file.read_bytes()
     tensors = content[8 + int.from_bytes(content[:8], "little") :]
     assert len(tensors) == sum(value.nbytes for value in load_file(file).values())
     assert header(file)["modelspec.hash_sha256"] == f"0x{hashlib.sha256(tensors).hexdigest()}"
 
 
-def test_two_writes_give_the_same_bytes(student: Student, teacher_folder: Path, tmp_path: Path) -> None:
-    one, other = (export_ldm(folder_of(student, teacher_folder, tmp_path / name)) for name in ("one", "other"))
-    for name in (one.name, "workflow-comfyui.json"):
-        assert (one.parent / name).read_bytes() == (other.parent / name).read_bytes()
+def test_two_writes_give_the_same_bytes(folder: Path, single: Path) -> None:
+    again = export_ldm(folder)
+    for name in (single.name, "workflow-comfyui.json"):
+        assert (again.parent / name).read_bytes() == (single.parent / name).read_bytes()
 
 
-def test_the_workflow_is_a_sound_graph_that_samples_by_the_straight_path(folder: Path) -> None:
-    file = export_ldm(folder)
+def test_the_workflow_is_a_sound_graph_that_samples_by_the_straight_path(single: Path) -> None:
+    file = single
     graph = json.loads((file.parent / "workflow-comfyui.json").read_text())
     nodes = {node["id"]: node for node in graph["nodes"]}
     assert (graph["version"], graph["last_node_id"], graph["last_link_id"]) == (0.4, len(nodes), len(graph["links"]))
@@ -147,12 +164,12 @@ def test_the_workflow_is_a_sound_graph_that_samples_by_the_straight_path(folder:
     assert models == {by_type["ModelSamplingSD3"]["id"]}
 
 
-def test_an_export_of_v_prediction_is_refused_by_name(student: Student, teacher_folder: Path, tmp_path: Path) -> None:
-    schedule = Schedule.from_config(read_json(teacher_folder / "scheduler" / "scheduler_config.json"))
-    folder = folder_of(Student(student.unet, vp_of("vp_v", schedule, "faithful")), teacher_folder, tmp_path)
+def test_an_export_of_v_prediction_is_refused_by_name(folder: Path) -> None:
+    facts = folder / "sollune.json"
+    facts.write_text(facts.read_text().replace('"velocity"', '"v_prediction"'))
     with pytest.raises(Refused, match="answers with v_prediction"):
         export_ldm(folder)
-    assert list(tmp_path.iterdir()) == [folder]
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_a_folder_that_is_no_export_is_refused(teacher_folder: Path) -> None:
@@ -169,9 +186,10 @@ def test_a_tensor_without_a_number_or_of_another_type_is_refused_by_name(folder:
 
 
 def test_a_file_that_does_not_come_back_never_replaces_a_good_one(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, single: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = (file := export_ldm(folder)).read_bytes()
+    file = folder.parent / single.name
+    file.write_bytes(good := single.read_bytes())
     write = tensorfile.write
 
     def flip_a_bit(path: Path, *content: dict[str, torch.Tensor]) -> None:
@@ -186,7 +204,7 @@ def test_a_file_that_does_not_come_back_never_replaces_a_good_one(
     with pytest.raises(Refused, match="did not come back as written"):
         export_ldm(folder)
     assert file.read_bytes() == good
-    assert sorted(path.name for path in file.parent.iterdir()) == ["diffusers", file.name, "workflow-comfyui.json"]
+    assert sorted(path.name for path in file.parent.iterdir()) == ["diffusers", file.name]
 
 
 def save_run(run: Path, teacher_folder: Path, student: Student, target: Target) -> Path:
@@ -197,8 +215,7 @@ def save_run(run: Path, teacher_folder: Path, student: Student, target: Target) 
 
 
 @pytest.mark.parametrize(
-    ("target", "words", "single"),
-    [("velocity", (), True), ("velocity", ("--single-file", "false"), False), ("vp_v", (), False)],
+    ("target", "words", "single"), [("velocity", ("--single-file", "true"), True), ("vp_v", (), False)]
 )
 def test_the_command_writes_the_file_where_the_student_answers_with_velocity(
     target: Target, words: tuple[str, ...], single: bool, student: Student, teacher_folder: Path, tmp_path: Path
