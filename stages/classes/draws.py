@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 
 from configs.refusal import Refused, did_you_mean
-from stages.classes.search import owner_of_record
+from stages.classes.finding import owner_of_record
 from stages.classes.spec import ClassFile
 
 

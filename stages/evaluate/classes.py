@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from configs.load import load, request, resolved_yaml
 from configs.refusal import Refused, did_you_mean
-from stages.evaluate import outlook, suggest
+from stages.evaluate import outlook, quota_table, suggest
 
 USAGE = "usage: sollune classes show FILE [--config FILE.yaml ...] | suggest RUN --config FILE.yaml [--out FILE]"
 
@@ -16,7 +16,7 @@ def show(words: Sequence[str]) -> None:
     if asked.print_config:
         print(resolved_yaml(config, "finetune_classes"), end="")
     else:
-        outlook.show(config)
+        quota_table.show(config)
 
 
 def propose(words: Sequence[str]) -> None:
@@ -41,5 +41,3 @@ def main(argv: Sequence[str]) -> int:
         raise Refused(f"classes {argv[0]}: unknown command - {did_you_mean(argv[0], list(COMMANDS))}")
     COMMANDS[argv[0]](argv[1:])
     return 0
-
-

@@ -33,7 +33,7 @@ class Figure:
     error: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.error:.4f}"
+        return f"{self.value:.3f} ± {self.error:.3f}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Need:
     def span(self) -> str:
         """r and the interval of one standard error, which is wider upwards."""
         low, high = (self.part * math.exp(sign * self.log_error) for sign in (-1, 1))
-        return f"{self.part:.2f} ({low:.2f} to {high:.2f})"
+        return f"{self.part:.2f} ({low:.2f}-{high:.2f})"
 
 
 def needs(patterns: Sequence[str], records: Sequence[int], probed: Probe, cached: Cached) -> list[Need]:

@@ -9,7 +9,6 @@ import torch
 import yaml
 from pydantic import ConfigDict, Field, ImportString
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from stages.cluster import device_of
 from stages.evaluate.cached import judge_of_run, look, records_by_class
 from stages.evaluate.need import Need, needs
 from stages.evaluate.probe import probe
+from stages.evaluate.quota_table import wide_console
 from stages.evaluate.sample import Sampler
 from stages.nets.saved import cache_of, load_student, load_teacher_parts, open_run
 from stages.nets.teacher import Teacher
@@ -34,13 +34,13 @@ class Config(Strict):
     model_config = ConfigDict(extra="ignore")  # the section says much more than this command asks
 
     run: Path = Field(description="run folder, such as runs/tiny/distill")
-    prompts: PromptSource = Field(description="where the sentences come from; only its validation share is used")
+    prompts: PromptSource = Field(description="where the sentences come from; its validation share is left to the exam")
     seed: int = Field(1, description="seed of prompts and noises")
     scorer: ImportString[Any] | None = Field(
         None, description="function (texts, pictures) -> attribute -> shown or not; none compares with the teacher only"
     )
     level: int = Field(1, ge=1, description="depth of a class in the hierarchy: 1 makes star/*, 2 makes star/red")
-    probe: int = Field(16, ge=2, description="pictures drawn of each class, by student and teacher each")
+    probe: int = Field(32, ge=2, description="pictures drawn of each class, by student and teacher each")
     records: int = Field(16, ge=2, description="most records of the cache looked at of each class")
     sampler: Sampler = Field(Sampler(steps=8), description="how the pictures are drawn")
     out: Path | None = Field(None, description="class file to write (default: RUN/suggested-classes.yaml)")
@@ -52,7 +52,7 @@ def run(config: Config) -> None:
     out = config.out or config.run / "suggested-classes.yaml"
     refuse_existing(out)
     found = measure(config)
-    Console().print(table(found))
+    wide_console().print(table(found))
     refuse_existing(out)
     atomic_write(out, as_yaml(found, config))
     print(f"{out}: written, to be edited by hand; look at it with sollune classes show {out}")
@@ -72,8 +72,9 @@ def measure(config: Config) -> list[Need]:
     if len(classes) < 2:
         raise Refused(f"--level {config.level}: {cache} holds one class there, {min(classes)!r} - go deeper")
     specs = tuple(ClassSpec(name=pattern, pattern=pattern, priority="mid") for pattern in classes)
+    # Not of the validation share: whoever is chosen for a bad sample of it would seem to gain when it is examined again.
     asked = class_prompts(
-        config.prompts, config.seed, "validation", ClassFile(classes=specs), dict.fromkeys(classes, config.probe)
+        config.prompts, config.seed, "train", ClassFile(classes=specs), dict.fromkeys(classes, config.probe)
     )
     teacher = Teacher(load_teacher_parts(saved.origin, device_of(config.device), torch.float32), saved.origin.tail)
     student, uncond = load_student(saved, teacher.parts), teacher.uncond
@@ -95,14 +96,19 @@ def at_level(records: Mapping[str, Sequence[int]], level: int) -> dict[str, list
 
 def table(found: Sequence[Need]) -> Table:
     """A row for each class, the neediest first."""
-    shown = Table(box=SIMPLE, pad_edge=False, caption="± one standard error; errors are relative, geometric means")
+    shown = Table(
+        box=SIMPLE,
+        pad_edge=False,
+        caption="± and (-): one standard error; errors are relative, geometric means",
+        caption_justify="left",
+    )
     shown.add_column("class", overflow="fold")
     shown.add_column("")
-    heads = ["part of error", "paired error", "pooled", "velocity error"]
+    heads = ["part of all", "paired error", "pooled", "velocity error"]
     heads += ["David"] if found[0].difficulty else []
     heads += ["lost %"] if found[0].lost else []
     for head in (*heads, "records"):
-        shown.add_column(head, justify="right", no_wrap=True)
+        shown.add_column(head, justify="right", overflow="fold")
     for need in found:
         cells = [need.span, *(f"{one}" for one in (need.paired, need.pooled, need.velocity))]
         cells += [f"{need.difficulty}"] if need.difficulty else []
@@ -112,8 +118,9 @@ def table(found: Sequence[Need]) -> Table:
 
 
 HEAD = """\
-# Suggested by `sollune classes suggest {run}` from {probe} held-out prompts and up to {records} cached records of each class
-# ({steps} steps, seed {seed}). To be edited by hand: names, patterns and priorities are only where to begin.
+# Suggested by `sollune classes suggest {run}` from {probe} pictures of each class ({steps} steps, seed {seed})
+# and up to {records} of its cached records. To be edited by hand: this is only where to begin.
+#   ± and (-): one standard error; errors are relative, geometric means, but for what David says
 #   part: the class's part of all error over an even part, need x share of the cache, with one standard error
 #   top: part above 1 by more than its standard error, or more pictures lost to the teacher than two standard errors
 #   low: part below 1 by more than its standard error; mid: the rest, which the measurement cannot tell from 1
