@@ -72,7 +72,7 @@ def measure(config: Config) -> list[Need]:
     if len(classes) < 2:
         raise Refused(f"--level {config.level}: {cache} holds one class there, {min(classes)!r} - go deeper")
     specs = tuple(ClassSpec(name=pattern, pattern=pattern, priority="mid") for pattern in classes)
-    # Not of the validation share: whoever is chosen for a bad sample of it would seem to gain when it is examined again.
+    # Not of the validation share: a class chosen for a bad sample of it would seem to gain when it is examined again.
     asked = class_prompts(
         config.prompts, config.seed, "train", ClassFile(classes=specs), dict.fromkeys(classes, config.probe)
     )
@@ -99,12 +99,12 @@ def table(found: Sequence[Need]) -> Table:
     shown = Table(
         box=SIMPLE,
         pad_edge=False,
-        caption="± and (-): one standard error; errors are relative, geometric means",
+        caption="± and (-): one standard error; errors (paired, pooled, velocity) are relative, geometric means",
         caption_justify="left",
     )
     shown.add_column("class", overflow="fold")
     shown.add_column("")
-    heads = ["part of all", "paired error", "pooled", "velocity error"]
+    heads = ["part of all", "paired", "pooled", "velocity"]
     heads += ["David"] if found[0].difficulty else []
     heads += ["lost %"] if found[0].lost else []
     for head in (*heads, "records"):
