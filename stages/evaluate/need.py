@@ -2,7 +2,8 @@
 
 The need of a class is the geometric mean of its paired errors: the logarithms spread alike in all classes (a deviation
 of about 1.1 in the embedded world), whereas a plain mean hangs on a few pictures. It is pooled (`pooling`) on what the
-cache foretells. Its part of all error is r_c = C f_c need_c / sum f need, f_c the class's share of the cache's records.
+cache foretells. Its part of all error is r_c = C f_c need_c / sum f need, f_c the class's share of the cache's records,
+pooled likewise.
   top: r_c is above 1 by more than its standard error, or the scorer says that more is lost than two standard errors
   low: r_c is below 1 by more than its standard error
   mid: the rest, among them every class that the measurement cannot tell from an even part.
@@ -95,10 +96,12 @@ RANK: Sequence[Priority] = ("top", "mid", "low")
 def even_parts(need: Means, records: Float[Tensor, " C"]) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
     """r of each class, whose mean is 1, and the standard error of ln r; need in logarithms.
 
-    The records are a sample of what is asked for, so that the variance of ln f_c is 1 / records.
+    The records are a sample of what is asked for, the variance of ln f_c being 1 / records: frequencies are pooled too,
+    so that a difference which chance explains counts for nothing.
     """
-    weighed = need.mean.exp() * records
-    return weighed / weighed.mean(), (need.error.square() + 1 / records).sqrt()
+    frequency = pooled(Means(records.log(), records.rsqrt()), [])
+    weighed = (need.mean + frequency.mean).exp()
+    return weighed / weighed.mean(), (need.error.square() + frequency.error.square()).sqrt()
 
 
 def priority(part: float, log_error: float, lost: Figure | None) -> Priority:

@@ -57,7 +57,7 @@ def outlook(classes: ClassFile, config: Config) -> Outlook:
 def in_cache(classes: ClassFile, cache: Path) -> Counter[str] | None:
     """The train records of each class in the distillation cache, by its table; tags are not told there.
 
-    None where there is no cache. Raises `Refused` naming a class, or a class's prior, that fits none of its records.
+    None where there is no cache. Raises `Refused` naming a class whose prior fits none of its records.
     """
     if not (cache / "manifest.json").is_file():
         return None

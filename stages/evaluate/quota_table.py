@@ -12,7 +12,7 @@ from stages.classes import ClassFile, Found, load_classes, search
 from stages.evaluate.outlay import cost
 from stages.evaluate.outlook import Config, Outlook, in_cache, outlook
 
-PIPE_WIDTH = 120
+PIPE_WIDTH = 132
 
 
 def show(config: Config) -> None:
@@ -24,12 +24,16 @@ def show(config: Config) -> None:
     console = wide_console()
     console.print(table(classes, found, prompts, cached))
     console.print("\n".join(cost(classes, config, found)), soft_wrap=True, highlight=False, markup=False)
+    for name in [spec.name for spec in classes.classes if cached is not None and not (spec.tags or cached[spec.name])]:
+        console.print(
+            f"new       class {name!r}: none of the records that the student learnt from is of it", markup=False
+        )
     if prompts:
         console.print(f"prompts   the first {prompts.looked_at:,} of the source hold them all", highlight=False)
 
 
 def wide_console() -> Console:
-    """A console as wide as the terminal; what goes into a file or a pipe is not squeezed into 80 columns."""
+    """A console as wide as the terminal; what goes into a file or a pipe is not squeezed into 80."""
     return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 

@@ -107,11 +107,16 @@ def test_records_are_spread_over_all_there_are() -> None:
 
 
 def test_parts_of_the_error_average_to_one_and_go_with_need_and_frequency() -> None:
-    need = Means(torch.tensor([0.02, 0.02, 0.04]).double().log(), torch.zeros(3).double())
-    parts, errors = even_parts(need, torch.tensor([100.0, 200.0, 100.0]).double())
+    need = Means(torch.tensor([0.02, 0.02, 0.04]).double().log(), torch.full((3,), 0.1).double())
+    parts, errors = even_parts(need, torch.tensor([1e6, 2e6, 1e6]).double())
     assert float(parts.mean()) == pytest.approx(1)
-    assert (parts / parts[0]).tolist() == pytest.approx([1, 2, 2])
-    assert errors.tolist() == pytest.approx([0.1, 200**-0.5, 0.1])
+    assert (parts / parts[0]).tolist() == pytest.approx([1, 2, 2], rel=1e-3)
+    assert errors.tolist() == pytest.approx([0.1, 0.1, 0.1], rel=1e-3)
+
+
+def test_a_difference_in_frequency_that_chance_explains_counts_for_nothing() -> None:
+    need = Means(torch.zeros(3).double(), torch.zeros(3).double())
+    assert even_parts(need, torch.tensor([95.0, 105.0, 100.0]).double())[0].tolist() == pytest.approx([1, 1, 1])
 
 
 @pytest.mark.parametrize(
@@ -160,6 +165,18 @@ def test_show_tells_pictures_draws_and_what_the_cache_holds(
     assert stars == ["stars", "shape/star", "top", "4", "80.0", "10", "56.0", "0.93", "10", "1"]
     assert any("12 of 12 pictures (72 states" in line for line in lines)
     assert any("100 samples, 70 of them" in line for line in lines)
+    assert not any("none of the records" in line for line in lines)
+
+
+def test_show_tells_a_class_that_the_student_never_learnt(
+    run: Path, section: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "classes.yaml"
+    file.write_text("classes:\n- {name: moons, pattern: shape/moon, priority: top}\n")
+    with open(tmp_path / "prompts.txt", "a") as sentences:
+        sentences.write("\nshape/moon\ta moon\n")
+    assert main(["show", str(file), "--config", str(section), "--run", str(run.parent)]) == 0
+    assert "class 'moons': none of the records" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
