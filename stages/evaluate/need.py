@@ -68,7 +68,7 @@ def needs(patterns: Sequence[str], records: Sequence[int], probed: Probe, cached
     paired = means([own.log() for own in probed.errors])
     velocity = means([own.log() for own in cached.velocity])
     difficulty = means(cached.difficulty) if cached.difficulty else None
-    believed = pooled(paired, [velocity.mean, *([difficulty.mean] if difficulty else [])])
+    believed = pooled(paired, [velocity, *([difficulty] if difficulty else [])])
     lost = [_own(values) for values in probed.lost] if probed.lost is not None else [None] * len(patterns)
 
     parts, errors = even_parts(believed, torch.tensor(records, dtype=torch.float64))

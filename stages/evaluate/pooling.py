@@ -27,7 +27,7 @@ class Means:
 
 @dataclass(frozen=True)
 class Pooled(Means):
-    """The estimates theta_c; `error` knows of the doubt about beta, not of the doubt about tau."""
+    """The estimates theta_c; `error` knows of the doubt about beta and the covariates, not about tau."""
 
     tau: float
     """Deviation of the classes about what the covariates foretell."""
@@ -41,19 +41,21 @@ def means(values: Sequence[Float[Tensor, " n"]]) -> Means:
     return Means(mean, (within / (counts.sum() - len(counts)) / counts).sqrt())
 
 
-def pooled(measured: Means, covariates: Sequence[Float[Tensor, " C"]]) -> Pooled:
+def pooled(measured: Means, covariates: Sequence[Means]) -> Pooled:
     """The estimates; of the covariates the first ones are used, as many as the number of classes allows."""
     y, variance = measured.mean.double(), measured.error.double().square()
     allowed = max(1, len(y) // CLASSES_PER_COEFFICIENT)
-    columns = [torch.ones_like(y), *(column.double() - column.double().mean() for column in covariates)][:allowed]
-    x = torch.stack(columns, dim=1)
+    used = covariates[: allowed - 1]
+    x = torch.stack([torch.ones_like(y), *(one.mean.double() - one.mean.double().mean() for one in used)], dim=1)
+    blur = torch.stack([torch.zeros_like(y), *(one.error.double().square() for one in used)], dim=1)
 
     tau2 = _between(y, variance, x)
     beta, doubt = _fitted(y, variance + tau2, x)
     kept = tau2 / (tau2 + variance)
     mean = kept * y + (1 - kept) * (x @ beta)
-    # Prasad and Rao (1990): the first two terms of the mean squared error.
-    error = (kept * variance + (1 - kept).square() * ((x @ doubt) * x).sum(1)).sqrt()
+    # Prasad and Rao (1990), the first two terms of the mean squared error; Ybarra and Lohr (2008), measured covariates.
+    foretold = ((x @ doubt) * x).sum(1) + blur @ beta.square()
+    error = (kept * variance + (1 - kept).square() * foretold).sqrt()
     return Pooled(mean, error, float(tau2**0.5))
 
 

@@ -6,12 +6,16 @@ import torch
 from stages.evaluate.pooling import Means, Pooled, means, pooled
 
 
-def drawn(classes: int, tau: float, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, Means]:
+def drawn(classes: int, tau: float, noise: float, seed: int = 0) -> tuple[torch.Tensor, Means, Means]:
     """True values, a covariate that foretells half of their variance, and measurements."""
     generator = torch.Generator().manual_seed(seed)
     covariate, rest, errors = torch.randn(3, classes, generator=generator, dtype=torch.float64)
     theta = 2 + tau * covariate + tau * rest
-    return theta, covariate, Means(theta + noise * errors, torch.full_like(theta, noise))
+    return (
+        theta,
+        Means(covariate, torch.zeros_like(theta)),
+        Means(theta + noise * errors, torch.full_like(theta, noise)),
+    )
 
 
 def worst(found: Pooled, theta: torch.Tensor) -> float:
@@ -61,3 +65,9 @@ def test_few_classes_allow_no_covariate() -> None:
     assert torch.equal(pooled(measured, [covariate]).mean, pooled(measured, []).mean)
     _, covariate, measured = drawn(10, 1.0, 0.3)
     assert not torch.equal(pooled(measured, [covariate]).mean, pooled(measured, []).mean)
+
+
+def test_a_covariate_that_is_itself_noisy_makes_the_estimates_less_certain() -> None:
+    _, covariate, measured = drawn(50, 0.5, 0.8)
+    noisy = Means(covariate.mean, torch.full_like(covariate.mean, 0.3))
+    assert (pooled(measured, [noisy]).error > pooled(measured, [covariate]).error).all()
