@@ -11,6 +11,7 @@ from configs.refusal import Refused
 from shards.batch import Batch
 from stages.nets.student import TIME_SCALE, StudentOutput
 from stages.prompts import derived_seed
+from stages.train.balance import balance
 from stages.train.config import TrainConfig
 from stages.train.ema import decay
 from stages.train.journal import Step
@@ -66,6 +67,7 @@ class Stepper:
         rate = learning_rate(config.optimizer, (state.samples + after) / 2, config.max_samples)
         set_learning_rate(state.optimizer, rate)
         state.optimizer.step()
+        balance(config.optimizer, state.optimizer, state.samples, after)
         state.ema.update(decay(config.ema, state.samples, after))
         state.samples = after
         return Step(losses, lambdas, block_weight, batch.s, grad_norm, rate, data_wait_seconds)
