@@ -10,7 +10,7 @@ from torch import Tensor
 from stages.train.optim import OptimizerConfig
 
 BALANCED_EVERY_SAMPLES = 1280
-"""A balance reads all weights and moments once, about as long as the optimizer's own step."""
+"""A balance costs about five of the optimizer's own steps."""
 LEAST, MOST = 0.1, 10.0
 
 

@@ -70,8 +70,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Mapping[str, nn.Paramet
 
     Raises `Refused` for the rate of a block that no parameter lies in, and for 8 bits without their library.
     """
-    options = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
-    options["weight_decay"] = config.weight_decay
+    options: dict[str, Any] = {"lr": config.learning_rate} | config.model_dump(include={"betas", "eps", "weight_decay"})
     groups = _groups(config, parameters)
     if config.kind == "adamw_8bit":
         return _eight_bit(groups, options)
