@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,24 @@ FULL_SIZE = [
 ]
 
 
+def now() -> float:
+    """Seconds, after whatever a GPU still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @dataclass
 class Clock:
-    """Seconds spent inside some calls."""
+    """When some calls began and ended."""
 
-    seconds: float = 0.0
+    now: Callable[[], float] = now
+    spans: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Spent inside them, all together."""
+        return sum(ended - began for began, ended in self.spans)
 
     @contextmanager
     def around(self, owner: Any, name: str) -> Iterator[None]:
@@ -42,24 +55,17 @@ class Clock:
         true: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **options: Any) -> Any:
-            began = now()
+            began = self.now()
             try:
                 return true(*args, **options)
             finally:
-                self.seconds += now() - began
+                self.spans.append((began, self.now()))
 
         setattr(owner, name, timed)
         try:
             yield
         finally:
             setattr(owner, name, true)
-
-
-def now() -> float:
-    """Seconds, after whatever a GPU still has to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 @dataclass(frozen=True)

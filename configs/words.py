@@ -63,10 +63,11 @@ def value_of(words: Sequence[str], annotation: Any, option: str) -> Any:
         return None
     if len(words) == 1 and words[0].startswith(("[", "{")) and many:
         return _yaml(words[0], option)
-    if any(kind in MAPPINGS for kind in kinds):
+    choices = _choices(annotation)
+    if any(kind in MAPPINGS for kind in kinds) and not (len(words) == 1 and words[0] in choices):
         return dict(_pair(word, option) for word in words)
-    values = [_scalar(word, annotation) for word in words]
-    return values if many else values[0]
+    values = [choices.get(word, word) for word in words]  # pydantic reads numbers from words
+    return values if len(words) > 1 or any(kind in SEQUENCES for kind in kinds) else values[0]
 
 
 def _alternatives(annotation: Any) -> list[Any]:
@@ -78,10 +79,10 @@ def _alternatives(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _scalar(word: str, annotation: Any) -> Any:
-    """The literal that the word spells, or the word itself: pydantic reads numbers from words."""
+def _choices(annotation: Any) -> dict[str, Any]:
+    """How each literal that may stand here is spelt."""
     literals = [member for member in _alternatives(annotation) if get_origin(member) is Literal]
-    return {str(choice): choice for literal in literals for choice in get_args(literal)}.get(word, word)
+    return {str(choice): choice for literal in literals for choice in get_args(literal)}
 
 
 def _pair(word: str, option: str) -> tuple[str, str]:

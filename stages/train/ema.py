@@ -3,7 +3,9 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -12,28 +14,65 @@ from configs.strict import Strict
 
 
 class EmaConfig(Strict):
-    """How far back the averaged weights remember."""
+    """How far back the averaged weights remember.
 
-    half_life_samples: int = Field(8000, ge=1, description="samples after which a weight counts half in the average")
+    half_life is plain exponential decay, counted in samples; power is EDM2's profile, whose memory grows with the run.
+    """
+
+    profile: Literal["half_life", "power"] = Field(
+        "half_life", description="what a weight of the past counts: 2^-(age / half-life), or a power of its moment"
+    )
+    half_life_samples: int = Field(
+        8000, ge=1, description="half_life: samples after which a weight counts half in the average"
+    )
     ramp_ratio: float = Field(
         0.05,
         gt=0,
-        description="the half-life is at most this share of the samples seen, so that the start is forgotten",
+        description="half_life: it is at most this share of the samples seen, so that the start is forgotten",
+    )
+    sigma_rel: float = Field(
+        0.05, gt=0, lt=12**-0.5, description="power: deviation of the profile, as a share of all samples seen"
     )
 
 
 def decay(config: EmaConfig, before: int, after: int) -> float:
     """What is left of the average while the samples seen rise from `before` to `after`.
 
-    The half-life is h(n) = min(half_life_samples, ramp_ratio n) (EDM2), and decay = 2^-integral dn / h(n), so that
-    decay(a, b) decay(b, c) = decay(a, c): the batch size never moves it.
+    Both profiles have decay(a, b) decay(b, c) = decay(a, c): the batch size never moves them.
     """
-    half_life, turn = config.half_life_samples, config.half_life_samples / config.ramp_ratio
     if before <= 0:
         return 0.0
+    if config.profile == "power":
+        return _power_decay(gamma_of(config.sigma_rel), before, after)
+    return _half_life_decay(config, before, after)
+
+
+def _half_life_decay(config: EmaConfig, before: int, after: int) -> float:
+    """2^-integral dn / h(n), with the half-life h(n) = min(half_life_samples, ramp_ratio n) (EDM's and EDM2's ramp).
+
+    While it ramps up this is the power profile with gamma + 1 = log 2 / ramp_ratio.
+    """
+    half_life, turn = config.half_life_samples, config.half_life_samples / config.ramp_ratio
     ramped = math.log(min(after, turn) / before) / config.ramp_ratio if before < turn else 0.0
     steady = max(0.0, after - max(before, turn)) / half_life
     return float(2.0 ** -(ramped + steady))
+
+
+def _power_decay(gamma: float, before: int, after: int) -> float:
+    """What the profile n^gamma leaves: (before / after)^(gamma + 1).
+
+    Karras et al. 2024 (arXiv:2312.02696), section 3.1: their (1 - 1/t)^(gamma + 1), for a step of any size.
+    """
+    return float((before / after) ** (gamma + 1))
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of the power profile whose deviation is this share of its length (same place, solved).
+
+    sigma_rel^2 = (gamma + 1) (gamma + 2)^-2 (gamma + 3)^-1 is a cubic; its largest root is the one above 0.
+    """
+    inverse = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
 class Ema:

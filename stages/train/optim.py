@@ -1,12 +1,13 @@
 """The optimizer and its learning rate, which is a function of the samples seen and of nothing else."""
 
+import importlib
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from configs.refusal import Refused, did_you_mean
@@ -15,21 +16,35 @@ from configs.strict import Strict
 BLOCK = re.compile(r"\b(?:(down|up)_blocks\.(\d+)|(mid)_block)\.")
 REST = "rest"
 """What lies in no block: the first and last convolution and the time embedding."""
+FUSED = ("cpu", "cuda", "mps", "xpu")
+"""Devices on which torch has AdamW in its fused form."""
 
 
 class OptimizerConfig(Strict):
     """AdamW with warm-up, a cosine and gradient clipping."""
 
+    kind: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="adamw keeps two numbers of four bytes a weight, adamw_8bit two of one byte (extra 8bit)",
+    )
     learning_rate: float = Field(1e-4, gt=0, description="highest learning rate, reached after the warm-up")
     betas: tuple[float, float] = Field((0.9, 0.99), description="decay of AdamW's two moments, per step")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay, times the learning rate, per step")
     clip_norm: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
     warmup_samples: int = Field(3200, ge=0, description="samples over which the learning rate rises from 0")
-    block_rates: Mapping[str, Annotated[float, Field(ge=0)]] = Field(
-        {}, description=f"learning rate of single blocks (or of the {REST}) over the others'; 1 for a block not named"
+    block_rates: Mapping[str, Annotated[float, Field(ge=0)]] | Literal["balanced"] = Field(
+        {},
+        description=f"learning rate of single blocks (or of the {REST}) over the others', 1 for a block not named; "
+        "balanced: whatever moves every block by the same share of its weights",
     )
     final_share: float = Field(0.0, ge=0, le=1, description="share of learning_rate left at the end of the cosine")
+
+    @model_validator(mode="after")
+    def _moments_can_be_read(self) -> "OptimizerConfig":
+        if self.block_rates == "balanced" and self.kind != "adamw":
+            raise ValueError(f"block_rates balanced reads AdamW's own moments: take kind adamw instead of {self.kind}")
+        return self
 
 
 def learning_rate(config: OptimizerConfig, samples: float, max_samples: int) -> float:
@@ -50,28 +65,48 @@ def block_of(parameter: str) -> str:
     return found[3] or f"{found[1]}_{found[2]}"
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW in its fused form, which is one pass over memory on a CPU as well; one group for each rate.
+def build_optimizer(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW over the parameters where they lie; one group for each rate, or for each block when they are balanced.
 
-    Raises `Refused` for the rate of a block that no parameter lies in.
+    Raises `Refused` for the rate of a block that no parameter lies in, and for 8 bits without their library.
     """
+    options: dict[str, Any] = {"lr": config.learning_rate} | config.model_dump(include={"betas", "eps", "weight_decay"})
+    groups = _groups(config, parameters)
+    if config.kind == "adamw_8bit":
+        return _eight_bit(groups, options)
+    # The fused form is one pass over memory on a CPU as well, and makes no copies.
+    fused = all(parameter.device.type in FUSED for parameter in parameters.values())
+    return torch.optim.AdamW(groups, fused=fused, **options)
+
+
+def _groups(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameters that go at one rate, and its share of the learning rate."""
     blocks = {name: block_of(name) for name in parameters}
+    shares: dict[str | float, list[nn.Parameter]] = {}
+    if config.block_rates == "balanced":
+        for name, parameter in parameters.items():
+            shares.setdefault(blocks[name], []).append(parameter)
+        return [{"params": listed, "share": 1.0} for listed in shares.values()]
     for block in config.block_rates:
         if block not in blocks.values():
             known = sorted(set(blocks.values()))
             raise Refused(f"optimizer.block_rates.{block}: no such block - {did_you_mean(block, known)}")
-    shares: dict[float, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         shares.setdefault(config.block_rates.get(blocks[name], 1.0), []).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": listed, "share": share} for share, listed in shares.items()]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    return [{"params": listed, "share": share} for share, listed in shares.items()]
+
+
+def _eight_bit(groups: list[dict[str, Any]], options: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """AdamW with moments quantised in blocks of 256 (Dettmers et al. 2022); tensors below 4096 numbers stay as ever."""
+    try:
+        bitsandbytes: Any = importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise Refused(
+            f"optimizer.kind adamw_8bit: bitsandbytes cannot be imported ({error}) - "
+            "pip install 'sollune[8bit]', or take kind adamw"
+        ) from error
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, **options)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from shards.batch import Batch
 from stages.nets.student import TIME_SCALE, StudentOutput
 from stages.prompts import derived_seed
+from stages.train.balance import balance
 from stages.train.config import TrainConfig
 from stages.train.ema import decay
 from stages.train.journal import Step
@@ -89,6 +90,7 @@ class Stepper:
         rate = learning_rate(config.optimizer, (before + after) / 2, config.max_samples)
         set_learning_rate(state.optimizer, rate)
         machine.update(state.optimizer)
+        balance(config.optimizer, state.optimizer, before, after)
         state.ema.update(decay(config.ema, before, after))
         with torch.no_grad():
             state.penalty.learn(sums[1 : 1 + len(measured[0])], before)

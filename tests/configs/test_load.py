@@ -30,6 +30,7 @@ class Train(Strict):
     size: tuple[int, int] = Field((1, 2), description="pixels")
     grids_at: tuple[int, ...] = Field((), description="samples")
     weights: dict[str, float] = Field({"mid": 1.0}, description="per block")
+    rates: dict[str, float] | Literal["even"] = Field({"mid": 1.0}, description="a table, or a rule by its name")
     clip: float | None = Field(1.0, description="largest gradient norm")
     ema: bool = Field(False, description="average the weights")
 
@@ -55,6 +56,9 @@ class Config(Strict):
         if self.train.grids_at and self.train.grids_at[-1] < self.train.batch_size:
             raise ValueError(f"train.grids_at = {self.train.grids_at[-1]} is below train.batch_size, raise it")
         return self
+
+
+RULE, TABLE = "--train.rates even", "--train.rates up=3"
 
 
 def written(folder: Path, text: str, name: str = "one.yaml") -> Path:
@@ -131,6 +135,12 @@ def test_a_slip_in_a_file_is_refused_by_its_full_path(tmp_path: Path, text: str,
     message = refusal("--run r", written(tmp_path, f"distill:\n  {text}\n"))
     assert said in message
     assert "\n" not in message
+
+
+def test_a_table_may_be_replaced_by_a_rule_that_has_a_name(tmp_path: Path) -> None:
+    file = written(tmp_path, "distill: {run: r, train: {rates: {up: 2}}}")
+    asked = {words: load(Config, "distill", [file], words.split()).train.rates for words in ("", RULE, TABLE)}
+    assert asked == {"": {"mid": 1.0, "up": 2.0}, RULE: "even", TABLE: {"mid": 1.0, "up": 3.0}}
 
 
 @pytest.mark.parametrize(

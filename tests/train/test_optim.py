@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -50,3 +52,45 @@ def test_without_rates_of_their_own_all_blocks_are_one_group():
 def test_the_rate_of_a_block_that_is_not_there_is_refused():
     with pytest.raises(Refused, match=r"block_rates\.down_2: no such block - did you mean down_1"):
         build_optimizer(OptimizerConfig(block_rates={"down_2": 0.5}), PARAMETERS)
+
+
+def test_eight_bits_without_their_library_are_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(Refused, match=r"adamw_8bit: bitsandbytes .* pip install 'sollune\[8bit\]'"):
+        build_optimizer(OptimizerConfig(kind="adamw_8bit"), PARAMETERS)
+
+
+def test_eight_bits_go_on_to_the_same_bits():
+    pytest.importorskip("bitsandbytes")
+    gradients = torch.randn(6, 80, 80, generator=torch.Generator().manual_seed(0))
+    config = OptimizerConfig(kind="adamw_8bit", block_rates={"mid": 0.5})
+
+    def start(weight):
+        parameter = torch.nn.Parameter(weight.clone())
+        return parameter, build_optimizer(config, {"mid_block.weight": parameter})
+
+    def steps(parameter, optimizer, some):
+        for gradient in some:
+            parameter.grad = gradient
+            set_learning_rate(optimizer, 0.01)
+            optimizer.step()
+
+    whole, optimizer = start(torch.ones(80, 80))
+    steps(whole, optimizer, gradients[:3])
+    second, resumed = start(whole.detach())
+    resumed.load_state_dict(optimizer.state_dict())
+    steps(whole, optimizer, gradients[3:])
+    steps(second, resumed, gradients[3:])
+    assert torch.equal(whole, second)
+    assert not torch.equal(whole, torch.ones(80, 80))
+
+
+def test_eight_bits_and_balanced_blocks_are_refused_together():
+    with pytest.raises(ValueError, match="block_rates balanced"):
+        OptimizerConfig(kind="adamw_8bit", block_rates="balanced")
+
+
+def test_where_torch_has_no_fused_form_the_ordinary_one_is_taken():
+    elsewhere = {"mid_block.weight": torch.nn.Parameter(torch.ones(2, device="meta"))}
+    assert not build_optimizer(OptimizerConfig(), elsewhere).param_groups[0]["fused"]
+    assert build_optimizer(OptimizerConfig(), PARAMETERS).param_groups[0]["fused"]

@@ -1,0 +1,155 @@
+"""What training needs on a card at SD1.5's size: `python -m benchmarks.memory [--config A.yaml --config B.yaml]`.
+
+Unless told otherwise, configs/sd15.yaml under each of configs/cards. Nothing is computed but bytes: one micro-batch
+runs forward and backward on tensors without content, and every storage that comes and goes is counted, checkpointing
+and autocast included. What is not counted: the card's own context, the allocator's gaps, convolutions' workspaces.
+"""
+
+import argparse
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from benchmarks.full_size import CONTEXT, text_encoder, unet, vae
+from configs.load import load
+from stages.distill import Config
+from stages.nets.student import Student
+from stages.train.config import TrainConfig
+
+GIB = 2**30
+SENTENCE, LATENT = (77, CONTEXT), (4, 64, 64)
+BASE, CARDS = Path("configs/sd15.yaml"), Path("configs/cards")
+QUANTISED_FROM, QUANTISED_BLOCK = 4096, 256
+"""bitsandbytes: a smaller tensor keeps 32-bit moments; each block of numbers has one scale of 4 bytes."""
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that were made while the mode was on and are still held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most = 0, 0
+        self._held: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What the function gives, with its storages counted in."""
+        made = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.see, made)
+        self.most = max(self.most, self.now)
+        return made
+
+    def see(self, tensor: Tensor) -> None:
+        """Count a tensor's storage in, unless it is known."""
+        storage = tensor.untyped_storage()
+        place, size = storage._cdata, storage.nbytes()
+        if place not in self._held:
+            self._held[place] = weakref.ref(storage, lambda _: self._gone(place, size))
+            self.now += size
+
+    def _gone(self, place: int, size: int) -> None:
+        del self._held[place]
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Bytes on the card, all of them at the same moment: the fullest one of a step."""
+
+    weights: int
+    gradients: int
+    moments: int
+    average: int
+    working: int
+    """activations, and the weights' copies in autocast's precision"""
+    teacher: int
+    """in fp32, for the pictures beside: unet, vae and text encoder"""
+
+    @property
+    def sum(self) -> int:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def needed(config: TrainConfig) -> Needed:
+    """The parts for one process with a card of its own."""
+    with FakeTensorMode():
+        student = Student(unet()).train()
+        weights = size_of(student)
+        working = working_bytes(student, config)
+        teacher = weights + size_of(vae()) + size_of(text_encoder())
+        moments = sum(moment_bytes(p.numel(), config.optimizer.kind) for p in student.parameters())
+    return Needed(weights, weights, moments, weights, working, teacher)
+
+
+def size_of(module: nn.Module) -> int:
+    """Bytes of all parameters."""
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def moment_bytes(numbers: int, kind: str) -> int:
+    """AdamW's two moments of a tensor."""
+    if kind == "adamw_8bit" and numbers >= QUANTISED_FROM:
+        return 2 * (numbers + 4 * -(-numbers // QUANTISED_BLOCK))
+    return 2 * 4 * numbers
+
+
+def working_bytes(student: Student, config: TrainConfig) -> int:
+    """The most that a micro-batch holds beside weights and gradients; the gradients are there from the step before."""
+    if config.gradient_checkpointing:
+        student.unet.enable_gradient_checkpointing()
+    if config.precision != "fp32":
+        compute_norms_as_a_gpu_does(student)
+    rows = config.batch_size // config.accumulate
+    with Live() as live:
+        for parameter in student.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+            live.see(parameter)
+        there = live.now
+        x, s, cond = torch.zeros(rows, *LATENT), torch.zeros(rows), torch.zeros(rows, *SENTENCE)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision != "fp32"):
+            output = student(x, s, cond, torch.zeros(1, *SENTENCE))
+        parts = [output.v_cond, output.v_uncond, *output.features.values()]
+        torch.stack([part.square().mean() for part in parts]).sum().backward()
+    return live.most - there
+
+
+def compute_norms_as_a_gpu_does(module: nn.Module) -> None:
+    """Autocast gives norms in fp32 on a GPU, on a CPU in the lower precision: there every second activation is half."""
+    for part in module.modules():
+        if isinstance(part, nn.GroupNorm | nn.LayerNorm):
+            part.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
+
+
+def row(name: str, config: TrainConfig) -> str:
+    """A line of the table."""
+    found = needed(config)
+    how = [config.precision, config.optimizer.kind, "checkpointing" if config.gradient_checkpointing else "plain"]
+    batch = f"{config.accumulate} x {config.batch_size // config.accumulate}"
+    parts = [f"{getattr(found, field.name) / GIB:.1f}" for field in fields(found)]
+    return f"| {name} | {', '.join(how)} | {batch} | " + " | ".join(parts) + f" | **{found.sum / GIB:.1f}** |"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, action="append", help="files of one configuration, later over earlier")
+    parser.add_argument("options", nargs="*", help="after --, options of distill such as --train.batch-size 8")
+    said = parser.parse_args(argv)
+    asked = [said.config] if said.config else [[BASE, card] for card in sorted(CARDS.glob("*.yaml"))]
+    print("GiB of a card, SD1.5's size, one process\n")
+    print(f"| configuration | how | batch | {' | '.join(field.name for field in fields(Needed))} | sum |")
+    print("|---|---|---|" + "---|" * (len(fields(Needed)) + 1))
+    for files in asked:
+        print(row(files[-1].stem, load(Config, "distill", files, said.options).train), flush=True)
+
+
+if __name__ == "__main__":
+    main()
