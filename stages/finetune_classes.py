@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, ImportString
+from pydantic import Field, ImportString, model_validator
 
 from configs.atomic import atomic_write
 from configs.load import save_resolved
@@ -15,18 +15,20 @@ from configs.strict import Strict
 from shards.reader import Reader
 from shards.writer import CacheWriter
 from stages.classes import (
+    OUTSIDE,
     PICTURES,
     ClassFile,
     class_prompts,
     draw_weights,
     identity,
     load_classes,
+    outside_prompts,
     prior_weights,
     quotas,
 )
 from stages.cluster import device_of, fill, refuse_surplus, tasks_of
-from stages.evaluate.beside import GridConfig, grids_beside
-from stages.evaluate.per_class import ExamConfig, examine, save_table, show_table
+from stages.evaluate.per_class import ExamConfig, save_table, show_table
+from stages.evaluate.watch import Watch
 from stages.export import export_all
 from stages.nets.saved import Origin, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
@@ -34,13 +36,13 @@ from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, PromptSource, Split
 from stages.targets import RenderConfig, make_records, recipe_of
 from stages.train.checkpoint import Resume
-from stages.train.hooks import Hooks
 from stages.train.launch import is_launched, launch
 from stages.train.loop import TrainConfig, fit
 from stages.train.machine import Machine
-from stages.train.mixture import PRIOR_SHARE, Mixture, rows_of
+from stages.train.mixture import PRIOR_SHARE, Groups, Mixture, rows_of
 from stages.train.objective import Objective, ObjectiveConfig
 from stages.train.statistics import feature_scale
+from stages.train.stop import StopConfig
 
 
 class Config(Strict):
@@ -58,12 +60,22 @@ class Config(Strict):
     )
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(block_weight=0), description="terms of the loss")
-    grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
     scorer: ImportString[Any] | None = Field(None, description="function (texts, pictures) -> scores, for the table")
-    exam: ExamConfig = Field(ExamConfig(), description="how each class is measured before and after")
+    exam: ExamConfig = Field(ExamConfig(), description="how each class is measured: before, at checkpoints and after")
+    stop: StopConfig | None = Field(
+        None, description="end when classes gain no more or others lose, and take the best checkpoint; none: the last"
+    )
     resume: Resume = Field("auto", description="auto: from the newest whole checkpoint; never: refuse a run's folder")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
     processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
+
+    @model_validator(mode="after")
+    def _counts_losses(self) -> "Config":
+        if self.stop is not None and self.stop.most_lost is not None and self.scorer is None:
+            raise ValueError(
+                "stop.most_lost counts right pictures, and there is no scorer - name one, or set it to null"
+            )
+        return self
 
 
 def run(config: Config) -> None:
@@ -84,31 +96,35 @@ def finetune(config: Config) -> None:
     teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
     classes = load_classes(config.classes)
 
+    asked = machine.on_main(exam_prompts, config, classes)
     machine.on_main(paint, config, folder / "cache", teacher, classes)
     machine.on_main(remember, config, origin)
 
-    student = study(config, machine, teacher, classes, load_student(saved, teacher.parts), saved.weights)
-    machine.on_main(finish, config, origin, teacher, classes, load_student(saved, teacher.parts), student)
+    distilled = partial(load_student, saved, teacher.parts)
+    weights = {spec.name: classes.weight(spec) for spec in classes.classes}
+    watch = Watch(teacher, distilled, asked, weights, config.scorer, config.exam, config.stop, folder)
+    student = study(config, machine, teacher, classes, distilled(), saved.weights, watch)
+    machine.on_main(finish, config, origin, teacher, classes, watch, student)
     machine.close()
 
 
 def finish(
-    config: Config, origin: Origin, teacher: Teacher, classes: ClassFile, distilled: Student, student: Student
+    config: Config, origin: Origin, teacher: Teacher, classes: ClassFile, watch: Watch, student: Student
 ) -> None:
     """Measure each class before and after, and export the student, verified."""
     folder = config.run / "classes"
-    asked = exam_prompts(config, classes)
-    results = {
-        name: examine(model, teacher, asked, config.scorer, config.exam)
-        for name, model in (("before", distilled), ("after", student))
-    }
+    samples = watch.best(config.train.max_samples)
+    if config.stop is not None:
+        print(f"{folder}: its best checkpoint is that after {samples} samples")
+        student = load_student(open_run(folder, samples), teacher.parts)
+    results = watch.results(student)
     save_table(classes, results, folder / "per_class.csv")
     show_table(classes, results)
 
-    facts = origin.facts(teacher.parts, config.train.max_samples)
+    facts = origin.facts(teacher.parts, samples)
     facts |= {"classes": {spec.name: spec.priority for spec in classes.classes}}
     exported = export_all(student, teacher.parts.folder, folder / "export", facts)
-    atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
+    atomic_write(folder / "COMPLETE", f"{samples}\n")
     print(f"{', '.join(map(str, exported))}: written and read back; table in {folder / 'per_class.csv'}")
 
 
@@ -144,13 +160,20 @@ def repaint(config: Config, origin: Origin) -> None:
 
 
 def study(
-    config: Config, machine: Machine, teacher: Teacher, classes: ClassFile, student: Student, start: Path
+    config: Config,
+    machine: Machine,
+    teacher: Teacher,
+    classes: ClassFile,
+    student: Student,
+    start: Path,
+    watch: Watch,
 ) -> Student:
     """Train on batches of class pictures, weighted by priority, and of the distillation cache."""
     folder = config.run / "classes"
     in_classes, in_prior = rows_of(config.train.batch_size, config.prior_share)
     painted = Reader(folder / "cache", "train")
-    weights = draw_weights(classes, Counter(painted.class_names()))
+    records = Counter(painted.class_names())
+    weights = draw_weights(classes, records)
     prior = prior_weights(classes, Reader(config.run / "cache", "train").class_names)
     seed = config.train.seed
     mixture = Mixture(
@@ -158,6 +181,7 @@ def study(
         prior=Reader(config.run / "cache", "train", seed, in_prior, class_weights=prior),
         rank=machine.rank,
         world=machine.world,
+        groups=Groups.of_classes(classes, records),
     )
     return fit(
         student.requires_grad_(True),
@@ -172,13 +196,18 @@ def study(
             "prior": mixture.prior.manifest.recipe.fingerprint(),
             "prior_share": config.prior_share,
             "start": hashlib.sha256(start.read_bytes()).hexdigest(),
+            **({"exam": config.exam.model_dump(mode="json", exclude={"pictures"})} if config.stop else {}),
         },
+        groups=mixture.groups.names,
         resume=config.resume,
-        hooks=Hooks(at_checkpoint=grids_beside(teacher, config.grid, folder / "grids")),
+        hooks=watch.hooks(),
     )
 
 
 def exam_prompts(config: Config, classes: ClassFile) -> dict[str, list[Prompt]]:
-    """Prompts of each class that no training saw."""
-    asked = {spec.name: config.exam.pictures for spec in classes.classes}
-    return class_prompts(config.prompts, config.seed, "validation", classes, asked)
+    """Prompts of each class that no training saw, and prompts outside of all classes where there are any."""
+    pictures = config.exam.pictures
+    asked = {spec.name: pictures for spec in classes.classes}
+    found = class_prompts(config.prompts, config.seed, "validation", classes, asked)
+    outside = outside_prompts(config.prompts, config.seed, "validation", classes, pictures)
+    return {**found, OUTSIDE: outside} if outside else found

@@ -19,7 +19,7 @@ from stages.evaluate import david as david_tool
 TINY = [Path("configs/tiny.yaml")]
 CACHE = ["--count", "8", "--validation-count", "2", "--render.records-per-shard", "4", "--render.states.steps", "4"]
 TRAIN = ["--train.max-samples", "12", "--train.batch-size", "4", "--train.checkpoint-every-samples", "8"]
-TRAIN += ["--train.optimizer.warmup-samples", "4", "--grid.sampler.steps", "2"]
+TRAIN += ["--train.optimizer.warmup-samples", "4"]
 DAVID = ["--david.fit.steps", "3", "--david.fit.bins", "10", "--david.fit.patterns", "4"]
 CLASSES = """
 classes:
@@ -33,7 +33,7 @@ def cache_config(run: Path, *options: str) -> cache_teacher.Config:
 
 
 def distill_config(run: Path, *options: str) -> distill.Config:
-    few = ["--validation.states", "6"]
+    few = ["--validation.states", "6", "--grid.sampler.steps", "2"]
     return load(distill.Config, "distill", TINY, ["--run", str(run), *TRAIN, *DAVID, *few, *options])
 
 
