@@ -88,7 +88,7 @@ def fit(
     step = Stepper(state, objective.to(machine.device), uncond.to(machine.device), config, machine)
     with (
         Journal(folder, state.samples, config.max_samples, objective.blocks, machine) as journal,
-        Interruption() as interruption,
+        Interruption(machine.is_main) as interruption,
     ):
         waiting = time.perf_counter()
         for batch in chain([first] if first is not None else [], stream):

@@ -33,7 +33,8 @@ class Machine:
     def __init__(self, device: torch.device, precision: Precision = "fp32") -> None:
         """Processes that a launcher started together meet here; each GPU has one."""
         self.accelerator = _accelerator(device.type, precision)
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
         self.is_main = self.rank == 0
         chosen = self.world == 1 and device.index is not None
         self.device: torch.device = device if chosen else self.accelerator.device

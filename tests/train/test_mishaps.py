@@ -73,4 +73,5 @@ def test_halving_the_scale_of_fp16_is_no_mishap_as_long_as_there_is_something_to
     memory = torch.load(tmp_path / "checkpoints" / "000000024" / "memory.pt", weights_only=True)
     assert memory["scaler"]["scale"] == machine.scaler.get_scale() < 2.0**127
     machine.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    machine.scaler.scale(torch.ones(()))
     assert not machine.back_off()
