@@ -1,6 +1,7 @@
 """Laws of stage three's batches: who is drawn how often, and how much of the past stays in each batch."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -69,6 +70,16 @@ def test_the_stream_goes_on_at_any_batch(mixture: Mixture) -> None:
     again = next(mixture.batches(5 * 8))
     assert fifth.keys == again.keys
     assert torch.equal(fifth.x_t, again.x_t)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_the_ranks_share_the_rows_of_each_batch(mixture: Mixture, world: int) -> None:
+    ranks = [replace(mixture, rank=rank, world=world).batches(3 * 8) for rank in range(world)]
+    for batch in islice(mixture.batches(3 * 8), 3):
+        parts = [next(rank) for rank in ranks]
+        for rank, part in enumerate(parts):
+            assert part.keys == batch.keys[rank::world]
+            assert torch.equal(part.x_t, batch.x_t[rank::world])
 
 
 @pytest.mark.parametrize("share", [0.01, 0.99])
