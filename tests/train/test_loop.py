@@ -13,9 +13,13 @@ from stages.nets.student import Student
 from stages.tiny.anatomy import build_unet
 from stages.train.checkpoint import fault_of
 from stages.train.hooks import Hooks
+from stages.train.journal import steps_told
 from stages.train.judge import Nobody
 from stages.train.objective import Objective, ObjectiveConfig
+from stages.train.statement import Statement
 from stages.train.step import time_jitter
+from stages.train.validation import Validated
+from stages.train.velocity import RelativeError, VelocityErrors
 
 
 def files(folder: Path, samples: int) -> dict[str, str]:
@@ -222,18 +226,22 @@ def test_a_run_that_goes_on_with_other_micro_batches_says_so(tmp_path, train, po
 
 def test_a_story_is_asked_at_each_checkpoint_and_at_each_line(tmp_path, train, capsys):
     kept: list[Path] = []
+
+    def found(student) -> Validated:
+        error = RelativeError(0.25 / (1 + len(kept)), (None,))
+        return Validated(VelocityErrors(error, error, 1), None, None, 0.0)
+
     hooks = Hooks(
-        validate=lambda samples, student: samples / 100,
+        validate=found,
         after_checkpoint=kept.append,
         extra=lambda: {"uploads": len(kept)},
         warning=lambda: "no connection" if kept else None,
     )
     train(tmp_path, {"checkpoint_every_samples": 12}, hooks=hooks)
     assert [folder.name for folder in kept] == ["000000012", "000000024"]
-    assert [json.loads((folder / "state.json").read_text())["score"] for folder in kept] == [0.12, 0.24]
-    lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
-    assert [line["uploads"] for line in lines] == [0, 0, 0, 1, 1, 1]
-    assert capsys.readouterr().err.count("no connection") == 3
+    assert [Statement.read(folder).score for folder in kept] == [0.25, 0.125]
+    assert [line["uploads"] for line in steps_told(tmp_path)] == [0, 0, 0, 1, 1, 1]
+    assert capsys.readouterr().out.count("no connection") == 3
 
 
 def test_a_checkpoint_is_brought_from_elsewhere_when_none_is_here(tmp_path, train, power_cut):
