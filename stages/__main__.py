@@ -38,6 +38,7 @@ COMMANDS = (
     Command("distill", "stages.distill", "story", "teach a velocity model from the cache, and export it"),
     Command("finetune-classes", "stages.finetune_classes", "story", "fine-tune it by class priorities, and export it"),
     Command("evaluate", "stages.evaluate.measure", "tool", "measure a run against its teacher"),
+    Command("classes", "stages.evaluate.classes", "tool", "see what a class file means, or which classes need it"),
     Command("david", "stages.evaluate.david", "tool", "see what David sees in a run's student (show RUN)"),
     Command("sample", "stages.evaluate.sample", "tool", "make pictures from a run"),
     Command("import", "stages.import_original", "tool", "make a run of the original experiment's checkpoint"),

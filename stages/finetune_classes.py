@@ -14,7 +14,16 @@ from configs.load import save_resolved
 from configs.strict import Strict
 from shards.reader import Reader
 from shards.writer import CacheWriter
-from stages.classes import ClassFile, class_prompts, load_classes
+from stages.classes import (
+    PICTURES,
+    ClassFile,
+    class_prompts,
+    draw_weights,
+    identity,
+    load_classes,
+    prior_weights,
+    quotas,
+)
 from stages.cluster import device_of, fill, refuse_surplus, tasks_of
 from stages.evaluate.beside import GridConfig, grids_beside
 from stages.evaluate.per_class import ExamConfig, examine, save_table, show_table
@@ -22,11 +31,11 @@ from stages.export import export_all
 from stages.nets.saved import Origin, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
-from stages.prompts import Prompt, PromptSource, Split, source_identity
+from stages.prompts import Prompt, PromptSource, Split
 from stages.targets import RenderConfig, make_records, recipe_of
 from stages.train.checkpoint import Resume
 from stages.train.loop import TrainConfig, fit
-from stages.train.mixture import Mixture, rows_of
+from stages.train.mixture import PRIOR_SHARE, Mixture, rows_of
 from stages.train.objective import Objective, ObjectiveConfig
 from stages.train.statistics import feature_scale
 
@@ -39,10 +48,10 @@ class Config(Strict):
     classes: Path = Field(description="YAML file: classes with name, pattern and priority (top, mid, low)")
     prompts: PromptSource = Field(description="where the sentences of the classes come from")
     seed: int = Field(1, description="seed of the prompts and of their pictures")
-    count: int = Field(300, ge=1, description="pictures in all, shared among the classes by priority")
+    count: int = Field(PICTURES, ge=1, description="pictures in all, shared among the classes by priority")
     render: RenderConfig = Field(RenderConfig(), description="how prompts become records")
     prior_share: float = Field(
-        0.3, gt=0, lt=1, description="share of each batch that comes from the distillation cache"
+        PRIOR_SHARE, gt=0, lt=1, description="share of each batch that comes from the distillation cache"
     )
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(block_weight=0), description="terms of the loss")
@@ -84,15 +93,14 @@ def run(config: Config) -> None:
 
 def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> None:
     """Let the teacher paint each class's quota of prompts, as records like those of story one."""
-    quotas = classes.quotas(config.count)
-    found = class_prompts(config.prompts, config.seed, "train", classes.classes, quotas)
+    pictures = quotas(classes, config.count)
+    found = class_prompts(config.prompts, config.seed, "train", classes, pictures)
     for spec in classes.classes:
         share = f"{100 * classes.weight(spec):.0f} % of the draws"
-        print(f"class {spec.name}: {spec.priority}, {quotas[spec.name]} pictures, {share}")
+        print(f"class {spec.name}: {spec.priority}, {pictures[spec.name]} pictures, {share}")
 
     prompts: dict[Split, list[Prompt]] = {"train": [prompt for listed in found.values() for prompt in listed]}
-    chosen = hashlib.sha256(classes.model_dump_json().encode()).hexdigest()
-    source = {**source_identity(config.prompts, config.seed), "classes": chosen, "count": config.count}
+    source = identity(config.prompts, config.seed, classes, config.count)
     writer = CacheWriter(cache, recipe_of(teacher, config.render, source))
     make = partial(make_records, teacher, config=config.render.states)
     tasks = tasks_of(prompts, config.render.records_per_shard)
@@ -119,10 +127,11 @@ def study(config: Config, folder: Path, teacher: Teacher, classes: ClassFile, st
     in_classes, in_prior = rows_of(config.train.batch_size, config.prior_share)
     painted = Reader(folder / "cache", "train")
     weights = draw_weights(classes, Counter(painted.class_names()))
+    prior = prior_weights(classes, Reader(config.run / "cache", "train").class_names)
     seed = config.train.seed
     mixture = Mixture(
         classes=Reader(folder / "cache", "train", seed, in_classes, class_weights=weights),
-        prior=Reader(config.run / "cache", "train", seed, in_prior),
+        prior=Reader(config.run / "cache", "train", seed, in_prior, class_weights=prior),
     )
     return fit(
         student.requires_grad_(True),
@@ -143,19 +152,7 @@ def study(config: Config, folder: Path, teacher: Teacher, classes: ClassFile, st
     )
 
 
-def draw_weights(classes: ClassFile, records: Counter[str]) -> dict[str, float]:
-    """The share of the stream that each class name gets: its class's share, spread evenly over the class's records."""
-    owners = {name: classes.owner(name) for name in records}
-    in_class = Counter[str]()
-    for name, spec in owners.items():
-        in_class[spec.name if spec else ""] += records[name]
-    return {
-        name: classes.weight(spec) * records[name] / in_class[spec.name] if spec else 0.0
-        for name, spec in owners.items()
-    }
-
-
 def exam_prompts(config: Config, classes: ClassFile) -> dict[str, list[Prompt]]:
     """Prompts of each class that no training saw."""
-    quotas = {spec.name: config.exam.pictures for spec in classes.classes}
-    return class_prompts(config.prompts, config.seed, "validation", classes.classes, quotas)
+    asked = {spec.name: config.exam.pictures for spec in classes.classes}
+    return class_prompts(config.prompts, config.seed, "validation", classes, asked)

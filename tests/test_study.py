@@ -12,8 +12,7 @@ from shards.reader import Reader
 from shards.recipe import Recipe
 from shards.record import BlockFeatures, Draws, Record
 from shards.writer import CacheWriter
-from stages.classes import ClassFile, ClassSpec
-from stages.finetune_classes import draw_weights
+from stages.classes import ClassFile, ClassSpec, draw_weights
 from stages.train.mixture import Mixture, rows_of
 
 FILE = ClassFile(

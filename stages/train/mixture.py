@@ -7,6 +7,9 @@ from configs.refusal import Refused
 from shards.batch import Batch, concatenate
 from shards.reader import Reader
 
+PRIOR_SHARE = 0.3
+"""Of each batch, unless told."""
+
 
 @dataclass(frozen=True)
 class Mixture:

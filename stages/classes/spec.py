@@ -1,0 +1,138 @@
+"""The class file: what belongs to a class, how much it matters, and who owns a prompt that several classes claim."""
+
+import hashlib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from configs.refusal import Refused
+from configs.strict import Strict
+from stages.classes.pattern import Specificity, specificity
+
+Priority = Literal["top", "mid", "low"]
+NOTHING_SAID: Mapping[str, str] = {}
+
+
+class ClassSpec(Strict):
+    """One class: the prompts that fit its pattern and its tags, and how much they matter."""
+
+    name: str = Field(min_length=1, description="name shown in tables")
+    pattern: str | None = Field(None, min_length=1, description="glob over class names, such as star/* or */red")
+    priority: Priority = Field(description="top, mid or low")
+    tags: Mapping[str, str] | None = Field(
+        None,
+        min_length=1,
+        description="choice -> glob over what the grammar chose, as `sollune prompts show N --tree` prints it",
+    )
+    weight: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="weight of its own; none is its priority's"
+    )
+    prior_class: str | None = Field(
+        None, min_length=1, description="glob over class names: the cached records that keep its kind in place"
+    )
+    pictures: int | None = Field(None, ge=1, description="number of pictures; none is its share of what is left")
+
+    @model_validator(mode="after")
+    def _says_whose(self) -> "ClassSpec":
+        if self.pattern is None and self.tags is None:
+            raise ValueError("no pattern and no tags - say which prompts belong to it")
+        return self
+
+    def claims(self, class_name: str, said: Mapping[str, str] = NOTHING_SAID) -> bool:
+        """Whether a prompt of this class name, whose grammar chose what is `said`, fits here."""
+        if self.pattern is not None and not fnmatchcase(class_name, self.pattern):
+            return False
+        tags = (self.tags or {}).items()
+        return all(choice in said and fnmatchcase(said[choice], wanted) for choice, wanted in tags)
+
+    @property
+    def specificity(self) -> Specificity:
+        """How much pattern and tags say together."""
+        tags = [specificity(wanted) for wanted in (self.tags or {}).values()]
+        said = Specificity() if self.pattern is None else specificity(self.pattern)
+        for tag in tags:
+            said = said.joined(tag)
+        return said
+
+    @property
+    def rule(self) -> str:
+        """Pattern and tags in one line."""
+        tags = [f"{choice}={wanted}" for choice, wanted in (self.tags or {}).items()]
+        return " ".join([*([self.pattern] if self.pattern is not None else []), *tags])
+
+
+class ClassFile(Strict):
+    """The classes of one finetuning, and what each priority weighs."""
+
+    weights: dict[Priority, float] = Field(
+        {"top": 4.0, "mid": 2.0, "low": 1.0}, description="share of a class of each priority, relative to the others"
+    )
+    classes: tuple[ClassSpec, ...] = Field(min_length=1, description="the classes, in the order of every table")
+
+    @model_validator(mode="after")
+    def _sound(self) -> "ClassFile":
+        names = [spec.name for spec in self.classes]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"class {twice[0]!r} is listed twice - give each class one entry")
+        for spec in self.classes:
+            if spec.weight is None and not 0 < self.weights.get(spec.priority, 0) < float("inf"):
+                raise ValueError(f"priority {spec.priority!r} of class {spec.name!r} has no positive weight")
+        return self
+
+    def relative(self, spec: ClassSpec) -> float:
+        """The class's own weight, or else its priority's."""
+        return self.weights[spec.priority] if spec.weight is None else spec.weight
+
+    def weight(self, spec: ClassSpec) -> float:
+        """The share of all draws that this class gets: p_c = w_c / sum w. Nothing else decides it."""
+        return self.relative(spec) / sum(self.relative(other) for other in self.classes)
+
+    def owner(self, class_name: str, said: Mapping[str, str] = NOTHING_SAID) -> ClassSpec | None:
+        """The most specific class that claims a prompt, if any; raises `Refused` when two say equally much of it."""
+        claim = [spec for spec in self.classes if spec.claims(class_name, said)]
+        if not claim:
+            return None
+        most = max(spec.specificity for spec in claim)
+        owners = [spec for spec in claim if spec.specificity == most]
+        if len(owners) > 1:
+            first, second = owners[:2]
+            raise Refused(
+                f"classes {first.name!r} ({first.rule}) and {second.name!r} ({second.rule}) both claim {class_name!r}, "
+                "and neither is more specific - make one of them narrower"
+            )
+        return owners[0]
+
+    def sha256(self) -> str:
+        """The fingerprint of what the file says; a key that is left out does not count."""
+        return hashlib.sha256(self.model_dump_json(exclude_none=True).encode()).hexdigest()
+
+
+def load_classes(path: Path) -> ClassFile:
+    """Read a class file; raises `Refused` with its name and the first thing that is wrong."""
+    if not path.is_file():
+        raise Refused(f"classes: {path} does not exist - name a YAML file with a list of classes")
+    try:
+        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"classes: {path}: {' '.join(str(error).split())}") from error
+    try:
+        return ClassFile.model_validate(said)
+    except ValidationError as error:
+        raise Refused(f"classes: {path}: {_first_slip(error, said)}") from error
+
+
+def _first_slip(error: ValidationError, said: Any) -> str:
+    """Where the first slip is and what it is; a class is called by its name where it has one."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    if where[:1] == ["classes"] and len(where) > 1:
+        entry = said["classes"][first["loc"][1]]
+        name = entry.get("name") if isinstance(entry, Mapping) else None
+        where[:2] = [f"class {name!r}" if name else f"class number {int(where[1]) + 1}"]
+    reason = first["msg"].removeprefix("Value error, ")
+    return ": ".join([*([where[0]] if where else []), *([".".join(where[1:])] if where[1:] else []), reason])

@@ -1,0 +1,53 @@
+"""What is left to do for a class file: pictures to paint, samples to train, and the time where it was once measured."""
+
+import json
+import statistics
+from pathlib import Path
+
+from configs.refusal import Refused
+from shards.manifest import Manifest
+from stages.classes import ClassFile, identity
+from stages.evaluate.outlook import Config, Outlook
+
+
+def cost(classes: ClassFile, config: Config, found: Outlook) -> list[str]:
+    """What there is to do, in pictures, samples and, where an earlier run measured its speed, time."""
+    whole, states = sum(found.pictures.values()), config.render.states
+    missing = whole - painted(classes, config)
+    calls = 2 * (states.steps + states.renoised_states)
+    return [
+        f"to paint  {missing:,} of {whole:,} pictures ({missing * states.draws:,} states, "
+        f"{missing * calls:,} answers of the teacher)",
+        f"to train  {found.samples:,} samples, {round(sum(found.draws.values())):,} of them of the classes",
+        f"time      {time_to_train(config.run, found.samples)}",
+    ]
+
+
+def time_to_train(run: Path | None, samples: int) -> str:
+    """Told by the newest story of the run that measured its speed."""
+    journals = [run / story / "journal.jsonl" for story in ("classes", "distill")] if run else []
+    for journal in journals:
+        if journal.is_file():
+            rate = speed(journal)
+            return f"{samples / rate / 60:.1f} minutes to train at the {rate:.0f} samples/s of {journal}"
+    return "not told: no journal of an earlier run"
+
+
+def speed(journal: Path) -> float:
+    """Samples per second: the median of a journal's lines."""
+    try:
+        lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+        return statistics.median(float(line["samples_per_second"]) for line in lines)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{journal}: tells no speed ({error}) - remove it, or leave --run out") from error
+
+
+def painted(classes: ClassFile, config: Config) -> int:
+    """Pictures of this very class file that lie in RUN/classes/cache; those of another are not counted."""
+    cache = config.run / "classes" / "cache" if config.run else None
+    if cache is None or config.prompts is None or not (cache / "manifest.json").is_file():
+        return 0
+    manifest = Manifest.open(cache)
+    if manifest.recipe.identity["prompts"] != identity(config.prompts, config.seed, classes, config.count):
+        return 0
+    return sum(shard.records for shard in manifest.of("train"))
