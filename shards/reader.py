@@ -99,7 +99,10 @@ class Reader:
         if self._keys is None:
             return wanted
         chosen = set(self._keys)
-        return wanted & np.repeat([head.key in chosen for head in heads], [len(head.s) for head in heads])
+        told: Bool[np.ndarray, " n"] = np.repeat(
+            [head.key in chosen for head in heads], [len(head.s) for head in heads]
+        )
+        return np.logical_and(wanted, told)
 
     @property
     def samples_per_epoch(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -22,7 +23,10 @@ class ClipScorer:
         """`location` is a folder or a hub id; raises `Refused` when no CLIP model can be loaded from it."""
         try:
             folder = location if Path(location).is_dir() else snapshot_download(location, allow_patterns=list(FILES))
-            self._model = CLIPModel.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
+            loaded: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+            model, said = loaded
+            if missing := sorted(said["missing_keys"]):
+                raise ValueError(f"{missing[0]} is missing")  # it would be filled up with random numbers
             self._processor = CLIPProcessor.from_pretrained(folder)
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:120]
@@ -30,7 +34,7 @@ class ClipScorer:
                 f"clip: {location!r}: no CLIP model can be loaded from there ({reason}) - "
                 "name a folder or hub repository that transformers' CLIPModel reads"
             ) from error
-        self._model.to(device)
+        self._model = model.eval().requires_grad_(False).to(device)
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str], pictures: Float[Tensor, "b 3 h w"]) -> Mapping[str, Float[Tensor, " b"]]:

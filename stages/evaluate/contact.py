@@ -18,7 +18,7 @@ MOST = 400
 """Pictures on a sheet: the first ones."""
 WIDEST = 256
 """Pixels: 2 x SMALL, so that a doubled picture is as it is."""
-LINES, LINE_PIXELS, LETTER_PIXELS = 4, 14, 6.5
+LINES, LINE_PIXELS, LETTER_PIXELS = 5, 14, 6.5
 
 
 def contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:

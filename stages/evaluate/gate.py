@@ -135,10 +135,15 @@ def told(ledger: Ledger) -> str:
 def _judged_by(
     reader: Reader, scorer: Scorer | None, config: GateConfig, sources: PicturesConfig
 ) -> dict[str, JsonValue]:
-    name = getattr(scorer, "__qualname__", type(scorer).__qualname__) if scorer else None
+    name = getattr(scorer, "__module__", "") + "." + getattr(scorer, "__qualname__", type(scorer).__qualname__)
     targets = {source: sources.model_dump()[source] for source in ("painted", "reused", "photograph")}
     gate = config.model_dump(mode="json")
-    return {"recipe": reader.manifest.recipe.fingerprint(), "scorer": name, "gate": gate, "targets": targets}
+    return {
+        "recipe": reader.manifest.recipe.fingerprint(),
+        "scorer": name if scorer else None,
+        "gate": gate,
+        "targets": targets,
+    }
 
 
 def _known(folder: Path, judged_by: dict[str, JsonValue], keys: Sequence[str]) -> Ledger | None:
@@ -155,15 +160,14 @@ def _look(reader: Reader, wanted: Wanted, teacher: Teacher, scorer: Scorer | Non
     keys, x0 = [key for key, _ in found], torch.stack([latent for _, latent in found])
     score = torch.full([len(keys)], torch.nan)
     # A person chose the photographs; and what they are called may be a word that no scorer knows.
-    rows = [row for row, key in enumerate(keys) if scorer and wanted.source(int(key)) != "photograph"]
+    rows = [row for row, key in enumerate(keys) if wanted.source(int(key)) != "photograph"]
+    if scorer is None:
+        return Candidates(keys, x0, score)
     for first in tqdm(range(0, len(rows), ROWS_AT_ONCE), desc="gate", disable=None):
         some = rows[first : first + ROWS_AT_ONCE]
-        score[some] = _scores([wanted.prompts[int(keys[row])].text for row in some], x0[some], teacher, scorer)
+        pictures = teacher.decode(x0[some].float().to(teacher.parts.unet.device))
+        score[some] = least(dict(scorer([wanted.prompts[int(keys[row])].text for row in some], pictures)))
     return Candidates(keys, x0, score)
-
-
-def _scores(texts: Sequence[str], x0: Tensor, teacher: Teacher, scorer: Scorer) -> Float[Tensor, " b"]:
-    return least(dict(scorer(texts, teacher.decode(x0.float().to(teacher.parts.unet.device)))))
 
 
 def _low(seen: Candidates, config: GateConfig) -> dict[int, str]:
@@ -192,8 +196,8 @@ def _alike(seen: Candidates, rows: Sequence[int], config: GateConfig) -> dict[in
 def _show(ledger: Ledger, reader: Reader, teacher: Teacher, path: Path) -> None:
     """Draw what is set aside."""
     aside = ledger.set_aside()
-    labels = [f"{key} {one.class_name}, {one.source}: {one.reason}" for key, one in aside.items()]
-    x0 = (record.x0.float() for record in reader.records() if record.key in aside)
+    records = [record for record in reader.records() if record.key in aside]
+    labels = [f"{one.key} {aside[one.key].source}: {aside[one.key].reason} - {one.text}" for one in records]
     device = teacher.parts.unet.device
-    pictures = (teacher.decode(latent[None].to(device))[0] for latent in x0)
+    pictures = (teacher.decode(record.x0[None].float().to(device))[0] for record in records)
     save_contact_sheet(pictures, labels, path, {"judged_by": dict(ledger.judged_by)})

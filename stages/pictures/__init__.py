@@ -4,6 +4,7 @@ from stages.pictures.ledger import NAME, Ledger, Picture
 from stages.pictures.listing import PicturesConfig, Wanted, wanted
 from stages.pictures.making import make_pictures
 from stages.pictures.photographs import Photograph, photographs
+from stages.pictures.reuse import reusable
 
 __all__ = [
     "NAME",
@@ -14,5 +15,6 @@ __all__ = [
     "Wanted",
     "make_pictures",
     "photographs",
+    "reusable",
     "wanted",
 ]

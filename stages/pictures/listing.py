@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +36,10 @@ class PicturesConfig(Strict):
     )
     reused: Target = Field("teacher", description="what pictures of RUN/cache teach: teacher or data")
     photograph: Target = Field("data", description="what photographs teach: data, or teacher for its answers there")
+
+    def most(self, quotas: Mapping[str, int]) -> dict[str, int]:
+        """How many of the pictures of each class may be taken from the cache."""
+        return {name: int(self.reuse * pictures) for name, pictures in quotas.items()}
 
     def target(self, source: Source) -> Target:
         """What is learnt from pictures of this source."""
@@ -77,7 +81,7 @@ def wanted(
     """
     own = {spec.name: photographs(spec) for spec in classes.classes}
     quota = quotas(classes, count)
-    most = {name: int(config.reuse * pictures) for name, pictures in quota.items()}
+    most = config.most(quota)
     if any(most.values()) and (slips := unlike(cache, recipe)):
         print(f"{cache}: nothing of it is used again, it was made otherwise: {'; '.join(slips)}")
         most = dict.fromkeys(most, 0)
