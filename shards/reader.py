@@ -102,7 +102,8 @@ class Reader:
         told: Bool[np.ndarray, " n"] = np.repeat(
             [head.key in chosen for head in heads], [len(head.s) for head in heads]
         )
-        return np.logical_and(wanted, told)
+        both: Bool[np.ndarray, " n"] = wanted & told
+        return both
 
     @property
     def samples_per_epoch(self) -> int:

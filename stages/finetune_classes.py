@@ -68,12 +68,10 @@ def run(config: Config) -> None:
     teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
     classes = load_classes(config.classes)
 
-    listed = paint(config, folder / "cache", teacher, classes)
-    remember(config, origin)
-    ledger = choose(config, folder, teacher, listed)
+    prepare(config, origin, teacher, classes)
 
     distilled = load_student(saved, teacher.parts)
-    student = study(config, folder, teacher, classes, ledger, load_student(saved, teacher.parts), saved.weights)
+    student = study(config, folder, teacher, classes, load_student(saved, teacher.parts), saved.weights)
 
     asked = exam_prompts(config, classes)
     results = {
@@ -88,6 +86,15 @@ def run(config: Config) -> None:
     exported = export_all(student, teacher.parts.folder, folder / "export", facts)
     atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
     print(f"{', '.join(map(str, exported))}: written and read back; table in {folder / 'per_class.csv'}")
+
+
+def prepare(config: Config, origin: Origin, teacher: Teacher, classes: ClassFile) -> None:
+    """Make what is missing of the pictures, and write down which of them are used: pictures.json, set_aside.png."""
+    folder = config.run / "classes"
+    listed = paint(config, folder / "cache", teacher, classes)
+    remember(config, origin)
+    scorer = ClipScorer(config.gate.clip, device_of(config.device)) if config.gate.clip else config.scorer
+    print(told(judge(folder, listed, teacher, scorer, config.gate, config.pictures)))
 
 
 def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> Wanted:
@@ -110,14 +117,6 @@ def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> 
     return listed
 
 
-def choose(config: Config, folder: Path, teacher: Teacher, listed: Wanted) -> Ledger:
-    """Set aside the pictures that show no class, or what another shows; see pictures.json and set_aside.png."""
-    scorer = ClipScorer(config.gate.clip, device_of(config.device)) if config.gate.clip else config.scorer
-    ledger = judge(folder, listed, teacher, scorer, config.gate, config.pictures)
-    print(told(ledger))
-    return ledger
-
-
 def remember(config: Config, origin: Origin) -> None:
     """Leave beside the classes' cache all that it takes to make it again."""
     folder = config.run / "classes"
@@ -132,18 +131,11 @@ def repaint(config: Config, origin: Origin) -> None:
     paint(config, config.run / "classes" / "cache", teacher, load_classes(config.classes))
 
 
-def study(
-    config: Config,
-    folder: Path,
-    teacher: Teacher,
-    classes: ClassFile,
-    ledger: Ledger,
-    student: Student,
-    start: Path,
-) -> Student:
+def study(config: Config, folder: Path, teacher: Teacher, classes: ClassFile, student: Student, start: Path) -> Student:
     """Train on batches of class pictures, weighted by priority, and of the distillation cache."""
     in_classes, in_prior = rows_of(config.train.batch_size, config.prior_share)
-    painted, kept = Reader(folder / "cache", "train"), set(ledger.kept())
+    painted, ledger = Reader(folder / "cache", "train"), Ledger.open(folder)
+    kept = set(ledger.kept())
     weights = draw_weights(classes, Counter(head.class_name for head in painted.heads() if head.key in kept))
     prior = prior_weights(classes, Reader(config.run / "cache", "train").class_names)
     seed = config.train.seed

@@ -1,20 +1,18 @@
 """The gate of class pictures: what does not show its class, or shows what another does, is set aside."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from pydantic import Field, JsonValue
-from torch import Tensor
 from tqdm import tqdm
 
 from configs.refusal import Refused
 from configs.strict import Strict
 from shards.reader import Reader
 from stages.evaluate.contact import SHEET, save_contact_sheet
+from stages.evaluate.flaws import Candidates, alike, least, low
 from stages.evaluate.metrics import Scorer
 from stages.nets.teacher import Teacher
 from stages.pictures import Ledger, Picture, PicturesConfig, Wanted
@@ -42,16 +40,6 @@ class GateConfig(Strict):
     )
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The pictures that are there; x0 and score of each in the order of the keys."""
-
-    keys: Sequence[str]
-    x0: Float[Tensor, "n c h w"]
-    score: Float[Tensor, " n"]
-    """nan where nothing was said or asked"""
-
-
 def judge(
     folder: Path, wanted: Wanted, teacher: Teacher, scorer: Scorer | None, config: GateConfig, sources: PicturesConfig
 ) -> Ledger:
@@ -64,9 +52,9 @@ def judge(
     if found := _known(folder, judged_by, [head.key for head in reader.heads()]):
         return found
     seen = _look(reader, wanted, teacher, scorer if config.score is not None else None)
-    reasons = _low(seen, config)
+    reasons = low(seen, config.score)
     for rows in _by_class(seen, wanted):
-        reasons |= _alike(seen, [row for row in rows if row not in reasons], config)
+        reasons |= alike(seen, [row for row in rows if row not in reasons], config.duplicate)
 
     pictures = {
         key: Picture(
@@ -83,28 +71,6 @@ def judge(
     refuse_emptied(ledger, wanted, config, folder / SHEET)
     ledger.save(folder)
     return ledger
-
-
-def least(scores: dict[str, Float[Tensor, " b"]]) -> Float[Tensor, " b"]:
-    """The lowest of what was said about each picture, nan where nothing was: 1 means that everything said is there."""
-    values = torch.stack([value.float().cpu() for value in scores.values()])
-    lowest = values.nan_to_num(nan=torch.inf).amin(0)
-    return lowest.masked_fill(values.isnan().all(0), torch.nan)
-
-
-def duplicates(x0: Float[Tensor, "n c h w"], threshold: float) -> Iterator[tuple[int, int, float]]:
-    """(later, earlier, cosine) of each picture that shows what an earlier one does which is not such a one itself.
-
-    The cosine of the latents themselves: a latent is a small picture with channels that are near zero on average.
-    """
-    flat = torch.nn.functional.normalize(x0.float().flatten(1), dim=1)
-    cosine, kept = flat @ flat.T, list[int]()
-    for row in range(len(flat)):
-        nearest = max(kept, key=lambda other: float(cosine[row, other]), default=None)
-        if nearest is not None and cosine[row, nearest] >= threshold - 1e-6:  # the same picture is 1 up to rounding
-            yield row, nearest, min(float(cosine[row, nearest]), 1.0)
-        else:
-            kept.append(row)
 
 
 def refuse_emptied(ledger: Ledger, wanted: Wanted, config: GateConfig, sheet: Path) -> None:
@@ -170,14 +136,6 @@ def _look(reader: Reader, wanted: Wanted, teacher: Teacher, scorer: Scorer | Non
     return Candidates(keys, x0, score)
 
 
-def _low(seen: Candidates, config: GateConfig) -> dict[int, str]:
-    """Row -> why, of what scores too low."""
-    if config.score is None:
-        return {}
-    rows = (seen.score < config.score).nonzero().flatten().tolist()
-    return {row: f"score {float(seen.score[row]):.3g} is below {config.score:g}" for row in rows}
-
-
 def _by_class(seen: Candidates, wanted: Wanted) -> list[list[int]]:
     rows: dict[str, list[int]] = {}
     for row, key in enumerate(seen.keys):
@@ -185,19 +143,11 @@ def _by_class(seen: Candidates, wanted: Wanted) -> list[list[int]]:
     return list(rows.values())
 
 
-def _alike(seen: Candidates, rows: Sequence[int], config: GateConfig) -> dict[int, str]:
-    """Row -> why, of what shows the same as an earlier picture of its class."""
-    if config.duplicate is None or not rows:
-        return {}
-    found = duplicates(seen.x0[list(rows)], config.duplicate)
-    return {rows[later]: f"like {seen.keys[rows[earlier]]} ({cosine:.3f})" for later, earlier, cosine in found}
-
-
 def _show(ledger: Ledger, reader: Reader, teacher: Teacher, path: Path) -> None:
     """Draw what is set aside."""
     aside = ledger.set_aside()
-    records = [record for record in reader.records() if record.key in aside]
-    labels = [f"{one.key} {aside[one.key].source}: {aside[one.key].reason} - {one.text}" for one in records]
+    found = [(one.key, one.text, one.x0) for one in reader.records() if one.key in aside]
+    labels = [f"{key} {aside[key].source}: {aside[key].reason} - {text}" for key, text, _ in found]
     device = teacher.parts.unet.device
-    pictures = (teacher.decode(record.x0[None].float().to(device))[0] for record in records)
+    pictures = (teacher.decode(x0[None].float().to(device))[0] for _, _, x0 in found)
     save_contact_sheet(pictures, labels, path, {"judged_by": dict(ledger.judged_by)})

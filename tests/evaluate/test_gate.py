@@ -15,7 +15,8 @@ from shards.reader import Reader
 from shards.recipe import Recipe
 from shards.record import BlockFeatures, Draws, Record
 from shards.writer import CacheWriter
-from stages.evaluate.gate import GateConfig, duplicates, judge, least, told
+from stages.evaluate.flaws import duplicates, least
+from stages.evaluate.gate import GateConfig, judge, told
 from stages.evaluate.grid import read_settings
 from stages.nets.components import load_components
 from stages.nets.teacher import Teacher
