@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,19 @@ from configs.load import save_resolved
 from configs.strict import Strict
 from shards.reader import Reader
 from shards.writer import CacheWriter
-from stages.classes import (
-    PICTURES,
-    ClassFile,
-    class_prompts,
-    draw_weights,
-    identity,
-    load_classes,
-    prior_weights,
-    quotas,
-)
+from stages.classes import PICTURES, ClassFile, class_prompts, draw_weights, identity, load_classes, prior_weights
 from stages.cluster import device_of, fill, refuse_surplus, tasks_of
 from stages.evaluate.beside import GridConfig, grids_beside
+from stages.evaluate.clip import ClipScorer
+from stages.evaluate.gate import GateConfig, judge, told
 from stages.evaluate.per_class import ExamConfig, examine, save_table, show_table
 from stages.export import export_all
 from stages.nets.saved import Origin, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
-from stages.prompts import Prompt, PromptSource, Split
-from stages.targets import RenderConfig, make_records, recipe_of
+from stages.pictures import Ledger, PicturesConfig, Wanted, make_pictures, photographs, wanted
+from stages.prompts import Prompt, PromptSource
+from stages.targets import RenderConfig, recipe_of
 from stages.train.checkpoint import Resume
 from stages.train.hooks import Hooks
 from stages.train.launch import is_launched, launch
@@ -53,13 +47,17 @@ class Config(Strict):
     seed: int = Field(1, description="seed of the prompts and of their pictures")
     count: int = Field(PICTURES, ge=1, description="pictures in all, shared among the classes by priority")
     render: RenderConfig = Field(RenderConfig(), description="how prompts become records")
+    pictures: PicturesConfig = Field(PicturesConfig(), description="where they come from, and what they teach")
+    gate: GateConfig = Field(GateConfig(), description="which pictures are set aside")
     prior_share: float = Field(
         PRIOR_SHARE, gt=0, lt=1, description="share of each batch that comes from the distillation cache"
     )
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(block_weight=0), description="terms of the loss")
     grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
-    scorer: ImportString[Any] | None = Field(None, description="function (texts, pictures) -> scores, for the table")
+    scorer: ImportString[Any] | None = Field(
+        None, description="function (texts, pictures) -> scores, for gate and table"
+    )
     exam: ExamConfig = Field(ExamConfig(), description="how each class is measured before and after")
     resume: Resume = Field("auto", description="auto: from the newest whole checkpoint; never: refuse a run's folder")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
@@ -78,14 +76,13 @@ def finetune(config: Config) -> None:
     """What each process does."""
     machine = Machine(device_of(config.device), config.train.precision)
     machine.rows(config.train.batch_size, config.train.accumulate)
-    folder, device = config.run / "classes", machine.device
+    device = machine.device
     saved = open_run(config.run / "distill")
     origin = saved.origin.at(config.teacher)
     teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
     classes = load_classes(config.classes)
 
-    machine.on_main(paint, config, folder / "cache", teacher, classes)
-    machine.on_main(remember, config, origin)
+    machine.on_main(prepare, config, origin, teacher, classes)
 
     student = study(config, machine, teacher, classes, load_student(saved, teacher.parts), saved.weights)
     machine.on_main(finish, config, origin, teacher, classes, load_student(saved, teacher.parts), student)
@@ -112,21 +109,33 @@ def finish(
     print(f"{', '.join(map(str, exported))}: written and read back; table in {folder / 'per_class.csv'}")
 
 
-def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> None:
-    """Let the teacher paint each class's quota of prompts, as records like those of story one."""
-    pictures = quotas(classes, config.count)
-    found = class_prompts(config.prompts, config.seed, "train", classes, pictures)
-    for spec in classes.classes:
-        share = f"{100 * classes.weight(spec):.0f} % of the draws"
-        print(f"class {spec.name}: {spec.priority}, {pictures[spec.name]} pictures, {share}")
+def prepare(config: Config, origin: Origin, teacher: Teacher, classes: ClassFile) -> None:
+    """Make what is missing of the pictures, and write down which of them are used: pictures.json, set_aside.png."""
+    folder = config.run / "classes"
+    listed = paint(config, folder / "cache", teacher, classes)
+    remember(config, origin)
+    scorer = ClipScorer(config.gate.clip, device_of(config.device)) if config.gate.clip else config.scorer
+    print(told(judge(folder, listed, teacher, scorer, config.gate, config.pictures)))
 
-    prompts: dict[Split, list[Prompt]] = {"train": [prompt for listed in found.values() for prompt in listed]}
-    source = identity(config.prompts, config.seed, classes, config.count)
-    writer = CacheWriter(cache, recipe_of(teacher, config.render, source))
-    make = partial(make_records, teacher, config=config.render.states)
-    tasks = tasks_of(prompts, config.render.records_per_shard)
+
+def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> Wanted:
+    """Make the records of all pictures of the classes, like those of story one."""
+    distilled = config.run / "cache"
+    recipe = recipe_of(teacher, config.render, identity(config.prompts, config.seed, classes, config.count))
+    listed = wanted(classes, config.prompts, config.seed, config.count, config.pictures, distilled, recipe)
+    counts = listed.counts()
+    for spec in classes.classes:
+        pictures = ", ".join(f"{count} {source}" for (name, source), count in counts.items() if name == spec.name)
+        print(
+            f"class {spec.name}: {spec.priority}, {100 * classes.weight(spec):.0f} % of the draws, pictures: {pictures}"
+        )
+
+    writer = CacheWriter(cache, listed.recipe)
+    tasks = tasks_of({"train": listed.prompts}, config.render.records_per_shard)
     refuse_surplus(writer, tasks)
+    make = make_pictures(teacher, distilled, config.render.states)
     fill(writer, tasks, config.render.batch_size, make)
+    return listed
 
 
 def remember(config: Config, origin: Origin) -> None:
@@ -149,12 +158,13 @@ def study(
     """Train on batches of class pictures, weighted by priority, and of the distillation cache."""
     folder = config.run / "classes"
     in_classes, in_prior = rows_of(config.train.batch_size, config.prior_share)
-    painted = Reader(folder / "cache", "train")
-    weights = draw_weights(classes, Counter(painted.class_names()))
+    painted, ledger = Reader(folder / "cache", "train"), Ledger.open(folder)
+    kept = set(ledger.kept())
+    weights = draw_weights(classes, Counter(head.class_name for head in painted.heads() if head.key in kept))
     prior = prior_weights(classes, Reader(config.run / "cache", "train").class_names)
     seed = config.train.seed
     mixture = Mixture(
-        classes=Reader(folder / "cache", "train", seed, in_classes, class_weights=weights),
+        classes=Reader(folder / "cache", "train", seed, in_classes, keys=kept, class_weights=weights),
         prior=Reader(config.run / "cache", "train", seed, in_prior, class_weights=prior),
         rank=machine.rank,
         world=machine.world,
@@ -169,6 +179,7 @@ def study(
         machine=machine,
         identity={
             "recipe": painted.manifest.recipe.fingerprint(),
+            "pictures": ledger.sha256(),
             "prior": mixture.prior.manifest.recipe.fingerprint(),
             "prior_share": config.prior_share,
             "start": hashlib.sha256(start.read_bytes()).hexdigest(),
@@ -179,6 +190,10 @@ def study(
 
 
 def exam_prompts(config: Config, classes: ClassFile) -> dict[str, list[Prompt]]:
-    """Prompts of each class that no training saw."""
-    asked = {spec.name: config.exam.pictures for spec in classes.classes}
-    return class_prompts(config.prompts, config.seed, "validation", classes, asked)
+    """Prompts of each class that no training saw; a class of nothing but photographs is asked for what they show."""
+    asked = {spec.name: config.exam.pictures if spec.is_painted else 0 for spec in classes.classes}
+    found = class_prompts(config.prompts, config.seed, "validation", classes, asked)
+    for spec in classes.classes:
+        if not spec.is_painted:
+            found[spec.name] = list(islice(cycle(photographs(spec)), config.exam.pictures))
+    return found

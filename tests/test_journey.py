@@ -40,7 +40,7 @@ def distill_config(run: Path, *options: str) -> distill.Config:
 def classes_config(run: Path, *options: str) -> finetune_classes.Config:
     (run / "asked.yaml").write_text(CLASSES)
     few = ["--classes", str(run / "asked.yaml"), "--count", "5", "--exam.pictures", "2", "--exam.sampler.steps", "2"]
-    render = ["--render.records-per-shard", "4", "--render.states.steps", "4"]
+    render = ["--render.records-per-shard", "4", "--render.states.steps", "4", "--gate.score", "0"]  # blurs in 4 steps
     return load(finetune_classes.Config, "finetune_classes", TINY, ["--run", str(run), *TRAIN, *few, *render, *options])
 
 
