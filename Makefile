@@ -5,6 +5,9 @@ empty :=
 RUN ?= runs/$(subst $(empty) $(empty),-,$(basename $(notdir $(CONFIG))))
 ARGS ?=
 PYTHON ?= python3
+# Processes that share each batch of distill: one for each GPU, or else two where there are as many cores.
+GPUS = $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l))
+PROCESSES ?= $(or $(GPUS),$(if $(filter-out 1,$(shell nproc 2>/dev/null || echo 1)),2,1))
 
 STAMP := .venv/.stamp
 BIN := .venv/bin
@@ -21,8 +24,8 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export MALLOC_TOP_PAD_ ?= 268435456
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-# $(call story,NAME): ARGS go to the story that was asked for, not to the ones that it needs first.
-story = $(eval called := yes)$(BIN)/sollune $(1) --config $(CONFIG) --run $(RUN) $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS))
+# $(call story,NAME,OPTIONS): ARGS go to the story that was asked for, not to the ones that it needs first.
+story = $(eval called := yes)$(BIN)/sollune $(1) --config $(CONFIG) --run $(RUN) $(2) $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS))
 # $(call rest,FOLDER): what to say when nothing had to be called.
 rest = $(if $(called),:,echo "$(RUN)/$(1) is complete: nothing to do")
 
@@ -52,7 +55,7 @@ $(CACHE): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter cache-teacher,$(MAKE
 	@touch -c $@
 
 $(DISTILL): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter distill,$(MAKECMDGOALS))),FORCE) | $(STAMP) $(CACHE)
-	$(call story,distill)
+	$(call story,distill,--processes $(PROCESSES))
 	@touch -c $@
 
 $(CLASSES): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter finetune-classes,$(MAKECMDGOALS))),FORCE) | $(STAMP) $(DISTILL)

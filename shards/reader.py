@@ -1,7 +1,7 @@
 """Shards -> records -> batches, in an order that is a function of the sample's number."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain, count
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from configs.refusal import Refused
 from shards.archive import Place
@@ -46,6 +46,7 @@ class Reader:
         batch_size: int = 32,
         *,
         view: View | None = None,
+        keys: Collection[str] | None = None,
         class_weights: Mapping[str, float] | None = None,
         rank: int = 0,
         world: int = 1,
@@ -54,9 +55,10 @@ class Reader:
     ) -> None:
         """`folder` is a cache or a run folder; `batch_size` counts the rows of one rank.
 
-        Only the samples of `view` are in the stream. With `class_weights` it draws classes by weight (`WeightedOrder`),
-        else it shuffles all samples anew in each epoch (`ShuffledOrder`). A split of up to `memory_budget_bytes` is
-        held in memory. `workers` threads read ahead, 0 for none; unless told, as many as the processors make useful.
+        Only the samples of `view` are in the stream, and with `keys` only those of these records. With `class_weights`
+        it draws classes by weight (`WeightedOrder`), else it shuffles all samples anew in each epoch (`ShuffledOrder`).
+        A split of up to `memory_budget_bytes` is held in memory. `workers` threads read ahead, 0 for none; unless told,
+        as many as the processors make useful.
         Raises `Refused` when a shard is missing or cut; its content is checked when it is first read.
         """
         if not 0 <= rank < world or batch_size < 1 or (workers or 0) < 0:
@@ -72,7 +74,7 @@ class Reader:
             if fault:
                 raise Refused(refusal(self.folder, shard, fault))
         self._open = OpenShards(self.folder)
-        self.view, self._weights = view or View(), class_weights
+        self.view, self._keys, self._weights = view or View(), keys, class_weights
         self._in_memory = sum(shard.bytes for shard in self.shards) <= memory_budget_bytes
         useful = 0 if self._in_memory else min(MOST_WORKERS, len(os.sched_getaffinity(0)))
         self.workers = useful if workers is None else workers
@@ -83,10 +85,25 @@ class Reader:
         """The (record, draw) pairs of the view; raises `Refused` when there is none."""
         records = [shard.records for shard in self.shards]
         draws = np.repeat([shard.draws_per_record for shard in self.shards], records)
-        pairs = Pairs(draws, records, None if self.view.takes_all() else self.view.wanted(self._heads(self.split)))
+        pairs = Pairs(draws, records, self._wanted())
         if not len(pairs):
             raise Refused(f"{self.folder}: no sample of split {self.split} is in the view {self.view!r} - widen it")
         return pairs
+
+    def _wanted(self) -> Bool[np.ndarray, " n"] | None:
+        """For each pair of the split whether it is in the stream; None where all are."""
+        if self.view.takes_all() and self._keys is None:
+            return None
+        heads = list(self._heads(self.split))
+        wanted = self.view.wanted(heads)
+        if self._keys is None:
+            return wanted
+        chosen = set(self._keys)
+        told: Bool[np.ndarray, " n"] = np.repeat(
+            [head.key in chosen for head in heads], [len(head.s) for head in heads]
+        )
+        both: Bool[np.ndarray, " n"] = wanted & told
+        return both
 
     @property
     def samples_per_epoch(self) -> int:
@@ -127,6 +144,10 @@ class Reader:
     def class_names(self, split: Split | None = None) -> list[str]:
         """The class of each record of a split (this reader's own, unless told), in the order of its shards."""
         return [record.class_name for record in self._heads(split or self.split)]
+
+    def heads(self) -> Iterator[Head]:
+        """Every record of the split without its large tensors, in the order of its shards."""
+        return self._heads(self.split)
 
     def records(self, split: Split | None = None) -> Iterator[Record]:
         """Every record of a split (this reader's own, unless told), in the order of its shards."""

@@ -14,6 +14,7 @@ from shards.view import View
 from stages.cluster import device_of
 from stages.evaluate.beside import GridConfig, grids_beside
 from stages.export import export_all
+from stages.export.hub import AtHome, Courier, HubConfig, courier_of
 from stages.nets.graft import graft_time_embedding
 from stages.nets.saved import Origin, load_teacher_parts
 from stages.nets.student import Student, Target, vp_of
@@ -46,6 +47,7 @@ class Config(Strict):
     david: DavidConfig = Field(DavidConfig(), description="who judges the blocks, and what his word is worth")
     validation: ValidationConfig = Field(ValidationConfig(), description="states measured at each checkpoint")
     grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
+    hub: HubConfig = Field(HubConfig(), description="where the run is kept beyond this machine")
     resume: Resume = Field("auto", description="auto: from the newest whole checkpoint; never: refuse a run's folder")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
     processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
@@ -86,33 +88,37 @@ def distill(config: Config) -> None:
     validation = Validation(config.validation, Reader(cache, "validation", seed), reader, teacher)
     machine.say(validation.announced())
     judge = machine.main_first(judge_of, config.david, reader, student.blocks, folder, seed, device)
-    student = fit(
-        student,
-        Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins)),
-        judge.batches,
-        teacher.uncond,
-        config.train,
-        folder,
-        machine=machine,
-        identity={
-            "recipe": manifest.recipe.fingerprint(),
-            "target": config.target,
-            "graft": config.graft,
-            "view": config.view.model_dump(mode="json"),
-            "david": config.david.model_dump(mode="json"),
-        },
-        hooks=Hooks(
-            validate=validation,
-            at_checkpoint=grids_beside(teacher, config.grid, folder / "grids"),
-        ),
-        judge=judge,
-        samples_per_epoch=reader.samples_per_epoch,
-        resume=config.resume,
-    )
-
-    machine.say(judge.verdict())
-    machine.on_main(finish, config, origin, teacher, student)
-    machine.close()
+    with courier_of(config.hub, folder, machine.is_main) as courier:
+        student = fit(
+            student,
+            Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins)),
+            judge.batches,
+            teacher.uncond,
+            config.train,
+            folder,
+            machine=machine,
+            identity={
+                "recipe": manifest.recipe.fingerprint(),
+                "target": config.target,
+                "graft": config.graft,
+                "view": config.view.model_dump(mode="json"),
+                "david": config.david.model_dump(mode="json"),
+            },
+            hooks=Hooks(
+                validate=validation,
+                after_checkpoint=courier.send,
+                at_checkpoint=grids_beside(teacher, config.grid, folder / "grids"),
+                extra=courier.told,
+                warning=courier.warning,
+                elsewhere=courier.fetch,
+            ),
+            judge=judge,
+            samples_per_epoch=reader.samples_per_epoch,
+            resume=config.resume,
+        )
+        machine.say(judge.verdict())
+        machine.on_main(finish, config, origin, teacher, student, courier)
+        machine.close()
 
 
 def remember(config: Config, origin: Origin) -> None:
@@ -122,10 +128,11 @@ def remember(config: Config, origin: Origin) -> None:
     origin.save(folder)
 
 
-def finish(config: Config, origin: Origin, teacher: Teacher, student: Student) -> None:
-    """Export the student, verified."""
+def finish(config: Config, origin: Origin, teacher: Teacher, student: Student, courier: Courier | AtHome) -> None:
+    """Export the student, verified, and send it where the run is kept."""
     folder = config.run / "distill"
     facts = origin.facts(teacher.parts, config.train.max_samples)
     exported = export_all(student, teacher.parts.folder, folder / "export", facts)
     atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
-    print(f"{', '.join(map(str, exported))}: written and read back; pictures in {folder / 'grids'}")
+    courier.send_export(folder / "export")
+    print(f"{', '.join(map(str, exported))}: written and verified; pictures in {folder / 'grids'}")

@@ -15,27 +15,28 @@ from configs.strict import Strict
 from shards.reader import Reader
 from shards.writer import CacheWriter
 from stages.classes import (
-    OUTSIDE,
     PICTURES,
     ClassFile,
-    class_prompts,
     draw_weights,
     identity,
     load_classes,
-    outside_prompts,
     prior_weights,
-    quotas,
 )
 from stages.cluster import device_of, fill, refuse_surplus, tasks_of
+from stages.evaluate.asked import exam_prompts
+from stages.evaluate.clip import ClipScorer
+from stages.evaluate.gate import GateConfig, judge, told
 from stages.evaluate.per_class import ExamConfig, save_table, show_table
 from stages.evaluate.watch import Watch
 from stages.export import export_all
 from stages.nets.saved import Origin, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
-from stages.prompts import Prompt, PromptSource, Split
-from stages.targets import RenderConfig, make_records, recipe_of
+from stages.pictures import Ledger, PicturesConfig, Wanted, make_pictures, wanted
+from stages.prompts import PromptSource
+from stages.targets import RenderConfig, recipe_of
 from stages.train.checkpoint import Resume
+from stages.train.data_target import DataTarget
 from stages.train.launch import is_launched, launch
 from stages.train.loop import TrainConfig, fit
 from stages.train.machine import Machine
@@ -55,12 +56,16 @@ class Config(Strict):
     seed: int = Field(1, description="seed of the prompts and of their pictures")
     count: int = Field(PICTURES, ge=1, description="pictures in all, shared among the classes by priority")
     render: RenderConfig = Field(RenderConfig(), description="how prompts become records")
+    pictures: PicturesConfig = Field(PicturesConfig(), description="where they come from, and what they teach")
+    gate: GateConfig = Field(GateConfig(), description="which pictures are set aside")
     prior_share: float = Field(
         PRIOR_SHARE, gt=0, lt=1, description="share of each batch that comes from the distillation cache"
     )
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(block_weight=0), description="terms of the loss")
-    scorer: ImportString[Any] | None = Field(None, description="function (texts, pictures) -> scores, for the table")
+    scorer: ImportString[Any] | None = Field(
+        None, description="function (texts, pictures) -> scores, for gate, exams and table"
+    )
     exam: ExamConfig = Field(ExamConfig(), description="how each class is measured: before, at checkpoints and after")
     stop: StopConfig | None = Field(
         None, description="end when classes gain no more or others lose, and take the best checkpoint; none: the last"
@@ -70,11 +75,11 @@ class Config(Strict):
     processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
 
     @model_validator(mode="after")
-    def _counts_losses(self) -> "Config":
+    def _can_be_measured_and_taught(self) -> "Config":
         if self.stop is not None and self.stop.most_lost is not None and self.scorer is None:
-            raise ValueError(
-                "stop.most_lost counts right pictures, and there is no scorer - name one, or set it to null"
-            )
+            raise ValueError("stop.most_lost counts right pictures - name a scorer, or set it to null")
+        states = self.render.states
+        self.pictures.refuse_guided(states.guidance_min, states.guidance_max)
         return self
 
 
@@ -96,12 +101,12 @@ def finetune(config: Config) -> None:
     teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
     classes = load_classes(config.classes)
 
-    asked = machine.on_main(exam_prompts, config, classes)
-    machine.on_main(paint, config, folder / "cache", teacher, classes)
-    machine.on_main(remember, config, origin)
+    asked = machine.on_main(exam_prompts, config.prompts, config.seed, classes, config.exam.pictures)
+    machine.on_main(prepare, config, origin, teacher, classes)
 
     distilled = partial(load_student, saved, teacher.parts)
-    weights = {spec.name: classes.weight(spec) for spec in classes.classes}
+    # Without a scorer all is measured against the teacher, who cannot draw what photographs alone show.
+    weights = {spec.name: classes.weight(spec) for spec in classes.classes if config.scorer or spec.is_painted}
     watch = Watch(teacher, distilled, asked, weights, config.scorer, config.exam, config.stop, folder)
     student = study(config, machine, teacher, classes, distilled(), saved.weights, watch)
     machine.on_main(finish, config, origin, teacher, classes, watch, student)
@@ -128,21 +133,33 @@ def finish(
     print(f"{', '.join(map(str, exported))}: written and read back; table in {folder / 'per_class.csv'}")
 
 
-def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> None:
-    """Let the teacher paint each class's quota of prompts, as records like those of story one."""
-    pictures = quotas(classes, config.count)
-    found = class_prompts(config.prompts, config.seed, "train", classes, pictures)
-    for spec in classes.classes:
-        share = f"{100 * classes.weight(spec):.0f} % of the draws"
-        print(f"class {spec.name}: {spec.priority}, {pictures[spec.name]} pictures, {share}")
+def prepare(config: Config, origin: Origin, teacher: Teacher, classes: ClassFile) -> None:
+    """Make what is missing of the pictures, and write down which of them are used: pictures.json, set_aside.png."""
+    folder = config.run / "classes"
+    listed = paint(config, folder / "cache", teacher, classes)
+    remember(config, origin)
+    scorer = ClipScorer(config.gate.clip, device_of(config.device)) if config.gate.clip else config.scorer
+    print(told(judge(folder, listed, teacher, scorer, config.gate, config.pictures)))
 
-    prompts: dict[Split, list[Prompt]] = {"train": [prompt for listed in found.values() for prompt in listed]}
-    source = identity(config.prompts, config.seed, classes, config.count)
-    writer = CacheWriter(cache, recipe_of(teacher, config.render, source))
-    make = partial(make_records, teacher, config=config.render.states)
-    tasks = tasks_of(prompts, config.render.records_per_shard)
+
+def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> Wanted:
+    """Make the records of all pictures of the classes, like those of story one."""
+    distilled = config.run / "cache"
+    recipe = recipe_of(teacher, config.render, identity(config.prompts, config.seed, classes, config.count))
+    listed = wanted(classes, config.prompts, config.seed, config.count, config.pictures, distilled, recipe)
+    counts = listed.counts()
+    for spec in classes.classes:
+        pictures = ", ".join(f"{count} {source}" for (name, source), count in counts.items() if name == spec.name)
+        print(
+            f"class {spec.name}: {spec.priority}, {100 * classes.weight(spec):.0f} % of the draws, pictures: {pictures}"
+        )
+
+    writer = CacheWriter(cache, listed.recipe)
+    tasks = tasks_of({"train": listed.prompts}, config.render.records_per_shard)
     refuse_surplus(writer, tasks)
+    make = make_pictures(teacher, distilled, config.render.states)
     fill(writer, tasks, config.render.batch_size, make)
+    return listed
 
 
 def remember(config: Config, origin: Origin) -> None:
@@ -170,19 +187,8 @@ def study(
 ) -> Student:
     """Train on batches of class pictures, weighted by priority, and of the distillation cache."""
     folder = config.run / "classes"
-    in_classes, in_prior = rows_of(config.train.batch_size, config.prior_share)
-    painted = Reader(folder / "cache", "train")
-    records = Counter(painted.class_names())
-    weights = draw_weights(classes, records)
-    prior = prior_weights(classes, Reader(config.run / "cache", "train").class_names)
-    seed = config.train.seed
-    mixture = Mixture(
-        classes=Reader(folder / "cache", "train", seed, in_classes, class_weights=weights),
-        prior=Reader(config.run / "cache", "train", seed, in_prior, class_weights=prior),
-        rank=machine.rank,
-        world=machine.world,
-        groups=Groups.of_classes(classes, records),
-    )
+    ledger = Ledger.open(folder)
+    mixture = mixture_of(config, machine, classes, ledger)
     return fit(
         student.requires_grad_(True),
         Objective(config.objective, student.blocks, feature_scale(config.run / "cache", config.objective.block_bins)),
@@ -192,7 +198,8 @@ def study(
         folder,
         machine=machine,
         identity={
-            "recipe": painted.manifest.recipe.fingerprint(),
+            "recipe": mixture.classes.manifest.recipe.fingerprint(),
+            "pictures": ledger.sha256(),
             "prior": mixture.prior.manifest.recipe.fingerprint(),
             "prior_share": config.prior_share,
             "start": hashlib.sha256(start.read_bytes()).hexdigest(),
@@ -204,10 +211,19 @@ def study(
     )
 
 
-def exam_prompts(config: Config, classes: ClassFile) -> dict[str, list[Prompt]]:
-    """Prompts of each class that no training saw, and prompts outside of all classes where there are any."""
-    pictures = config.exam.pictures
-    asked = {spec.name: pictures for spec in classes.classes}
-    found = class_prompts(config.prompts, config.seed, "validation", classes, asked)
-    outside = outside_prompts(config.prompts, config.seed, "validation", classes, pictures)
-    return {**found, OUTSIDE: outside} if outside else found
+def mixture_of(config: Config, machine: Machine, classes: ClassFile, ledger: Ledger) -> Mixture:
+    """The stream of the pictures that are kept, and of the distillation cache."""
+    seed, (in_classes, in_prior) = config.train.seed, rows_of(config.train.batch_size, config.prior_share)
+    cache, painted = config.run / "classes" / "cache", Reader(config.run / "classes" / "cache", "train")
+    kept, taught = set(ledger.kept()), set(ledger.kept("data"))
+    records = Counter(head.class_name for head in painted.heads() if head.key in kept)
+    own = (record for record in painted.records() if record.key in taught)
+    prior = prior_weights(classes, Reader(config.run / "cache", "train").class_names)
+    return Mixture(
+        classes=Reader(cache, "train", seed, in_classes, keys=kept, class_weights=draw_weights(classes, records)),
+        prior=Reader(config.run / "cache", "train", seed, in_prior, class_weights=prior),
+        groups=Groups.of_classes(classes, records),
+        data=DataTarget.of(own, seed, config.render.states.density) if taught else None,
+        rank=machine.rank,
+        world=machine.world,
+    )

@@ -184,6 +184,32 @@ def make_records(
     return records
 
 
+@torch.inference_mode()
+def records_of(
+    teacher: Teacher,
+    prompts: Sequence[Prompt],
+    keys: Sequence[str],
+    x0: Float[Tensor, "b c h w"],
+    config: StatesConfig,
+) -> list[Record]:
+    """One record for each picture that the teacher did not paint: all of its states are the picture under fresh noise.
+
+    Their guidance scale is 1, because nothing guided them.
+    """
+    all_renoised = config.model_copy(update={"renoised_states": config.draws})
+    chosen = [choose(prompt, all_renoised, teacher.parts.latent_shape) for prompt in prompts]
+    cond = teacher.encode([prompt.text for prompt in prompts]).half()
+    asked, x0 = Asked(teacher, cond, teacher.uncond.half()), x0.half()
+    seen = [asked.at(*noised_again(teacher, x0.float(), chosen, i)) for i in range(config.draws)]
+
+    records = []
+    for row, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
+        draws, features = keep(seen, torch.zeros(len(seen), dtype=torch.bool), row)
+        head = (key, prompt.text, prompt.class_name, prompt.seed, 1.0)
+        records.append(Record(*head, cond[row].cpu(), x0[row].cpu(), draws, features))
+    return records
+
+
 def noised_again(
     teacher: Teacher, x0: Float[Tensor, "b c h w"], chosen: Sequence[Choices], i: int
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"]]:

@@ -310,3 +310,39 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "classes.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(Refused, match=r"classes\.yaml"):
         load_classes(tmp_path / "classes.yaml")
+
+
+# Photographs
+
+
+def test_a_class_of_nothing_but_photographs_owns_no_prompt_and_gets_none_painted(tmp_path: Path) -> None:
+    classes = ClassFile(
+        classes=(*FILE.classes, ClassSpec(name="zorks", priority="top", images=tmp_path, caption="a zork"))
+    )
+    assert quotas(classes, 70) == {"stars": 40, "hearts": 20, "rings": 10, "zorks": 0}
+    assert quotas(ClassFile(classes=classes.classes[-1:]), 70) == {"zorks": 0}
+    assert not classes.classes[-1].claims("star/red")
+    assert owner_of_record(classes, "photograph@zorks") == classes.classes[-1]
+    assert class_prompts(SOURCE, 0, "train", classes, quotas(classes, 7))["zorks"] == []
+
+
+def test_where_photographs_lie_does_not_count_and_their_caption_does(tmp_path: Path) -> None:
+    def fingerprint(folder: str, caption: str) -> str:
+        spec = ClassSpec(name="zorks", priority="top", images=tmp_path / folder, caption=caption)
+        return ClassFile(classes=(spec,)).sha256()
+
+    assert fingerprint("one", "a zork") == fingerprint("other", "a zork") != fingerprint("one", "a blip")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("priority: top", "no pattern and no tags"),
+        ("priority: top, images: own, pictures: 3", "pictures without a pattern or tags"),
+        ("priority: top, pattern: a, caption: a zork", "caption without images"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_the_class(said: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "classes.yaml").write_text(f"classes: [{{name: zorks, {said}}}]")
+    with pytest.raises(Refused, match=f"class 'zorks': {told}"):
+        load_classes(tmp_path / "classes.yaml")

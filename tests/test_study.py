@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs.load import load
 from configs.refusal import Refused
 from shards.reader import Reader
 from shards.recipe import Recipe
 from shards.record import BlockFeatures, Draws, Record
 from shards.writer import CacheWriter
 from stages.classes import ClassFile, ClassSpec, draw_weights
+from stages.finetune_classes import Config
 from stages.flow.timesteps import TimestepDensity
 from stages.train.data_target import DataTarget
 from stages.train.mixture import Groups, Mixture, rows_of
@@ -47,6 +49,7 @@ def mixture(tmp_path: Path) -> Mixture:
     return Mixture(
         classes=Reader(cache(tmp_path / "classes", names), "train", 0, 6, class_weights=weights),
         prior=Reader(cache(tmp_path / "prior", ["heart/red", "moon/red", "moon/blue"]), "train", 0, 2),
+        groups=Groups.of_classes(FILE, names),
     )
 
 
@@ -74,6 +77,16 @@ def test_the_stream_goes_on_at_any_batch(mixture: Mixture) -> None:
     assert torch.equal(fifth.x_t, again.x_t)
 
 
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_the_ranks_share_the_rows_of_each_batch(mixture: Mixture, world: int) -> None:
+    ranks = [replace(mixture, rank=rank, world=world).batches(3 * 8) for rank in range(world)]
+    for batch in islice(mixture.batches(3 * 8), 3):
+        parts = [next(rank) for rank in ranks]
+        for rank, part in enumerate(parts):
+            assert part.keys == batch.keys[rank::world]
+            assert torch.equal(part.x_t, batch.x_t[rank::world])
+
+
 @pytest.mark.parametrize("share", [0.01, 0.99])
 def test_a_share_that_leaves_a_stream_without_rows_is_refused(share: float) -> None:
     assert rows_of(32, 0.3) == (22, 10)
@@ -86,7 +99,7 @@ def told_apart(mixture: Mixture) -> Mixture:
     """The third star teaches itself; each row says which class it is of, or that it is of the prior."""
     reader = mixture.classes
     data = DataTarget({"000000002": reader.record("000000002").x0}, seed=0, density=TimestepDensity())
-    return replace(mixture, data=data, groups=Groups.of_classes(FILE, reader.class_names()))
+    return replace(mixture, data=data)
 
 
 def test_rows_that_teach_themselves_are_the_same_on_every_number_of_ranks(told_apart: Mixture) -> None:
@@ -115,3 +128,18 @@ def test_each_row_is_counted_to_its_class_or_to_the_prior(told_apart: Mixture) -
     for batch in islice(told_apart.batches(0), 10):
         expected = [0 if name.startswith("star") else 1 for name in batch.class_names[:6]] + [2, 2]
         assert batch.group.tolist() == expected
+
+
+@pytest.mark.parametrize("source", ["painted", "reused"])
+def test_pictures_that_guidance_made_may_not_teach_themselves(source: str) -> None:
+    config, words = [Path("configs/tiny.yaml")], [f"--pictures.{source}", "data"]
+    with pytest.raises(Refused, match=rf"pictures\.{source} = data: they are painted at guidance 3 to 8"):
+        load(Config, "finetune_classes", config, words)
+    unguided = ["--render.states.guidance-min", "1", "--render.states.guidance-max", "1"]
+    assert load(Config, "finetune_classes", config, [*words, *unguided]).pictures.target(source) == "data"
+
+
+def test_an_end_by_lost_pictures_needs_somebody_who_counts_them() -> None:
+    words = ["--stop.patience", "2", "--scorer", "None"]
+    with pytest.raises(Refused, match=r"most_lost counts right pictures"):
+        load(Config, "finetune_classes", [Path("configs/tiny.yaml")], words)

@@ -12,7 +12,8 @@ from stages.prompts import Prompt, PromptSource, Split, source_identity, split_o
 
 LOOKED_AT, LOOKED_AT_PER_PROMPT = 20_000, 200
 MARK = "@"
-"""Stands before the name of a class that is told by tags, in the class name of its pictures: records keep no tags."""
+"""Stands before a class's name, in the class name of its pictures that no pattern tells: those told by tags, of which
+records keep none, and photographs."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ class Owners:
 
 
 def owner_of_record(classes: ClassFile, class_name: str) -> ClassSpec | None:
-    """The class that a painted record belongs to, told by its class name alone."""
+    """The class that a record of its pictures belongs to, told by its class name alone."""
     _, mark, name = class_name.rpartition(MARK)
-    named = [spec for spec in classes.classes if mark and spec.tags and spec.name == name]
+    named = [spec for spec in classes.classes if mark and (spec.tags or spec.images) and spec.name == name]
     return named[0] if named else classes.owner(class_name)
 
 

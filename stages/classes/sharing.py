@@ -10,13 +10,16 @@ PICTURES = 300
 
 
 def quotas(classes: ClassFile, total: int) -> dict[str, int]:
-    """Pictures for each class, `total` in all, in the file's order; raises `Refused` when that cannot be.
+    """Pictures to be had of prompts, `total` in all, in the file's order; raises `Refused` when that cannot be.
 
-    A class that says `pictures` gets just these. The others share what is left by weight, w_c / sum w of these others:
-    whole pictures first, then one each to the largest remainders, the earlier class where two are equal.
+    A class that says `pictures` gets just these, one of nothing but photographs gets 0. The others share what is left
+    by weight, w_c / sum w of these others: whole pictures first, then one each to the largest remainders, the earlier
+    class where two are equal.
     """
     told = {spec.name: spec.pictures for spec in classes.classes if spec.pictures is not None}
-    sharing = [spec for spec in classes.classes if spec.pictures is None]
+    sharing = [spec for spec in classes.classes if spec.is_painted and spec.pictures is None]
+    if not told and not sharing:
+        return {spec.name: 0 for spec in classes.classes}
     left = total - sum(told.values())
     if left < 0 or (left > 0 and not sharing):
         asked = ", ".join(f"{name} {pictures}" for name, pictures in told.items())
@@ -36,4 +39,4 @@ def quotas(classes: ClassFile, total: int) -> dict[str, int]:
             f"class {empty[0]!r} gets none of {total} pictures (its share is {float(exact[empty[0]]):.2f}) - "
             "ask for more pictures or raise its priority"
         )
-    return {spec.name: (told | shares)[spec.name] for spec in classes.classes}
+    return {spec.name: (told | shares).get(spec.name, 0) for spec in classes.classes}

@@ -35,16 +35,30 @@ class ClassSpec(Strict):
         None, min_length=1, description="glob over class names: the cached records that keep its kind in place"
     )
     pictures: int | None = Field(None, ge=1, description="number of pictures; none is its share of what is left")
+    images: Path | None = Field(
+        None,
+        description="folder of photographs of one's own, beside the painted ones; the caption of NAME.png is NAME.txt",
+    )
+    caption: str | None = Field(None, min_length=1, description="caption of the photographs that have none beside them")
 
     @model_validator(mode="after")
     def _says_whose(self) -> "ClassSpec":
-        if self.pattern is None and self.tags is None:
-            raise ValueError("no pattern and no tags - say which prompts belong to it")
+        if not self.is_painted and self.images is None:
+            raise ValueError("no pattern and no tags - say which prompts belong to it, or name a folder of images")
+        if not self.is_painted and self.pictures is not None:
+            raise ValueError("pictures without a pattern or tags - its photographs are its pictures: leave it out")
+        if self.images is None and self.caption is not None:
+            raise ValueError("caption without images - name their folder, or leave it out")
         return self
+
+    @property
+    def is_painted(self) -> bool:
+        """Whether prompts can belong to it; else it has nothing but photographs."""
+        return self.pattern is not None or self.tags is not None
 
     def claims(self, class_name: str, said: Mapping[str, str] = NOTHING_SAID) -> bool:
         """Whether a prompt of this class name, whose grammar chose what is `said`, fits here."""
-        if self.pattern is not None and not fnmatchcase(class_name, self.pattern):
+        if not self.is_painted or (self.pattern is not None and not fnmatchcase(class_name, self.pattern)):
             return False
         tags = (self.tags or {}).items()
         return all(choice in said and fnmatchcase(said[choice], wanted) for choice, wanted in tags)
@@ -60,7 +74,9 @@ class ClassSpec(Strict):
 
     @property
     def rule(self) -> str:
-        """Pattern and tags in one line."""
+        """Pattern and tags in one line, or the folder of a class that has nothing else."""
+        if not self.is_painted:
+            return f"images in {self.images}"
         tags = [f"{choice}={wanted}" for choice, wanted in (self.tags or {}).items()]
         return " ".join([*([self.pattern] if self.pattern is not None else []), *tags])
 
@@ -108,8 +124,9 @@ class ClassFile(Strict):
         return owners[0]
 
     def sha256(self) -> str:
-        """The fingerprint of what the file says; a key that is left out does not count."""
-        return hashlib.sha256(self.model_dump_json(exclude_none=True).encode()).hexdigest()
+        """The fingerprint of what the file says; a key that is left out does not count, nor where photographs lie."""
+        said = self.model_dump_json(exclude_none=True, exclude={"classes": {"__all__": {"images"}}})
+        return hashlib.sha256(said.encode()).hexdigest()
 
 
 def load_classes(path: Path) -> ClassFile:

@@ -8,12 +8,13 @@ from configs.refusal import Refused
 from shards.manifest import Manifest
 from stages.classes import ClassFile, identity
 from stages.evaluate.outlook import Config, Outlook
+from stages.pictures import reusable
 
 
 def cost(classes: ClassFile, config: Config, found: Outlook) -> list[str]:
     """What there is to do, in pictures, samples and, where an earlier run measured its speed, time."""
-    whole, states = sum(found.pictures.values()), config.render.states
-    missing = whole - painted(classes, config)
+    whole, states = sum(found.pictures.values()) - taken(classes, config, found), config.render.states
+    missing = max(0, whole - painted(classes, config))  # those to be painted are the first in the cache
     calls = 2 * (states.steps + states.renoised_states)
     return [
         f"to paint  {missing:,} of {whole:,} pictures ({missing * states.draws:,} states, "
@@ -42,8 +43,16 @@ def speed(journal: Path) -> float:
         raise Refused(f"{journal}: tells no speed ({error}) - remove it, or leave --run out") from error
 
 
+def taken(classes: ClassFile, config: Config, found: Outlook) -> int:
+    """Pictures that RUN/cache gives, if it was made in the same way."""
+    cache = config.run / "cache" if config.run else None
+    if cache is None or not (cache / "manifest.json").is_file():
+        return 0
+    return sum(map(len, reusable(cache, classes, config.pictures.most(found.pictures)).values()))
+
+
 def painted(classes: ClassFile, config: Config) -> int:
-    """Pictures of this very class file that lie in RUN/classes/cache; those of another are not counted."""
+    """Records of this very class file that lie in RUN/classes/cache; those of another are not counted."""
     cache = config.run / "classes" / "cache" if config.run else None
     if cache is None or config.prompts is None or not (cache / "manifest.json").is_file():
         return 0

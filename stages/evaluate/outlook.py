@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from configs.strict import Strict
 from shards.table import Table
 from stages.classes import PICTURES, ClassFile, expected_draws, prior_weights, quotas
+from stages.pictures import PicturesConfig, photographs
 from stages.prompts import PromptSource
 from stages.targets import RenderConfig
 from stages.train.config import TrainConfig
@@ -26,6 +27,7 @@ class Config(Strict):
     seed: int = Field(1, description="seed of the prompts")
     count: int = Field(PICTURES, ge=1, description="pictures in all")
     render: RenderConfig = Field(RenderConfig(), description="how prompts become records")
+    pictures: PicturesConfig = Field(PicturesConfig(), description="where the pictures come from")
     prior_share: float = Field(PRIOR_SHARE, gt=0, lt=1, description="share of each batch from the distillation cache")
     train: TrainConfig = Field(TrainConfig(), description="how long the training is")
 
@@ -35,6 +37,8 @@ class Outlook:
     """The numbers of a class file; everything by class name but the last."""
 
     pictures: dict[str, int]
+    """Had of prompts: painted, or taken from the cache."""
+    photographs: dict[str, int]
     draws: dict[str, float]
     """Expected rows of the training; exact, before they are rounded to a float."""
     epochs: dict[str, float]
@@ -44,14 +48,15 @@ class Outlook:
 
 
 def outlook(classes: ClassFile, config: Config) -> Outlook:
-    """The numbers; raises `Refused` for quotas that cannot be met."""
+    """The numbers; raises `Refused` for quotas that cannot be met and photographs that cannot be used."""
     pictures = quotas(classes, config.count)
     steps = -(-config.train.max_samples // config.train.batch_size)
     rows, _ = rows_of(config.train.batch_size, config.prior_share)
     draws = {name: float(share) for name, share in expected_draws(classes, steps * rows).items()}
     states = config.render.states.draws
-    epochs = {name: draws[name] / (pictures[name] * states) for name in draws}
-    return Outlook(pictures, draws, epochs, steps * config.train.batch_size)
+    own = {spec.name: len(photographs(spec)) for spec in classes.classes}
+    epochs = {name: draws[name] / ((pictures[name] + own[name]) * states) for name in draws}
+    return Outlook(pictures, own, draws, epochs, steps * config.train.batch_size)
 
 
 def in_cache(classes: ClassFile, cache: Path) -> Counter[str] | None:

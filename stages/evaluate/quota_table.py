@@ -43,6 +43,7 @@ def table(classes: ClassFile, found: Outlook, prompts: Found | None, cached: Cou
     for head in ("class", "prompts"):
         shown.add_column(head, overflow="fold")
     heads = ["weight", "share %", "pictures", "draws", "epochs"]
+    heads += ["photographs"] if any(found.photographs.values()) else []
     heads += ["distinct"] if prompts else []
     heads += ["in cache"] if cached is not None else []
     for head in heads:
@@ -51,6 +52,7 @@ def table(classes: ClassFile, found: Outlook, prompts: Found | None, cached: Cou
         name = spec.name
         cells = [f"{spec.priority} {classes.relative(spec):g}", f"{100 * classes.weight(spec):.1f}"]
         cells += [str(found.pictures[name]), f"{found.draws[name]:.1f}", f"{found.epochs[name]:.2f}"]
+        cells += [str(found.photographs[name])] if any(found.photographs.values()) else []
         cells += [str(len({prompt.text for prompt in prompts.prompts[name]}))] if prompts else []
         cells += ["?" if spec.tags else str(cached[name])] if cached is not None else []
         shown.add_row(escape(name), escape(spec.rule), *cells)

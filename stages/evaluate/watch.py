@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.refusal import Refused
 from stages.evaluate.class_grid import class_grids
 from stages.evaluate.metrics import Scorer
 from stages.evaluate.per_class import ALL, Exam, ExamConfig
@@ -35,8 +36,13 @@ class Watched:
         return KIND
 
     @property
-    def value(self) -> float:
-        """The share of wrong pictures, or the paired error where nobody counts; the mean over classes by weight."""
+    def value(self) -> float | None:
+        """The share of wrong pictures, or the paired error where nobody counts; the mean over classes by weight.
+
+        None where no class has any.
+        """
+        if not self.weights:
+            return None
         wrong = {name: 1 - found[ALL] if ALL in found else found["paired_error"] for name, found in self.now.items()}
         return sum(weight * wrong[name] for name, weight in self.weights.items()) / sum(self.weights.values())
 
@@ -50,14 +56,16 @@ class Watched:
     @property
     def score(self) -> float | None:
         """The value; None where more is lost than may be, for this is never the best."""
-        loser = self.stop and Marked(0, self.value, self.lost).loser(self.stop)
-        return None if loser else self.value
+        value = self.value
+        lost = self.stop and value is not None and Marked(0, value, self.lost).loser(self.stop)
+        return None if lost else value
 
     def told(self) -> dict[str, Any]:
         """What the journal writes."""
         shown = [quantity for quantity in (ALL, "paired_error") if all(quantity in one for one in self.now.values())]
         by_class = {quantity: {name: one[quantity] for name, one in self.now.items()} for quantity in shown}
-        return {"score": self.value, **by_class, **({"lost": self.lost} if self.lost else {})}
+        score = {} if self.value is None else {"score": self.value}
+        return {**score, **by_class, **({"lost": self.lost} if self.lost else {})}
 
 
 class Watch:
@@ -77,7 +85,12 @@ class Watch:
         stop: StopConfig | None,
         folder: Path,
     ) -> None:
-        """`distilled` brings the student that training begins with; `weights` tell what each class counts."""
+        """`distilled` brings the student that training begins with; `weights` tell what each class counts.
+
+        Raises `Refused` when training shall end by the score of classes none of which has one.
+        """
+        if stop is not None and not weights:
+            raise Refused("stop: there is no scorer, and no teacher for photographs - name a scorer, or leave stop out")
         self.weights, self.stop, self.folder = weights, stop, folder
         self._distilled, self._before = distilled, dict[str, dict[str, float]]()
         self._few = Exam(teacher, prompts, scorer, config, config.checkpoint_pictures)

@@ -61,6 +61,12 @@ class Components:
         size = self.unet.config["sample_size"]
         return self.unet.config["in_channels"], size, size
 
+    @property
+    def pixels(self) -> int:
+        """Height and width of a picture."""
+        halvings = len(self.vae.config["block_out_channels"]) - 1
+        return int(self.unet.config["sample_size"]) << halvings
+
 
 def locate(location: str, files: Sequence[str] = FILES) -> Path:
     """The local folder of a model: the folder itself, or a snapshot of these files of the hub repository."""

@@ -85,6 +85,14 @@ class Teacher:
         return joined(said, torch.cat([here for _, here in rows]))
 
     @torch.inference_mode()
+    def latents(self, pictures: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        """Scaled latents of pictures in [0, 1]: the mean of what the autoencoder says, so always the same."""
+        vae = self.parts.vae
+        said = vae.encode(pictures.to(vae.device, vae.dtype) * 2 - 1).latent_dist
+        latents: Tensor = said.mean.float() * vae.config["scaling_factor"]
+        return latents
+
+    @torch.inference_mode()
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """Pictures in [0, 1]."""
         vae = self.parts.vae

@@ -11,7 +11,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Interruption:
     """Whether a signal asked this run to stop; a context that gives the signals back at its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = True) -> None:
+        """Of several processes that get the same signal, one speaks."""
+        self._speaks = speaks
         self.signal: signal.Signals | None = None
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._earlier: dict[signal.Signals, object] = {}
@@ -37,8 +39,10 @@ class Interruption:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         self._give_back()
-        # A handler may run in the middle of a print: it writes past the buffers.
-        os.write(2, f"\n{self.signal.name}: finishing this step, then a checkpoint; again to leave at once\n".encode())
+        if self._speaks:
+            # A handler may run in the middle of a print: it writes past the buffers.
+            told = f"\n{self.signal.name}: finishing this step, then a checkpoint; again to leave at once\n"
+            os.write(2, told.encode())
 
     def _give_back(self) -> None:
         for number, handler in self._earlier.items():

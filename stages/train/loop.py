@@ -92,7 +92,7 @@ def fit(
         Journal(
             folder, state.samples, config.max_samples, objective.blocks, machine, config.tracking, facts, groups
         ) as journal,
-        Interruption() as interruption,
+        Interruption(machine.is_main) as interruption,
     ):
         waiting = time.perf_counter()
         for batch in chain([first] if first is not None else [], stream):

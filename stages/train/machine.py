@@ -8,12 +8,7 @@ from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -38,7 +33,8 @@ class Machine:
     def __init__(self, device: torch.device, precision: Precision = "fp32") -> None:
         """Processes that a launcher started together meet here; each GPU has one."""
         self.accelerator = _accelerator(device.type, precision)
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
         self.is_main = self.rank == 0
         chosen = self.world == 1 and device.index is not None
         self.device: torch.device = device if chosen else self.accelerator.device
@@ -64,7 +60,7 @@ class Machine:
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
         """Add the gradient of a loss, scaled where it would vanish in fp16."""
-        self.accelerator.backward(loss)
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def clip(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], most: float
@@ -162,7 +158,5 @@ def _accelerator(kind: str, precision: Precision) -> Accelerator:
     return Accelerator(
         cpu=kind == "cpu",
         mixed_precision=mixed,
-        # The loop sums its gradients itself: a setting of the launcher's must not divide them again.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )

@@ -61,11 +61,11 @@ class Mixture:
 
     classes: Reader
     prior: Reader
-    rank: int = 0
-    world: int = 1
+    groups: Groups
     data: DataTarget | None = None
     """the pictures of classes that teach themselves, if any do"""
-    groups: Groups | None = None
+    rank: int = 0
+    world: int = 1
 
     def batches(self, start_sample: int) -> Iterator[Batch]:
         """This rank's rows of the batches from this sample on, a whole number of batches from the beginning."""
@@ -87,12 +87,11 @@ class Mixture:
         """The rows of classes as they are learnt; the sample that a row is counts in all batches since the first."""
         size = self.classes.batch_size + self.prior.batch_size
         for first, batch in zip(count(number * size, size), batches, strict=False):
-            taught = batch if self.data is None else self.data.put(batch, first + rows)
-            yield taught if self.groups is None else self.groups.mark(taught)
+            yield self.groups.mark(batch if self.data is None else self.data.put(batch, first + rows))
 
     def _of_prior(self, rows: Rows, number: int) -> Iterator[Batch] | None:
         places = _places(self.prior, rows, number)
-        return places if places is None or self.groups is None else map(self.groups.mark_prior, places)
+        return None if places is None else map(self.groups.mark_prior, places)
 
 
 def _places(reader: Reader, rows: Rows, number: int) -> Iterator[Batch] | None:

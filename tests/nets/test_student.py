@@ -47,3 +47,34 @@ def test_only_v_prediction_needs_a_bridge(parts: Components) -> None:
     spoken = vp_of("vp_v", parts.schedule, "faithful")
     assert spoken is not None
     assert (spoken.schedule.prediction_type, spoken.tail) == ("v_prediction", "faithful")
+
+
+def gradients(parts: Components, **layout: bool) -> dict[str, torch.Tensor]:
+    """Of a loss on velocities and features alike."""
+    student = Student.from_teacher(parts.unet).train()
+    student.lay_out(**layout)
+    output = student(X, torch.tensor([0.1, 0.5, 0.9]), torch.ones(3, 2, 64), torch.zeros(1, 2, 64))
+    loss = (
+        output.v_cond.square().mean()
+        + output.v_uncond.mean()
+        + sum(f.square().mean() for f in output.features.values())
+    )
+    loss.backward()
+    assert not student.tap.take(slice(None))
+    return {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("knob", ["gradient_checkpointing", "channels_last"])
+def test_how_the_student_computes_changes_no_gradient(parts: Components, knob: str) -> None:
+    plain, other = gradients(parts), gradients(parts, **{knob: True})
+    assert plain.keys() == other.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(other[name], gradient, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, as its compiler is imported
+def test_how_the_student_computes_changes_no_name(parts: Components) -> None:
+    plain, other = Student.from_teacher(parts.unet), Student.from_teacher(parts.unet)
+    other.lay_out(gradient_checkpointing=True, compile=True, channels_last=True)
+    assert list(other.state_dict()) == list(plain.state_dict())
+    assert list(dict(other.named_parameters())) == list(dict(plain.named_parameters()))

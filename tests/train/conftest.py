@@ -107,11 +107,12 @@ def train() -> Callable[..., Any]:
             "objective": Objective(ObjectiveConfig(), BLOCKS, SCALE),
             "batches": stream,
             "uncond": torch.zeros(1, 5, 6),
+            "machine": Machine(torch.device("cpu")),
             "identity": {"recipe": {"teacher": "abc"}},
             **options,
         }
         config = TrainConfig.model_validate({**CONFIG.model_dump(), **(changes or {})})
-        return fit(folder=folder, config=config, machine=Machine(torch.device("cpu")), **options)
+        return fit(folder=folder, config=config, **options)
 
     return run
 

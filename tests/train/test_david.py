@@ -1,23 +1,36 @@
 """David in the loop: he judges a student's features, his word reaches the loss, and a resumed run hears the same."""
 
 import json
+import os
 import shutil
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from benchmarks.killing import ended, forked
 from configs.load import load
 from shards.batch import Batch
 from shards.reader import Reader
 from stages import cache_teacher, distill
 from stages.david.fusion import W
 from stages.david.saved import ready
-from stages.nets.student import StudentOutput
+from stages.nets.student import Student, StudentOutput
+from stages.tiny.anatomy import build_unet
 from stages.train.david import David, DavidConfig, judge_of
 from stages.train.journal import steps_told
+from stages.train.loop import fit
+from stages.train.machine import Machine
+from stages.train.objective import Objective
+from stages.train.statistics import feature_scale
 
 TINY = [Path("configs/tiny.yaml")]
 FEW = ["--count", "60", "--validation-count", "6", "--render.records-per-shard", "30", "--render.states.steps", "8"]
@@ -167,3 +180,90 @@ def test_the_original_recipe_and_its_repair_run_to_an_export(
     assert all(value > 0 for value in line["lambdas"].values()) == (overlay == "seed")
     told = json.loads((tmp_path / "distill" / "export" / "diffusers" / "model_index.json").read_text())
     assert told["scheduler"][1].startswith(scheduler)
+
+
+STEPS = 12
+SHORT = ["--train.max-samples", str(4 * STEPS), "--view.prompt-fraction", "0.05"]
+SHORT += ["--david.sampling.profile-samples", "12", "--train.optimizer.learning-rate", "1e-3"]
+Left = tuple[int, int, signal.Signals]
+"""The step before which a process, by its rank, sends itself a signal."""
+
+
+def study(run: Path, folder: Path, *options: str, left: Left | None = None) -> None:
+    """What distill does between its start and its export, in less than a second."""
+    config, machine = asked(run, *SHORT, *options), Machine(CPU)
+    torch.manual_seed(0)
+    student = Student(build_unet())
+    rows, rank, world = machine.rows(4, config.train.accumulate), machine.rank, machine.world
+    reader = Reader(run / "cache", "train", 0, rows, view=config.view, rank=rank, world=world)
+    assert reader.samples_per_epoch < 4 * STEPS
+    judge = judge_of(config.david, reader, student.blocks, run / "distill", 0, CPU)
+
+    def batches(first: int) -> Iterator[Batch]:
+        for number, batch in enumerate(judge.batches(first), first // 4):
+            if left is not None and left[:2] == (number, rank):
+                os.kill(os.getpid(), left[2])
+            yield batch
+
+    objective = Objective(config.objective, student.blocks, feature_scale(run / "cache", config.objective.block_bins))
+    uncond = torch.zeros_like(next(reader.batches()).cond[:1]).float()
+    fit(student, objective, batches, uncond, config.train, folder, machine=machine, identity={}, judge=judge)
+    machine.close()
+
+
+def side_by_side(job: Callable[[], None], world: int) -> list[int]:
+    """Exit codes of processes that do a job together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def of(rank: str) -> Callable[[], None]:
+        def one() -> None:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+            os.environ.update({**names, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {})
+            signal.alarm(120)
+            job()
+
+        return one
+
+    return [ended(pid) for pid in [forked(of(str(rank))) for rank in range(world)]]
+
+
+def last_files(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "checkpoints" / f"{4 * STEPS:09d}" / "state.json").read_text())["files"]
+
+
+def lived(run: Path, folder: Path, world: int, signals: Sequence[signal.Signals], *options: str) -> dict[str, str]:
+    """The end of a life in which the last process gets these signals before random steps."""
+    moments = sorted(Random(world).sample(range(2, STEPS - 1), len(signals)))
+    for step, number in zip(moments, signals, strict=True):
+        codes = side_by_side(partial(study, run, folder, *options, left=(step, world - 1, number)), world)
+        assert 0 not in codes
+        newest = max(int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
+        assert newest == 4 * step + 4 if number == signal.SIGTERM else newest <= 4 * step
+    assert side_by_side(partial(study, run, folder, *options), world) == [0] * world
+    return last_files(folder)
+
+
+@pytest.mark.parametrize("scheme", ["stored", "david"])
+def test_five_random_signals_across_an_epoch_leave_no_trace(run: Path, tmp_path: Path, scheme: str) -> None:
+    options = ("--david.sampling.scheme", scheme)
+    assert side_by_side(partial(study, run, tmp_path / "whole", *options), 1) == [0]
+    signals = [(signal.SIGKILL, signal.SIGTERM)[(number + len(scheme)) % 2] for number in range(5)]
+    assert lived(run, tmp_path / "cut", 1, signals, *options) == last_files(tmp_path / "whole")
+
+
+def test_two_processes_are_one_with_two_micro_batches_and_resume_bit_by_bit(run: Path, tmp_path: Path) -> None:
+    options = ("--david.sampling.scheme", "david", "--objective.block-share", "0.2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert side_by_side(partial(study, run, one, *options, "--train.accumulate", "2"), 1) == [0]
+    assert side_by_side(partial(study, run, two, *options), 2) == [0, 0]
+    for name in ("student", "ema"):
+        pair = [load_file(folder / "checkpoints" / f"{4 * STEPS:09d}" / f"{name}.safetensors") for folder in (one, two)]
+        assert max(float((value - pair[1][key]).abs().max()) for key, value in pair[0].items()) < 1e-5
+    lines = [json.loads((folder / "journal.jsonl").read_text().splitlines()[-1]) for folder in (one, two)]
+    for number in ("loss", "flow", "grad_norm"):
+        assert lines[0][number] == pytest.approx(lines[1][number], rel=1e-5)
+    signals = [signal.SIGKILL, signal.SIGTERM]
+    assert lived(run, tmp_path / "cut", 2, signals, *options) == last_files(two)

@@ -1,14 +1,14 @@
 """Laws of several processes on this machine: signals reach all of them, and the end of one is the end of all."""
 
-import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks.killing import ended, forked
 from configs.refusal import Refused
 from stages.train.launch import together
 
@@ -47,16 +47,25 @@ POLITE = RANK + (
 )
 
 
-@pytest.mark.parametrize("signals", [1, 2])
-def test_signals_reach_every_process(tmp_path: Path, signals: int) -> None:
-    def job() -> None:
-        together(["-c", POLITE, str(tmp_path), str(signals)], 2, str(tmp_path))
+def test_signals_reach_every_process(tmp_path: Path) -> None:
+    launchers = []
+    for signals in (1, 2):
+        folder = tmp_path / str(signals)
+        folder.mkdir()
+        words = ["-c", POLITE, str(folder), str(signals)]
+        program = f"from stages.train.launch import together; together({words!r}, 2, {str(folder)!r})"
+        launchers.append(subprocess.Popen([sys.executable, "-c", program]))
+    await_all(tmp_path, "*/up*", 4)
+    for launcher in launchers:
+        launcher.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    launchers[1].send_signal(signal.SIGTERM)
+    assert [launcher.wait(timeout=60) for launcher in launchers] == [128 + signal.SIGTERM] * 2
+    assert [path.read_text() for path in sorted(tmp_path.glob("*/left*"))] == ["1", "1", "2", "2"]
 
-    launcher = forked(job)
-    for number in range(signals):
-        while len(list(tmp_path.glob("up*"))) < 2:
-            time.sleep(0.01)
-        time.sleep(0.3 * number)
-        os.kill(launcher, signal.SIGTERM)
-    ended(launcher)
-    assert [path.read_text() for path in sorted(tmp_path.glob("left*"))] == [str(signals)] * 2
+
+def await_all(folder: Path, pattern: str, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob(pattern))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,9 +13,13 @@ from stages.nets.student import Student
 from stages.tiny.anatomy import build_unet
 from stages.train.checkpoint import fault_of
 from stages.train.hooks import Hooks
+from stages.train.journal import steps_told
 from stages.train.judge import Nobody
 from stages.train.objective import Objective, ObjectiveConfig
+from stages.train.statement import Statement
 from stages.train.step import time_jitter
+from stages.train.validation import Validated
+from stages.train.velocity import RelativeError, VelocityErrors
 
 
 def files(folder: Path, samples: int) -> dict[str, str]:
@@ -197,3 +202,55 @@ def test_the_told_time_stays_within_half_a_step_of_a_sampler():
     apart = 1000 * time_jitter(200, 0.5, torch.Generator().manual_seed(0))
     assert 0.4 < apart.abs().max() <= 0.5001
     assert apart.mean().abs() < 0.1
+
+
+def test_micro_batches_make_the_step_of_their_batch(tmp_path, train):
+    whole, parts = train(tmp_path / "whole"), train(tmp_path / "parts", {"accumulate": 2})
+    for one, two in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path, train):
+    with pytest.raises(
+        Refused, match=r"train\.batch_size = 2: .* 1 processes x train\.accumulate = 3 .* multiple of 3"
+    ):
+        train(tmp_path, {"accumulate": 3})
+
+
+def test_a_run_that_goes_on_with_other_micro_batches_says_so(tmp_path, train, power_cut, capsys):
+    with pytest.raises(InterruptedError):
+        train(tmp_path, batches=power_cut(14))
+    train(tmp_path, {"accumulate": 2})
+    assert "equal to rounding, not to the last bit: accumulate was 1, is 2" in capsys.readouterr().out
+
+
+def test_a_story_is_asked_at_each_checkpoint_and_at_each_line(tmp_path, train, capsys):
+    kept: list[Path] = []
+
+    def found(student) -> Validated:
+        error = RelativeError(0.25 / (1 + len(kept)), (None,))
+        return Validated(VelocityErrors(error, error, 1), None, None, 0.0)
+
+    hooks = Hooks(
+        validate=found,
+        after_checkpoint=kept.append,
+        extra=lambda: {"uploads": len(kept)},
+        warning=lambda: "no connection" if kept else None,
+    )
+    train(tmp_path, {"checkpoint_every_samples": 12}, hooks=hooks)
+    assert [folder.name for folder in kept] == ["000000012", "000000024"]
+    assert [Statement.read(folder).score for folder in kept] == [0.25, 0.125]
+    assert [line["uploads"] for line in steps_told(tmp_path)] == [0, 0, 0, 1, 1, 1]
+    assert capsys.readouterr().out.count("no connection") == 3
+
+
+def test_a_checkpoint_is_brought_from_elsewhere_when_none_is_here(tmp_path, train, power_cut):
+    with pytest.raises(InterruptedError):
+        train(tmp_path / "there", batches=power_cut(14))
+
+    def bring(folder: Path) -> Path:
+        return Path(shutil.copytree(tmp_path / "there" / "checkpoints" / "000000008", folder / "000000008"))
+
+    brought = train(tmp_path / "here", hooks=Hooks(elsewhere=bring))
+    assert same(brought, train(tmp_path / "whole"))
+    assert not (tmp_path / "here" / "checkpoints" / "000000000").exists()

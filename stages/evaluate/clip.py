@@ -1,0 +1,47 @@
+"""How near pictures are to their sentences, by a CLIP model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jaxtyping import Float
+from torch import Tensor
+from transformers import CLIPModel, CLIPProcessor
+
+from configs.refusal import Refused
+
+FILES = ("*.json", "*.txt", "*.safetensors")
+
+
+class ClipScorer:
+    """A `Scorer` of one attribute, the cosine of picture and sentence: some 0.15 for strangers, 0.3 for a match."""
+
+    def __init__(self, location: str, device: torch.device) -> None:
+        """`location` is a folder or a hub id; raises `Refused` when no CLIP model can be loaded from it."""
+        try:
+            folder = location if Path(location).is_dir() else snapshot_download(location, allow_patterns=list(FILES))
+            loaded: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+            model, said = loaded
+            if missing := sorted(said["missing_keys"]):
+                raise ValueError(f"{missing[0]} is missing")  # it would be filled up with random numbers
+            self._processor = CLIPProcessor.from_pretrained(folder)
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise Refused(
+                f"clip: {location!r}: no CLIP model can be loaded from there ({reason}) - "
+                "name a folder or hub repository that transformers' CLIPModel reads"
+            ) from error
+        self._model = model.eval().requires_grad_(False).to(device)
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str], pictures: Float[Tensor, "b 3 h w"]) -> Mapping[str, Float[Tensor, " b"]]:
+        """The cosine of each pair, in fp32 on the CPU; a sentence that is too long is cut, as teachers do."""
+        bytes_ = (pictures.detach().float().cpu().clamp(0, 1) * 255).round().byte()
+        shown = [picture.permute(1, 2, 0).numpy() for picture in bytes_]
+        asked = self._processor(text=list(texts), images=shown, return_tensors="pt", padding=True, truncation=True)
+        said = self._model(**asked.to(self._model.device))
+        cosine: Tensor = (said.image_embeds.float() * said.text_embeds.float()).sum(-1)
+        return {"clip": cosine.cpu()}

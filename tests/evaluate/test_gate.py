@@ -1,0 +1,163 @@
+"""Laws of the gate: what is set aside, why, and that nothing is lost by it."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from configs.refusal import Refused
+from shards.codec import encode
+from shards.reader import Reader
+from shards.recipe import Recipe
+from shards.record import BlockFeatures, Draws, Record
+from shards.writer import CacheWriter
+from stages.evaluate.flaws import duplicates, least
+from stages.evaluate.gate import GateConfig, judge, told
+from stages.evaluate.grid import read_settings
+from stages.nets.components import load_components
+from stages.nets.teacher import Teacher
+from stages.pictures import Ledger, Photograph, PicturesConfig, Wanted
+from stages.prompts import Prompt
+from stages.tiny.score import score
+from stages.tiny.world import Scene, draw
+
+STAR, MOON = "a large red star at the left on a white background", "a large blue moon at the top on a gray background"
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return Teacher(load_components("stages/tiny/model", torch.device("cpu"), torch.float32), "hold")
+
+
+def latent(teacher: Teacher, text: str, seed: int) -> Tensor:
+    words = text.split()
+    pixels, _ = draw(Scene(words[1], words[2], words[3], words[6], words[9]), random.Random(seed))
+    return teacher.latents(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)[0]
+
+
+def record(number: int, text: str, x0: Tensor) -> Record:
+    state = torch.zeros(1, 4, 8, 8).half()
+    draws = Draws(torch.tensor([1]), torch.tensor([0.1]), state, state, state, torch.tensor([False]))
+    features = BlockFeatures({"mid": torch.zeros(1, 3).half()})
+    return Record(f"{number:09d}", text, "class", number, 1.0, torch.zeros(2, 3).half(), x0.half(), draws, features)
+
+
+@pytest.fixture
+def listed() -> Wanted:
+    """Stars: two that differ, the first again, and a moon that is called a star; moons: a photograph called a star."""
+    prompts: list[Prompt] = [Prompt(STAR, "star/red", i) for i in range(4)]
+    prompts += [Photograph(STAR, "photograph@moons", 4, file=Path("a.png"), sha256="")]
+    return Wanted(prompts, ["stars"] * 4 + ["moons"], Recipe(identity={}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, teacher: Teacher) -> Path:
+    shown = [(STAR, 0), (STAR, 5), (STAR, 0), (MOON, 0), (MOON, 1)]
+    writer = CacheWriter(tmp_path / "cache", Recipe(identity={"made_for": "this test"}))
+    writer.add("train", 0, [record(i, STAR, latent(teacher, text, seed)) for i, (text, seed) in enumerate(shown)])
+    return tmp_path
+
+
+Judge = Callable[..., Ledger]
+
+
+@pytest.fixture
+def judged(folder: Path, listed: Wanted, teacher: Teacher) -> Judge:
+    def of(**config: object) -> Ledger:
+        return judge(folder, listed, teacher, score, GateConfig.model_validate(config), PicturesConfig())
+
+    return of
+
+
+def test_what_shows_something_else_and_what_shows_the_same_again_is_set_aside_with_the_reason(judged: Judge) -> None:
+    ledger = judged()
+    reasons = {int(key): one.reason for key, one in ledger.set_aside().items()}
+    assert reasons == {2: "like 000000000 (1.000)", 3: "score 0 is below 0.2"}
+    assert ledger.kept() == ["000000000", "000000001", "000000004"]
+    assert told(ledger) == "set aside: 2 of 5 pictures, 1 by their score, 1 as near-duplicates (stars 2)"
+
+
+def test_photographs_are_not_scored_and_teach_the_data(judged: Judge) -> None:
+    ledger = judged()
+    assert ledger.kept("data") == ["000000004"]
+    assert ledger.pictures["000000004"].source == "photograph"
+    assert ledger.kept("teacher") == ["000000000", "000000001"]
+
+
+def test_a_gate_without_thresholds_keeps_everything(judged: Judge, folder: Path) -> None:
+    assert len(judged(score=None, duplicate=None).kept()) == 5
+    assert not (folder / "set_aside.png").exists()
+
+
+def test_what_is_set_aside_is_drawn_and_not_deleted(judged: Judge, folder: Path) -> None:
+    tars = (folder / "cache" / "data" / "train-000000.tar").read_bytes()
+    judged()
+    assert read_settings(folder / "set_aside.png")["pictures"] == 2
+    with Image.open(folder / "set_aside.png") as sheet:
+        assert sheet.width == 2 * 136
+        assert len(sheet.convert("RGB").getcolors(100_000) or []) > 100
+    assert (folder / "cache" / "data" / "train-000000.tar").read_bytes() == tars
+
+
+def test_the_ledger_is_read_back_as_it_was_written_and_not_made_twice(judged: Judge, folder: Path) -> None:
+    ledger = judged()
+    assert Ledger.open(folder) == ledger
+    (folder / "set_aside.png").unlink()
+    assert judged() == ledger
+    assert not (folder / "set_aside.png").exists()  # nothing was looked at again
+    assert judged(duplicate=None) != ledger
+
+
+def test_a_broken_ledger_is_refused_by_its_name_and_made_anew(judged: Judge, folder: Path) -> None:
+    ledger, path = judged(), folder / "pictures.json"
+    path.write_text(path.read_text().replace('"kept": true', '"kept": "perhaps"', 1))
+    with pytest.raises(Refused, match=r"pictures\.json: cannot be read"):
+        Ledger.open(folder)
+    assert judged() == ledger
+    assert Ledger.open(folder) == ledger
+
+
+def test_a_class_that_loses_all_its_pictures_is_refused_with_counts_and_threshold(
+    folder: Path, listed: Wanted, teacher: Teacher
+) -> None:
+    def nothing(texts: Sequence[str], pictures: Tensor) -> Mapping[str, Tensor]:
+        return {"clip": torch.full([len(texts)], 0.11)}
+
+    reason = r"class 'stars': none of its 4 pictures is left \(4 score below 0.2, 0 are like another, 0 not made\)"
+    with pytest.raises(Refused, match=reason):
+        judge(folder, listed, teacher, nothing, GateConfig(), PicturesConfig())
+    assert (folder / "set_aside.png").exists()
+    assert not (folder / "pictures.json").exists()
+
+
+def test_only_kept_pictures_are_in_the_stream(judged: Judge, folder: Path) -> None:
+    kept = judged().kept()
+    reader = Reader(folder / "cache", batch_size=6, keys=kept)
+    assert reader.samples_per_epoch == 3
+    assert set(next(reader.batches()).keys) == set(kept)
+    weighed = Reader(folder / "cache", batch_size=6, keys=kept, class_weights={"class": 1.0})
+    assert set(next(weighed.batches()).keys) <= set(kept)
+
+
+def test_the_lowest_of_what_was_said_counts_and_what_was_not_said_does_not() -> None:
+    nan = float("nan")
+    scores = {"shape": torch.tensor([1.0, 1.0, nan, nan]), "colour": torch.tensor([0.3, nan, 0.0, nan])}
+    torch.testing.assert_close(least(scores), torch.tensor([0.3, 1.0, 0.0, nan]), equal_nan=True)
+
+
+def test_a_picture_is_compared_with_those_that_stay() -> None:
+    """Of a chain in which each is like the next, and the first is not like the third, the third stays."""
+    angles = torch.tensor([0.0, 0.1, 0.2, 3.0])
+    x0 = torch.stack([angles.cos(), angles.sin()], dim=1)[:, :, None, None]
+    assert [(later, earlier) for later, earlier, _ in duplicates(x0, 0.99)] == [(1, 0)]
+    assert list(duplicates(torch.cat([x0[:1], x0[:1] / 3]), 1.0)) == [(1, 0, pytest.approx(1.0))]
+
+
+def test_encoded_bytes_do_not_depend_on_what_is_set_aside(judged: Judge, folder: Path) -> None:
+    before = [encode(one) for one in Reader(folder / "cache").records()]
+    judged()
+    assert [encode(one) for one in Reader(folder / "cache").records()] == before
