@@ -22,7 +22,7 @@ from stages.evaluate.gate import GateConfig, judge, told
 from stages.evaluate.per_class import ExamConfig, examine, save_table, show_table
 from stages.export import export_all, export_lora
 from stages.nets.lora import LoraConfig, merged, with_adapters
-from stages.nets.saved import Origin, load_student, load_teacher_parts, open_run, settle
+from stages.nets.saved import Origin, keep_base, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.pictures import Ledger, PicturesConfig, Wanted, make_pictures, photographs, wanted
@@ -85,7 +85,7 @@ def finetune(config: Config) -> None:
     classes = load_classes(config.classes)
 
     distilled = load_student(saved, teacher.parts)
-    machine.on_main(settle, config.run / "classes", origin, distilled)
+    machine.on_main(keep_base, config.run / "classes", origin, distilled)
     machine.on_main(prepare, config, origin, teacher, classes)
 
     student = merged(study(config, machine, teacher, classes, distilled, saved.weights))

@@ -31,7 +31,7 @@ class LoraConfig(Strict):
     """Adapters of low rank beside the weights, which stay as they are."""
 
     rank: int = Field(16, ge=1, description="rank of each adapter")
-    alpha: float | None = Field(None, gt=0, description="adapters count alpha / rank times; none takes the rank: once")
+    alpha: int | None = Field(None, ge=1, description="adapters count alpha / rank times; none takes the rank: once")
     modules: tuple[Kind, ...] = Field(
         ("attention",), min_length=1, description="layers that get one: attention (q, k, v, out), feed_forward, resnet"
     )
@@ -40,7 +40,7 @@ class LoraConfig(Strict):
     @property
     def scale(self) -> float:
         """What the product of an adapter's halves is multiplied by."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        return (self.alpha or self.rank) / self.rank
 
 
 def with_adapters(student: Student, config: LoraConfig) -> Student:
@@ -54,9 +54,8 @@ def with_adapters(student: Student, config: LoraConfig) -> Student:
 
     targets = [name for kind in config.modules for name in MODULES[kind]]
     student.requires_grad_(False)
-    student.unet.add_adapter(
-        PeftConfig(r=config.rank, lora_alpha=config.scale * config.rank, target_modules=targets), ADAPTER
-    )
+    alpha = config.alpha or config.rank
+    student.unet.add_adapter(PeftConfig(r=config.rank, lora_alpha=alpha, target_modules=targets), ADAPTER)
     _begin(adapters(student), config.seed)
     return student
 

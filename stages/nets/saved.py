@@ -147,22 +147,22 @@ def load_unmerged(run: SavedRun, parts: Components) -> Student:
     return student
 
 
-def settle(folder: Path, origin: Origin, student: Student) -> None:
-    """Leave in a run folder what its checkpoints will be read by: its origin and, beside adapters, their base.
+def keep_base(folder: Path, origin: Origin, student: Student) -> None:
+    """Leave in the folder of a run of adapters the weights of the student that it goes on from.
 
     Raises `Refused` when checkpoints lie there that were begun otherwise; nothing has changed then.
     """
-    begun = _checkpoints(folder) and is_run(folder)
+    begun = bool(_checkpoints(folder)) and is_run(folder)
     if begun and (then := Origin.open(folder).lora) != origin.lora:
         raise Refused(f"{folder}: was begun with lora = {then}, not {origin.lora} - take another run folder, or that")
-    if origin.lora is not None:
-        weights = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
-        held = _tensors(folder / BASE)
-        if begun and held and not _equal(held, weights):
-            raise Refused(f"{folder / BASE}: is not the model that this run goes on from - take another run folder")
-        with atomic_path(folder / BASE) as temporary:
-            save_file(weights, temporary)
-    origin.save(folder)
+    if origin.lora is None:
+        return
+    weights = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
+    held = _tensors(folder / BASE)
+    if begun and held and not _equal(held, weights):
+        raise Refused(f"{folder / BASE}: is not the model that this run goes on from - take another run folder")
+    with atomic_path(folder / BASE) as temporary:
+        save_file(weights, temporary)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

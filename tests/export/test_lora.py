@@ -18,10 +18,10 @@ from stages.export.diffusers import export_diffusers
 from stages.export.lora import FILE, export_lora, to_kohya
 from stages.nets.components import Components, load_components
 from stages.nets.lora import LoraConfig, adapters, layers, with_adapters
-from stages.nets.saved import WEIGHTS, Origin, SavedRun, load_student, open_run, settle
+from stages.nets.saved import WEIGHTS, Origin, SavedRun, keep_base, load_student, open_run
 from stages.nets.student import Student
 
-CONFIG = LoraConfig(rank=3, alpha=6.0, modules=("attention", "feed_forward", "resnet"))
+CONFIG = LoraConfig(rank=3, alpha=6, modules=("attention", "feed_forward", "resnet"))
 FACTS: dict[str, Any] = {"samples": 64, "tail": "hold", "teacher": "tiny"}
 
 
@@ -38,7 +38,9 @@ def base(exported: Path) -> Student:
 @pytest.fixture(scope="module")
 def run(base: Student, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
     folder = tmp_path_factory.mktemp("run")
-    settle(folder, Origin(str(teacher_folder), {}, "hold", "abc").adapted(CONFIG), base)
+    origin = Origin(str(teacher_folder), {}, "hold", "abc").adapted(CONFIG)
+    keep_base(folder, origin, base)
+    origin.save(folder)
     generator = torch.Generator().manual_seed(1)
     grown = with_adapters(Student.from_teacher(base.unet), CONFIG)
     tensors = {name: torch.randn(value.shape, generator=generator) / 10 for name, value in adapters(grown).items()}

@@ -13,11 +13,11 @@ from stages.nets import lora
 from stages.nets.components import Components, load_components
 from stages.nets.features import last_resnets, widths
 from stages.nets.lora import LoraConfig, adapters, fill, layers, merged, with_adapters
-from stages.nets.saved import BASE, WEIGHTS, Origin, load_student, open_run, settle
+from stages.nets.saved import BASE, WEIGHTS, Origin, keep_base, load_student, open_run
 from stages.nets.student import Student, StudentOutput
 from stages.train.optim import block_of
 
-ALL = LoraConfig(rank=3, alpha=6.0, modules=("attention", "feed_forward", "resnet"))
+ALL = LoraConfig(rank=3, alpha=6, modules=("attention", "feed_forward", "resnet"))
 ORIGIN = Origin("stages/tiny/model", {}, "hold", "abc")
 
 
@@ -115,7 +115,8 @@ def test_adapters_of_another_rank_are_not_taken(student: Student, parts: Compone
 def run_of(folder: Path, student: Student, config: LoraConfig = ALL) -> Origin:
     """A run folder whose one checkpoint holds adapters; they stay beside the student's weights."""
     origin = ORIGIN.adapted(config)
-    settle(folder, origin, student)
+    keep_base(folder, origin, student)
+    origin.save(folder)
     checkpoint = folder / "checkpoints" / "000000064"
     checkpoint.mkdir(parents=True)
     save_file(stir(with_adapters(student, config)), checkpoint / WEIGHTS)
@@ -136,13 +137,13 @@ def test_a_run_goes_on_only_with_the_adapters_and_the_base_that_it_began_with(
 ) -> None:
     origin, base = run_of(tmp_path, student), Student.from_teacher(parts.unet)
     before = (tmp_path / BASE).read_bytes()
-    settle(tmp_path, origin, base)
+    keep_base(tmp_path, origin, base)
     with pytest.raises(Refused, match="was begun with lora = "):
-        settle(tmp_path, replace(origin, lora=None), base)
+        keep_base(tmp_path, replace(origin, lora=None), base)
     with torch.no_grad():
         base.unet.conv_in.bias += 1
     with pytest.raises(Refused, match="is not the model that this run goes on from"):
-        settle(tmp_path, origin, base)
+        keep_base(tmp_path, origin, base)
     assert (tmp_path / BASE).read_bytes() == before
     assert Origin.open(tmp_path) == origin
 
@@ -152,5 +153,5 @@ def test_a_lost_base_is_asked_for_and_written_again(tmp_path: Path, student: Stu
     (tmp_path / BASE).write_bytes(b"broken")
     with pytest.raises(Refused, match="start the run's command again, it writes it"):
         load_student(open_run(tmp_path), parts)
-    settle(tmp_path, origin, Student.from_teacher(parts.unet))
+    keep_base(tmp_path, origin, Student.from_teacher(parts.unet))
     load_student(open_run(tmp_path), parts)
