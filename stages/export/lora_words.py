@@ -2,7 +2,7 @@
 
 import json
 
-from stages.export import tensorfile
+from stages.export.content import fingerprint
 from stages.nets.lora import LoraConfig
 from stages.nets.saved import Origin
 from stages.nets.student import Student
@@ -25,7 +25,7 @@ def diffusers_words(
         "modelspec.description": f"Adapters for {wants}.",
         "modelspec.hash_sha256": tensor_hash,
         "sollune.base": wants,
-        "sollune.base_sha256": tensorfile.hash_of(base.unet.state_dict()),
+        "sollune.base_student_sha256": fingerprint(base),
         "sollune.lora": json.dumps(config.model_dump(mode="json"), sort_keys=True),
         "sollune.prediction": origin.target,
         "sollune.recipe_sha256": origin.recipe_sha256,

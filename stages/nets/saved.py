@@ -139,9 +139,9 @@ def load_unmerged(run: SavedRun, parts: Components) -> Student:
     origin, base = run.origin, run.folder / BASE
     student = Student.from_teacher(parts.unet, vp_of(origin.target, parts.schedule, origin.tail))
     if origin.lora is None:
-        _read(run.weights, student.load_state_dict, "choose another checkpoint")
+        _read(run.weights, partial(_take, student), "choose another checkpoint")
         return student
-    _read(base, student.load_state_dict, "start the run's command again, it writes it")
+    _read(base, partial(_take, student), "start the run's command again, it writes it")
     student = with_adapters(student, LoraConfig.model_validate(origin.lora))
     _read(run.weights, partial(fill, student), "choose another checkpoint")
     return student
@@ -175,6 +175,10 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 def _equal(held: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
     return held.keys() == weights.keys() and all(torch.equal(held[name], value) for name, value in weights.items())
+
+
+def _take(student: Student, weights: Mapping[str, Tensor]) -> None:
+    student.unet.load_state_dict({name.removeprefix("unet."): value for name, value in weights.items()})
 
 
 def _read(file: Path, take: Callable[[dict[str, Tensor]], object], way_out: str) -> None:

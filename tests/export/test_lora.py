@@ -1,6 +1,7 @@
 """Laws of exported adapters: stock diffusers adds them to the base's export and has the merged model."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from configs.refusal import Refused
 from stages.export import tensorfile
 from stages.export.diffusers import export_diffusers
-from stages.export.lora import FILE, export_lora, to_kohya
+from stages.export.lora import FILE, export_lora, to_kohya, verify_lora
 from stages.nets.components import Components, load_components
 from stages.nets.lora import LoraConfig, adapters, layers, with_adapters
 from stages.nets.saved import WEIGHTS, Origin, SavedRun, keep_base, load_student, open_run
@@ -55,7 +56,7 @@ def out(run: SavedRun, parts: Components, tmp_path_factory: pytest.TempPathFacto
     """An export of the run: the merged model in fp32, and both files of adapters."""
     out = tmp_path_factory.mktemp("out")
     export_diffusers(load_student(run, parts), parts.folder, out, FACTS, torch.float32)
-    export_lora(run, parts, out)
+    export_lora(run, out)
     return out
 
 
@@ -103,12 +104,13 @@ def test_a_trip_to_kohyas_names_and_back_by_diffusers_own_way_loses_nothing(out:
     assert torch.equal(there[f"{kohya}.lora_up.weight"], here[f"unet.{name}.lora_B.weight"])
 
 
-def test_the_files_say_on_which_model_they_belong_and_what_pickers_ask(out: Path, base: Student) -> None:
+def test_the_files_say_on_which_model_they_belong_and_what_pickers_ask(out: Path, exported: Path) -> None:
+    base = json.loads((exported / "sollune.json").read_text())["student_sha256"]
     for file in files(out):
         with safe_open(file, "pt") as opened:
             told = opened.metadata()
         assert "not its teacher" in told["sollune.base"]
-        assert told["sollune.base_sha256"] == tensorfile.hash_of(base.unet.state_dict())
+        assert told["sollune.base_student_sha256"] == base
         assert told["modelspec.architecture"] == "stable-diffusion-v1/lora"
         assert told["modelspec.hash_sha256"] == tensorfile.hash_in(file)
     assert told["ss_base_model_version"] == "sd_v1"
@@ -117,17 +119,15 @@ def test_the_files_say_on_which_model_they_belong_and_what_pickers_ask(out: Path
     assert json.loads(told["ss_network_args"]) == {"conv_alpha": "3", "conv_dim": "3"}
 
 
-def test_the_same_export_gives_the_same_bytes_and_leaves_nothing_else(
-    out: Path, run: SavedRun, parts: Components
-) -> None:
+def test_the_same_export_gives_the_same_bytes_and_leaves_nothing_else(out: Path, run: SavedRun) -> None:
     before = [file.read_bytes() for file in files(out)]
-    export_lora(run, parts, out)
+    export_lora(run, out)
     assert [file.read_bytes() for file in files(out)] == before
     assert sorted(path.name for path in out.iterdir()) == sorted(["diffusers", "lora", files(out)[1].name])
 
 
 def test_adapters_that_do_not_come_back_are_refused_and_the_earlier_files_stay(
-    out: Path, run: SavedRun, parts: Components, monkeypatch: pytest.MonkeyPatch
+    out: Path, run: SavedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, write = [file.read_bytes() for file in files(out)], tensorfile.write
 
@@ -135,22 +135,44 @@ def test_adapters_that_do_not_come_back_are_refused_and_the_earlier_files_stay(
         write(path, {name: value for name, value in tensors.items() if "mid_block" not in name}, told)
 
     monkeypatch.setattr(tensorfile, "write", forgetful)
-    with pytest.raises(Refused, match=f"{FILE}: stock diffusers reads other adapters"):
-        export_lora(run, parts, out)
+    with pytest.raises(Refused, match=f"{FILE}: .* tensors are missing"):
+        export_lora(run, out)
     assert [file.read_bytes() for file in files(out)] == before
 
 
-def test_a_merged_model_that_is_another_is_noticed(
-    out: Path, run: SavedRun, parts: Components, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merged_model_that_is_another_is_noticed(out: Path, run: SavedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.export.lora.load_student", lambda _run, parts: Student.from_teacher(parts.unet))
-    with pytest.raises(Refused, match=f"{FILE}: with it the velocity of stock diffusers is"):
-        export_lora(run, parts, out)
+    with pytest.raises(Refused, match=f"{FILE}: with it the velocity of stock diffusers are"):
+        export_lora(run, out)
 
 
-def test_a_run_without_adapters_has_none_to_export(tmp_path: Path, run: SavedRun, parts: Components) -> None:
+def test_adapters_that_count_twice_elsewhere_are_refused(
+    out: Path, run: SavedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loud(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: 2 * value if name.endswith(".alpha") else value for name, value in to_kohya(tensors).items()}
+
+    monkeypatch.setattr("stages.export.lora.to_kohya", loud)
+    with pytest.raises(Refused, match=r"-flow-lora\.safetensors: with it the velocity of stock diffusers are"):
+        export_lora(run, out)
+
+
+def test_an_export_that_lies_there_is_held_against_the_run(out: Path, run: SavedRun, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(out, tmp_path / "own"))
+    assert verify_lora(run, own) == (own / "lora", files(own)[1])
+    content = bytearray(files(own)[0].read_bytes())
+    content[-1] ^= 1
+    files(own)[0].write_bytes(content)
+    with pytest.raises(Refused, match=f"{FILE}: .* did not come back as written"):
+        verify_lora(run, own)
+    files(own)[0].unlink()
+    with pytest.raises(Refused, match="export the run first"):
+        verify_lora(run, own)
+
+
+def test_a_run_without_adapters_has_none_to_export(tmp_path: Path, run: SavedRun) -> None:
     whole = SavedRun(run.folder, Origin("tiny", {}, "hold", "abc"), run.weights, run.samples)
-    assert export_lora(whole, parts, tmp_path) == ()
+    assert export_lora(whole, tmp_path) == ()
     assert not list(tmp_path.iterdir())
 
 
