@@ -20,8 +20,9 @@ from stages.evaluate.beside import GridConfig, grids_beside
 from stages.evaluate.clip import ClipScorer
 from stages.evaluate.gate import GateConfig, judge, told
 from stages.evaluate.per_class import ExamConfig, examine, save_table, show_table
-from stages.export import export_all
-from stages.nets.saved import Origin, load_student, load_teacher_parts, open_run
+from stages.export import export_all, export_lora
+from stages.nets.lora import LoraConfig, merged, with_adapters
+from stages.nets.saved import Origin, keep_base, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.pictures import Ledger, PicturesConfig, Wanted, make_pictures, photographs, wanted
@@ -54,6 +55,7 @@ class Config(Strict):
     )
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(block_weight=0), description="terms of the loss")
+    lora: LoraConfig | None = Field(None, description="train adapters beside the weights instead of these; none: all")
     grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
     scorer: ImportString[Any] | None = Field(
         None, description="function (texts, pictures) -> scores, for gate and table"
@@ -78,13 +80,15 @@ def finetune(config: Config) -> None:
     machine.rows(config.train.batch_size, config.train.accumulate)
     device = machine.device
     saved = open_run(config.run / "distill")
-    origin = saved.origin.at(config.teacher)
+    origin = saved.origin.at(config.teacher).adapted(config.lora)
     teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
     classes = load_classes(config.classes)
 
+    distilled = load_student(saved, teacher.parts)
+    machine.on_main(keep_base, config.run / "classes", origin, distilled)
     machine.on_main(prepare, config, origin, teacher, classes)
 
-    student = study(config, machine, teacher, classes, load_student(saved, teacher.parts), saved.weights)
+    student = merged(study(config, machine, teacher, classes, distilled, saved.weights))
     machine.on_main(finish, config, origin, teacher, classes, load_student(saved, teacher.parts), student)
     machine.close()
 
@@ -105,6 +109,7 @@ def finish(
     facts = origin.facts(teacher.parts, config.train.max_samples)
     facts |= {"classes": {spec.name: spec.priority for spec in classes.classes}}
     exported = export_all(student, teacher.parts.folder, folder / "export", facts)
+    exported += export_lora(open_run(folder), folder / "export")
     atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
     print(f"{', '.join(map(str, exported))}: written and read back; table in {folder / 'per_class.csv'}")
 
@@ -170,7 +175,7 @@ def study(
         world=machine.world,
     )
     return fit(
-        student.requires_grad_(True),
+        with_adapters(student, config.lora) if config.lora else student.requires_grad_(True),
         Objective(config.objective, student.blocks, feature_scale(config.run / "cache", config.objective.block_bins)),
         mixture.batches,
         teacher.uncond,
@@ -183,6 +188,7 @@ def study(
             "prior": mixture.prior.manifest.recipe.fingerprint(),
             "prior_share": config.prior_share,
             "start": hashlib.sha256(start.read_bytes()).hexdigest(),
+            **({"lora": config.lora.model_dump(mode="json")} if config.lora else {}),
         },
         resume=config.resume,
         hooks=Hooks(at_checkpoint=grids_beside(teacher, config.grid, folder / "grids")),
