@@ -1,6 +1,7 @@
 """Does a change of distillation help? Arms of the same budget, paired by seed: `python -m benchmarks.arms RUN`.
 
     python -m benchmarks.arms runs/tiny --option david.fusion.formula --values static relative --seeds 3
+    python -m benchmarks.arms runs/tiny --option config --values configs/ablation/batch_32.yaml configs/tiny.yaml
 
 The cache of RUN is shared; each arm and seed is a run of its own in FOLDER (default RUN/arms), which goes on where it
 was left, and is measured once. The first value is the control. Printed: each figure's difference to the control with
@@ -61,7 +62,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder whose cache is used")
     parser.add_argument("--config", type=Path, nargs="+", default=[Path("configs/tiny.yaml")])
-    parser.add_argument("--option", default="david.fusion.formula", help="what differs between the arms")
+    parser.add_argument(
+        "--option", default="david.fusion.formula", help="what differs between the arms; config: a YAML file"
+    )
     parser.add_argument("--values", nargs="+", default=["static", "relative"], help="the control first")
     parser.add_argument("--seeds", type=int, default=3, choices=sorted(STUDENT_T))
     parser.add_argument("--folder", type=Path, help="where the arms lie (default: RUN/arms)")
@@ -70,8 +73,11 @@ def main() -> int:
     found: dict[str, list[dict[str, float]]] = {value: [] for value in asked.values}
     for seed in range(asked.seeds):
         for value in asked.values:
-            words = [f"--{asked.option}", value, "--train.seed", str(seed), *rest]
-            found[value].append(run(home / f"{value}{seed}", asked.run / "cache", asked.config, words))
+            files, words = asked.config, [f"--{asked.option}", value]
+            if asked.option == "config":
+                files, words = [*asked.config, Path(value)], []
+            words += ["--train.seed", str(seed), *rest]
+            found[value].append(run(home / f"{Path(value).stem}{seed}", asked.run / "cache", files, words))
             print(f"{value}, seed {seed}: {found[value][-1]}", file=sys.stderr)
     control = asked.values[0]
     print(f"\n{asked.option}, {asked.seeds} seeds\n")

@@ -28,8 +28,9 @@ from stages.evaluate.clip import ClipScorer
 from stages.evaluate.gate import GateConfig, judge, told
 from stages.evaluate.per_class import ExamConfig, save_table, show_table
 from stages.evaluate.watch import Watch
-from stages.export import export_all
-from stages.nets.saved import Origin, load_student, load_teacher_parts, open_run
+from stages.export import export_all, export_lora
+from stages.nets.lora import LoraConfig, merged, with_adapters
+from stages.nets.saved import Origin, keep_base, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.pictures import Ledger, PicturesConfig, Wanted, make_pictures, wanted
@@ -63,6 +64,7 @@ class Config(Strict):
     )
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(block_weight=0), description="terms of the loss")
+    lora: LoraConfig | None = Field(None, description="train adapters beside the weights instead of these; none: all")
     scorer: ImportString[Any] | None = Field(
         None, description="function (texts, pictures) -> scores, for gate, exams and table"
     )
@@ -97,18 +99,20 @@ def finetune(config: Config) -> None:
     machine.rows(config.train.batch_size, config.train.accumulate)
     folder, device = config.run / "classes", machine.device
     saved = open_run(config.run / "distill")
-    origin = saved.origin.at(config.teacher)
+    origin = saved.origin.at(config.teacher).adapted(config.lora)
     teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
     classes = load_classes(config.classes)
 
+    distilled = partial(load_student, saved, teacher.parts)
     asked = machine.on_main(exam_prompts, config.prompts, config.seed, classes, config.exam.pictures)
+    student = distilled()
+    machine.on_main(keep_base, folder, origin, student)
     machine.on_main(prepare, config, origin, teacher, classes)
 
-    distilled = partial(load_student, saved, teacher.parts)
     # Without a scorer all is measured against the teacher, who cannot draw what photographs alone show.
     weights = {spec.name: classes.weight(spec) for spec in classes.classes if config.scorer or spec.is_painted}
     watch = Watch(teacher, distilled, asked, weights, config.scorer, config.exam, config.stop, folder)
-    student = study(config, machine, teacher, classes, distilled(), saved.weights, watch)
+    student = merged(study(config, machine, teacher, classes, student, saved.weights, watch))
     machine.on_main(finish, config, origin, teacher, classes, watch, student)
     machine.close()
 
@@ -129,6 +133,7 @@ def finish(
     facts = origin.facts(teacher.parts, samples)
     facts |= {"classes": {spec.name: spec.priority for spec in classes.classes}}
     exported = export_all(student, teacher.parts.folder, folder / "export", facts)
+    exported += export_lora(open_run(folder, samples), folder / "export")
     atomic_write(folder / "COMPLETE", f"{samples}\n")
     print(f"{', '.join(map(str, exported))}: written and read back; table in {folder / 'per_class.csv'}")
 
@@ -190,7 +195,7 @@ def study(
     ledger = Ledger.open(folder)
     mixture = mixture_of(config, machine, classes, ledger)
     return fit(
-        student.requires_grad_(True),
+        with_adapters(student, config.lora) if config.lora else student.requires_grad_(True),
         Objective(config.objective, student.blocks, feature_scale(config.run / "cache", config.objective.block_bins)),
         mixture.batches,
         teacher.uncond,
@@ -204,6 +209,7 @@ def study(
             "prior_share": config.prior_share,
             "start": hashlib.sha256(start.read_bytes()).hexdigest(),
             **({"exam": config.exam.model_dump(mode="json", exclude={"pictures"})} if config.stop else {}),
+            **({"lora": config.lora.model_dump(mode="json")} if config.lora else {}),
         },
         groups=mixture.groups.names,
         resume=config.resume,

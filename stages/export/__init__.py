@@ -14,12 +14,13 @@ from stages.export.diffusers import export_diffusers
 from stages.export.existing import verify_export
 from stages.export.history import classes_of, history_of
 from stages.export.ldm import export_ldm, refuse_other_predictions
+from stages.export.lora import export_lora, verify_lora
 from stages.export.original import export_original
 from stages.export.stale import remove_stale
 from stages.nets.saved import load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
 
-__all__ = ["Config", "export_all", "export_diffusers", "export_ldm", "main", "run"]
+__all__ = ["Config", "export_all", "export_diffusers", "export_ldm", "export_lora", "main", "run"]
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "both": torch.float32}
 USAGE = (
@@ -63,7 +64,7 @@ class Config(Strict):
 
 
 def run(config: Config) -> tuple[Path, ...]:
-    """Export one checkpoint, or verify its export; returns the diffusers folder and, where there is one, the file.
+    """Export one checkpoint, or verify its export; returns the diffusers folder, then what lies beside it.
 
     Raises `Refused` before anything is written when a single file is asked of a student that predicts no velocity.
     """
@@ -79,8 +80,8 @@ def run(config: Config) -> tuple[Path, ...]:
     student, folder = load_student(saved, parts), parts.folder
     del parts  # 4.3 GB at SD-1.x's size
     if config.verify:
-        return verify_export(out, student, folder)
-    return export_all(
+        return verify_export(out, student, folder) + verify_lora(saved, out)
+    written = export_all(
         student,
         folder,
         out,
@@ -93,6 +94,7 @@ def run(config: Config) -> tuple[Path, ...]:
         name=config.name,
         run=saved.folder,
     )
+    return written + export_lora(saved, out, config.name)
 
 
 def export_all(

@@ -21,14 +21,14 @@ def stock_reads_the_same(
     `name` is what the file is called in messages, `tensors` are named `<part>.<diffusers' name>`. One pipeline is held
     at a time: at SD-1.x's size each takes 4.3 GB.
     """
-    meant = _latents(_of_folder(folder, variant))
+    meant = latents(_of_folder(folder, variant))
     pipeline = _open(file, folder, variant, unet_only)
     for part in ("unet",) if unet_only else ("unet", "vae", "text_encoder"):
         for key, value in getattr(pipeline, part).state_dict().items():
             stored = tensors.get(f"{part}.{key}", tensors.get(f"{part}.text_model.{key}"))
             if stored is None or not torch.equal(value, stored.float()):
                 raise Refused(f"{name}: stock diffusers reads another {part}.{key} - {checks.AGAIN}")
-    error = checks.relative(_latents(pipeline), meant)
+    error = checks.relative(latents(pipeline), meant)
     most = STEPS * GUIDANCE * checks.rounding(len(tensors), torch.float32)
     if not error <= most:
         raise Refused(
@@ -49,7 +49,7 @@ def _of_folder(folder: Path, variant: str, **parts: UNet2DConditionModel) -> Sta
     return StableDiffusionPipeline.from_pretrained(folder, variant=variant or None, dtype=torch.float32, **parts)
 
 
-def _latents(pipeline: StableDiffusionPipeline) -> Tensor:
+def latents(pipeline: StableDiffusionPipeline) -> Tensor:
     """Small latents after a few steps: what is compared is the way, not the picture."""
     pipeline.set_progress_bar_config(disable=True)
     side, channels = checks.SIDE, pipeline.unet.config.in_channels

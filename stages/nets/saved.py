@@ -1,23 +1,28 @@
 """What a run folder of `distill` or `finetune-classes` left for others: its teacher, its tail policy, its weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from configs.atomic import atomic_write
+from configs.atomic import atomic_path, atomic_write
 from configs.refusal import Refused
 from shards.manifest import Manifest
 from stages.flow.bridge import Tail
 from stages.nets.components import Components, identity, load_components
+from stages.nets.lora import LoraConfig, fill, merged, with_adapters
 from stages.nets.student import Student, Target, vp_of
 
 ORIGIN, CHECKPOINTS, WEIGHTS, COMPLETE = "origin.json", "checkpoints", "ema.safetensors", "COMPLETE"
+BASE = "base.safetensors"
+"""The weights beside which adapters were trained, in the folder of a run whose checkpoints hold those alone."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Origin:
     """Of the cache that taught it; empty for a student that was imported."""
     target: Target = "velocity"
     """What the student's network answers with."""
+    lora: Mapping[str, Any] | None = None
+    """The `LoraConfig` of a run whose checkpoints hold adapters alone."""
 
     @classmethod
     def of(cls, manifest: Manifest, teacher: str | None = None, target: Target = "velocity") -> "Origin":
@@ -56,10 +63,15 @@ class Origin:
         """The same, with the teacher lying elsewhere if told so."""
         return self if teacher is None else replace(self, teacher=teacher)
 
+    def adapted(self, lora: LoraConfig | None) -> "Origin":
+        """The origin of a run that goes on from this one, with adapters or as a whole."""
+        return replace(self, lora=lora.model_dump(mode="json") if lora else None)
+
     def facts(self, parts: Components, samples: int) -> dict[str, Any]:
         """What an export tells about its student."""
         recipe = {"recipe_sha256": self.recipe_sha256} if self.recipe_sha256 else {}
-        return {**parts.name, "tail": self.tail, **recipe, "samples": samples}
+        lora = {"lora": self.lora} if self.lora else {}
+        return {**parts.name, "tail": self.tail, **recipe, **lora, "samples": samples}
 
     def save(self, folder: Path) -> None:
         """Write it into a run folder."""
@@ -118,16 +130,66 @@ def load_teacher_parts(origin: Origin, device: torch.device, dtype: torch.dtype)
 
 
 def load_student(run: SavedRun, parts: Components) -> Student:
-    """The checkpoint's student, frozen, on the teacher's device; raises `Refused` for a foreign or broken file."""
-    origin = run.origin
+    """The checkpoint's student, frozen, on the teacher's device, its adapters merged if it has any.
+
+    Raises `Refused` for a foreign or broken file.
+    """
+    return merged(load_unmerged(run, parts)).eval()
+
+
+def load_unmerged(run: SavedRun, parts: Components) -> Student:
+    """The same with its adapters, if it has any, still beside the weights."""
+    origin, base = run.origin, run.folder / BASE
     student = Student.from_teacher(parts.unet, vp_of(origin.target, parts.schedule, origin.tail))
+    if origin.lora is None:
+        _read(run.weights, partial(_take, student), "choose another checkpoint")
+        return student
+    _read(base, partial(_take, student), "start the run's command again, it writes it")
+    student = with_adapters(student, LoraConfig.model_validate(origin.lora))
+    _read(run.weights, partial(fill, student), "choose another checkpoint")
+    return student
+
+
+def keep_base(folder: Path, origin: Origin, student: Student) -> None:
+    """Leave in the folder of a run of adapters the weights of the student that it goes on from.
+
+    Raises `Refused` when checkpoints lie there that were begun otherwise; nothing has changed then.
+    """
+    begun = bool(_checkpoints(folder)) and is_run(folder)
+    if begun and (then := Origin.open(folder).lora) != origin.lora:
+        raise Refused(f"{folder}: was begun with lora = {then}, not {origin.lora} - take another run folder, or that")
+    if origin.lora is None:
+        return
+    weights = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
+    held = _tensors(folder / BASE)
+    if begun and held and not _equal(held, weights):
+        raise Refused(f"{folder / BASE}: is not the model that this run goes on from - take another run folder")
+    with atomic_path(folder / BASE) as temporary:
+        save_file(weights, temporary)
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """What a file holds; nothing when it is missing or broken, and has to be written again."""
     try:
-        weights = load_file(run.weights)
-        student.unet.load_state_dict({name.removeprefix("unet."): value for name, value in weights.items()})
+        return load_file(file)
+    except (SafetensorError, OSError):
+        return {}
+
+
+def _equal(held: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
+    return held.keys() == weights.keys() and all(torch.equal(held[name], value) for name, value in weights.items())
+
+
+def _take(student: Student, weights: Mapping[str, Tensor]) -> None:
+    student.unet.load_state_dict({name.removeprefix("unet."): value for name, value in weights.items()})
+
+
+def _read(file: Path, take: Callable[[dict[str, Tensor]], object], way_out: str) -> None:
+    try:
+        take(load_file(file))
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise Refused(f"{run.weights}: not the student's weights ({reason}) - choose another checkpoint") from error
-    return student.eval().requires_grad_(False)
+        raise Refused(f"{file}: not the student's weights ({reason}) - {way_out}") from error
 
 
 def _ended_with(folder: Path, found: Mapping[int, Path]) -> int:

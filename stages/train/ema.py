@@ -76,10 +76,11 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 class Ema:
-    """The average of a module's parameters, beside them; both in fp32, as master weights are."""
+    """The average of what is trained of a module, beside it; both in fp32, as master weights are."""
 
     def __init__(self, module: nn.Module) -> None:
-        names, parameters = zip(*module.named_parameters(), strict=True)
+        trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        names, parameters = zip(*trained, strict=True)
         self._names: tuple[str, ...] = names
         self._parameters: list[Tensor] = list(parameters)
         self._averages: list[Tensor] = [p.detach().clone() for p in parameters]

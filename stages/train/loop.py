@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.refusal import Refused
 from shards.batch import Batch
@@ -86,7 +86,7 @@ def fit(
     # The steps
     machine.rows(config.batch_size, config.accumulate)
     step = Stepper(state, objective.to(machine.device), uncond.to(machine.device), config, machine)
-    updates = UpdateRatios(dict(student.named_parameters()))
+    updates = UpdateRatios(_trained(student))
     facts = _identity(config, objective, identity)
     with (
         Journal(
@@ -137,17 +137,20 @@ def _state(
     arithmetic = config.model_dump(include=ARITHMETIC)
     if any(arithmetic[name] for name in LAYOUT):
         student.lay_out(**{name: arithmetic[name] for name in LAYOUT})
-    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
     return TrainingState(
         student,
         Ema(student),
-        build_optimizer(config.optimizer, trained),
+        build_optimizer(config.optimizer, _trained(student)),
         Penalty(objective.config),
         judge,
         Mishaps(folder / "mishaps.jsonl" if machine.is_main else None, config.spike_sigmas),
         machine.scaler,
         {"processes": machine.world, **arithmetic},
     )
+
+
+def _trained(student: Student) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 
 def _worn_for_good(state: TrainingState, student: Student) -> Student:

@@ -34,8 +34,13 @@ class TrainingState:
     samples: int = 0
 
     def write(self, folder: Path) -> None:
-        """Write everything but the number of samples into a folder: weights, average, optimizer, memory."""
-        save_file({k: v.contiguous() for k, v in self.student.state_dict().items()}, folder / "student.safetensors")
+        """Write everything but the number of samples into a folder: weights, average, optimizer, memory.
+
+        Weights that are not trained stay out: they are as they were at the beginning.
+        """
+        frozen = self._frozen()
+        weights = {k: v.contiguous() for k, v in self.student.state_dict().items() if k not in frozen}
+        save_file(weights, folder / "student.safetensors")
         save_file({k: v.contiguous() for k, v in self.ema.tensors().items()}, folder / "ema.safetensors")
         memory = {
             "judge": self.judge.state_dict(),
@@ -51,7 +56,8 @@ class TrainingState:
     def read(self, folder: Path, samples: int) -> None:
         """Take over what `write` left in a folder, as the state after so many samples."""
         device = str(next(self.student.parameters()).device)
-        self.student.load_state_dict(load_file(folder / "student.safetensors", device=device))
+        weights = load_file(folder / "student.safetensors", device=device)
+        self.student.load_state_dict({**self._frozen(), **weights})
         self.ema.restore(load_file(folder / "ema.safetensors", device=device))
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
         memory = torch.load(folder / "memory.pt", map_location=device, weights_only=True)
@@ -64,5 +70,8 @@ class TrainingState:
         self.samples = samples
 
     def bytes(self) -> int:
-        """About what `write` needs: weights, average and two moments of each parameter."""
-        return 4 * sum(p.nelement() * p.element_size() for p in self.student.parameters())
+        """About what `write` needs: weights, average and two moments of each parameter that is trained."""
+        return 4 * sum(p.nelement() * p.element_size() for p in self.student.parameters() if p.requires_grad)
+
+    def _frozen(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.student.named_parameters() if not p.requires_grad}

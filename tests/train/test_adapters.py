@@ -1,0 +1,60 @@
+"""Laws of a run that trains adapters: what lies in its checkpoints, and that it goes on from them to the bit."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages.nets.lora import LoraConfig, adapters, with_adapters
+from stages.nets.student import Student
+from stages.tiny.anatomy import build_unet
+from stages.train.objective import Objective, ObjectiveConfig
+
+ADAPTERS = LoraConfig(rank=2)
+
+
+@pytest.fixture
+def study(train: Callable[..., Any], unet_batches: Callable[..., Any]) -> Callable[..., Student]:
+    """Train adapters beside a tiny UNet for six samples, or until the lights go out."""
+
+    def run(folder: Path, lights_out: int | None = None) -> Student:
+        torch.manual_seed(0)
+        return train(
+            folder,
+            {"max_samples": 6, "checkpoint_every_samples": 2},
+            student=with_adapters(Student(build_unet()), ADAPTERS),
+            objective=Objective(ObjectiveConfig(), ()),
+            batches=unet_batches(lights_out),
+            uncond=torch.zeros(1, 3, 64),
+        )
+
+    return run
+
+
+def test_a_resumed_run_of_adapters_has_the_very_bits_of_an_uninterrupted_one(tmp_path, study) -> None:
+    whole = study(tmp_path / "whole").state_dict()
+    with pytest.raises(InterruptedError):
+        study(tmp_path / "cut", lights_out=4)
+    resumed = study(tmp_path / "cut").state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    states = [json.loads((tmp_path / run / "checkpoints/000000006/state.json").read_text()) for run in ("whole", "cut")]
+    assert states[0]["files"] == states[1]["files"]
+
+
+def test_the_weights_stay_and_only_adapters_are_trained_averaged_and_kept(tmp_path, study) -> None:
+    torch.manual_seed(0)
+    fresh = with_adapters(Student(build_unet()), ADAPTERS)
+    trained = study(tmp_path)
+    own, before = dict(trained.named_parameters()), dict(fresh.named_parameters())
+    moved = {name for name, value in before.items() if not torch.equal(value, own[name])}
+    assert moved == adapters(fresh).keys()
+    for file in ("student.safetensors", "ema.safetensors"):
+        assert load_file(tmp_path / "checkpoints/000000006" / file).keys() == adapters(fresh).keys()
+    journal = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    ratios = next(line["update_ratio"] for line in reversed(journal) if line.get("update_ratio"))
+    assert "mid" in ratios
+    assert "down_3" not in ratios  # it has no attention
