@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from shards.record import Record
@@ -25,15 +25,20 @@ class Batch:
     k: Int[Tensor, " b"]
     features: Mapping[str, Float[Tensor, "b n_b"]]
     draw: Int[Tensor, " b"]
+    answered: Bool[Tensor, " b"] | None = None
+    """False where the teacher was not asked: `v_cond` alone is meant to be learnt there; None where he always was"""
+    group: Int[Tensor, " b"] | None = None
+    """which of some groups each row is told with in the journal; None where they are not told apart"""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def rows(self, which: slice) -> "Batch":
         """Some of the rows."""
+        told = {name: values for name, values in vars(self).items() if name != "features" and values is not None}
         return replace(
             self,
-            **{name: getattr(self, name)[which] for name in vars(self) if name != "features"},
+            **{name: values[which] for name, values in told.items()},
             features={block: values[which] for block, values in self.features.items()},
         )
 
@@ -43,6 +48,9 @@ class Batch:
         def moved(values: Tensor) -> Tensor:
             # As stored, and cast over there: a cast here would leave pinned memory and double the bytes on the way.
             return values.to(device, non_blocking=True).to(dtype)
+
+        def placed(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device, non_blocking=True)
 
         return replace(
             self,
@@ -54,6 +62,8 @@ class Batch:
             k=self.k.to(device, non_blocking=True),
             features={block: moved(values) for block, values in self.features.items()},
             draw=self.draw.to(device, non_blocking=True),
+            answered=placed(self.answered),
+            group=placed(self.group),
         )
 
 
@@ -79,11 +89,14 @@ def collate(records: Sequence[Record], draws: Sequence[int]) -> Batch:
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:
-    """The rows of all batches, one after the other; they must have the same blocks."""
+    """The rows of all batches, one after the other; they must have the same blocks, and groups all or none of them."""
 
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(batch, name) for batch in batches])
 
+    asked = [
+        torch.ones(len(batch), dtype=torch.bool) if batch.answered is None else batch.answered for batch in batches
+    ]
     return Batch(
         keys=tuple(key for batch in batches for key in batch.keys),
         texts=tuple(text for batch in batches for text in batch.texts),
@@ -96,4 +109,6 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
         k=joined("k"),
         features={block: torch.cat([batch.features[block] for batch in batches]) for block in batches[0].features},
         draw=joined("draw"),
+        answered=None if all(batch.answered is None for batch in batches) else torch.cat(asked),
+        group=None if batches[0].group is None else joined("group"),
     )

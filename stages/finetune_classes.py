@@ -2,40 +2,49 @@
 
 import hashlib
 from collections import Counter
-from itertools import cycle, islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, ImportString
+from pydantic import Field, ImportString, model_validator
 
 from configs.atomic import atomic_write
 from configs.load import save_resolved
 from configs.strict import Strict
 from shards.reader import Reader
 from shards.writer import CacheWriter
-from stages.classes import PICTURES, ClassFile, class_prompts, draw_weights, identity, load_classes, prior_weights
+from stages.classes import (
+    PICTURES,
+    ClassFile,
+    draw_weights,
+    identity,
+    load_classes,
+    prior_weights,
+)
 from stages.cluster import device_of, fill, refuse_surplus, tasks_of
-from stages.evaluate.beside import GridConfig, grids_beside
+from stages.evaluate.asked import exam_prompts
 from stages.evaluate.clip import ClipScorer
 from stages.evaluate.gate import GateConfig, judge, told
-from stages.evaluate.per_class import ExamConfig, examine, save_table, show_table
+from stages.evaluate.per_class import ExamConfig, save_table, show_table
+from stages.evaluate.watch import Watch
 from stages.export import export_all, export_lora
 from stages.nets.lora import LoraConfig, merged, with_adapters
 from stages.nets.saved import Origin, keep_base, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
-from stages.pictures import Ledger, PicturesConfig, Wanted, make_pictures, photographs, wanted
-from stages.prompts import Prompt, PromptSource
+from stages.pictures import Ledger, PicturesConfig, Wanted, make_pictures, wanted
+from stages.prompts import PromptSource
 from stages.targets import RenderConfig, recipe_of
 from stages.train.checkpoint import Resume
-from stages.train.hooks import Hooks
+from stages.train.data_target import DataTarget
 from stages.train.launch import is_launched, launch
 from stages.train.loop import TrainConfig, fit
 from stages.train.machine import Machine
-from stages.train.mixture import PRIOR_SHARE, Mixture, rows_of
+from stages.train.mixture import PRIOR_SHARE, Groups, Mixture, rows_of
 from stages.train.objective import Objective, ObjectiveConfig
 from stages.train.statistics import feature_scale
+from stages.train.stop import StopConfig
 
 
 class Config(Strict):
@@ -56,14 +65,24 @@ class Config(Strict):
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(block_weight=0), description="terms of the loss")
     lora: LoraConfig | None = Field(None, description="train adapters beside the weights instead of these; none: all")
-    grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
     scorer: ImportString[Any] | None = Field(
-        None, description="function (texts, pictures) -> scores, for gate and table"
+        None, description="function (texts, pictures) -> scores, for gate, exams and table"
     )
-    exam: ExamConfig = Field(ExamConfig(), description="how each class is measured before and after")
+    exam: ExamConfig = Field(ExamConfig(), description="how each class is measured: before, at checkpoints and after")
+    stop: StopConfig | None = Field(
+        None, description="end when classes gain no more or others lose, and take the best checkpoint; none: the last"
+    )
     resume: Resume = Field("auto", description="auto: from the newest whole checkpoint; never: refuse a run's folder")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
     processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
+
+    @model_validator(mode="after")
+    def _can_be_measured_and_taught(self) -> "Config":
+        if self.stop is not None and self.stop.most_lost is not None and self.scorer is None:
+            raise ValueError("stop.most_lost counts right pictures - name a scorer, or set it to null")
+        states = self.render.states
+        self.pictures.refuse_guided(states.guidance_min, states.guidance_max)
+        return self
 
 
 def run(config: Config) -> None:
@@ -78,39 +97,44 @@ def finetune(config: Config) -> None:
     """What each process does."""
     machine = Machine(device_of(config.device), config.train.precision)
     machine.rows(config.train.batch_size, config.train.accumulate)
-    device = machine.device
+    folder, device = config.run / "classes", machine.device
     saved = open_run(config.run / "distill")
     origin = saved.origin.at(config.teacher).adapted(config.lora)
     teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
     classes = load_classes(config.classes)
 
-    distilled = load_student(saved, teacher.parts)
-    machine.on_main(keep_base, config.run / "classes", origin, distilled)
+    distilled = partial(load_student, saved, teacher.parts)
+    asked = machine.on_main(exam_prompts, config.prompts, config.seed, classes, config.exam.pictures)
+    student = distilled()
+    machine.on_main(keep_base, folder, origin, student)
     machine.on_main(prepare, config, origin, teacher, classes)
 
-    student = merged(study(config, machine, teacher, classes, distilled, saved.weights))
-    machine.on_main(finish, config, origin, teacher, classes, load_student(saved, teacher.parts), student)
+    # Without a scorer all is measured against the teacher, who cannot draw what photographs alone show.
+    weights = {spec.name: classes.weight(spec) for spec in classes.classes if config.scorer or spec.is_painted}
+    watch = Watch(teacher, distilled, asked, weights, config.scorer, config.exam, config.stop, folder)
+    student = merged(study(config, machine, teacher, classes, student, saved.weights, watch))
+    machine.on_main(finish, config, origin, teacher, classes, watch, student)
     machine.close()
 
 
 def finish(
-    config: Config, origin: Origin, teacher: Teacher, classes: ClassFile, distilled: Student, student: Student
+    config: Config, origin: Origin, teacher: Teacher, classes: ClassFile, watch: Watch, student: Student
 ) -> None:
     """Measure each class before and after, and export the student, verified."""
     folder = config.run / "classes"
-    asked = exam_prompts(config, classes)
-    results = {
-        name: examine(model, teacher, asked, config.scorer, config.exam)
-        for name, model in (("before", distilled), ("after", student))
-    }
+    samples = watch.best(config.train.max_samples)
+    if config.stop is not None:
+        print(f"{folder}: its best checkpoint is that after {samples} samples")
+        student = load_student(open_run(folder, samples), teacher.parts)
+    results = watch.results(student)
     save_table(classes, results, folder / "per_class.csv")
     show_table(classes, results)
 
-    facts = origin.facts(teacher.parts, config.train.max_samples)
+    facts = origin.facts(teacher.parts, samples)
     facts |= {"classes": {spec.name: spec.priority for spec in classes.classes}}
     exported = export_all(student, teacher.parts.folder, folder / "export", facts)
-    exported += export_lora(open_run(folder), folder / "export")
-    atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
+    exported += export_lora(open_run(folder, samples), folder / "export")
+    atomic_write(folder / "COMPLETE", f"{samples}\n")
     print(f"{', '.join(map(str, exported))}: written and read back; table in {folder / 'per_class.csv'}")
 
 
@@ -158,22 +182,18 @@ def repaint(config: Config, origin: Origin) -> None:
 
 
 def study(
-    config: Config, machine: Machine, teacher: Teacher, classes: ClassFile, student: Student, start: Path
+    config: Config,
+    machine: Machine,
+    teacher: Teacher,
+    classes: ClassFile,
+    student: Student,
+    start: Path,
+    watch: Watch,
 ) -> Student:
     """Train on batches of class pictures, weighted by priority, and of the distillation cache."""
     folder = config.run / "classes"
-    in_classes, in_prior = rows_of(config.train.batch_size, config.prior_share)
-    painted, ledger = Reader(folder / "cache", "train"), Ledger.open(folder)
-    kept = set(ledger.kept())
-    weights = draw_weights(classes, Counter(head.class_name for head in painted.heads() if head.key in kept))
-    prior = prior_weights(classes, Reader(config.run / "cache", "train").class_names)
-    seed = config.train.seed
-    mixture = Mixture(
-        classes=Reader(folder / "cache", "train", seed, in_classes, keys=kept, class_weights=weights),
-        prior=Reader(config.run / "cache", "train", seed, in_prior, class_weights=prior),
-        rank=machine.rank,
-        world=machine.world,
-    )
+    ledger = Ledger.open(folder)
+    mixture = mixture_of(config, machine, classes, ledger)
     return fit(
         with_adapters(student, config.lora) if config.lora else student.requires_grad_(True),
         Objective(config.objective, student.blocks, feature_scale(config.run / "cache", config.objective.block_bins)),
@@ -183,23 +203,33 @@ def study(
         folder,
         machine=machine,
         identity={
-            "recipe": painted.manifest.recipe.fingerprint(),
+            "recipe": mixture.classes.manifest.recipe.fingerprint(),
             "pictures": ledger.sha256(),
             "prior": mixture.prior.manifest.recipe.fingerprint(),
             "prior_share": config.prior_share,
             "start": hashlib.sha256(start.read_bytes()).hexdigest(),
+            **({"exam": config.exam.model_dump(mode="json", exclude={"pictures"})} if config.stop else {}),
             **({"lora": config.lora.model_dump(mode="json")} if config.lora else {}),
         },
+        groups=mixture.groups.names,
         resume=config.resume,
-        hooks=Hooks(at_checkpoint=grids_beside(teacher, config.grid, folder / "grids")),
+        hooks=watch.hooks(),
     )
 
 
-def exam_prompts(config: Config, classes: ClassFile) -> dict[str, list[Prompt]]:
-    """Prompts of each class that no training saw; a class of nothing but photographs is asked for what they show."""
-    asked = {spec.name: config.exam.pictures if spec.is_painted else 0 for spec in classes.classes}
-    found = class_prompts(config.prompts, config.seed, "validation", classes, asked)
-    for spec in classes.classes:
-        if not spec.is_painted:
-            found[spec.name] = list(islice(cycle(photographs(spec)), config.exam.pictures))
-    return found
+def mixture_of(config: Config, machine: Machine, classes: ClassFile, ledger: Ledger) -> Mixture:
+    """The stream of the pictures that are kept, and of the distillation cache."""
+    seed, (in_classes, in_prior) = config.train.seed, rows_of(config.train.batch_size, config.prior_share)
+    cache, painted = config.run / "classes" / "cache", Reader(config.run / "classes" / "cache", "train")
+    kept, taught = set(ledger.kept()), set(ledger.kept("data"))
+    records = Counter(head.class_name for head in painted.heads() if head.key in kept)
+    own = (record for record in painted.records() if record.key in taught)
+    prior = prior_weights(classes, Reader(config.run / "cache", "train").class_names)
+    return Mixture(
+        classes=Reader(cache, "train", seed, in_classes, keys=kept, class_weights=draw_weights(classes, records)),
+        prior=Reader(config.run / "cache", "train", seed, in_prior, class_weights=prior),
+        groups=Groups.of_classes(classes, records),
+        data=DataTarget.of(own, seed, config.render.states.density) if taught else None,
+        rank=machine.rank,
+        world=machine.world,
+    )

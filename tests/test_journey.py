@@ -15,16 +15,18 @@ from configs.refusal import Refused
 from shards.manifest import Manifest, verify
 from stages import cache_teacher, distill, finetune_classes
 from stages.evaluate import david as david_tool
+from stages.nets.saved import open_run
 
 TINY = [Path("configs/tiny.yaml")]
 CACHE = ["--count", "8", "--validation-count", "2", "--render.records-per-shard", "4", "--render.states.steps", "4"]
 TRAIN = ["--train.max-samples", "12", "--train.batch-size", "4", "--train.checkpoint-every-samples", "8"]
-TRAIN += ["--train.optimizer.warmup-samples", "4", "--grid.sampler.steps", "2"]
+TRAIN += ["--train.optimizer.warmup-samples", "4"]
 DAVID = ["--david.fit.steps", "3", "--david.fit.bins", "10", "--david.fit.patterns", "4"]
 CLASSES = """
 classes:
   - {name: stars, pattern: star/*, priority: top}
   - {name: rest, pattern: "[!s]*", priority: low}
+  - {name: mine, images: IMAGES, caption: a zork, priority: mid}
 """
 
 
@@ -33,12 +35,15 @@ def cache_config(run: Path, *options: str) -> cache_teacher.Config:
 
 
 def distill_config(run: Path, *options: str) -> distill.Config:
-    few = ["--validation.states", "6"]
+    few = ["--validation.states", "6", "--grid.sampler.steps", "2"]
     return load(distill.Config, "distill", TINY, ["--run", str(run), *TRAIN, *DAVID, *few, *options])
 
 
 def classes_config(run: Path, *options: str) -> finetune_classes.Config:
-    (run / "asked.yaml").write_text(CLASSES)
+    (run / "images").mkdir(exist_ok=True)
+    for name in ("red", "green"):
+        Image.new("RGB", (80, 64), name).save(run / "images" / f"{name}.png")
+    (run / "asked.yaml").write_text(CLASSES.replace("IMAGES", str(run / "images")))
     few = ["--classes", str(run / "asked.yaml"), "--count", "5", "--exam.pictures", "2", "--exam.sampler.steps", "2"]
     render = ["--render.records-per-shard", "4", "--render.states.steps", "4", "--gate.score", "0"]  # blurs in 4 steps
     return load(finetune_classes.Config, "finetune_classes", TINY, ["--run", str(run), *TRAIN, *few, *render, *options])
@@ -100,7 +105,12 @@ def test_what_david_sees_is_drawn(journey: Path, capsys: pytest.CaptureFixture[s
 def test_the_table_of_classes_has_a_row_for_each(journey: Path) -> None:
     lines = (journey / "classes" / "per_class.csv").read_text().splitlines()
     assert lines[0].startswith("class,priority,paired_error_before,paired_error_after,all_before,all_after")
-    assert [line.split(",")[:2] for line in lines[1:]] == [["stars", "top"], ["rest", "low"]]
+    assert [line.split(",")[:2] for line in lines[1:]] == [
+        ["stars", "top"],
+        ["rest", "low"],
+        ["mine", "mid"],
+        ["(outside)", ""],
+    ]
 
 
 def test_grids_and_journal_are_there_for_each_checkpoint(journey: Path) -> None:
@@ -112,6 +122,16 @@ def test_grids_and_journal_are_there_for_each_checkpoint(journey: Path) -> None:
     validated = [line for line in lines if line.get("kind") == "validation"]
     assert [line["samples"] for line in validated] == [8, 12]
     assert all(line["held_out"] > 0 and len(line["seen_new_noise_by_s"]) == 5 for line in validated)
+
+
+def test_classes_are_told_apart_in_the_journal_and_drawn_at_each_checkpoint(journey: Path) -> None:
+    folder, names = journey / "classes", ["stars", "rest", "mine", "(outside)"]
+    assert [path.stem for path in sorted((folder / "grids").iterdir())] == ["000000008", "000000012"]
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    assert list(lines[0]["flow_by_class"]) == [*names[:3], "(prior)"]
+    examined = [line for line in lines if line.get("kind") == "classes"]
+    assert [line["samples"] for line in examined] == [8, 12]
+    assert all(list(line["all"]) == list(line["lost"]) == names for line in examined)
 
 
 def test_a_second_call_changes_nothing(journey: Path) -> None:
@@ -179,3 +199,32 @@ def test_distillation_killed_in_mid_epoch_ends_on_the_same_bits(journey: Path, t
     for name in ("student.safetensors", "ema.safetensors"):
         ended = Path("distill/checkpoints/000000012") / name
         assert (tmp_path / ended).read_bytes() == (journey / ended).read_bytes()
+
+
+def test_finetuning_that_is_killed_ends_on_the_same_bits(journey: Path, tmp_path: Path) -> None:
+    """Photographs among its pictures, whose noise is drawn in training."""
+    for part in ("cache", "distill", "classes"):
+        shutil.copytree(journey / part, tmp_path / part)
+    shutil.rmtree(tmp_path / "classes" / "checkpoints" / "000000012")
+    (tmp_path / "classes" / "COMPLETE").unlink()
+    finetune_classes.run(classes_config(tmp_path))
+    for name in ("student.safetensors", "ema.safetensors"):
+        ended = Path("classes/checkpoints/000000012") / name
+        assert (tmp_path / ended).read_bytes() == (journey / ended).read_bytes()
+
+
+def test_finetuning_that_ends_early_exports_its_best_checkpoint(journey: Path, tmp_path: Path) -> None:
+    for part in ("cache", "distill"):
+        (tmp_path / part).symlink_to(journey / part)
+    shutil.copytree(journey / "classes" / "cache", tmp_path / "classes" / "cache")
+    often = ["--train.max-samples", "40", "--train.checkpoint-every-samples", "4"]
+    impatient = ["--stop.patience", "1", "--stop.most-lost", "100", "--exam.checkpoint-pictures", "1"]
+    finetune_classes.run(classes_config(tmp_path, *often, *impatient))
+    folder = tmp_path / "classes"
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    scores = {line["samples"]: line["score"] for line in lines if line.get("kind") == "classes"}
+    best = min(scores, key=lambda samples: (scores[samples], samples))
+    assert max(scores) == best + 4
+    assert (folder / "COMPLETE").read_text() == f"{best}\n"
+    assert open_run(folder).samples == best
+    assert json.loads((folder / "export" / "diffusers" / "sollune.json").read_text())["samples"] == best

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs.load import load
 from configs.refusal import Refused
 from shards.reader import Reader
 from shards.recipe import Recipe
 from shards.record import BlockFeatures, Draws, Record
 from shards.writer import CacheWriter
 from stages.classes import ClassFile, ClassSpec, draw_weights
-from stages.train.mixture import Mixture, rows_of
+from stages.finetune_classes import Config
+from stages.flow.timesteps import TimestepDensity
+from stages.train.data_target import DataTarget
+from stages.train.mixture import Groups, Mixture, rows_of
 
 FILE = ClassFile(
     classes=(
@@ -45,6 +49,7 @@ def mixture(tmp_path: Path) -> Mixture:
     return Mixture(
         classes=Reader(cache(tmp_path / "classes", names), "train", 0, 6, class_weights=weights),
         prior=Reader(cache(tmp_path / "prior", ["heart/red", "moon/red", "moon/blue"]), "train", 0, 2),
+        groups=Groups.of_classes(FILE, names),
     )
 
 
@@ -87,3 +92,54 @@ def test_a_share_that_leaves_a_stream_without_rows_is_refused(share: float) -> N
     assert rows_of(32, 0.3) == (22, 10)
     with pytest.raises(Refused, match=f"prior_share = {share}"):
         rows_of(32, share)
+
+
+@pytest.fixture
+def told_apart(mixture: Mixture) -> Mixture:
+    """The third star teaches itself; each row says which class it is of, or that it is of the prior."""
+    reader = mixture.classes
+    data = DataTarget({"000000002": reader.record("000000002").x0}, seed=0, density=TimestepDensity())
+    return replace(mixture, data=data)
+
+
+def test_rows_that_teach_themselves_are_the_same_on_every_number_of_ranks(told_apart: Mixture) -> None:
+    whole = list(islice(told_apart.batches(2 * 8), 6))
+    assert any(batch.answered is not None for batch in whole)
+    ranks = [replace(told_apart, rank=rank, world=2).batches(2 * 8) for rank in range(2)]
+    for batch in whole:
+        for rank in range(2):
+            part, of = next(ranks[rank]), batch.rows(slice(rank, None, 2))
+            assert torch.equal(part.x_t, of.x_t)
+            assert torch.equal(part.s, of.s)
+            assert torch.equal(part.v_cond, of.v_cond)
+            unanswered = [row for row, key in enumerate(part.keys) if key == "000000002" and part.group[row] < 2]
+            answered = torch.ones(4, dtype=torch.bool) if part.answered is None else part.answered
+            assert (~answered).nonzero().flatten().tolist() == unanswered
+
+
+def test_rows_that_teach_themselves_are_the_same_when_a_run_goes_on(told_apart: Mixture) -> None:
+    fifth, again = next(islice(told_apart.batches(0), 5, None)), next(told_apart.batches(5 * 8))
+    assert torch.equal(fifth.x_t, again.x_t)
+    assert torch.equal(fifth.s, again.s)
+
+
+def test_each_row_is_counted_to_its_class_or_to_the_prior(told_apart: Mixture) -> None:
+    assert told_apart.groups.names == ("stars", "rings", "(prior)")
+    for batch in islice(told_apart.batches(0), 10):
+        expected = [0 if name.startswith("star") else 1 for name in batch.class_names[:6]] + [2, 2]
+        assert batch.group.tolist() == expected
+
+
+@pytest.mark.parametrize("source", ["painted", "reused"])
+def test_pictures_that_guidance_made_may_not_teach_themselves(source: str) -> None:
+    config, words = [Path("configs/tiny.yaml")], [f"--pictures.{source}", "data"]
+    with pytest.raises(Refused, match=rf"pictures\.{source} = data: they are painted at guidance 3 to 8"):
+        load(Config, "finetune_classes", config, words)
+    unguided = ["--render.states.guidance-min", "1", "--render.states.guidance-max", "1"]
+    assert load(Config, "finetune_classes", config, [*words, *unguided]).pictures.target(source) == "data"
+
+
+def test_an_end_by_lost_pictures_needs_somebody_who_counts_them() -> None:
+    words = ["--stop.patience", "2", "--scorer", "None"]
+    with pytest.raises(Refused, match=r"most_lost counts right pictures"):
+        load(Config, "finetune_classes", [Path("configs/tiny.yaml")], words)

@@ -20,7 +20,7 @@ from stages.nets.components import Components, identity, load_components
 from stages.nets.lora import LoraConfig, fill, merged, with_adapters
 from stages.nets.student import Student, Target, vp_of
 
-ORIGIN, CHECKPOINTS, WEIGHTS = "origin.json", "checkpoints", "ema.safetensors"
+ORIGIN, CHECKPOINTS, WEIGHTS, COMPLETE = "origin.json", "checkpoints", "ema.safetensors", "COMPLETE"
 BASE = "base.safetensors"
 """The weights beside which adapters were trained, in the folder of a run whose checkpoints hold those alone."""
 
@@ -101,13 +101,16 @@ def cache_of(folder: Path) -> Path:
 
 
 def open_run(folder: Path, samples: int | None = None) -> SavedRun:
-    """The run with its newest checkpoint, or the one at `samples`; raises `Refused` when there is none."""
+    """The run with the checkpoint at `samples`, or the one that it ended with, or else its newest.
+
+    Raises `Refused` when there is none.
+    """
     if not is_run(folder):
         raise Refused(f"{folder}: no run lies here ({ORIGIN} is missing) - name a folder such as runs/tiny/distill")
     found = _checkpoints(folder)
     if not found:
         raise Refused(f"{folder}: no checkpoint yet (checkpoints/<samples>/{WEIGHTS}) - let the run write one")
-    chosen = max(found) if samples is None else samples
+    chosen = _ended_with(folder, found) if samples is None else samples
     if chosen not in found:
         raise Refused(f"{folder}: no checkpoint at {samples} samples - there are {', '.join(map(str, sorted(found)))}")
     return SavedRun(folder, Origin.open(folder), found[chosen], chosen)
@@ -187,6 +190,13 @@ def _read(file: Path, take: Callable[[dict[str, Tensor]], object], way_out: str)
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise Refused(f"{file}: not the student's weights ({reason}) - {way_out}") from error
+
+
+def _ended_with(folder: Path, found: Mapping[int, Path]) -> int:
+    """The checkpoint that a finished run took, which is not its newest where another was better; else the newest."""
+    mark = folder / COMPLETE
+    said = mark.read_text(encoding="utf-8").strip() if mark.is_file() else ""
+    return int(said) if said.isdecimal() and int(said) in found else max(found)
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:

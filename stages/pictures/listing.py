@@ -32,9 +32,11 @@ class PicturesConfig(Strict):
         description="largest share of a class's pictures that is taken from RUN/cache, not painted again",
     )
     painted: Target = Field(
-        "teacher", description="what painted pictures teach: the teacher's velocity, or data: eps - x0"
+        "teacher",
+        description="what painted pictures teach: the teacher's velocity, or data: eps - x0, which only pictures "
+        "painted at guidance 1 may: who learns guided ones as they are is guided twice when sampled",
     )
-    reused: Target = Field("teacher", description="what pictures of RUN/cache teach: teacher or data")
+    reused: Target = Field("teacher", description="what pictures of RUN/cache teach: teacher or data, likewise")
     photograph: Target = Field("data", description="what photographs teach: data, or teacher for its answers there")
 
     def most(self, quotas: Mapping[str, int]) -> dict[str, int]:
@@ -44,6 +46,16 @@ class PicturesConfig(Strict):
     def target(self, source: Source) -> Target:
         """What is learnt from pictures of this source."""
         return {"painted": self.painted, "reused": self.reused, "photograph": self.photograph}[source]
+
+    def refuse_guided(self, least: float, most: float) -> None:
+        """Raise `ValueError` where pictures painted at these guidance scales shall teach themselves."""
+        for source in ("painted", "reused"):
+            used = source == "painted" or self.reuse > 0
+            if used and self.target(source) == "data" and not least == most == 1:
+                raise ValueError(
+                    f"pictures.{source} = data: they are painted at guidance {least:g} to {most:g}, and who learns "
+                    "them as they are is guided twice when sampled - set it to teacher, or paint at guidance 1"
+                )
 
 
 @dataclass(frozen=True)

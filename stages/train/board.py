@@ -53,6 +53,7 @@ class Board:
         self._bars = ASCII_BARS if console.options.ascii_only else BARS
         self._line: Mapping[str, Any] = {}
         self._validated: tuple[int, Mapping[str, Any]] | None = None
+        self._examined: tuple[int, Mapping[str, Any]] | None = None
         self._trend: deque[float] = deque(maxlen=TREND)
         self._present: Sequence[str] = ()
         self._past: deque[str] = deque(maxlen=WARNINGS)
@@ -74,9 +75,12 @@ class Board:
         self._draw()
 
     def note(self, samples: int, kind: str, found: Mapping[str, Any]) -> None:
-        """Keep the last validation; anything else is a warning."""
+        """Keep the last validation and the last exam of classes; anything else is a warning."""
         if kind == "validation":
             self._validated = samples, found
+            self._draw()
+        elif kind == "classes":
+            self._examined = samples, found
             self._draw()
         else:
             self.warn(samples, f"{kind}: {found}")
@@ -100,6 +104,8 @@ class Board:
             parts += [Text(""), self._figures(), Text(""), columns]
         if self._validated:
             parts += [Text(""), _validation(*self._validated, self._bars)]
+        if self._line.get("flow_by_class") or self._examined:
+            parts += [Text(""), _classes(self._line.get("flow_by_class", {}), self._examined)]
         if self._present or self._past:
             parts += [Text(""), *(Text(f"! {text}", style="yellow") for text in (*self._present, *self._past))]
         return Panel(Group(*parts), title=escape(self.title), title_align="left", border_style="dim", padding=(0, 1))
@@ -182,6 +188,21 @@ def _validation(samples: int, found: Mapping[str, Any], bars: str) -> Table:
             table.add_row(name, f"{found[key]:.4f}", Text(by_s, style="cyan"))
     if "cache_gap" in found:
         table.add_row("cache gap", f"{found['cache_gap']:+.4f}")
+    return table
+
+
+def _classes(flow: Mapping[str, float | None], examined: tuple[int, Mapping[str, Any]] | None) -> Table:
+    """A row for each class: its flow error now, and what the last exam found of it."""
+    samples, found = examined or (0, {})
+    measured = {name: values for name, values in found.items() if isinstance(values, Mapping)}
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("class")
+    table.add_column("flow", justify="right")
+    for name in measured:
+        table.add_column(f"{name.replace('_', ' ')} after {samples:,}", justify="right")
+    for one in dict.fromkeys((*flow, *(key for values in measured.values() for key in values))):
+        cells = (values.get(one) for values in (flow, *measured.values()))
+        table.add_row(escape(one), *("" if value is None else f"{value:.4g}" for value in cells))
     return table
 
 

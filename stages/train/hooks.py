@@ -3,11 +3,28 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from stages.nets.student import Student
 from stages.train.checkpoint import Elsewhere
-from stages.train.validation import Validated
+
+
+class Measured(Protocol):
+    """What was found of a student at a checkpoint."""
+
+    @property
+    def kind(self) -> str:
+        """What the journal calls it."""
+        ...
+
+    @property
+    def score(self) -> float | None:
+        """What the best checkpoint has least of; None when this one cannot be it."""
+        ...
+
+    def told(self) -> Mapping[str, Any]:
+        """What the journal writes."""
+        ...
 
 
 def _look_away(_samples: int, _student: Student) -> None:
@@ -15,6 +32,10 @@ def _look_away(_samples: int, _student: Student) -> None:
 
 
 def _measure_nothing(_student: Student) -> None:
+    return None
+
+
+def _go_on(_samples: int) -> None:
     return None
 
 
@@ -26,12 +47,14 @@ def _say_nothing() -> None:
 class Hooks:
     """Called on the main process alone, while the others wait."""
 
-    validate: Callable[[Student], Validated | None] = _measure_nothing
-    """Before each checkpoint, with the averaged student: its errors, if they were measured."""
+    validate: Callable[[Student], Measured | None] = _measure_nothing
+    """Before each checkpoint, with the averaged student: what was measured of it, if anything was."""
     after_checkpoint: Callable[[Path], None] = lambda _folder: None
     """With the folder of each checkpoint that was written."""
     at_checkpoint: Callable[[int, Student], None] = _look_away
     """After each checkpoint with the averaged student, and again when a run goes on from one."""
+    enough: Callable[[int], str | None] = _go_on
+    """After each checkpoint, and when a run goes on, with the samples seen: why training is over, if it is."""
     extra: Callable[[], Mapping[str, Any]] = dict
     """More for each line of the journal: names, and numbers or mappings of numbers."""
     warning: Callable[[], str | None] = _say_nothing

@@ -1,6 +1,7 @@
 """What a run tells about itself: a JSON line now and then, the same numbers for trackers, and a view of the moment."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from stages.train.machine import Machine
 from stages.train.trackers import NOTHING, TrackingConfig, trackers_of
 from stages.train.window import Step, Window
 
-__all__ = ["Journal", "Step", "Window", "flat", "forget_after", "steps_told"]
+__all__ = ["Journal", "Step", "Window", "flat", "forget_after", "notes", "steps_told"]
 
 FILE = "journal.jsonl"
 GIB = 2**30
@@ -27,7 +28,8 @@ class Journal:
     """`journal.jsonl` of one run folder, taken up again at `samples`, and all who read along; a context.
 
     All processes of a run count their steps in and ask for lines together; only the main one writes and shows
-    anything. `facts` (the configuration, say) are told to the trackers once.
+    anything. `facts` (the configuration, say) are told to the trackers once. `groups` names those of the samples that
+    are told apart.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class Journal:
         machine: Machine,
         tracking: TrackingConfig | None = None,
         facts: Mapping[str, Any] = NOTHING,
+        groups: Sequence[str] = (),
     ) -> None:
-        self.path, self.blocks, self.window, self.machine = folder / FILE, tuple(blocks), Window(), machine
+        self.path, self.blocks, self.machine = folder / FILE, tuple(blocks), machine
+        self.window = Window(groups)
         if machine.is_main:
             forget_after(self.path, samples)
         asked = (tracking or TrackingConfig()) if machine.is_main else TrackingConfig(to=())
@@ -91,7 +95,7 @@ class Journal:
             line |= {"paused_seconds": self._paused_seconds, **more}
             self._append(line)
             self._view.line(line, [*warnings, *self._track(flat(line), samples)])
-        self.window, self._paused_seconds = Window(), 0.0
+        self.window, self._paused_seconds = Window(self.window.groups), 0.0
         self.window.since = begun
         self.window.bookkeeping_seconds = time.perf_counter() - begun
 
@@ -99,7 +103,7 @@ class Journal:
         """Write a line of another kind, such as a validation."""
         if not self.machine.is_main:
             return
-        self._append({"samples": samples, "kind": kind, **found})
+        self._append({"samples": samples, "kind": kind, **found}, lasting=True)
         for trouble in self._track([(f"{kind}/{name}", value) for name, value in flat(found)], samples):
             self._view.warn(samples, trouble)
         self._view.note(samples, kind, found)
@@ -111,11 +115,14 @@ class Journal:
     def pause(self) -> None:
         """Leave out of the rate what happened since the last line (a checkpoint, a grid); the next line names it."""
         self._paused_seconds += time.perf_counter() - self.window.since
-        self.window = Window()
+        self.window = Window(self.window.groups)
 
-    def _append(self, line: Mapping[str, Any]) -> None:
+    def _append(self, line: Mapping[str, Any], lasting: bool = False) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+            if lasting:  # a checkpoint may not outlive what was found of it: training ends by it
+                file.flush()
+                os.fsync(file.fileno())
 
     def _track(self, named: Sequence[tuple[str, float]], samples: int) -> list[str]:
         return self._trackers.log(dict(named), samples)
@@ -132,6 +139,14 @@ def steps_told(folder: Path) -> list[dict[str, Any]]:
     """The lines about training in a run's journal, without those of another kind."""
     lines = (folder / FILE).read_text(encoding="utf-8").splitlines()
     return [line for line in map(json.loads, lines) if "kind" not in line]
+
+
+def notes(folder: Path, kind: str, samples: int) -> list[dict[str, Any]]:
+    """The whole lines of a kind up to so many samples; none where there is no journal yet."""
+    path = folder / FILE
+    written = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    told = [json.loads(line) for line in written if line.endswith("\n")]
+    return [line for line in told if line.get("kind") == kind and line["samples"] <= samples]
 
 
 def forget_after(path: Path, samples: int) -> None:

@@ -1,7 +1,7 @@
 """The loop of distillation and of fine-tuning: from wherever the run was left to its last sample."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -53,12 +53,13 @@ def fit(
     hooks: Hooks | None = None,
     judge: Judge | None = None,
     samples_per_epoch: int | None = None,
+    groups: Sequence[str] = (),
     resume: Resume = "auto",
 ) -> Student:
-    """Train the student up to `max_samples` and hand it back wearing its averaged weights.
+    """Train the student up to `max_samples` and hand it back wearing its averaged weights; a hook may end it before.
 
     `identity` holds what the weights depend on beyond `config` and the objective (the recipe's fingerprint, say), as
-    JSON values.
+    JSON values; `groups` names those of the batches' rows.
     A run that was left at any sample goes on to the very bits of one that was not, if as many processes go on.
     """
     # What a step changes, and where the run was left
@@ -73,8 +74,8 @@ def fit(
         machine.on_main(_show, state, student, hooks)
 
     # The data from there on
-    if state.samples >= config.max_samples:
-        machine.say(f"{folder}: all {config.max_samples} samples seen already")
+    if ended := machine.on_main(_ended, state, config, hooks):
+        machine.say(f"{folder}: {ended}")
         return _worn_for_good(state, student)
     machine.on_main(checkpoints.refuse_small_disk, state)
     stream = iter(batches(state.samples))
@@ -89,7 +90,7 @@ def fit(
     facts = _identity(config, objective, identity)
     with (
         Journal(
-            folder, state.samples, config.max_samples, objective.blocks, machine, config.tracking, facts
+            folder, state.samples, config.max_samples, objective.blocks, machine, config.tracking, facts, groups
         ) as journal,
         Interruption(machine.is_main) as interruption,
     ):
@@ -114,6 +115,9 @@ def fit(
                     _leave(signal, state.samples, folder, machine)
                 machine.on_main(_show, state, student, hooks)
                 journal.pause()
+                if not over and (ended := machine.on_main(_ended, state, config, hooks)):
+                    machine.say(f"{folder}: {ended}")
+                    over = True
             if over:
                 break
             waiting = time.perf_counter()
@@ -156,6 +160,13 @@ def _worn_for_good(state: TrainingState, student: Student) -> Student:
     return student.eval()
 
 
+def _ended(state: TrainingState, config: TrainConfig, hooks: Hooks) -> str | None:
+    """Why nothing is left to be done, if nothing is."""
+    if state.samples >= config.max_samples:
+        return f"all {config.max_samples} samples seen already"
+    return hooks.enough(state.samples)
+
+
 def _due(before: int, after: int, every: int) -> bool:
     """Whether a multiple of `every` was reached by this step."""
     return after // every > before // every
@@ -163,13 +174,13 @@ def _due(before: int, after: int, every: int) -> bool:
 
 @torch.no_grad()
 def _validated(state: TrainingState, student: Student, hooks: Hooks, journal: Journal) -> float | None:
-    """The averaged student's error, if the caller measures one; the journal hears all that was found."""
+    """The averaged student's score, if the caller measures one; the journal hears all that was found."""
     with state.ema.worn():
         found = hooks.validate(student.eval())
     student.train()
     if found is None:
         return None
-    journal.note(state.samples, "validation", found.told())
+    journal.note(state.samples, found.kind, found.told())
     return found.score
 
 

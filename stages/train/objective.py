@@ -88,7 +88,7 @@ class Losses:
     blocks: Float[Tensor, " n_blocks"]
     """Error of each block, before any weight but omega."""
     flow_errors: Float[Tensor, " b"]
-    """Flow error of each sample, before any weight; so are the two below."""
+    """Flow error of each sample, before any weight; so are the two below, which are 0 where no teacher was asked."""
     guidance_errors: Float[Tensor, " b"]
     block_errors: Float[Tensor, "n_blocks b"]
     omega: Float[Tensor, " b"]
@@ -139,6 +139,7 @@ class Objective:
     ) -> Losses:
         """The loss of a batch, `block_weight` being that of the block term at present.
 
+        Rows whose teacher was not asked count with the flow error of their conditional branch alone.
         `scales` are the guidance scales w of the samples; `omega` weighs whole samples and is not normalised inside
         the batch (mathematics.md section 4).
         """
@@ -149,13 +150,16 @@ class Objective:
         conditional = velocity_error(output.v_cond, batch.v_cond)
         unconditional = velocity_error(output.v_uncond, batch.v_uncond)
         flow_errors = (conditional + config.uncond_weight * unconditional) / (1 + config.uncond_weight)
+        if batch.answered is not None:
+            flow_errors = torch.where(batch.answered, flow_errors, conditional)
         flow = (weights * flow_errors).mean()
 
         guided_errors = guidance_error(output.v_cond - batch.v_cond, output.v_uncond - batch.v_uncond, scales)
+        guided_errors = _where_answered(guided_errors, batch)
         guidance = (weights * guided_errors).mean()
 
         with torch.set_grad_enabled(block_weight > 0 and torch.is_grad_enabled()):
-            by_block = self._block_errors(output, batch)
+            by_block = _where_answered(self._block_errors(output, batch), batch)
             blocks = (by_block * omega).mean(dim=1)
 
         rest = flow + config.guidance_weight * guidance
@@ -186,3 +190,8 @@ class Objective:
         if self.config.block_form == "cosine" or self.scale is None:
             return cosine_errors(output.features, targets)
         return block_errors(output.features, targets, self.scale.at(batch.s))
+
+
+def _where_answered(errors: Float[Tensor, "*n b"], batch: Batch) -> Float[Tensor, "*n b"]:
+    """The errors of the rows whose teacher was asked; 0 for the others."""
+    return errors if batch.answered is None else torch.where(batch.answered, errors, torch.zeros_like(errors))

@@ -97,7 +97,9 @@ class Stepper:
             state.judge.learn(sums[1 + len(measured[0]) :], after - before)
         self._look_for_a_spike(loss, batch)
         s = torch.cat([chunk.rows.s for chunk in chunks])
-        return Step(Losses.joined(losses), lambdas, block_weight, s, grad_norm, rate, data_wait_seconds)
+        groups = [chunk.rows.group for chunk in chunks if chunk.rows.group is not None]
+        group = torch.cat(groups) if groups else None
+        return Step(Losses.joined(losses), lambdas, block_weight, s, grad_norm, rate, data_wait_seconds, group)
 
     def _dealt(self, batch: Batch) -> list[Chunk]:
         """The chunks of this process, with draws that depend on the samples' numbers alone."""

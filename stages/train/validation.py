@@ -44,6 +44,11 @@ class Validated:
     seconds: float
 
     @property
+    def kind(self) -> str:
+        """What the journal calls it."""
+        return "validation"
+
+    @property
     def score(self) -> float:
         """What the best checkpoint has least of."""
         return self.held_out.velocity.overall

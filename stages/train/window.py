@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from stages.flow.timesteps import bin_of
@@ -28,12 +28,16 @@ class Step:
     grad_norm: Float[Tensor, ""]
     learning_rate: float
     data_wait_seconds: float
+    group: Int[Tensor, " b"] | None = None
+    """which group of the journal's each sample belongs to"""
 
 
 class Window:
     """Sums over the steps since the last line; tensors stay on their device until they are asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: Sequence[str] = ()) -> None:
+        """`groups` are told apart; samples that have none are not counted among them."""
+        self.groups = tuple(groups)
         self.steps, self.data_wait_seconds, self.bookkeeping_seconds = 0, 0.0, 0.0
         self.since = time.perf_counter()
         self._sums: dict[str, Tensor] = {}
@@ -41,6 +45,8 @@ class Window:
     def add(self, step: Step) -> None:
         """Count one step in."""
         parts = _parts(step)
+        if self.groups:
+            parts["by_group"] = _by_group(step, len(self.groups))
         self._sums = {name: self._sums[name] + part for name, part in parts.items()} if self.steps else parts
         self.steps += 1
         self.data_wait_seconds += step.data_wait_seconds
@@ -71,6 +77,7 @@ class Window:
             "lambdas": dict(zip(blocks, mean["lambdas"], strict=True)),
             "block_weight": self.block_weight,
             **by_bin,
+            **self._told_by_group(total),
             "effective_size": float(omega.sum() ** 2 / (count.sum() * square.sum())),
             "effective_size_by_s": _numbers(omega**2 / (count * square)),
             "learning_rate": self.learning_rate,
@@ -79,6 +86,12 @@ class Window:
             "window_seconds": seconds,
             **{name: float(total[name] / total["processes"]) for name in ("data_wait_seconds", "bookkeeping_seconds")},
         }
+
+    def _told_by_group(self, total: Mapping[str, Tensor]) -> dict[str, Any]:
+        if not self.groups:
+            return {}
+        count, error = total["by_group"]
+        return {"flow_by_class": dict(zip(self.groups, _numbers(error / count), strict=True))}
 
 
 def _parts(step: Step) -> dict[str, Tensor]:
@@ -102,3 +115,11 @@ def _parts(step: Step) -> dict[str, Tensor]:
 
 def _numbers(values: Float[Tensor, " n"]) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+def _by_group(step: Step, groups: int) -> Float[Tensor, "2 groups"]:
+    """Samples and flow errors of each group."""
+    errors = step.losses.flow_errors.double()
+    sums = errors.new_zeros(2, groups)
+    stacked = torch.stack([torch.ones_like(errors), errors])
+    return sums if step.group is None else sums.index_add_(1, step.group, stacked)

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -172,3 +173,11 @@ def test_lines_beyond_the_resumed_sample_and_a_cut_off_line_are_dropped(tmp_path
     path.write_text("".join(json.dumps(line) + "\n" for line in told) + '{"samp')
     forget_after(path, 8)
     assert [json.loads(line) for line in path.read_text().splitlines()] == told[:3]
+
+
+def test_groups_have_their_own_mean_flow_error_and_one_without_samples_none():
+    window = Window(("stars", "rings", "(prior)"))
+    window.add(replace(step([1.0, 3.0], [0.05, 0.95]), group=torch.tensor([0, 2])))
+    window.add(replace(step([5.0, 7.0], [0.96, 0.55]), group=torch.tensor([2, 2])))
+    assert window.line(4, BLOCKS)["flow_by_class"] == {"stars": 1.0, "rings": None, "(prior)": 5.0}
+    assert window.sums()["by_group"].tolist() == [[1, 0, 3], [1, 0, 15]]

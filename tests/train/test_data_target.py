@@ -1,0 +1,126 @@
+"""Laws of pictures that teach themselves: what is drawn for them, and what of it counts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from configs.refusal import Refused
+from shards.batch import Batch, concatenate
+from shards.record import BlockFeatures, Draws, Record
+from stages.flow.timesteps import TimestepDensity
+from stages.nets.student import StudentOutput
+from stages.train.data_target import DataTarget
+from stages.train.losses import FeatureScale
+from stages.train.objective import Losses, Objective, ObjectiveConfig
+
+DENSITY = TimestepDensity()
+BLOCKS = ("mid", "up_3")
+SCALE = FeatureScale({block: torch.ones(1, 3) for block in BLOCKS})
+
+
+def record(key: str, guidance_scale: float) -> Record:
+    state, x0 = torch.zeros(1, 3, 4, 5).half(), torch.full((3, 4, 5), 0.25).half()
+    draws = Draws(torch.tensor([1]), torch.tensor([0.1]), state, state, state, torch.tensor([False]))
+    head = (key, "a picture", "star/red", 0, guidance_scale)
+    return Record(*head, torch.zeros(6, 7).half(), x0, draws, BlockFeatures({"mid": torch.zeros(1, 3).half()}))
+
+
+@pytest.fixture
+def target() -> DataTarget:
+    """The first of the two pictures of the batch teaches itself."""
+    return DataTarget.of([record("000000000", 1.0)], seed=3, density=DENSITY)
+
+
+def numbers(*samples: int) -> np.ndarray:
+    return np.array(samples)
+
+
+def output(batch: Batch, seed: int = 0) -> StudentOutput:
+    generator = torch.Generator().manual_seed(seed)
+
+    def off(values: Tensor) -> Tensor:
+        return (values.float() + torch.randn(values.shape, generator=generator)).requires_grad_(True)
+
+    return StudentOutput(off(batch.v_cond), off(batch.v_uncond), {b: off(f) for b, f in batch.features.items()})
+
+
+def losses(said: StudentOutput, batch: Batch) -> Losses:
+    objective = Objective(ObjectiveConfig(uncond_weight=0.5), BLOCKS, SCALE)
+    return objective(said, batch, torch.tensor([1.0, 2.0]), 0.05, torch.tensor([1.5, 6.0]))
+
+
+def test_a_state_and_its_velocity_lead_back_to_the_picture(batch, target):
+    put = target.put(batch, numbers(10, 11))
+    back = put.x_t[0] - put.s[0] * put.v_cond[0]
+    torch.testing.assert_close(back, target.x0["000000000"].float(), atol=1e-5, rtol=0)
+    assert put.answered is not None
+    assert put.answered.tolist() == [False, True]
+
+
+def test_noise_and_time_belong_to_the_number_of_the_sample_and_to_nothing_else(batch, target):
+    one, again = target.put(batch, numbers(10, 11)), target.put(batch.rows(slice(0, 1)), numbers(10))
+    assert torch.equal(one.x_t[0], again.x_t[0])
+    assert torch.equal(one.s[0], again.s[0])
+    assert not torch.equal(one.x_t[0], target.put(batch, numbers(12, 11)).x_t[0])
+    assert not torch.equal(one.x_t[0], replace(target, seed=4).put(batch, numbers(10, 11)).x_t[0])
+
+
+def test_the_other_rows_stay_as_they_are_stored(batch, target):
+    put = target.put(batch, numbers(10, 11))
+    for name in ("x_t", "v_cond", "v_uncond", "s", "k", "cond"):
+        assert torch.equal(getattr(put, name)[1], getattr(batch, name)[1])
+    assert target.put(batch.rows(slice(1, 2)), numbers(11)).answered is None
+
+
+def test_times_follow_the_density(batch, target):
+    row = batch.rows(slice(0, 1))
+    s = torch.cat([target.put(row, numbers(number)).s for number in range(400)])
+    places = DENSITY.cdf(s)
+    assert abs(float(places.mean()) - 0.5) < 3 * 12**-0.5 / 20
+    assert float(places.min()) < 0.02
+    assert float(places.max()) > 0.98
+
+
+def test_a_picture_that_guidance_made_is_refused_as_data():
+    with pytest.raises(Refused, match=r"record 000000007 .* painted at guidance 5, .* or paint at guidance 1"):
+        DataTarget.of([record("000000001", 1.0), record("000000007", 5.0)], 0, DENSITY)
+
+
+def test_rows_that_were_all_answered_lose_the_very_bits_of_rows_that_tell_nothing(batch):
+    told = replace(batch, answered=torch.ones(2, dtype=torch.bool))
+    one, two = output(batch), output(told)
+    lost, lost_too = losses(one, batch), losses(two, told)
+    lost.total.backward()
+    lost_too.total.backward()
+    assert all(torch.equal(a, b) for a, b in zip(vars(lost).values(), vars(lost_too).values(), strict=True))
+    assert torch.equal(one.v_cond.grad, two.v_cond.grad)
+    assert torch.equal(one.v_uncond.grad, two.v_uncond.grad)
+    assert torch.equal(one.features["mid"].grad, two.features["mid"].grad)
+
+
+def test_of_a_row_without_an_answer_only_the_conditional_branch_counts(batch):
+    asked = replace(batch, answered=torch.tensor([False, True]))
+    said = output(batch)
+    found = losses(said, asked)
+    found.total.backward()
+    conditional = (said.v_cond[0] - batch.v_cond[0]).square().mean()
+    assert found.flow_errors[0].item() == pytest.approx(conditional.item())
+    assert found.guidance_errors[0] == 0
+    assert found.block_errors[:, 0].tolist() == [0, 0]
+    assert said.v_uncond.grad[0].abs().sum() == 0
+    assert said.v_uncond.grad[1].abs().sum() > 0
+    assert said.features["mid"].grad[0].abs().sum() == 0
+    torch.testing.assert_close(said.v_cond.grad[0], (said.v_cond[0] - batch.v_cond[0]).detach() / 60)  # 2 / (2 x 60)
+
+
+def test_rows_that_tell_nothing_count_as_answered_beside_others(batch):
+    apart = replace(batch, answered=torch.tensor([False, True]))
+    both = concatenate([batch, apart])
+    assert both.answered is not None
+    assert both.answered.tolist() == [True, True, False, True]
+    assert both.rows(slice(1, None, 2)).answered.tolist() == [True, True]
+    assert both.to("cpu", torch.float32).answered.tolist() == both.answered.tolist()
+    assert concatenate([batch, batch]).answered is None
