@@ -14,7 +14,7 @@ from shards.view import View
 from stages.cluster import device_of
 from stages.evaluate.beside import GridConfig, grids_beside
 from stages.export import export_all
-from stages.export.hub import AtHome, Courier, HubConfig, courier_of
+from stages.export.courier import HubConfig, courier_of, sending
 from stages.nets.graft import graft_time_embedding
 from stages.nets.saved import Origin, load_teacher_parts
 from stages.nets.student import Student, Target, vp_of
@@ -104,20 +104,16 @@ def distill(config: Config) -> None:
                 "view": config.view.model_dump(mode="json"),
                 "david": config.david.model_dump(mode="json"),
             },
-            hooks=Hooks(
-                validate=validation,
-                after_checkpoint=courier.send,
-                at_checkpoint=grids_beside(teacher, config.grid, folder / "grids"),
-                extra=courier.told,
-                warning=courier.warning,
-                elsewhere=courier.fetch,
+            hooks=sending(
+                Hooks(validate=validation, at_checkpoint=grids_beside(teacher, config.grid, folder / "grids")), courier
             ),
             judge=judge,
             samples_per_epoch=reader.samples_per_epoch,
             resume=config.resume,
         )
         machine.say(judge.verdict())
-        machine.on_main(finish, config, origin, teacher, student, courier)
+        machine.on_main(finish, config, origin, teacher, student)
+        courier.send_export(folder / "export")
         machine.close()
 
 
@@ -128,11 +124,10 @@ def remember(config: Config, origin: Origin) -> None:
     origin.save(folder)
 
 
-def finish(config: Config, origin: Origin, teacher: Teacher, student: Student, courier: Courier | AtHome) -> None:
-    """Export the student, verified, and send it where the run is kept."""
+def finish(config: Config, origin: Origin, teacher: Teacher, student: Student) -> None:
+    """Export the student, verified."""
     folder = config.run / "distill"
     facts = origin.facts(teacher.parts, config.train.max_samples)
     exported = export_all(student, teacher.parts.folder, folder / "export", facts)
     atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
-    courier.send_export(folder / "export")
     print(f"{', '.join(map(str, exported))}: written and verified; pictures in {folder / 'grids'}")

@@ -29,6 +29,7 @@ from stages.evaluate.gate import GateConfig, judge, told
 from stages.evaluate.per_class import ExamConfig, save_table, show_table
 from stages.evaluate.watch import Watch
 from stages.export import export_all, export_lora
+from stages.export.courier import HubConfig, courier_of, sending
 from stages.nets.lora import LoraConfig, merged, with_adapters
 from stages.nets.saved import Origin, keep_base, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
@@ -38,6 +39,7 @@ from stages.prompts import PromptSource
 from stages.targets import RenderConfig, recipe_of
 from stages.train.checkpoint import Resume
 from stages.train.data_target import DataTarget
+from stages.train.hooks import Hooks
 from stages.train.launch import is_launched, launch
 from stages.train.loop import TrainConfig, fit
 from stages.train.machine import Machine
@@ -72,6 +74,7 @@ class Config(Strict):
     stop: StopConfig | None = Field(
         None, description="end when classes gain no more or others lose, and take the best checkpoint; none: the last"
     )
+    hub: HubConfig = Field(HubConfig(), description="where the run is kept beyond this machine")
     resume: Resume = Field("auto", description="auto: from the newest whole checkpoint; never: refuse a run's folder")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
     processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
@@ -112,9 +115,12 @@ def finetune(config: Config) -> None:
     # Without a scorer all is measured against the teacher, who cannot draw what photographs alone show.
     weights = {spec.name: classes.weight(spec) for spec in classes.classes if config.scorer or spec.is_painted}
     watch = Watch(teacher, distilled, asked, weights, config.scorer, config.exam, config.stop, folder)
-    student = merged(study(config, machine, teacher, classes, student, saved.weights, watch))
-    machine.on_main(finish, config, origin, teacher, classes, watch, student)
-    machine.close()
+    with courier_of(config.hub, folder, machine.is_main) as courier:
+        hooks = sending(watch.hooks(), courier)
+        student = merged(study(config, machine, teacher, classes, student, saved.weights, hooks))
+        machine.on_main(finish, config, origin, teacher, classes, watch, student)
+        courier.send_export(folder / "export")
+        machine.close()
 
 
 def finish(
@@ -135,7 +141,7 @@ def finish(
     exported = export_all(student, teacher.parts.folder, folder / "export", facts)
     exported += export_lora(open_run(folder, samples), folder / "export")
     atomic_write(folder / "COMPLETE", f"{samples}\n")
-    print(f"{', '.join(map(str, exported))}: written and read back; table in {folder / 'per_class.csv'}")
+    print(f"{', '.join(map(str, exported))}: written and verified; table in {folder / 'per_class.csv'}")
 
 
 def prepare(config: Config, origin: Origin, teacher: Teacher, classes: ClassFile) -> None:
@@ -188,7 +194,7 @@ def study(
     classes: ClassFile,
     student: Student,
     start: Path,
-    watch: Watch,
+    hooks: Hooks,
 ) -> Student:
     """Train on batches of class pictures, weighted by priority, and of the distillation cache."""
     folder = config.run / "classes"
@@ -213,7 +219,7 @@ def study(
         },
         groups=mixture.groups.names,
         resume=config.resume,
-        hooks=watch.hooks(),
+        hooks=hooks,
     )
 
 

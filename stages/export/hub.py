@@ -37,14 +37,6 @@ class HubConfig(Strict):
     )
 
 
-def courier_of(config: HubConfig, run: Path, is_main: bool = True) -> "Courier | AtHome":
-    """The courier of a run folder, on the main process alone; one that stays at home where no repository is named.
-
-    Raises `Refused` without a token, or where it may not write: before the first step, not after a day.
-    """
-    return Courier(config, run, Repository(config.repo, config.private)) if config.repo and is_main else AtHome()
-
-
 def until_woken(wake: threading.Event, seconds: float) -> None:
     """Sleep, unless woken."""
     wake.wait(seconds)
@@ -205,31 +197,3 @@ class Courier:
             self._troubles["room"] = f"superseded checkpoints could not be removed ({reason(error)})"
         else:
             self._troubles.pop("room", None)
-
-
-class AtHome:
-    """The courier of a run that is kept on this machine alone."""
-
-    def __enter__(self) -> "AtHome":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    def send(self, checkpoint: Path) -> None:
-        """Nothing leaves."""
-
-    def send_export(self, folder: Path) -> None:
-        """Nothing leaves."""
-
-    def told(self) -> dict[str, Any]:
-        """Nothing to tell."""
-        return {}
-
-    def warning(self) -> None:
-        """Nothing to fear."""
-
-    def fetch(self, folder: Path) -> None:
-        """Nothing to fetch."""

@@ -20,8 +20,9 @@ from huggingface_hub.hf_api import LFSFileInfo, RepoFile
 from configs.refusal import Refused
 from stages.export import hub as hub_module
 from stages.export import publish
+from stages.export.courier import courier_of
 from stages.export.fetching import fetch_newest
-from stages.export.hub import Courier, HubConfig, courier_of
+from stages.export.hub import Courier, HubConfig
 from stages.export.parcel import Staging
 from stages.export.repository import Repository, blob_id
 from stages.train.statement import Statement, fault_of
