@@ -222,7 +222,7 @@ def test_finetuning_that_ends_early_exports_its_best_checkpoint(journey: Path, t
     finetune_classes.run(classes_config(tmp_path, *often, *impatient))
     folder = tmp_path / "classes"
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    scores = {line["samples"]: line["score"] for line in lines if line.get("kind") == "classes"}
+    scores = {line["samples"]: line["wrong"] for line in lines if line.get("kind") == "classes"}
     best = min(scores, key=lambda samples: (scores[samples], samples))
     assert max(scores) == best + 4
     assert (folder / "COMPLETE").read_text() == f"{best}\n"

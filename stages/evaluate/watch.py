@@ -64,8 +64,8 @@ class Watched:
         """What the journal writes."""
         shown = [quantity for quantity in (ALL, "paired_error") if all(quantity in one for one in self.now.values())]
         by_class = {quantity: {name: one[quantity] for name, one in self.now.items()} for quantity in shown}
-        score = {} if self.value is None else {"score": self.value}
-        return {**score, **by_class, **({"lost": self.lost} if self.lost else {})}
+        wrong = {} if self.value is None else {"wrong": self.value}
+        return {**wrong, **by_class, **({"lost": self.lost} if self.lost else {})}
 
 
 class Watch:

@@ -47,7 +47,7 @@ class Marked:
     @classmethod
     def read(cls, note: Mapping[str, Any]) -> "Marked":
         """What a line of the journal says."""
-        return cls(note["samples"], note["score"], note.get("lost", {}))
+        return cls(note["samples"], note["wrong"], note.get("lost", {}))
 
     def loser(self, config: StopConfig) -> str | None:
         """What lost more than it may, if anything did."""

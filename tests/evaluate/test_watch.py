@@ -22,7 +22,7 @@ def test_without_a_scorer_it_is_the_paired_error_and_nothing_is_lost():
     now = {"stars": {"paired_error": 0.2}, "rings": {"paired_error": 0.4}}
     watched = Watched(now, BEFORE, WEIGHTS)
     assert watched.score == pytest.approx(0.25)
-    assert watched.told() == {"score": watched.score, "paired_error": {"stars": 0.2, "rings": 0.4}}
+    assert watched.told() == {"wrong": watched.score, "paired_error": {"stars": 0.2, "rings": 0.4}}
 
 
 def test_what_is_lost_is_counted_in_points_against_the_distilled_student():
@@ -34,5 +34,5 @@ def test_what_is_lost_is_counted_in_points_against_the_distilled_student():
 def test_a_checkpoint_that_loses_too_much_has_a_value_and_no_score():
     watched = Watched(found(1.0, 1.0, 0.6), BEFORE, WEIGHTS, StopConfig(most_lost=20))
     assert watched.score is None
-    assert watched.told()["score"] == 0
+    assert watched.told()["wrong"] == 0
     assert Watched(found(1.0, 1.0, 0.6), BEFORE, WEIGHTS, StopConfig(most_lost=40)).score == 0

@@ -164,7 +164,7 @@ def test_the_board_has_a_row_for_each_class_with_what_it_loses_and_what_was_exam
     console = terminal()
     shown = Board("runs/tiny/classes", 0, 9600, console)
     shown.line({**LINE, "flow_by_class": {"stars": 0.125, "[rings]": None, "(prior)": 0.25}}, ())
-    shown.note(640, "classes", {"score": 0.05, "all": {"stars": 0.9375, "[rings]": 1.0, "(outside)": 0.875}})
+    shown.note(640, "classes", {"wrong": 0.05, "all": {"stars": 0.9375, "[rings]": 1.0, "(outside)": 0.875}})
     shown.close()
     rows = [line.strip("│ ").split() for line in said(console).splitlines()]
     assert ["stars", "0.125", "0.9375"] in rows

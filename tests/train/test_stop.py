@@ -71,7 +71,7 @@ class Story:
         return SCORES[self.samples]
 
     def told(self) -> dict:
-        return {"score": self.score, "lost": {}}
+        return {"wrong": self.score, "lost": {}}
 
     def enough(self, samples: int) -> str | None:
         return enough([Marked.read(note) for note in notes(self.folder, "classes", samples)], PATIENT)
@@ -112,9 +112,9 @@ def test_a_run_that_was_killed_before_it_ended_ends_when_it_goes_on(tmp_path, tr
 def test_notes_are_whole_lines_of_one_kind_up_to_a_number_of_samples(tmp_path):
     lines = [
         {"samples": 8, "loss": 1.0},
-        {"samples": 8, "kind": "classes", "score": 0.5},
+        {"samples": 8, "kind": "classes", "wrong": 0.5},
         {"samples": 16, "kind": "validation", "held_out": 0.1},
-        {"samples": 24, "kind": "classes", "score": 0.4},
+        {"samples": 24, "kind": "classes", "wrong": 0.4},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"samples": 8, "kind": "cla'
     (tmp_path / "journal.jsonl").write_text(text)
