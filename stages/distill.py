@@ -127,7 +127,7 @@ def remember(config: Config, origin: Origin) -> None:
 def finish(config: Config, origin: Origin, teacher: Teacher, student: Student) -> None:
     """Export the student, verified."""
     folder = config.run / "distill"
-    facts = origin.facts(teacher.parts, config.train.max_samples)
+    facts = origin.facts(teacher.parts, config.train.samples)
     exported = export_all(student, teacher.parts.folder, folder / "export", facts)
-    atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
+    atomic_write(folder / "COMPLETE", f"{config.train.samples}\n")
     print(f"{', '.join(map(str, exported))}: written and verified; pictures in {folder / 'grids'}")

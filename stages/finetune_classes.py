@@ -1,6 +1,5 @@
 """Story three: classes that matter are painted by the teacher and studied again, without forgetting the rest."""
 
-import hashlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -45,6 +44,7 @@ from stages.train.loop import TrainConfig, fit
 from stages.train.machine import Machine
 from stages.train.mixture import PRIOR_SHARE, Groups, Mixture, rows_of
 from stages.train.objective import Objective, ObjectiveConfig
+from stages.train.statement import sha256
 from stages.train.statistics import feature_scale
 from stages.train.stop import StopConfig
 
@@ -128,7 +128,7 @@ def finish(
 ) -> None:
     """Measure each class before and after, and export the student, verified."""
     folder = config.run / "classes"
-    samples = watch.best(config.train.max_samples)
+    samples = watch.best(config.train.samples)
     if config.stop is not None:
         print(f"{folder}: its best checkpoint is that after {samples} samples")
         student = load_student(open_run(folder, samples), teacher.parts)
@@ -136,9 +136,7 @@ def finish(
     save_table(classes, results, folder / "per_class.csv")
     show_table(classes, results)
 
-    facts = origin.facts(teacher.parts, samples)
-    facts |= {"classes": {spec.name: spec.priority for spec in classes.classes}}
-    exported = export_all(student, teacher.parts.folder, folder / "export", facts)
+    exported = export_all(student, teacher.parts.folder, folder / "export", origin.facts(teacher.parts, samples))
     exported += export_lora(open_run(folder, samples), folder / "export")
     atomic_write(folder / "COMPLETE", f"{samples}\n")
     print(f"{', '.join(map(str, exported))}: written and verified; table in {folder / 'per_class.csv'}")
@@ -213,7 +211,7 @@ def study(
             "pictures": ledger.sha256(),
             "prior": mixture.prior.manifest.recipe.fingerprint(),
             "prior_share": config.prior_share,
-            "start": hashlib.sha256(start.read_bytes()).hexdigest(),
+            "start": sha256(start),
             **({"exam": config.exam.model_dump(mode="json", exclude={"pictures"})} if config.stop else {}),
             **({"lora": config.lora.model_dump(mode="json")} if config.lora else {}),
         },

@@ -50,13 +50,12 @@ class Outlook:
 def outlook(classes: ClassFile, config: Config) -> Outlook:
     """The numbers; raises `Refused` for quotas that cannot be met and photographs that cannot be used."""
     pictures = quotas(classes, config.count)
-    steps = -(-config.train.max_samples // config.train.batch_size)
     rows, _ = rows_of(config.train.batch_size, config.prior_share)
-    draws = {name: float(share) for name, share in expected_draws(classes, steps * rows).items()}
+    draws = {name: float(share) for name, share in expected_draws(classes, config.train.steps * rows).items()}
     states = config.render.states.draws
     own = {spec.name: len(photographs(spec)) for spec in classes.classes}
     epochs = {name: draws[name] / ((pictures[name] + own[name]) * states) for name in draws}
-    return Outlook(pictures, own, draws, epochs, steps * config.train.batch_size)
+    return Outlook(pictures, own, draws, epochs, config.train.samples)
 
 
 def in_cache(classes: ClassFile, cache: Path) -> Counter[str] | None:

@@ -46,3 +46,13 @@ class TrainConfig(Strict):
     checkpoint_every_samples: int = Field(12_800, ge=1, description="samples between two checkpoints")
     keep: KeepConfig = KeepConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return -(-self.max_samples // self.batch_size)
+
+    @property
+    def samples(self) -> int:
+        """Samples seen at its end: `max_samples`, or the next whole batch."""
+        return self.steps * self.batch_size
