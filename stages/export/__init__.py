@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.load import load, request, resolved_yaml
 from configs.refusal import Refused
@@ -22,6 +22,7 @@ from stages.nets.student import Student
 
 __all__ = ["Config", "export_all", "export_diffusers", "export_ldm", "export_lora", "main", "run"]
 
+VOID_FOR_PT = ("verify", "flow_shift", "name", "single_file", "unet_only")
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "both": torch.float32}
 USAGE = (
     "usage: sollune export RUN [--checkpoint N] [--out DIR] [--dtype float16|float32|both] [--flow-shift S] "
@@ -60,7 +61,16 @@ class Config(Strict):
     unet_only: bool = Field(
         False, description="let the single file hold the UNet alone, as NAME-unet-flow.safetensors for UNETLoader"
     )
-    verify: bool = Field(False, description="write nothing: check the export that lies there against the checkpoint")
+    verify: bool = Field(
+        False, description="write nothing: check the export that lies there, as it says it is, against the checkpoint"
+    )
+
+    @model_validator(mode="after")
+    def _asks_of_pt_what_it_has(self) -> "Config":
+        void = [name for name in VOID_FOR_PT if getattr(self, name) != type(self).model_fields[name].default]
+        if self.to == "pt" and void:
+            raise ValueError(f"{void[0]} means nothing for a .pt file - leave it out, or leave out to")
+        return self
 
 
 def run(config: Config) -> tuple[Path, ...]:
