@@ -40,7 +40,9 @@ class Config(Strict):
         description="velocity: of the straight path, told 1000 s; vp_v: v-prediction on the teacher's path, as the "
         "original experiment had it (exported for DDIM and its kin)",
     )
-    graft: bool = Field(True, description="start from the closed-form graft of the time embedding (target velocity)")
+    graft: bool = Field(
+        True, description="start from the closed-form graft of the time embedding; for target velocity alone"
+    )
     view: View = Field(View(), description="which samples of the cache are learnt from; all unless told")
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="terms of the loss")

@@ -54,7 +54,7 @@ class Config(Strict):
 
     run: Path = Field(description="run folder; reads RUN/cache and RUN/distill, writes RUN/classes")
     teacher: str | None = Field(None, description="where the teacher lies now, if it moved since the cache was made")
-    classes: Path = Field(description="YAML file: classes with name, pattern and priority (top, mid, low)")
+    classes: Path = Field(description="YAML file of the classes; `sollune classes show FILE` tells what it means")
     prompts: PromptSource = Field(description="where the sentences of the classes come from")
     seed: int = Field(1, description="seed of the prompts and of their pictures")
     count: int = Field(PICTURES, ge=1, description="pictures in all, shared among the classes by priority")
@@ -68,7 +68,9 @@ class Config(Strict):
     objective: ObjectiveConfig = Field(ObjectiveConfig(block_weight=0), description="terms of the loss")
     lora: LoraConfig | None = Field(None, description="train adapters beside the weights instead of these; none: all")
     scorer: ImportString[Any] | None = Field(
-        None, description="function (texts, pictures) -> scores, for gate, exams and table"
+        None,
+        description="function (texts, pictures) -> attribute -> shown or not, for gate, exams and table; none compares "
+        "with the teacher only",
     )
     exam: ExamConfig = Field(ExamConfig(), description="how each class is measured: before, at checkpoints and after")
     stop: StopConfig | None = Field(

@@ -34,11 +34,15 @@ class Config(Strict):
     """Write a run's model as a diffusers folder and as one file for ComfyUI and its kind: `sollune export RUN`."""
 
     run: Path = Field(description="run folder, such as runs/tiny/distill")
-    checkpoint: int | None = Field(None, ge=0, description="checkpoint, in samples seen; none takes the newest")
+    checkpoint: int | None = Field(
+        None,
+        ge=0,
+        description="checkpoint, in samples seen; none: the one it ended with, else its newest",
+    )
     to: Literal["folder", "pt"] = Field(
         "folder", description="folder: diffusers and the single file; pt: the original experiment's checkpoint instead"
     )
-    out: Path | None = Field(None, description="folder that will hold both; none takes RUN/export")
+    out: Path | None = Field(None, description="folder that will hold what is written; none takes RUN/export")
     dtype: Literal["float16", "float32", "both"] = Field(
         "float16",
         description="type of the weights; both: fp32 files with their fp16 variant beside them, and a single file in "

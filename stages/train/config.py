@@ -23,7 +23,7 @@ class TrainConfig(Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     embedding_jitter: float = Field(
-        0.5, ge=0, description="half-width of the jitter on the time that the student is told, in units of 1000 s"
+        0.5, ge=0, description="half-width of the jitter on the time that the student is told, 0 to 1000"
     )
     precision: Precision = Field(
         "fp32",
