@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from pydantic import Field, JsonValue
@@ -15,7 +16,7 @@ from stages.evaluate.contact import SHEET, save_contact_sheet
 from stages.evaluate.flaws import Candidates, alike, least, low
 from stages.evaluate.metrics import Scorer
 from stages.nets.teacher import Teacher
-from stages.pictures import Ledger, Picture, PicturesConfig, Wanted
+from stages.pictures import Ledger, Picture, PicturesConfig, Source, Wanted
 
 ROWS_AT_ONCE = 8
 """Pictures that are decoded and scored together."""
@@ -102,13 +103,11 @@ def _judged_by(
     reader: Reader, scorer: Scorer | None, config: GateConfig, sources: PicturesConfig
 ) -> dict[str, JsonValue]:
     name = getattr(scorer, "__module__", "") + "." + getattr(scorer, "__qualname__", type(scorer).__qualname__)
-    targets = {source: sources.model_dump()[source] for source in ("painted", "reused", "photograph")}
-    gate = config.model_dump(mode="json")
     return {
         "recipe": reader.manifest.recipe.fingerprint(),
         "scorer": name if scorer else None,
-        "gate": gate,
-        "targets": targets,
+        "gate": config.model_dump(mode="json"),
+        "targets": {source: sources.target(source) for source in get_args(Source)},
     }
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from pydantic import ConfigDict, Field
 
 from configs.strict import Strict
-from shards.table import Table
 from stages.classes import PICTURES, ClassFile, expected_draws, prior_weights, quotas
+from stages.evaluate.cached import records_by_class
 from stages.pictures import PicturesConfig, photographs
 from stages.prompts import PromptSource
 from stages.targets import RenderConfig
@@ -65,9 +65,7 @@ def in_cache(classes: ClassFile, cache: Path) -> Counter[str] | None:
     """
     if not (cache / "manifest.json").is_file():
         return None
-    table = Table.open(cache)
-    first = table.rows("train")[table.draw[table.rows("train")] == 0]
-    names = Counter(table.class_names[number] for number in table.column("class", first))
+    names = Counter({name: len(records) for name, records in records_by_class(cache).items()})
     found = Counter[str]()
     for name, records in names.items():
         owner = classes.owner(name)
