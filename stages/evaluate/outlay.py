@@ -7,7 +7,7 @@ from configs.refusal import Refused
 from shards.manifest import Manifest
 from stages.classes import ClassFile, identity
 from stages.evaluate.outlook import Config, Outlook
-from stages.pictures import reusable
+from stages.pictures import reusable, unlike
 from stages.train.journal import FILE, steps_told
 
 
@@ -42,9 +42,13 @@ def speed(story: Path) -> float:
 
 
 def taken(classes: ClassFile, config: Config, found: Outlook) -> int:
-    """Pictures that RUN/cache gives, if it was made in the same way."""
+    """Pictures that RUN/cache gives, if it was rendered in the same way."""
     cache = config.run / "cache" if config.run else None
     if cache is None or not (cache / "manifest.json").is_file():
+        return 0
+    recipe = Manifest.open(cache).recipe
+    asked = {**recipe.identity, "render": config.render.model_dump(mode="json")}
+    if unlike(cache, recipe.model_copy(update={"identity": asked})):
         return 0
     return sum(map(len, reusable(cache, classes, config.pictures.most(found.pictures)).values()))
 

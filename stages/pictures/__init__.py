@@ -4,7 +4,7 @@ from stages.pictures.ledger import Ledger, Picture, Source
 from stages.pictures.listing import PicturesConfig, Wanted, wanted
 from stages.pictures.making import make_pictures
 from stages.pictures.photographs import Photograph, photographs
-from stages.pictures.reuse import reusable
+from stages.pictures.reuse import reusable, unlike
 
 __all__ = [
     "Ledger",
@@ -16,5 +16,6 @@ __all__ = [
     "make_pictures",
     "photographs",
     "reusable",
+    "unlike",
     "wanted",
 ]
