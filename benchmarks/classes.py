@@ -1,6 +1,6 @@
 """Do priorities make classes better, and nothing worse? `python -m benchmarks.classes RUN --classes FILE --seeds 5`.
 
-    sollune classes suggest runs/tiny --out suggested.yaml
+    sollune classes suggest runs/tiny/distill --config configs/tiny.yaml --out suggested.yaml
     python -m benchmarks.classes runs/tiny --classes suggested.yaml --seeds 5 --steps 8 --pictures 200
 
 Arms of the same budget, paired by seed: `priorities` (the class file as it is) and `even` (all its classes weigh the

@@ -26,7 +26,7 @@ from benchmarks.classes import exam_words, options, prepare
 from configs.atomic import atomic_write
 from configs.load import load
 from stages import finetune_classes
-from stages.classes import OUTSIDE, ClassFile, outside_prompts
+from stages.classes import OUTSIDE, load_classes, outside_prompts
 from stages.cluster import device_of
 from stages.evaluate.metrics import Scorer
 from stages.evaluate.per_class import ALL, Exam
@@ -113,8 +113,8 @@ def measure(case: Case, home: Path, config: finetune_classes.Config) -> dict[str
     runs = {"before": open_run(home / "distill"), "after": open_run(home / "classes")}
     parts = load_teacher_parts(runs["before"].origin, device_of(config.device), torch.float32)
     teacher = Teacher(parts, runs["before"].origin.tail)
-    classes = ClassFile.model_validate(yaml.safe_load(config.classes.read_text(encoding="utf-8")))
-    rest = outside_prompts(config.prompts, config.seed, "validation", classes, config.exam.pictures)
+    classes, count = load_classes(config.classes), config.exam.pictures
+    rest = outside_prompts(config.prompts, config.seed, "validation", classes, count)
     exam = Exam(teacher, {**case.asked, OUTSIDE: rest}, case.scorer(), config.exam)
     found = {when: exam(load_student(run, parts)) for when, run in runs.items()}
     return {name: {when: found[when][name][ALL] for when in found} for name in exam.texts}

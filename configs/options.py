@@ -47,7 +47,7 @@ def _draft(room: Room, shown: Any) -> Any:
             )
             fields.append((name, Annotated[tuple[str, ...], hint], field(default=ABSENT)))
         else:
-            inner = _draft(entry, now)
+            inner = _draft(entry, {**entry.defaults, **(now if isinstance(now, Mapping) else {})})
             fields.append((name, Annotated[inner, tyro.conf.arg(help=entry.meaning)], field(default_factory=inner)))
     return make_dataclass("Draft", fields, namespace={"__doc__": room.meaning}, frozen=True)
 

@@ -1,7 +1,7 @@
 """What a configuration model may be told: its rooms (nested models) and leaves (single values), as a tree."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Union, get_args
 
 from pydantic import ImportString
@@ -27,6 +27,8 @@ class Room:
     entries: "Mapping[str, Leaf | Room]"
     meaning: str
     discriminator: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """what a single model takes for its entries where nobody says anything of them"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def _entry(field: FieldInfo) -> Leaf | Room:
     for member in members:
         for name, entry in room_of(member).entries.items():
             entries[name] = _shared(entries.get(name), _when(entry, member, tag) if name != tag else entry)
-    return Room(entries, meaning or (members[0].__doc__ or ""), tag)
+    defaults = defaults_of(members[0]) if len(members) == 1 else {}
+    return Room(entries, meaning or (members[0].__doc__ or ""), tag, defaults)
 
 
 def _members(annotation: Any) -> tuple[type[Strict], ...]:

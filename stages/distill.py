@@ -40,7 +40,9 @@ class Config(Strict):
         description="velocity: of the straight path, told 1000 s; vp_v: v-prediction on the teacher's path, as the "
         "original experiment had it (exported for DDIM and its kin)",
     )
-    graft: bool = Field(True, description="start from the closed-form graft of the time embedding (target velocity)")
+    graft: bool = Field(
+        True, description="start from the closed-form graft of the time embedding; for target velocity alone"
+    )
     view: View = Field(View(), description="which samples of the cache are learnt from; all unless told")
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="terms of the loss")
@@ -127,7 +129,7 @@ def remember(config: Config, origin: Origin) -> None:
 def finish(config: Config, origin: Origin, teacher: Teacher, student: Student) -> None:
     """Export the student, verified."""
     folder = config.run / "distill"
-    facts = origin.facts(teacher.parts, config.train.max_samples)
+    facts = origin.facts(teacher.parts, config.train.samples)
     exported = export_all(student, teacher.parts.folder, folder / "export", facts)
-    atomic_write(folder / "COMPLETE", f"{config.train.max_samples}\n")
+    atomic_write(folder / "COMPLETE", f"{config.train.samples}\n")
     print(f"{', '.join(map(str, exported))}: written and verified; pictures in {folder / 'grids'}")

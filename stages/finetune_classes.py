@@ -1,6 +1,5 @@
 """Story three: classes that matter are painted by the teacher and studied again, without forgetting the rest."""
 
-import hashlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -45,6 +44,7 @@ from stages.train.loop import TrainConfig, fit
 from stages.train.machine import Machine
 from stages.train.mixture import PRIOR_SHARE, Groups, Mixture, rows_of
 from stages.train.objective import Objective, ObjectiveConfig
+from stages.train.statement import sha256
 from stages.train.statistics import feature_scale
 from stages.train.stop import StopConfig
 
@@ -54,7 +54,7 @@ class Config(Strict):
 
     run: Path = Field(description="run folder; reads RUN/cache and RUN/distill, writes RUN/classes")
     teacher: str | None = Field(None, description="where the teacher lies now, if it moved since the cache was made")
-    classes: Path = Field(description="YAML file: classes with name, pattern and priority (top, mid, low)")
+    classes: Path = Field(description="YAML file of the classes; `sollune classes show FILE` tells what it means")
     prompts: PromptSource = Field(description="where the sentences of the classes come from")
     seed: int = Field(1, description="seed of the prompts and of their pictures")
     count: int = Field(PICTURES, ge=1, description="pictures in all, shared among the classes by priority")
@@ -68,7 +68,9 @@ class Config(Strict):
     objective: ObjectiveConfig = Field(ObjectiveConfig(block_weight=0), description="terms of the loss")
     lora: LoraConfig | None = Field(None, description="train adapters beside the weights instead of these; none: all")
     scorer: ImportString[Any] | None = Field(
-        None, description="function (texts, pictures) -> scores, for gate, exams and table"
+        None,
+        description="function (texts, pictures) -> attribute -> shown or not, for gate, exams and table; none compares "
+        "with the teacher only",
     )
     exam: ExamConfig = Field(ExamConfig(), description="how each class is measured: before, at checkpoints and after")
     stop: StopConfig | None = Field(
@@ -128,7 +130,7 @@ def finish(
 ) -> None:
     """Measure each class before and after, and export the student, verified."""
     folder = config.run / "classes"
-    samples = watch.best(config.train.max_samples)
+    samples = watch.best(config.train.samples)
     if config.stop is not None:
         print(f"{folder}: its best checkpoint is that after {samples} samples")
         student = load_student(open_run(folder, samples), teacher.parts)
@@ -136,9 +138,7 @@ def finish(
     save_table(classes, results, folder / "per_class.csv")
     show_table(classes, results)
 
-    facts = origin.facts(teacher.parts, samples)
-    facts |= {"classes": {spec.name: spec.priority for spec in classes.classes}}
-    exported = export_all(student, teacher.parts.folder, folder / "export", facts)
+    exported = export_all(student, teacher.parts.folder, folder / "export", origin.facts(teacher.parts, samples))
     exported += export_lora(open_run(folder, samples), folder / "export")
     atomic_write(folder / "COMPLETE", f"{samples}\n")
     print(f"{', '.join(map(str, exported))}: written and verified; table in {folder / 'per_class.csv'}")
@@ -213,7 +213,7 @@ def study(
             "pictures": ledger.sha256(),
             "prior": mixture.prior.manifest.recipe.fingerprint(),
             "prior_share": config.prior_share,
-            "start": hashlib.sha256(start.read_bytes()).hexdigest(),
+            "start": sha256(start),
             **({"exam": config.exam.model_dump(mode="json", exclude={"pictures"})} if config.stop else {}),
             **({"lora": config.lora.model_dump(mode="json")} if config.lora else {}),
         },

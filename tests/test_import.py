@@ -75,6 +75,8 @@ def test_what_goes_out_comes_back_to_the_last_bit(tmp_path: Path, weights: Weigh
     file = written(tmp_path / "e.pt", weights)
     assert main(["import", str(file), "--teacher", TEACHER, "--out", str(tmp_path / "a"), "--target", "velocity"]) == 0
     out = ["--out", str(tmp_path / "out"), "--dtype", "float32"]
+    assert main(["export", str(tmp_path / "a"), "--to", "pt", *out, "--verify"]) == 2  # which writes nothing
+    assert not (tmp_path / "out").exists()
     assert main(["export", str(tmp_path / "a"), "--to", "pt", *out]) == 0
     (file,) = (tmp_path / "out").iterdir()
     assert file.name == "model-flow.pt"

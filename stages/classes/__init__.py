@@ -3,7 +3,6 @@
 from stages.classes.draws import draw_weights, expected_draws, prior_weights
 from stages.classes.finding import MARK, Found, class_prompts, identity, owner_of_record, search
 from stages.classes.outside import OUTSIDE, outside_prompts
-from stages.classes.pattern import Specificity
 from stages.classes.sharing import PICTURES, quotas
 from stages.classes.spec import ClassFile, ClassSpec, Priority, load_classes
 
@@ -15,7 +14,6 @@ __all__ = [
     "ClassSpec",
     "Found",
     "Priority",
-    "Specificity",
     "class_prompts",
     "draw_weights",
     "expected_draws",

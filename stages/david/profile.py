@@ -81,10 +81,6 @@ class Profile:
         _, _, cross_entropy, entropy, _ = self._means()
         return self._weighted(cross_entropy, entropy)
 
-    def entropy(self) -> PerBin:
-        """Entropy of the patterns over its maximum: what the original's chaos scaled the jitter by."""
-        return self._means()[3]
-
     def _means(self) -> Float[Tensor, "READINGS T"]:
         return torch.where(self._count > 0, self._sums / self._count, 0.0)
 

@@ -26,17 +26,11 @@ class Variation:
     over_time: float
 
     @classmethod
-    def of(cls, told: Float[Tensor, "lines n_blocks"], quiet: PerBlock) -> "Variation":
-        """Of the lambdas of a journal after the warm-up, relative to those of a faultless student.
+    def of_moments(cls, mean: Float[Tensor, " n_blocks"], square: Float[Tensor, " n_blocks"]) -> "Variation":
+        """From the mean and the mean square over time of each block's lambda over that of a faultless student.
 
         w_b varies over the blocks without David, and is no voice.
         """
-        emphasis = told.double() / quiet.double()
-        return cls.of_moments(emphasis.mean(dim=0), emphasis.square().mean(dim=0))
-
-    @classmethod
-    def of_moments(cls, mean: Float[Tensor, " n_blocks"], square: Float[Tensor, " n_blocks"]) -> "Variation":
-        """From the mean and the mean square over time of each block's lambda over that of a faultless student."""
         over_time = (square - mean.square()).clamp_min(0).sqrt() / mean
         return cls(float(coefficient_of_variation(mean, 0)), float(over_time.mean()))
 
@@ -52,23 +46,20 @@ class Variation:
 
 
 class Emphasis:
-    """Running moments of each block's lambda over that of a faultless student, from the end of the warm-up on."""
+    """Running moments of each block's lambda over that of a faultless student."""
 
-    def __init__(self, quiet: PerBlock, warmup_samples: int) -> None:
-        self._quiet, self._warmup = quiet.double(), warmup_samples
-        self._samples, self._steps = 0, 0
+    def __init__(self, quiet: PerBlock) -> None:
+        self._quiet, self._steps = quiet.double(), 0
         self._sums = torch.zeros(2, len(quiet), dtype=torch.float64, device=quiet.device)
 
-    def see(self, lambdas: PerBlock, samples: int) -> None:
+    def see(self, lambdas: PerBlock) -> None:
         """Count the lambdas of one step in."""
-        if self._samples >= self._warmup:
-            emphasis = lambdas.double() / self._quiet
-            self._sums = self._sums + torch.stack([emphasis, emphasis.square()])
-            self._steps += 1
-        self._samples += samples
+        emphasis = lambdas.double() / self._quiet
+        self._sums = self._sums + torch.stack([emphasis, emphasis.square()])
+        self._steps += 1
 
     def variation(self, counted: Bool[Tensor, " n_blocks"]) -> Variation | None:
-        """How much the lambdas of these blocks varied so far; None within the warm-up.
+        """How much the lambdas of these blocks varied so far; None before the first step.
 
         What is said of a block whose loss has weight 0 is no voice.
         """
@@ -76,9 +67,9 @@ class Emphasis:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a step changes."""
-        return {"samples": self._samples, "steps": self._steps, "sums": self._sums.clone()}
+        return {"steps": self._steps, "sums": self._sums.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` once gave."""
-        self._samples, self._steps = int(state["samples"]), int(state["steps"])
+        self._steps = int(state["steps"])
         self._sums = state["sums"].to(self._sums, copy=True)

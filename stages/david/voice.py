@@ -55,6 +55,11 @@ class Voice:
         self._sums = torch.zeros(len(blocks), READINGS, device=device)
         self._heard = torch.zeros(len(blocks), device=device)
 
+    @property
+    def is_warm(self) -> bool:
+        """Whether the warm-up is over."""
+        return self._samples >= self.config.warmup_samples
+
     def lambdas(self) -> PerBlock:
         """Lambda from all that was learnt so far, at first drawn towards that of a faultless student."""
         warmup = self.config.warmup_samples

@@ -21,7 +21,7 @@ class GridConfig(Strict):
     prompts: tuple[str, ...] = Field(
         ("a photo of a cat", "a red car", "a house by a lake", "a portrait of a woman"),
         min_length=1,
-        description="one row each",
+        description="sentences, one row each",
     )
     seed: int = Field(0, description="seed of the fixed noises")
     sampler: Sampler = Field(Sampler(), description="how the pictures are drawn")

@@ -111,7 +111,9 @@ def main(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="show")
     words = commands.add_parser("show", help="draw what David sees in a run's student", allow_abbrev=False)
     words.add_argument("run", type=Path, metavar="RUN", help="folder of a distillation, such as runs/tiny/distill")
-    words.add_argument("--checkpoint", type=int, help="in samples seen (default: the newest)")
+    words.add_argument(
+        "--checkpoint", type=int, help="in samples seen (default: the one it ended with, else its newest)"
+    )
     words.add_argument("--states", type=int, default=600, help="states of held-out prompts (default: 600)")
     words.add_argument("--out", type=Path, help="picture (default: RUN/david/seen.png)")
     asked = parser.parse_args(argv)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from pydantic import Field, JsonValue
@@ -15,7 +16,7 @@ from stages.evaluate.contact import SHEET, save_contact_sheet
 from stages.evaluate.flaws import Candidates, alike, least, low
 from stages.evaluate.metrics import Scorer
 from stages.nets.teacher import Teacher
-from stages.pictures import Ledger, Picture, PicturesConfig, Wanted
+from stages.pictures import Ledger, Picture, PicturesConfig, Source, Wanted
 
 ROWS_AT_ONCE = 8
 """Pictures that are decoded and scored together."""
@@ -68,24 +69,21 @@ def judge(
     }
     ledger = Ledger(judged_by, pictures)
     _show(ledger, reader, teacher, folder / SHEET)
-    refuse_emptied(ledger, wanted, config, folder / SHEET)
+    refuse_emptied(ledger, wanted, folder / SHEET)
     ledger.save(folder)
     return ledger
 
 
-def refuse_emptied(ledger: Ledger, wanted: Wanted, config: GateConfig, sheet: Path) -> None:
+def refuse_emptied(ledger: Ledger, wanted: Wanted, sheet: Path) -> None:
     """Raise `Refused` naming a class whose pictures are all set aside, or were never made."""
     kept = Counter(one.class_name for one in ledger.pictures.values() if one.kept)
     for name, asked in Counter(wanted.class_of).items():
         if kept[name]:
             continue
         why = Counter(one.reason.split()[0] for one in ledger.set_aside().values() if one.class_name == name)
-        told = (
-            f"{why['score']} score below {config.score}, {why['like']} are like another, {asked - why.total()} not made"
-        )
         raise Refused(
-            f"class {name!r}: none of its {asked} pictures is left ({told}) - look at {sheet}, "
-            "then lower gate.score or ask for other pictures"
+            f"class {name!r}: none of its {asked} pictures is left ({_counted(why)}, {asked - why.total()} not made) - "
+            f"look at {sheet}, then lower gate.score or ask for other pictures"
         )
 
 
@@ -94,21 +92,23 @@ def told(ledger: Ledger) -> str:
     aside = ledger.set_aside().values()
     why = Counter(one.reason.split()[0] for one in aside)
     by_class = ", ".join(f"{name} {count}" for name, count in Counter(one.class_name for one in aside).items())
-    counts = f"{why['score']} by their score, {why['like']} as near-duplicates"
-    return f"set aside: {len(aside)} of {len(ledger.pictures)} pictures, {counts}{f' ({by_class})' if aside else ''}"
+    where = f" ({by_class})" if aside else ""
+    return f"set aside: {len(aside)} of {len(ledger.pictures)} pictures, {_counted(why)}{where}"
+
+
+def _counted(why: Counter[str]) -> str:
+    return f"{why['score']} by their score, {why['like']} as near-duplicates"
 
 
 def _judged_by(
     reader: Reader, scorer: Scorer | None, config: GateConfig, sources: PicturesConfig
 ) -> dict[str, JsonValue]:
     name = getattr(scorer, "__module__", "") + "." + getattr(scorer, "__qualname__", type(scorer).__qualname__)
-    targets = {source: sources.model_dump()[source] for source in ("painted", "reused", "photograph")}
-    gate = config.model_dump(mode="json")
     return {
         "recipe": reader.manifest.recipe.fingerprint(),
         "scorer": name if scorer else None,
-        "gate": gate,
-        "targets": targets,
+        "gate": config.model_dump(mode="json"),
+        "targets": {source: sources.target(source) for source in get_args(Source)},
     }
 
 

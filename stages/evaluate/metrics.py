@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -24,9 +24,13 @@ class Fidelity:
     pictures: int
 
 
+def all_shown(scores: Mapping[str, Float[Tensor, " b"]]) -> Bool[Tensor, " b"]:
+    """Whether each picture shows all that was said."""
+    return ~torch.stack([value < 1 for value in scores.values()]).any(0)  # nan < 1 is false: unsaid is never wrong
+
+
 def fidelity(scorer: Scorer, texts: Sequence[str], pictures: Float[Tensor, "b 3 H W"]) -> Fidelity:
     """What the scorer says about pictures of these texts."""
     scores = {name: value.float() for name, value in scorer(texts, pictures).items()}
-    wrong = torch.stack([value < 1 for value in scores.values()])  # nan < 1 is false: unsaid is never wrong
     shares = {name: float(value.nanmean()) for name, value in scores.items()}
-    return Fidelity(shares, float((~wrong.any(0)).float().mean()), len(texts))
+    return Fidelity(shares, float(all_shown(scores).float().mean()), len(texts))

@@ -1,6 +1,5 @@
 """What is left to do for a class file: pictures to paint, samples to train, and the time where it was once measured."""
 
-import json
 import statistics
 from pathlib import Path
 
@@ -8,7 +7,8 @@ from configs.refusal import Refused
 from shards.manifest import Manifest
 from stages.classes import ClassFile, identity
 from stages.evaluate.outlook import Config, Outlook
-from stages.pictures import reusable
+from stages.pictures import reusable, unlike
+from stages.train.journal import FILE, steps_told
 
 
 def cost(classes: ClassFile, config: Config, found: Outlook) -> list[str]:
@@ -26,27 +26,29 @@ def cost(classes: ClassFile, config: Config, found: Outlook) -> list[str]:
 
 def time_to_train(run: Path | None, samples: int) -> str:
     """Told by the newest story of the run that measured its speed."""
-    journals = [run / story / "journal.jsonl" for story in ("classes", "distill")] if run else []
-    for journal in journals:
-        if journal.is_file():
-            rate = speed(journal)
-            return f"{samples / rate / 60:.1f} minutes to train at the {rate:.0f} samples/s of {journal}"
+    for story in (run / "classes", run / "distill") if run else ():
+        if (story / FILE).is_file():
+            rate = speed(story)
+            return f"{samples / rate / 60:.1f} minutes to train at the {rate:.0f} samples/s of {story / FILE}"
     return "not told: no journal of an earlier run"
 
 
-def speed(journal: Path) -> float:
-    """Samples per second: the median of a journal's lines."""
+def speed(story: Path) -> float:
+    """Samples per second: the median of the lines about training in a story's journal."""
     try:
-        lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
-        return statistics.median(float(line["samples_per_second"]) for line in lines)
+        return statistics.median(float(line["samples_per_second"]) for line in steps_told(story))
     except (ValueError, KeyError, TypeError) as error:
-        raise Refused(f"{journal}: tells no speed ({error}) - remove it, or leave --run out") from error
+        raise Refused(f"{story / FILE}: tells no speed ({error}) - remove it, or leave --run out") from error
 
 
 def taken(classes: ClassFile, config: Config, found: Outlook) -> int:
-    """Pictures that RUN/cache gives, if it was made in the same way."""
+    """Pictures that RUN/cache gives, if it was rendered in the same way."""
     cache = config.run / "cache" if config.run else None
     if cache is None or not (cache / "manifest.json").is_file():
+        return 0
+    recipe = Manifest.open(cache).recipe
+    asked = {**recipe.identity, "render": config.render.model_dump(mode="json")}
+    if unlike(cache, recipe.model_copy(update={"identity": asked})):
         return 0
     return sum(map(len, reusable(cache, classes, config.pictures.most(found.pictures)).values()))
 

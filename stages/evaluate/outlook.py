@@ -7,8 +7,8 @@ from pathlib import Path
 from pydantic import ConfigDict, Field
 
 from configs.strict import Strict
-from shards.table import Table
 from stages.classes import PICTURES, ClassFile, expected_draws, prior_weights, quotas
+from stages.evaluate.cached import records_by_class
 from stages.pictures import PicturesConfig, photographs
 from stages.prompts import PromptSource
 from stages.targets import RenderConfig
@@ -50,13 +50,12 @@ class Outlook:
 def outlook(classes: ClassFile, config: Config) -> Outlook:
     """The numbers; raises `Refused` for quotas that cannot be met and photographs that cannot be used."""
     pictures = quotas(classes, config.count)
-    steps = -(-config.train.max_samples // config.train.batch_size)
     rows, _ = rows_of(config.train.batch_size, config.prior_share)
-    draws = {name: float(share) for name, share in expected_draws(classes, steps * rows).items()}
+    draws = {name: float(share) for name, share in expected_draws(classes, config.train.steps * rows).items()}
     states = config.render.states.draws
     own = {spec.name: len(photographs(spec)) for spec in classes.classes}
     epochs = {name: draws[name] / ((pictures[name] + own[name]) * states) for name in draws}
-    return Outlook(pictures, own, draws, epochs, steps * config.train.batch_size)
+    return Outlook(pictures, own, draws, epochs, config.train.samples)
 
 
 def in_cache(classes: ClassFile, cache: Path) -> Counter[str] | None:
@@ -66,9 +65,7 @@ def in_cache(classes: ClassFile, cache: Path) -> Counter[str] | None:
     """
     if not (cache / "manifest.json").is_file():
         return None
-    table = Table.open(cache)
-    first = table.rows("train")[table.draw[table.rows("train")] == 0]
-    names = Counter(table.class_names[number] for number in table.column("class", first))
+    names = Counter({name: len(records) for name, records in records_by_class(cache).items()})
     found = Counter[str]()
     for name, records in names.items():
         owner = classes.owner(name)

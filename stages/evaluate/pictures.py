@@ -49,7 +49,9 @@ class Config(Strict):
         None, gt=0, description="shift S of the time grid, above 1 leans to noise; none takes the model's own"
     )
     checkpoint: int | None = Knob(
-        None, ge=0, description="checkpoint of the run, in samples seen; none takes the newest"
+        None,
+        ge=0,
+        description="checkpoint of the run, in samples seen; none: the one it ended with, else its newest",
     )
     config_from: str | None = Knob(
         None,

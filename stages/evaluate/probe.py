@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.evaluate.grid import fixed_noise
-from stages.evaluate.metrics import Scorer
+from stages.evaluate.metrics import Scorer, all_shown
 from stages.evaluate.sample import Sampler, sample_student, sample_teacher
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
@@ -49,13 +49,7 @@ def probe(
         squares.append((drawn.double() - wanted.double()).square().flatten(1).mean(1).cpu())
         values.append(wanted.double().cpu())
         if scorer is not None:
-            shown = [all_shown(scorer, texts, teacher.decode(latents)) for latents in (wanted, drawn)]
+            shown = [all_shown(scorer(texts, teacher.decode(latents))).float().cpu() for latents in (wanted, drawn)]
             lost.append(shown[0] - shown[1])
     errors = torch.cat(squares) / torch.cat(values).var(correction=0)
     return Probe(errors.view(-1, count), torch.cat(lost).view(-1, count) if scorer is not None else None)
-
-
-def all_shown(scorer: Scorer, texts: Sequence[str], pictures: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " b"]:
-    """1 for each picture that shows all that was said, else 0."""
-    scores = torch.stack([value.float() for value in scorer(texts, pictures).values()])
-    return (~(scores < 1).any(0)).float().cpu()  # nan < 1 is false: unsaid is never wrong

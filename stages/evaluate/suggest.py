@@ -43,7 +43,7 @@ class Config(Strict):
     probe: int = Field(32, ge=2, description="pictures drawn of each class, by student and teacher each")
     records: int = Field(16, ge=2, description="most records of the cache looked at of each class")
     sampler: Sampler = Field(Sampler(steps=8), description="how the pictures are drawn")
-    out: Path | None = Field(None, description="class file to write (default: RUN/suggested-classes.yaml)")
+    out: Path | None = Field(None, description="class file to write; none takes RUN/suggested-classes.yaml")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
 
 

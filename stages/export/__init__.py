@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.load import load, request, resolved_yaml
 from configs.refusal import Refused
@@ -22,6 +22,7 @@ from stages.nets.student import Student
 
 __all__ = ["Config", "export_all", "export_diffusers", "export_ldm", "export_lora", "main", "run"]
 
+VOID_FOR_PT = ("verify", "flow_shift", "name", "single_file", "unet_only")
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "both": torch.float32}
 USAGE = (
     "usage: sollune export RUN [--checkpoint N] [--out DIR] [--dtype float16|float32|both] [--flow-shift S] "
@@ -33,11 +34,15 @@ class Config(Strict):
     """Write a run's model as a diffusers folder and as one file for ComfyUI and its kind: `sollune export RUN`."""
 
     run: Path = Field(description="run folder, such as runs/tiny/distill")
-    checkpoint: int | None = Field(None, ge=0, description="checkpoint, in samples seen; none takes the newest")
+    checkpoint: int | None = Field(
+        None,
+        ge=0,
+        description="checkpoint, in samples seen; none: the one it ended with, else its newest",
+    )
     to: Literal["folder", "pt"] = Field(
         "folder", description="folder: diffusers and the single file; pt: the original experiment's checkpoint instead"
     )
-    out: Path | None = Field(None, description="folder that will hold both; none takes RUN/export")
+    out: Path | None = Field(None, description="folder that will hold what is written; none takes RUN/export")
     dtype: Literal["float16", "float32", "both"] = Field(
         "float16",
         description="type of the weights; both: fp32 files with their fp16 variant beside them, and a single file in "
@@ -60,7 +65,16 @@ class Config(Strict):
     unet_only: bool = Field(
         False, description="let the single file hold the UNet alone, as NAME-unet-flow.safetensors for UNETLoader"
     )
-    verify: bool = Field(False, description="write nothing: check the export that lies there against the checkpoint")
+    verify: bool = Field(
+        False, description="write nothing: check the export that lies there, as it says it is, against the checkpoint"
+    )
+
+    @model_validator(mode="after")
+    def _asks_of_pt_what_it_has(self) -> "Config":
+        void = [name for name in VOID_FOR_PT if getattr(self, name) != type(self).model_fields[name].default]
+        if self.to == "pt" and void:
+            raise ValueError(f"{void[0]} means nothing for a .pt file - leave it out, or leave out to")
+        return self
 
 
 def run(config: Config) -> tuple[Path, ...]:

@@ -89,7 +89,7 @@ def read_original(file: Path) -> Original:
         raise Refused(f"{file}: {why} - get it anew from where you trust it") from error
     parts = ("cfg", "student", "gstep")
     if not isinstance(content, dict) or not set(parts) <= content.keys():
-        raise Refused(f"{file}: is no checkpoint of the original experiment, which holds {', '.join(PARTS)}")
+        raise Refused(f"{file}: is no checkpoint of the original experiment, which holds {', '.join(PARTS)} - name one")
     cfg, student, gstep = (content[part] for part in parts)
     if not (isinstance(cfg, Mapping) and isinstance(student, Mapping) and isinstance(gstep, int)):
         raise Refused(f"{file}: cfg and student should be mappings, gstep a whole number - fetch it again")

@@ -1,1 +1,1 @@
-"""The training loop that distillation and fine-tuning share: losses, optimizer, average, checkpoints, journal."""
+"""The training that distillation and fine-tuning share: loss, optimizer, average, checkpoints, validation, journal."""

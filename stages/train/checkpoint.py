@@ -19,7 +19,7 @@ from stages.train.retention import KeepConfig
 from stages.train.shelf import Shelf
 from stages.train.statement import Statement, differences, fault_of, samples_of, sha256
 
-__all__ = ["Checkpoints", "Elsewhere", "KeepConfig", "Resume", "differences", "fault_of", "sha256"]
+__all__ = ["Checkpoints", "Elsewhere", "KeepConfig", "Resume", "fault_of"]
 
 MARGIN_BYTES = 1 << 20
 
@@ -110,7 +110,7 @@ class Checkpoints:
             state.read(found, samples_of(found))
         return found
 
-    def _newest(self, resume: Resume = "auto", elsewhere: Elsewhere | None = None) -> Path | None:
+    def _newest(self, resume: Resume, elsewhere: Elsewhere | None) -> Path | None:
         """The newest whole checkpoint here, else the one that `elsewhere` brings; others stay as they are."""
         for folder in reversed(self.shelf.all()):
             if resume == "never":

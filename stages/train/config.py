@@ -23,7 +23,7 @@ class TrainConfig(Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     embedding_jitter: float = Field(
-        0.5, ge=0, description="half-width of the jitter on the time that the student is told, in units of 1000 s"
+        0.5, ge=0, description="half-width of the jitter on the time that the student is told, 0 to 1000"
     )
     precision: Precision = Field(
         "fp32",
@@ -46,3 +46,13 @@ class TrainConfig(Strict):
     checkpoint_every_samples: int = Field(12_800, ge=1, description="samples between two checkpoints")
     keep: KeepConfig = KeepConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return -(-self.max_samples // self.batch_size)
+
+    @property
+    def samples(self) -> int:
+        """Samples seen at its end: `max_samples`, or the next whole batch."""
+        return self.steps * self.batch_size

@@ -57,7 +57,7 @@ class David:
         self.assessor, self.reader = assessor, reader
         self._fitted = assessor if isinstance(assessor, Fitted) else None
         self.voice = voice_of(assessor, config.fusion, device)
-        self.emphasis = Emphasis(self.voice.quiet, config.fusion.warmup_samples)
+        self.emphasis = Emphasis(self.voice.quiet)
         self._counted = torch.ones(len(assessor.blocks), dtype=torch.bool, device=device)
         self.choice: TimeChoice | None = None
         if config.sampling.scheme != "stored":
@@ -88,7 +88,8 @@ class David:
 
     def learn(self, heard: Sequence[Tensor], samples: int) -> None:
         """Take in the sums over a step, whose lambdas were those from before it."""
-        self.emphasis.see(self.voice.lambdas(), samples)
+        if self.voice.is_warm:
+            self.emphasis.see(self.voice.lambdas())
         self.voice.learn(heard[0], samples)
         if self.choice:
             self.choice.profile.learn(heard[1], samples)

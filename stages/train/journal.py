@@ -137,16 +137,20 @@ def memory_gib(device: torch.device) -> float:
 
 def steps_told(folder: Path) -> list[dict[str, Any]]:
     """The lines about training in a run's journal, without those of another kind."""
-    lines = (folder / FILE).read_text(encoding="utf-8").splitlines()
-    return [line for line in map(json.loads, lines) if "kind" not in line]
+    return [line for line in _whole(folder / FILE) if "kind" not in line]
 
 
 def notes(folder: Path, kind: str, samples: int) -> list[dict[str, Any]]:
     """The whole lines of a kind up to so many samples; none where there is no journal yet."""
     path = folder / FILE
-    written = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    told = [json.loads(line) for line in written if line.endswith("\n")]
+    told = _whole(path) if path.is_file() else []
     return [line for line in told if line.get("kind") == kind and line["samples"] <= samples]
+
+
+def _whole(path: Path) -> list[dict[str, Any]]:
+    """All lines but one that was cut off, or is being written."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def forget_after(path: Path, samples: int) -> None:

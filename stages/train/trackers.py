@@ -25,7 +25,9 @@ MOST_FAILURES = 3
 class TrackingConfig(Strict):
     """Where the journal's numbers go besides journal.jsonl."""
 
-    to: tuple[Name, ...] = Field(("tensorboard",), description="tensorboard, wandb, trackio, or several; () for none")
+    to: tuple[Name, ...] = Field(
+        ("tensorboard",), description="tensorboard, wandb, trackio, or several; in a file, [] for none"
+    )
     project: str = Field("sollune", min_length=1, description="project at trackio or W&B")
     name: str | None = Field(None, description="the run's name there; the last two folders of its path, unless told")
 

@@ -40,6 +40,10 @@ class ClassSpec(Strict):
     priority: Literal["top", "mid", "low"] = Field(description="how much they matter")
 
 
+class Spare(Strict):
+    rank: int = Field(16, description="how many")
+
+
 class Config(Strict):
     """A story for tests."""
 
@@ -50,6 +54,7 @@ class Config(Strict):
         Grammar(unsaid=0.5), description="where prompts come from"
     )
     train: Train = Field(Train(learning_rate=0.5), description="the steps")
+    spare: Spare | None = Field(None, description="a part that is left out unless asked for")
 
     @model_validator(mode="after")
     def _grids_fit(self) -> Self:
@@ -208,6 +213,7 @@ def test_help_shows_every_field_with_default_and_meaning(tmp_path: Path, capsys:
     assert "--train.batch-size INT rows in a step (default: 77)" in shown
     assert "--train.learning-rate FLOAT peak, per step (default: 0.5)" in shown
     assert "--prompts.file PATH one prompt a line [source text]" in shown
+    assert "--spare.rank INT how many (default: 16)" in shown
 
 
 def test_files_and_print_config_are_taken_out_of_the_words() -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from configs.refusal import Refused
 from stages.david.assessment import Assessment, BlockAssessment
 from stages.david.fusion import FORMULAS, FusionConfig, Heard, W, seed_formula
-from stages.david.variation import Variation, coefficient_of_variation
+from stages.david.variation import Emphasis, Variation, coefficient_of_variation
 from stages.david.voice import Voice
 
 BLOCKS = tuple(W)
@@ -248,17 +248,26 @@ def test_the_coefficient_of_variation_is_deviation_over_mean():
     assert coefficient_of_variation(values, 1).tolist() == [0.5, 0.0]
 
 
+def variation(told: torch.Tensor, w: torch.Tensor) -> Variation:
+    emphasis = Emphasis(w)
+    for line in told:
+        emphasis.see(line)
+    found = emphasis.variation(torch.ones(len(w), dtype=torch.bool))
+    assert found is not None
+    return found
+
+
 def test_static_weights_are_silent_and_a_rising_block_is_not():
     w = torch.tensor(list(W.values()))
-    static = Variation.of(w.repeat(5, 1), w)
+    static = variation(w.repeat(5, 1), w)
     assert static.silent
     assert static.told().startswith("David was silent: lambda varied by 0.0%")
     rising = w.repeat(5, 1)
     rising[:, 4] *= torch.linspace(1, 1.5, 5)
-    loud = Variation.of(rising, w)
+    loud = variation(rising, w)
     assert not loud.silent
     assert loud.told().startswith("David spoke")
-    assert Variation.of(1.3 * w.repeat(5, 1), w).silent, "another learning rate is no voice"
+    assert variation(1.3 * w.repeat(5, 1), w).silent, "another learning rate is no voice"
 
 
 def test_the_faultless_word_is_nothing_wrong():

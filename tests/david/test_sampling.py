@@ -20,7 +20,6 @@ from shards.view import View
 from shards.writer import CacheWriter
 from stages.david.assessment import BlockAssessment, Posterior
 from stages.david.fusion import FusionConfig
-from stages.david.jitter import JitteredTimes, original_times
 from stages.david.profile import Profile, right
 from stages.david.sampling import SamplingConfig, effective_share, mixed, shifted, wanted
 from stages.david.time_choice import TimeChoice
@@ -273,38 +272,3 @@ def test_a_reader_brings_the_draws_that_david_asks_for(tmp_path: Path):
 def test_a_profile_of_other_bins_is_refused():
     with pytest.raises(Refused, match="has 4 bins of time, this David has 10"):
         choice("david").profile.load_state_dict(Profile(FusionConfig(), 4, 8).state_dict())
-
-
-def times(**changes) -> JitteredTimes:
-    config = SamplingConfig.model_validate({"scheme": "david", **changes})
-    made = choice("david")
-    return JitteredTimes.of(config, made.pi, wanted(made.pi, made.profile.difficulty(0.15)), made.profile.entropy())
-
-
-@pytest.mark.parametrize(
-    "changes", [{"base_jitter": 20}, {"base_jitter": 50, "adaptive_chaos": False}, {"base_jitter": 80}]
-)
-def test_jittered_times_have_their_density_and_correct_for_it(changes):
-    made = times(**changes)
-    grid = torch.linspace(0, 1000, 100_001, dtype=torch.float64)[:-1] + 0.005
-    assert float(made.pdf(grid).mean() * 1000) == pytest.approx(1, abs=1e-4)
-    assert (made.omega(grid) <= (1 + 1e-9) / 0.3).all()
-    found = made.sample(20000, torch.Generator().manual_seed(0))
-    counts = torch.histc(found, 50, 0, 1000)
-    expected = 20000 * made.pdf(grid).reshape(50, -1).mean(dim=1) * 20
-    assert (abs(counts - expected) < 4.5 * expected.sqrt()).all()
-    value = made.omega(found) * found
-    mean = float((made.target(grid) * grid).mean() * 1000)
-    assert abs(float(value.mean()) - mean) < 3 * float(value.std()) / 20000**0.5
-
-
-def test_adaptive_chaos_widens_the_jitter_with_the_entropy():
-    assert times(base_jitter=20).half_width.tolist() == pytest.approx([30.0] * T)
-    assert times(base_jitter=20, adaptive_chaos=False).half_width.tolist() == [20.0] * T
-
-
-def test_the_original_shifts_after_the_jitter():
-    made = times(base_jitter=20)
-    plain, moved = (original_times(made, factor, 4000, torch.Generator().manual_seed(0)) for factor in (1.0, 3.0))
-    assert float(moved.mean()) > float(plain.mean())
-    torch.testing.assert_close(moved, 3000 * plain / (1000 + 2 * plain))

@@ -127,7 +127,7 @@ def test_a_class_that_loses_all_its_pictures_is_refused_with_counts_and_threshol
     def nothing(texts: Sequence[str], pictures: Tensor) -> Mapping[str, Tensor]:
         return {"clip": torch.full([len(texts)], 0.11)}
 
-    reason = r"class 'stars': none of its 4 pictures is left \(4 score below 0.2, 0 are like another, 0 not made\)"
+    reason = r"class 'stars': none of its 4 pictures is left \(4 by their score, 0 as near-duplicates, 0 not made\)"
     with pytest.raises(Refused, match=reason):
         judge(folder, listed, teacher, nothing, GateConfig(), PicturesConfig())
     assert (folder / "set_aside.png").exists()

@@ -157,15 +157,20 @@ def test_show_tells_pictures_draws_and_what_the_cache_holds(
     file.write_text(
         "classes:\n- {name: stars, pattern: shape/star, priority: top}\n- {name: rest, pattern: '*', priority: low}\n"
     )
-    length = ["--train.max-samples", "96", "--train.batch-size", "10", "--prior-share", "0.3"]
-    assert main(["show", str(file), "--config", str(section), "--run", str(run.parent), *length]) == 0
+    asked = ["show", str(file), "--config", str(section), "--run", str(run.parent)]
+    asked += ["--train.max-samples", "96", "--train.batch-size", "10", "--prior-share", "0.3"]
+    as_cached = {"steps": 3, "trajectory-states": 2, "renoised-states": 1}
+    alike = [word for name, value in as_cached.items() for word in (f"--render.states.{name}", str(value))]
+    assert main([*asked, *alike]) == 0
     lines = capsys.readouterr().out.splitlines()
     stars = next(line.split() for line in lines if line.strip().startswith("stars"))
-    # 10 batches of 7 rows of the classes, 4/5 of them stars; 10 of 12 pictures of 6 states each.
-    assert stars == ["stars", "shape/star", "top", "4", "80.0", "10", "56.0", "0.93", "10", "1"]
+    # 10 batches of 7 rows of the classes, 4/5 of them stars; 10 of 12 pictures of 3 states each.
+    assert stars == ["stars", "shape/star", "top", "4", "80.0", "10", "56.0", "1.87", "10", "1"]
     # The cache has one star and one of the rest, which need not be painted again.
-    assert any("10 of 10 pictures (60 states" in line for line in lines)
+    assert any("10 of 10 pictures (30 states" in line for line in lines)
     assert any("100 samples, 70 of them" in line for line in lines)
+    assert main(asked) == 0  # of other states, so nothing is taken
+    assert "12 of 12 pictures (72 states" in capsys.readouterr().out
     assert not any("none of the records" in line for line in lines)
 
 
