@@ -1,7 +1,7 @@
 """Does a change of distillation help? Arms of the same budget, paired by seed: `python -m benchmarks.arms RUN`.
 
     python -m benchmarks.arms runs/tiny --option david.fusion.formula --values static relative --seeds 3
-    python -m benchmarks.arms runs/tiny --option config --values configs/ablation/batch_32.yaml configs/tiny.yaml
+    python -m benchmarks.arms runs/tiny --option config --values configs/tiny.yaml configs/ablation/batch_16.yaml
 
 The cache of RUN is shared; each arm and seed is a run of its own in FOLDER (default RUN/arms), which goes on where it
 was left, and is measured once. The first value is the control. Printed: each figure's difference to the control with
