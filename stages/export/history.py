@@ -14,7 +14,7 @@ from shards.manifest import NAME, Manifest
 from stages.classes import load_classes
 from stages.nets.saved import cache_of, is_run
 
-LOCAL = {"run", "teacher", "device", "classes"}
+LOCAL = {"run", "teacher", "device", "processes", "resume", "hub", "classes"}
 """Settings that mean something on the machine of the run alone."""
 
 

@@ -32,7 +32,13 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "distill"
     (folder / "grids").mkdir(parents=True)
     Origin("someone/sd-embedded", {}, "hold", "0" * 64).save(folder)
-    settings = {"run": "runs/x", "device": "auto", "target": "velocity", "david": {"published": "/home/me/david"}}
+    settings = {
+        "run": "runs/x",
+        "device": "auto",
+        "hub": {"repo": "me/secret"},
+        "target": "velocity",
+        "david": {"published": "/home/me/david"},
+    }
     settings["grid"] = {"prompts": [SENTENCE]}
     (folder / "config.yaml").write_text(yaml.safe_dump({"distill": settings}))
     for samples in (32, 64, 96):
@@ -87,6 +93,7 @@ def test_the_run_tells_its_recipe_its_first_sentence_and_its_pictures_up_to_the_
     assert 'pipeline("a star, \\"red\\" as rust", ' in text
     assert "target: velocity" in text
     assert "runs/x" not in text
+    assert "me/secret" not in text
     assert "published: david" in text
     assert "![samples](samples.png)" in text
     assert history.pictures == {"samples.png": run / "grids" / "000000064.png"}
