@@ -273,7 +273,14 @@ def test_without_a_prior_class_the_prior_is_not_even_looked_at() -> None:
 
 
 def test_a_file_without_the_optional_keys_keeps_the_fingerprint_that_painted_caches_carry() -> None:
-    classes = load_classes(Path("configs/classes/tiny.yaml"))
+    shapes = {"top": ("star", "hourglass"), "mid": ("heart", "moon"), "low": ("ring", "circle")}
+    plural = {"hourglass": "hourglasses"}
+    specs = [
+        ClassSpec(name=plural.get(shape, f"{shape}s"), pattern=f"{shape}/*", priority=priority)
+        for priority, listed in shapes.items()
+        for shape in listed
+    ]
+    classes = ClassFile(classes=tuple(specs))
     assert classes.sha256() == "bf521feddd748ced88d6a411f167dc8a193d566267577fdb9e83be80e6f36b4d"
     assert classes.model_copy(update={"classes": classes.classes[:2]}).sha256() != classes.sha256()
 

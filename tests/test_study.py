@@ -132,7 +132,7 @@ def test_each_row_is_counted_to_its_class_or_to_the_prior(told_apart: Mixture) -
 
 @pytest.mark.parametrize("source", ["painted", "reused"])
 def test_pictures_that_guidance_made_may_not_teach_themselves(source: str) -> None:
-    config, words = [Path("configs/tiny.yaml")], [f"--pictures.{source}", "data"]
+    config, words = [Path("configs/tiny.yaml")], [f"--pictures.{source}", "data", "--pictures.reuse", "1"]
     with pytest.raises(Refused, match=rf"pictures\.{source} = data: they are painted at guidance 3 to 8"):
         load(Config, "finetune_classes", config, words)
     unguided = ["--render.states.guidance-min", "1", "--render.states.guidance-max", "1"]
