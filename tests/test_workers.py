@@ -114,7 +114,7 @@ def test_an_interruption_ends_every_worker(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("stages.cluster.fleet.GLANCE_SECONDS", 0.05)
     with pytest.raises(KeyboardInterrupt):
         filled(tmp_path / "cache", 2, endless)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert multiprocessing.active_children() == []

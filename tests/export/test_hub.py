@@ -283,7 +283,7 @@ def test_a_failure_is_shown_until_it_is_mended_and_training_never_waits(hub, tmp
 
 
 def test_an_export_that_cannot_arrive_holds_up_no_checkpoint_and_stays_in_sight(hub, tmp_path):
-    failed, more, arrived = threading.Event(), threading.Event(), threading.Event()
+    failed, more, arrived, looked = (threading.Event() for _ in range(4))
 
     def refuse(path: str, sent: bytes) -> bytes:
         if path == "README.md":
@@ -294,6 +294,7 @@ def test_an_export_that_cannot_arrive_holds_up_no_checkpoint_and_stays_in_sight(
         failed.set()
         assert more.wait(20)
         if arrived.is_set():
+            assert looked.wait(20)
             hub.garble = lambda path, sent: sent
 
     hub.garble = refuse
@@ -305,6 +306,7 @@ def test_an_export_that_cannot_arrive_holds_up_no_checkpoint_and_stays_in_sight(
     more.set()
     assert arrived.wait(20)
     assert "export has not arrived (ValueError: Invalid metadata in README.md)" in courier.warning()
+    looked.set()
     assert courier.close()
     assert hub.commits == ["Add checkpoints/000000008", "Add export"]
     assert courier.warning() is None
