@@ -64,6 +64,16 @@ def resolved_yaml(config: Strict, section: str) -> str:
     return yaml.safe_dump({section: config.model_dump(mode="json")}, sort_keys=False, allow_unicode=True, width=120)
 
 
+def asked_for(config_type: type[C], section: str, words: Sequence[str], prog: str | None = None) -> C | None:
+    """The configuration that a command's words ask for; None when they ask to see it, and it is printed."""
+    asked = request(words)
+    config = load(config_type, section, asked.files, asked.options, prog)
+    if asked.print_config:
+        print(resolved_yaml(config, section), end="")
+        return None
+    return config
+
+
 def save_resolved(config: Strict, path: Path, section: str) -> None:
     """Write the whole configuration to `path`, all or nothing."""
     atomic_write(path, resolved_yaml(config, section))

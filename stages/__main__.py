@@ -90,13 +90,10 @@ def call(command: Command, words: list[str]) -> int:
     quiet_after_import()
     if command.kind == "tool":
         return module.main(words) or 0
-    from configs.load import load, request, resolved_yaml  # here, so that `sollune --help` does without pydantic
+    from configs.load import asked_for  # here, so that `sollune --help` does without pydantic
 
-    asked = request(words)
-    config = load(module.Config, command.section, asked.files, asked.options)
-    if asked.print_config:
-        print(resolved_yaml(config, command.section), end="")
-    else:
+    config = asked_for(module.Config, command.section, words)
+    if config is not None:
         module.run(config)
     return 0
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configs.load import load, request, resolved_yaml
+from configs.load import asked_for
 from configs.refusal import Refused
 from configs.strict import Strict
 from stages.flow.bridge import Tail
@@ -102,10 +102,7 @@ def main(argv: Sequence[str]) -> int:
     words = ["--file", *argv] if argv and not argv[0].startswith("-") else list(argv)
     if not words:
         raise Refused(f"import: which file? - {USAGE}")
-    asked = request(words)
-    config = load(Config, "import", asked.files, asked.options)
-    if asked.print_config:
-        print(resolved_yaml(config, "import"), end="")
-    else:
+    config = asked_for(Config, "import", words)
+    if config is not None:
         run(config)
     return 0

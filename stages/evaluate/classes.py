@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from configs.load import load, request, resolved_yaml
+from configs.load import asked_for
 from configs.refusal import Refused, did_you_mean
 from stages.evaluate import outlook, quota_table, suggest
 
@@ -11,21 +11,17 @@ USAGE = "usage: sollune classes show FILE [--config FILE.yaml ...] | suggest RUN
 
 def show(words: Sequence[str]) -> None:
     """Print what a class file would mean; --config takes a finetune_classes section's prompts, run and lengths."""
-    asked = request(["--classes", *words] if words and not words[0].startswith("-") else words)
-    config = load(outlook.Config, "finetune_classes", asked.files, asked.options, "sollune classes show")
-    if asked.print_config:
-        print(resolved_yaml(config, "finetune_classes"), end="")
-    else:
+    words = ["--classes", *words] if words and not words[0].startswith("-") else words
+    config = asked_for(outlook.Config, "finetune_classes", words, "sollune classes show")
+    if config is not None:
         quota_table.show(config)
 
 
 def propose(words: Sequence[str]) -> None:
     """Measure which classes need it most; --config takes an evaluate section's prompts and scorer."""
-    asked = request(["--run", *words] if words and not words[0].startswith("-") else words)
-    config = load(suggest.Config, "evaluate", asked.files, asked.options, "sollune classes suggest")
-    if asked.print_config:
-        print(resolved_yaml(config, "evaluate"), end="")
-    else:
+    words = ["--run", *words] if words and not words[0].startswith("-") else words
+    config = asked_for(suggest.Config, "evaluate", words, "sollune classes suggest")
+    if config is not None:
         suggest.run(config)
 
 

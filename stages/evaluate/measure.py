@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from configs.atomic import atomic_write
-from configs.load import load, request, resolved_yaml
+from configs.load import asked_for
 from configs.refusal import Refused
 from configs.strict import Strict
 from shards.reader import Reader
@@ -191,10 +191,8 @@ def main(argv: Sequence[str]) -> int:
     words = ["--run", *argv] if argv and not argv[0].startswith("-") else list(argv)
     if not words:
         raise Refused("evaluate: which run? - usage: sollune evaluate RUN --config configs/tiny.yaml [options]")
-    asked = request(words)
-    config = load(Config, "evaluate", asked.files, asked.options)
-    if asked.print_config:
-        print(resolved_yaml(config, "evaluate"), end="")
+    config = asked_for(Config, "evaluate", words)
+    if config is None:
         return 0
     found = evaluate(config)
     judged = verdicts(found, config.gates)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from configs.load import load, request, resolved_yaml
+from configs.load import asked_for
 from configs.refusal import Refused
 from configs.strict import Strict
 from stages.export.diffusers import export_diffusers
@@ -148,11 +148,8 @@ def main(argv: Sequence[str]) -> int:
     words = ["--run", *argv] if argv and not argv[0].startswith("-") else list(argv)
     if not words:
         raise Refused(f"export: which run? - {USAGE}")
-    asked = request(words)
-    config = load(Config, "export", asked.files, asked.options)
-    if asked.print_config:
-        print(resolved_yaml(config, "export"), end="")
-    else:
+    config = asked_for(Config, "export", words)
+    if config is not None:
         for path in run(config):
             print(f"{path}: {'verified' if config.verify else 'written and verified'}")
     return 0

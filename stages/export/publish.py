@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from configs.load import load, request, resolved_yaml
+from configs.load import asked_for
 from configs.refusal import Refused
 from configs.strict import Strict
 from stages.export.parcel import CHECKPOINTS, Parcel, Staging, staging_in
@@ -67,10 +67,7 @@ def main(argv: Sequence[str]) -> int:
     words = ["--run", *argv] if argv and not argv[0].startswith("-") else list(argv)
     if not words:
         raise Refused(f"publish: which run? - {USAGE}")
-    asked = request(words)
-    config = load(Config, "publish", asked.files, asked.options)
-    if asked.print_config:
-        print(resolved_yaml(config, "publish"), end="")
-    else:
+    config = asked_for(Config, "publish", words)
+    if config is not None:
         run(config)
     return 0
