@@ -23,6 +23,7 @@ from configs.load import load
 from stages.distill import Config
 from stages.nets.student import Student
 from stages.train.config import TrainConfig
+from stages.train.optim import is_matrix
 
 GIB = 2**30
 SENTENCE, LATENT = (77, CONTEXT), (4, 64, 64)
@@ -85,7 +86,7 @@ def needed(config: TrainConfig) -> Needed:
         weights = size_of(student)
         working = working_bytes(student, config)
         teacher = weights + size_of(vae()) + size_of(text_encoder())
-        moments = sum(moment_bytes(p.numel(), config.optimizer.kind) for p in student.parameters())
+        moments = sum(moment_bytes(name, p, config.optimizer.kind) for name, p in student.named_parameters())
     return Needed(weights, weights, moments, weights, working, teacher)
 
 
@@ -94,8 +95,11 @@ def size_of(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def moment_bytes(numbers: int, kind: str) -> int:
-    """AdamW's two moments of a tensor."""
+def moment_bytes(name: str, parameter: nn.Parameter, kind: str) -> int:
+    """AdamW's two moments of a parameter, or the one of a matrix that Muon moves."""
+    numbers = parameter.numel()
+    if kind == "muon" and is_matrix(name, parameter):
+        return 4 * numbers
     if kind == "adamw_8bit" and numbers >= QUANTISED_FROM:
         return 2 * (numbers + 4 * -(-numbers // QUANTISED_BLOCK))
     return 2 * 4 * numbers

@@ -12,6 +12,7 @@ from torch import nn
 
 from configs.refusal import Refused, did_you_mean
 from configs.strict import Strict
+from stages.train.muon import MuonWithAdamW
 
 BLOCK = re.compile(r"\b(?:(down|up)_blocks\.(\d+)|(mid)_block)\.")
 REST = "rest"
@@ -21,11 +22,12 @@ FUSED = ("cpu", "cuda", "mps", "xpu")
 
 
 class OptimizerConfig(Strict):
-    """AdamW with warm-up, a cosine and gradient clipping."""
+    """AdamW or Muon with warm-up, a cosine and gradient clipping."""
 
-    kind: Literal["adamw", "adamw_8bit"] = Field(
+    kind: Literal["adamw", "adamw_8bit", "muon"] = Field(
         "adamw",
-        description="adamw keeps two numbers of four bytes a weight, adamw_8bit two of one byte (extra 8bit)",
+        description="adamw keeps two numbers of four bytes a weight, adamw_8bit two of one byte (extra 8bit); muon one "
+        "for the matrices of the blocks, and is AdamW elsewhere",
     )
     learning_rate: float = Field(1e-4, gt=0, description="highest learning rate, reached after the warm-up")
     betas: tuple[float, float] = Field((0.9, 0.99), description="decay of AdamW's two moments, per step")
@@ -65,18 +67,34 @@ def block_of(parameter: str) -> str:
     return found[3] or f"{found[1]}_{found[2]}"
 
 
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon is meant for a parameter: for hidden layers, so neither biases nor the first and last one."""
+    return parameter.ndim > 1 and block_of(name) != REST
+
+
 def build_optimizer(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW over the parameters where they lie; one group for each rate, or for each block when they are balanced.
+    """The optimizer of these parameters; one group for each rate, or for each block when they are balanced.
 
     Raises `Refused` for the rate of a block that no parameter lies in, and for 8 bits without their library.
     """
+    _refuse_unknown(config, parameters)
     options: dict[str, Any] = {"lr": config.learning_rate} | config.model_dump(include={"betas", "eps", "weight_decay"})
-    groups = _groups(config, parameters)
     if config.kind == "adamw_8bit":
-        return _eight_bit(groups, options)
+        return _eight_bit(_groups(config, parameters), options)
     # The fused form is one pass over memory on a CPU as well, and makes no copies.
-    fused = all(parameter.device.type in FUSED for parameter in parameters.values())
-    return torch.optim.AdamW(groups, fused=fused, **options)
+    options["fused"] = all(parameter.device.type in FUSED for parameter in parameters.values())
+    if config.kind == "muon":
+        matrices = {name: p for name, p in parameters.items() if is_matrix(name, p)}
+        rest = {name: p for name, p in parameters.items() if name not in matrices}
+        return MuonWithAdamW(_groups(config, matrices), _groups(config, rest), **options)
+    return torch.optim.AdamW(_groups(config, parameters), **options)
+
+
+def _refuse_unknown(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> None:
+    known = sorted({block_of(name) for name in parameters})
+    for block in config.block_rates if config.block_rates != "balanced" else ():
+        if block not in known:
+            raise Refused(f"optimizer.block_rates.{block}: no such block - {did_you_mean(block, known)}")
 
 
 def _groups(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
@@ -87,10 +105,6 @@ def _groups(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> 
         for name, parameter in parameters.items():
             shares.setdefault(blocks[name], []).append(parameter)
         return [{"params": listed, "share": 1.0} for listed in shares.values()]
-    for block in config.block_rates:
-        if block not in blocks.values():
-            known = sorted(set(blocks.values()))
-            raise Refused(f"optimizer.block_rates.{block}: no such block - {did_you_mean(block, known)}")
     for name, parameter in parameters.items():
         shares.setdefault(config.block_rates.get(blocks[name], 1.0), []).append(parameter)
     return [{"params": listed, "share": share} for share, listed in shares.items()]

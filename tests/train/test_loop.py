@@ -44,15 +44,15 @@ def test_a_run_cut_anywhere_goes_on_to_the_very_bits_of_an_uninterrupted_one(tmp
     assert files(tmp_path / "whole", 16) != files(tmp_path / "whole", 24)
 
 
-def test_a_resumed_unet_has_the_very_bits_of_an_uninterrupted_one(tmp_path, train, unet_batches):
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_resumed_unet_has_the_very_bits_of_an_uninterrupted_one(tmp_path, train, unet_batches, kind):
     def run(folder: Path, **options):
         torch.manual_seed(0)
         student = Student(build_unet())
         options = {"batches": unet_batches(None), "uncond": torch.zeros(1, 3, 64), **options}
         objective = Objective(ObjectiveConfig(), ())
-        return train(
-            folder, {"max_samples": 6, "checkpoint_every_samples": 2}, student=student, objective=objective, **options
-        )
+        knobs = {"max_samples": 6, "checkpoint_every_samples": 2, "optimizer": {"kind": kind}}
+        return train(folder, knobs, student=student, objective=objective, **options)
 
     whole = run(tmp_path / "whole")
     with pytest.raises(InterruptedError):

@@ -1,4 +1,5 @@
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_eight_bits_go_on_to_the_same_bits():
     whole, optimizer = start(torch.ones(80, 80))
     steps(whole, optimizer, gradients[:3])
     second, resumed = start(whole.detach())
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(deepcopy(optimizer.state_dict()))
     steps(whole, optimizer, gradients[3:])
     steps(second, resumed, gradients[3:])
     assert torch.equal(whole, second)

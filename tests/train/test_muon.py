@@ -1,0 +1,110 @@
+"""Laws of Muon beside AdamW: each does its own, where the weights lie."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from stages.train.ema import Ema
+from stages.train.muon import as_matrix
+from stages.train.optim import OptimizerConfig, build_optimizer, set_learning_rate
+
+CONFIG = OptimizerConfig(kind="muon", learning_rate=0.01, block_rates={"mid": 0.5})
+SHAPES = {"mid_block.conv.weight": (6, 4, 3, 3), "mid_block.conv.bias": (6,), "conv_in.weight": (6, 4, 3, 3)}
+
+
+def weights() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+
+
+def gradients(steps: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()} for _ in range(steps)]
+
+
+def learn(parameters, optimizer, steps):
+    for step in steps:
+        for name, parameter in parameters.items():
+            parameter.grad = torch.empty_like(parameter).copy_(step[name])  # in the weight's layout, as autograd's is
+        set_learning_rate(optimizer, 0.01)
+        optimizer.step()
+
+
+def test_matrices_of_blocks_move_as_muon_moves_them_and_all_else_as_adamw_does():
+    ours, theirs = weights(), weights()
+    learn(ours, build_optimizer(CONFIG, ours), gradients(3))
+
+    matrix = nn.Parameter(theirs["mid_block.conv.weight"].detach().flatten(1))
+    muon = torch.optim.Muon([matrix], lr=0.005, weight_decay=CONFIG.weight_decay, adjust_lr_fn="match_rms_adamw")
+    rates = [{"params": [theirs["mid_block.conv.bias"]], "lr": 0.005}, {"params": [theirs["conv_in.weight"]]}]
+    adamw = torch.optim.AdamW(rates, lr=0.01, betas=CONFIG.betas, weight_decay=CONFIG.weight_decay, fused=True)
+    for step in gradients(3):
+        matrix.grad = step["mid_block.conv.weight"].flatten(1)
+        theirs["mid_block.conv.bias"].grad, theirs["conv_in.weight"].grad = (
+            step["mid_block.conv.bias"],
+            step["conv_in.weight"],
+        )
+        muon.step()
+        adamw.step()
+    assert torch.equal(ours["mid_block.conv.weight"].flatten(1), matrix)
+    assert torch.equal(ours["mid_block.conv.bias"], theirs["mid_block.conv.bias"])
+    assert torch.equal(ours["conv_in.weight"], theirs["conv_in.weight"])
+
+
+def test_it_goes_on_to_the_same_bits():
+    whole, steps = weights(), gradients(6)
+    optimizer = build_optimizer(CONFIG, whole)
+    learn(whole, optimizer, steps[:3])
+    second = {name: nn.Parameter(weight.detach().clone()) for name, weight in whole.items()}
+    resumed = build_optimizer(CONFIG, second)
+    resumed.load_state_dict(deepcopy(optimizer.state_dict()))
+    learn(whole, optimizer, steps[3:])
+    learn(second, resumed, steps[3:])
+    assert all(torch.equal(whole[name], second[name]) for name in whole)
+
+
+def test_it_reaches_weights_that_wore_their_average_meanwhile():
+    plain, worn = weights(), weights()
+    module = nn.Module()
+    for name, weight in worn.items():
+        module.register_parameter(name.replace(".", "_"), weight)
+    ema, steps = Ema(module), gradients(2)
+    for parameters in (plain, worn):
+        optimizer = build_optimizer(CONFIG, parameters)
+        learn(parameters, optimizer, steps[:1])
+        if parameters is worn:
+            with ema.worn():
+                pass
+        learn(parameters, optimizer, steps[1:])
+    assert all(torch.equal(plain[name], worn[name]) for name in plain)
+
+
+def test_the_memory_format_moves_nothing_but_rounding():
+    plain, last = weights(), weights()
+    for weight in last.values():
+        if weight.ndim == 4:
+            weight.data = weight.data.to(memory_format=torch.channels_last)
+    for parameters in (plain, last):
+        learn(parameters, build_optimizer(CONFIG, parameters), gradients(3))
+    for name in plain:
+        # orthogonalised in bfloat16: a rounding of 2^-8 in each of three steps of .001 a weight
+        torch.testing.assert_close(last[name], plain[name], atol=3 * 0.001 * 2**-6, rtol=0)
+    assert not torch.equal(plain["mid_block.conv.weight"], weights()["mid_block.conv.weight"])
+
+
+def test_a_matrix_is_the_same_memory_and_anything_else_is_refused():
+    weight = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    as_matrix(weight)[1, -1] = 7
+    assert weight[1, 2, 3, 4] == 7
+    with pytest.raises(RuntimeError):
+        as_matrix(torch.zeros(3, 2, 4, 5).transpose(0, 1))
+
+
+def test_matrices_alone_are_enough_as_adapters_are():
+    adapter = {"mid_block.lora_A.weight": nn.Parameter(torch.ones(2, 8))}
+    optimizer = build_optimizer(OptimizerConfig(kind="muon"), adapter)
+    adapter["mid_block.lora_A.weight"].grad = torch.randn(2, 8, generator=torch.Generator().manual_seed(2))
+    optimizer.step()
+    assert not torch.equal(adapter["mid_block.lora_A.weight"], torch.ones(2, 8))
