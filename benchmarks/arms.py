@@ -1,7 +1,7 @@
 """Does a change of distillation help? Arms of the same budget, paired by seed: `python -m benchmarks.arms RUN`.
 
     python -m benchmarks.arms runs/tiny --option david.fusion.formula --values static relative --seeds 3
-    python -m benchmarks.arms runs/tiny --option config --values configs/tiny.yaml configs/ablation/batch_16.yaml
+    python -m benchmarks.arms runs/tiny --option config --values configs/ablation/adamw_32.yaml configs/tiny.yaml
 
 The cache of RUN is shared; each arm and seed is a run of its own in FOLDER (default RUN/arms), which goes on where it
 was left, and is measured once. The first value is the control. Printed: each figure's difference to the control with
@@ -23,7 +23,7 @@ from stages.evaluate import measure
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """The .975 quantile for n seeds."""
 FEW = [
-    *("--paired.prompts", "128", "--paired.steps", "8", "--paired.controls", "false"),
+    *("--paired.prompts", "512", "--paired.steps", "8", "--paired.controls", "false"),
     *("--fidelity.prompts", "100", "--fidelity.control-prompts", "2"),
 ]
 
