@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from shards.record import Record
@@ -25,8 +25,9 @@ class Batch:
     k: Int[Tensor, " b"]
     features: Mapping[str, Float[Tensor, "b n_b"]]
     draw: Int[Tensor, " b"]
-    answered: Bool[Tensor, " b"] | None = None
-    """False where the teacher was not asked: `v_cond` alone is meant to be learnt there; None where he always was"""
+    own_guidance: Float[Tensor, " b"] | None = None
+    """float32; where `v_cond` is the picture's own velocity, the guidance scale under which it is meant to be met, at
+    least 1; 0 where the teacher answered; None where he always did"""
     group: Int[Tensor, " b"] | None = None
     """which of some groups each row is told with in the journal; None where they are not told apart"""
 
@@ -62,7 +63,7 @@ class Batch:
             k=self.k.to(device, non_blocking=True),
             features={block: moved(values) for block, values in self.features.items()},
             draw=self.draw.to(device, non_blocking=True),
-            answered=placed(self.answered),
+            own_guidance=placed(self.own_guidance),
             group=placed(self.group),
         )
 
@@ -94,9 +95,7 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(batch, name) for batch in batches])
 
-    asked = [
-        torch.ones(len(batch), dtype=torch.bool) if batch.answered is None else batch.answered for batch in batches
-    ]
+    own = [torch.zeros(len(batch)) if batch.own_guidance is None else batch.own_guidance for batch in batches]
     return Batch(
         keys=tuple(key for batch in batches for key in batch.keys),
         texts=tuple(text for batch in batches for text in batch.texts),
@@ -109,6 +108,6 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
         k=joined("k"),
         features={block: torch.cat([batch.features[block] for batch in batches]) for block in batches[0].features},
         draw=joined("draw"),
-        answered=None if all(batch.answered is None for batch in batches) else torch.cat(asked),
+        own_guidance=None if all(batch.own_guidance is None for batch in batches) else torch.cat(own),
         group=None if batches[0].group is None else joined("group"),
     )

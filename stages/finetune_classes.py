@@ -85,8 +85,7 @@ class Config(Strict):
     def _can_be_measured_and_taught(self) -> "Config":
         if self.stop is not None and self.stop.most_lost is not None and self.scorer is None:
             raise ValueError("stop.most_lost counts right pictures - name a scorer, or set it to null")
-        states = self.render.states
-        self.pictures.refuse_guided(states.guidance_min, states.guidance_max)
+        self.pictures.refuse_hardly_guided(self.render.states.guidance_min)
         return self
 
 
@@ -215,6 +214,7 @@ def study(
             "prior_share": config.prior_share,
             "start": sha256(start),
             **({"exam": config.exam.model_dump(mode="json", exclude={"pictures"})} if config.stop else {}),
+            **({"guidance": config.pictures.guidance} if ledger.kept("data", "photograph") else {}),
             **({"lora": config.lora.model_dump(mode="json")} if config.lora else {}),
         },
         groups=mixture.groups.names,
@@ -228,6 +228,7 @@ def mixture_of(config: Config, machine: Machine, classes: ClassFile, ledger: Led
     seed, (in_classes, in_prior) = config.train.seed, rows_of(config.train.batch_size, config.prior_share)
     cache, painted = config.run / "classes" / "cache", Reader(config.run / "classes" / "cache", "train")
     kept, taught = set(ledger.kept()), set(ledger.kept("data"))
+    shown = dict.fromkeys(ledger.kept("data", "photograph"), config.pictures.guidance)
     records = Counter(head.class_name for head in painted.heads() if head.key in kept)
     own = (record for record in painted.records() if record.key in taught)
     prior = prior_weights(classes, Reader(config.run / "cache", "train").class_names)
@@ -235,7 +236,7 @@ def mixture_of(config: Config, machine: Machine, classes: ClassFile, ledger: Led
         classes=Reader(cache, "train", seed, in_classes, keys=kept, class_weights=draw_weights(classes, records)),
         prior=Reader(config.run / "cache", "train", seed, in_prior, class_weights=prior),
         groups=Groups.of_classes(classes, records),
-        data=DataTarget.of(own, seed, config.render.states.density) if taught else None,
+        data=DataTarget.of(own, shown, seed, config.render.states.density) if taught else None,
         rank=machine.rank,
         world=machine.world,
     )

@@ -98,13 +98,13 @@ def test_a_share_that_leaves_a_stream_without_rows_is_refused(share: float) -> N
 def told_apart(mixture: Mixture) -> Mixture:
     """The third star teaches itself; each row says which class it is of, or that it is of the prior."""
     reader = mixture.classes
-    data = DataTarget({"000000002": reader.record("000000002").x0}, seed=0, density=TimestepDensity())
+    data = DataTarget.of([reader.record("000000002")], {"000000002": 3.0}, seed=0, density=TimestepDensity())
     return replace(mixture, data=data)
 
 
 def test_rows_that_teach_themselves_are_the_same_on_every_number_of_ranks(told_apart: Mixture) -> None:
     whole = list(islice(told_apart.batches(2 * 8), 6))
-    assert any(batch.answered is not None for batch in whole)
+    assert any(batch.own_guidance is not None for batch in whole)
     ranks = [replace(told_apart, rank=rank, world=2).batches(2 * 8) for rank in range(2)]
     for batch in whole:
         for rank in range(2):
@@ -112,9 +112,8 @@ def test_rows_that_teach_themselves_are_the_same_on_every_number_of_ranks(told_a
             assert torch.equal(part.x_t, of.x_t)
             assert torch.equal(part.s, of.s)
             assert torch.equal(part.v_cond, of.v_cond)
-            unanswered = [row for row, key in enumerate(part.keys) if key == "000000002" and part.group[row] < 2]
-            answered = torch.ones(4, dtype=torch.bool) if part.answered is None else part.answered
-            assert (~answered).nonzero().flatten().tolist() == unanswered
+            own = [3.0 * (key == "000000002" and group < 2) for key, group in zip(part.keys, part.group, strict=True)]
+            assert ([0.0] * 4 if part.own_guidance is None else part.own_guidance.tolist()) == own
 
 
 def test_rows_that_teach_themselves_are_the_same_when_a_run_goes_on(told_apart: Mixture) -> None:
@@ -130,13 +129,11 @@ def test_each_row_is_counted_to_its_class_or_to_the_prior(told_apart: Mixture) -
         assert batch.group.tolist() == expected
 
 
-@pytest.mark.parametrize("source", ["painted", "reused"])
-def test_pictures_that_guidance_made_may_not_teach_themselves(source: str) -> None:
-    config, words = [Path("configs/tiny.yaml")], [f"--pictures.{source}", "data", "--pictures.reuse", "1"]
-    with pytest.raises(Refused, match=rf"pictures\.{source} = data: they are painted at guidance 3 to 8"):
-        load(Config, "finetune_classes", config, words)
-    unguided = ["--render.states.guidance-min", "1", "--render.states.guidance-max", "1"]
-    assert load(Config, "finetune_classes", config, [*words, *unguided]).pictures.target(source) == "data"
+def test_pictures_that_are_hardly_guided_may_not_teach_themselves() -> None:
+    config, words = [Path("configs/tiny.yaml")], ["--render.states.guidance-min", "0.5", "--pictures.painted"]
+    with pytest.raises(Refused, match=r"pictures\.painted = data, but they are painted at guidance 0\.5"):
+        load(Config, "finetune_classes", config, [*words, "data"])
+    assert load(Config, "finetune_classes", config, [*words, "teacher"]).pictures.target("painted") == "teacher"
 
 
 def test_an_end_by_lost_pictures_needs_somebody_who_counts_them() -> None:

@@ -31,6 +31,13 @@ def guided(
     return v_uncond + scale * (v_cond - v_uncond)
 
 
+def unguided(
+    v_guided: Float[Tensor, "b ..."], v_uncond: Float[Tensor, "b ..."], w: float | Float[Tensor, " b"]
+) -> Float[Tensor, "b ..."]:
+    """The conditional velocity that guidance at scale w makes `v_guided` of: v_uncond + (v_guided - v_uncond) / w."""
+    return guided(v_guided, v_uncond, 1 / w)
+
+
 def of_each(s: float, x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
     """The one time s for each sample of x, in float64."""
     return torch.full((x.shape[0],), s, dtype=torch.float64, device=x.device)

@@ -26,7 +26,7 @@ class Picture:
     """the class's name in the class file"""
     source: Source
     target: Target
-    """teacher: its stored velocities are learnt; data: eps - x0 under fresh noise"""
+    """teacher: its stored velocities are learnt; data: its own, eps - x0, under fresh noise"""
     kept: bool
     reason: str
     """why it is set aside; empty for what is kept"""
@@ -39,9 +39,13 @@ class Ledger:
     judged_by: Mapping[str, JsonValue]
     pictures: Mapping[str, Picture]
 
-    def kept(self, target: Target | None = None) -> list[str]:
-        """The keys that training may use, of one target or of both."""
-        return [key for key, one in self.pictures.items() if one.kept and target in (None, one.target)]
+    def kept(self, target: Target | None = None, source: Source | None = None) -> list[str]:
+        """The keys that training may use, of one target and source or of all."""
+        return [
+            key
+            for key, one in self.pictures.items()
+            if one.kept and target in (None, one.target) and source in (None, one.source)
+        ]
 
     def set_aside(self) -> dict[str, Picture]:
         """The pictures that it may not use."""

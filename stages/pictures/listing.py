@@ -32,12 +32,18 @@ class PicturesConfig(Strict):
         description="largest share of a class's pictures that is taken from RUN/cache, not painted again",
     )
     painted: Target = Field(
-        "teacher",
-        description="what painted pictures teach: the teacher's velocity, or data: eps - x0, which only pictures "
-        "painted at guidance 1 may: who learns guided ones as they are is guided twice when sampled",
+        "data",
+        description="what painted pictures teach: data, that guidance at the scale that painted them draws them; or "
+        "the teacher's velocities, which change nothing but what the student has forgotten",
     )
-    reused: Target = Field("teacher", description="what pictures of RUN/cache teach: teacher or data, likewise")
+    reused: Target = Field("data", description="what pictures of RUN/cache teach: data or teacher, likewise")
     photograph: Target = Field("data", description="what photographs teach: data, or teacher for its answers there")
+    guidance: float = Field(
+        5.0,
+        ge=1,
+        description="guidance scale under which photographs are to be drawn; 1 is dreambooth's: they are learnt as "
+        "they are, and guidance overdoes them",
+    )
 
     def most(self, quotas: Mapping[str, int]) -> dict[str, int]:
         """How many of the pictures of each class may be taken from the cache."""
@@ -47,15 +53,13 @@ class PicturesConfig(Strict):
         """What is learnt from pictures of this source."""
         return {"painted": self.painted, "reused": self.reused, "photograph": self.photograph}[source]
 
-    def refuse_guided(self, least: float, most: float) -> None:
-        """Raise `ValueError` where pictures painted at these guidance scales shall teach themselves."""
-        for source in ("painted", "reused"):
-            used = source == "painted" or self.reuse > 0
-            if used and self.target(source) == "data" and not least == most == 1:
-                raise ValueError(
-                    f"pictures.{source} = data: they are painted at guidance {least:g} to {most:g}, and who learns "
-                    "them as they are is guided twice when sampled - set it to teacher, or paint at guidance 1"
-                )
+    def refuse_hardly_guided(self, least: float) -> None:
+        """Raise `ValueError` where pictures that are painted at such a guidance scale cannot teach themselves."""
+        if self.painted == "data" and least < 1:
+            raise ValueError(
+                f"pictures.painted = data, but they are painted at guidance {least:g} and above, and below 1 a prompt "
+                "hardly shows - set render.states.guidance_min to 1 or more, or pictures.painted to teacher"
+            )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from torch import Tensor
 from configs.refusal import Refused, did_you_mean
 from configs.strict import Strict
 from shards.batch import Batch
+from stages.flow.path import per_sample
+from stages.flow.solver import unguided
 from stages.flow.timesteps import min_snr_weight, vp_weight
 from stages.nets.student import StudentOutput
 from stages.train.losses import FeatureScale, block_errors, cosine_errors, guidance_error, velocity_error
@@ -139,7 +141,7 @@ class Objective:
     ) -> Losses:
         """The loss of a batch, `block_weight` being that of the block term at present.
 
-        Rows whose teacher was not asked count with the flow error of their conditional branch alone.
+        Rows that are learnt from their own picture count with the error of their conditional branch alone.
         `scales` are the guidance scales w of the samples; `omega` weighs whole samples and is not normalised inside
         the batch (mathematics.md section 4).
         """
@@ -147,11 +149,11 @@ class Objective:
         omega = torch.ones_like(batch.s) if omega is None else omega
         weights = omega * config.weight_of_time(batch.s)
 
-        conditional = velocity_error(output.v_cond, batch.v_cond)
+        conditional = velocity_error(output.v_cond, _conditional_target(output, batch))
         unconditional = velocity_error(output.v_uncond, batch.v_uncond)
         flow_errors = (conditional + config.uncond_weight * unconditional) / (1 + config.uncond_weight)
-        if batch.answered is not None:
-            flow_errors = torch.where(batch.answered, flow_errors, conditional)
+        if batch.own_guidance is not None:
+            flow_errors = torch.where(batch.own_guidance > 0, conditional, flow_errors)
         flow = (weights * flow_errors).mean()
 
         guided_errors = guidance_error(output.v_cond - batch.v_cond, output.v_uncond - batch.v_uncond, scales)
@@ -192,6 +194,21 @@ class Objective:
         return block_errors(output.features, targets, self.scale.at(batch.s))
 
 
+def _conditional_target(output: StudentOutput, batch: Batch) -> Float[Tensor, "b c h w"]:
+    """What the conditional branch is to answer: what the teacher does, or what draws the row's own picture.
+
+    A picture is to be drawn under guidance w, so v_u + w (v_c - v_u) = eps - x0, with the student's own v_u, which
+    does not learn from it: v_c = v_u + (eps - x0 - v_u) / w. So guidance at w becomes the flow from noise to such
+    pictures, where the teacher's guidance only bends another one (Chen et al. 2025, arXiv:2501.15420, train the guided
+    flow by this interpolation; here it trains the conditional one, and guidance stays free).
+    """
+    if batch.own_guidance is None:
+        return batch.v_cond
+    drawing = unguided(batch.v_cond, output.v_uncond.detach(), batch.own_guidance.clamp_min(1))
+    return torch.where(per_sample(batch.own_guidance, drawing) > 0, drawing, batch.v_cond)
+
+
 def _where_answered(errors: Float[Tensor, "*n b"], batch: Batch) -> Float[Tensor, "*n b"]:
-    """The errors of the rows whose teacher was asked; 0 for the others."""
-    return errors if batch.answered is None else torch.where(batch.answered, errors, torch.zeros_like(errors))
+    """The errors of the rows that the teacher answered; 0 for the others."""
+    own = batch.own_guidance
+    return errors if own is None else torch.where(own > 0, torch.zeros_like(errors), errors)

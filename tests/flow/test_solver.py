@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stages.flow.path import Linear, point, velocity
-from stages.flow.solver import euler, guided, heun, uniform_grid
+from stages.flow.solver import euler, guided, heun, unguided, uniform_grid
 
 Solver: TypeAlias = Callable[..., Tensor]
 
@@ -71,3 +71,8 @@ def test_guidance_is_the_conditional_branch_at_one_and_the_other_at_zero() -> No
     torch.testing.assert_close(guided(v_cond, v_uncond, 7.5), v_uncond + 7.5 * (v_cond - v_uncond))
     each = guided(v_cond, v_uncond, torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(each, torch.stack([v_cond[0], v_uncond[1]]))
+
+
+def test_unguided_takes_guidance_back():
+    v_cond, v_uncond, w = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.tensor([1.0, 7.5])
+    torch.testing.assert_close(unguided(guided(v_cond, v_uncond, w), v_uncond, w), v_cond)

@@ -10,6 +10,7 @@ from torch import Tensor
 from configs.refusal import Refused
 from shards.batch import Batch, concatenate
 from shards.record import BlockFeatures, Draws, Record
+from stages.flow.solver import guided, unguided
 from stages.flow.timesteps import TimestepDensity
 from stages.nets.student import StudentOutput
 from stages.train.data_target import DataTarget
@@ -31,7 +32,7 @@ def record(key: str, guidance_scale: float) -> Record:
 @pytest.fixture
 def target() -> DataTarget:
     """The first of the two pictures of the batch teaches itself."""
-    return DataTarget.of([record("000000000", 1.0)], seed=3, density=DENSITY)
+    return DataTarget.of([record("000000000", 4.0)], {}, seed=3, density=DENSITY)
 
 
 def numbers(*samples: int) -> np.ndarray:
@@ -56,8 +57,8 @@ def test_a_state_and_its_velocity_lead_back_to_the_picture(batch, target):
     put = target.put(batch, numbers(10, 11))
     back = put.x_t[0] - put.s[0] * put.v_cond[0]
     torch.testing.assert_close(back, target.x0["000000000"].float(), atol=1e-5, rtol=0)
-    assert put.answered is not None
-    assert put.answered.tolist() == [False, True]
+    assert put.own_guidance is not None
+    assert put.own_guidance.tolist() == [4, 0]
 
 
 def test_noise_and_time_belong_to_the_number_of_the_sample_and_to_nothing_else(batch, target):
@@ -72,7 +73,7 @@ def test_the_other_rows_stay_as_they_are_stored(batch, target):
     put = target.put(batch, numbers(10, 11))
     for name in ("x_t", "v_cond", "v_uncond", "s", "k", "cond"):
         assert torch.equal(getattr(put, name)[1], getattr(batch, name)[1])
-    assert target.put(batch.rows(slice(1, 2)), numbers(11)).answered is None
+    assert target.put(batch.rows(slice(1, 2)), numbers(11)).own_guidance is None
 
 
 def test_times_follow_the_density(batch, target):
@@ -84,13 +85,18 @@ def test_times_follow_the_density(batch, target):
     assert float(places.max()) > 0.98
 
 
-def test_a_picture_that_guidance_made_is_refused_as_data():
-    with pytest.raises(Refused, match=r"record 000000007 .* painted at guidance 5, .* or paint at guidance 1"):
-        DataTarget.of([record("000000001", 1.0), record("000000007", 5.0)], 0, DENSITY)
+def test_a_picture_is_drawn_at_the_scale_that_painted_it_unless_told():
+    found = DataTarget.of([record("000000001", 6.0), record("000000007", 1.0)], {"000000007": 3.0}, 0, DENSITY)
+    assert found.guidance == {"000000001": 6.0, "000000007": 3.0}
+
+
+def test_a_picture_that_was_hardly_guided_is_refused_as_data():
+    with pytest.raises(Refused, match=r"record 000000007 .* painted at guidance 0.5 - paint at guidance 1 or above"):
+        DataTarget.of([record("000000001", 1.0), record("000000007", 0.5)], {}, 0, DENSITY)
 
 
 def test_rows_that_were_all_answered_lose_the_very_bits_of_rows_that_tell_nothing(batch):
-    told = replace(batch, answered=torch.ones(2, dtype=torch.bool))
+    told = replace(batch, own_guidance=torch.zeros(2))
     one, two = output(batch), output(told)
     lost, lost_too = losses(one, batch), losses(two, told)
     lost.total.backward()
@@ -101,8 +107,8 @@ def test_rows_that_were_all_answered_lose_the_very_bits_of_rows_that_tell_nothin
     assert torch.equal(one.features["mid"].grad, two.features["mid"].grad)
 
 
-def test_of_a_row_without_an_answer_only_the_conditional_branch_counts(batch):
-    asked = replace(batch, answered=torch.tensor([False, True]))
+def test_of_a_row_that_teaches_itself_only_the_conditional_branch_counts(batch):
+    asked = replace(batch, own_guidance=torch.tensor([1.0, 0.0]))
     said = output(batch)
     found = losses(said, asked)
     found.total.backward()
@@ -116,11 +122,23 @@ def test_of_a_row_without_an_answer_only_the_conditional_branch_counts(batch):
     torch.testing.assert_close(said.v_cond.grad[0], (said.v_cond[0] - batch.v_cond[0]).detach() / 60)  # 2 / (2 x 60)
 
 
+def test_a_row_that_teaches_itself_has_nothing_to_learn_where_guidance_at_its_scale_draws_it(batch):
+    asked = replace(batch, own_guidance=torch.tensor([4.0, 0.0]))
+    v_uncond = torch.randn(batch.v_cond.shape, generator=torch.Generator().manual_seed(5))
+    v_cond = unguided(batch.v_cond.float(), v_uncond, 4.0).requires_grad_(True)
+    found = losses(StudentOutput(v_cond, v_uncond, batch.features), asked)
+    found.total.backward()
+    torch.testing.assert_close(guided(v_cond, v_uncond, 4.0)[0], batch.v_cond[0].float())
+    assert found.flow_errors[0] < 1e-12
+    assert v_cond.grad[0].abs().max() < 1e-7
+    assert found.flow_errors[1] > 0.01
+
+
 def test_rows_that_tell_nothing_count_as_answered_beside_others(batch):
-    apart = replace(batch, answered=torch.tensor([False, True]))
+    apart = replace(batch, own_guidance=torch.tensor([3.0, 0.0]))
     both = concatenate([batch, apart])
-    assert both.answered is not None
-    assert both.answered.tolist() == [True, True, False, True]
-    assert both.rows(slice(1, None, 2)).answered.tolist() == [True, True]
-    assert both.to("cpu", torch.float32).answered.tolist() == both.answered.tolist()
-    assert concatenate([batch, batch]).answered is None
+    assert both.own_guidance is not None
+    assert both.own_guidance.tolist() == [0, 0, 3, 0]
+    assert both.rows(slice(0, None, 2)).own_guidance.tolist() == [0, 3]
+    assert both.to("cpu", torch.float32).own_guidance.tolist() == both.own_guidance.tolist()
+    assert concatenate([batch, batch]).own_guidance is None
