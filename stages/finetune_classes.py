@@ -167,7 +167,7 @@ def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> 
     writer = CacheWriter(cache, listed.recipe)
     tasks = tasks_of({"train": listed.prompts}, config.render.records_per_shard)
     refuse_surplus(writer, tasks)
-    make = make_pictures(teacher, distilled, config.render.states)
+    make = make_pictures(teacher, distilled, config.render.states, config.pictures.fit_steps)
     fill(writer, tasks, config.render.batch_size, make)
     return listed
 

@@ -12,6 +12,9 @@ from stages.flow.bridge import Bridge, Tail
 from stages.nets.components import Components
 from stages.nets.network import Network, Said, joined, precise, spoken
 
+FITTING_RATE = 0.02
+"""Of latents, whose deviation is about 1."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -91,6 +94,23 @@ class Teacher:
         said = vae.encode(pictures.to(vae.device, vae.dtype) * 2 - 1).latent_dist
         latents: Tensor = said.mean.float() * vae.config["scaling_factor"]
         return latents
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def fitted(self, picture: Float[Tensor, "3 H W"], steps: int) -> Float[Tensor, "c h w"]:
+        """Scaled latents that the decoder makes a picture in [0, 1] of, sought from those that the encoder makes of it.
+
+        What an encoder has never seen it may not see. Adam moves each latent by about `FITTING_RATE` a step at most, so
+        that they stay where a network knows them, down the mean absolute difference of the pixels.
+        """
+        vae, wanted = self.parts.vae, picture[None].to(self.parts.vae.device, torch.float32)
+        latents = self.latents(picture[None]).clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([latents], lr=FITTING_RATE)
+        for _ in range(steps):
+            drawn = vae.decode(latents.to(vae.dtype) / vae.config["scaling_factor"]).sample.float() / 2 + 0.5
+            (latents.grad,) = torch.autograd.grad((drawn - wanted).abs().mean(), latents)
+            optimizer.step()
+        return latents.detach()[0]
 
     @torch.inference_mode()
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:

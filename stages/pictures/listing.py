@@ -32,17 +32,23 @@ class PicturesConfig(Strict):
         description="largest share of a class's pictures that is taken from RUN/cache, not painted again",
     )
     painted: Target = Field(
-        "data",
-        description="what painted pictures teach: data, that guidance at the scale that painted them draws them; or "
-        "the teacher's velocities, which change nothing but what the student has forgotten",
+        "teacher",
+        description="what painted pictures teach: the teacher's velocities, so that nothing changes but what was "
+        "not learnt; or data: guidance at the scale that painted them is to draw them, which takes fewer steps",
     )
-    reused: Target = Field("data", description="what pictures of RUN/cache teach: data or teacher, likewise")
+    reused: Target = Field("teacher", description="what pictures of RUN/cache teach: teacher or data, likewise")
     photograph: Target = Field("data", description="what photographs teach: data, or teacher for its answers there")
     guidance: float = Field(
-        5.0,
+        1.0,
         ge=1,
-        description="guidance scale under which photographs are to be drawn; 1 is dreambooth's: they are learnt as "
-        "they are, and guidance overdoes them",
+        description="guidance scale under which photographs are to be drawn; 1, as in dreambooth, teaches the "
+        "conditional branch itself, and most",
+    )
+    fit_steps: int = Field(
+        0,
+        ge=0,
+        description="steps that bring a photograph's latents to what the decoder draws it of; 0 takes the encoder's, "
+        "which may not know what is shown",
     )
 
     def most(self, quotas: Mapping[str, int]) -> dict[str, int]:
@@ -130,7 +136,8 @@ def _told(recipe: Recipe, config: PicturesConfig, cache: Path, prompts: Sequence
         made_by = Manifest.open(cache).recipe.fingerprint()
         told["reused"] = {"count": len(numbers), "numbers": _sha256(numbers), "recipe": made_by}
     if own := [[one.sha256, one.text, one.class_name] for one in prompts if isinstance(one, Photograph)]:
-        told["photographs"] = {"count": len(own), "sha256": _sha256(own)}
+        fitted = {"fit_steps": config.fit_steps} if config.fit_steps else {}
+        told["photographs"] = {"count": len(own), "sha256": _sha256(own), **fitted}
     return recipe.model_copy(update={"identity": recipe.identity | told})
 
 

@@ -6,6 +6,8 @@ from functools import cache as cache_once
 from pathlib import Path
 from typing import TypeAlias
 
+import torch
+
 from configs.refusal import Refused
 from shards.reader import Reader
 from shards.record import Record
@@ -21,15 +23,19 @@ from stages.targets import StatesConfig, make_records, records_of
 Makers: TypeAlias = Mapping[Source, Make]
 
 
-def make_pictures(teacher: Teacher, cache: Path, config: StatesConfig) -> Make:
-    """What makes the records of a batch of wanted pictures; `cache` is the one that pictures are taken from."""
+def make_pictures(teacher: Teacher, cache: Path, config: StatesConfig, fit_steps: int = 0) -> Make:
+    """What makes the records of a batch of wanted pictures.
+
+    `cache` is the one that pictures are taken from; `fit_steps` fit the latents of photographs to the decoder.
+    """
 
     def paint(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
         return make_records(teacher, prompts, keys, config)
 
     def develop(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
         shown = shown_in([one for one in prompts if isinstance(one, Photograph)], teacher.parts.pixels)
-        return records_of(teacher, prompts, keys, teacher.latents(shown), config)
+        x0 = torch.stack([teacher.fitted(one, fit_steps) for one in shown]) if fit_steps else teacher.latents(shown)
+        return records_of(teacher, prompts, keys, x0, config)
 
     return by_source({"painted": paint, "reused": taken_from(cache), "photograph": develop})
 
