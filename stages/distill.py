@@ -88,7 +88,7 @@ def distill(config: Config) -> None:
     seed, rank, world = config.train.seed, machine.rank, machine.world
     reader = Reader(cache, "train", seed, rows, view=config.view, rank=rank, world=world)
     validation = Validation(config.validation, Reader(cache, "validation", seed), reader, teacher)
-    machine.say(validation.announced())
+    machine.on_main(lambda: print(validation.announced(), flush=True))
     judge = machine.main_first(judge_of, config.david, reader, student.blocks, folder, seed, device)
     with courier_of(config.hub, folder, machine.is_main) as courier:
         student = fit(

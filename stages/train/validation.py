@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,15 +68,28 @@ class Validated:
         return {**line, "seconds": self.seconds}
 
 
+Known = tuple[Float[Tensor, "b c h w"], Batch]
+"""The finished pictures of some rows, and the rows."""
+
+
 class Validation:
-    """Fixed states, made once: the same for every checkpoint, and for every life of a run."""
+    """Fixed states, made once, by whoever asks first: the same for every checkpoint, and for every life of a run."""
 
     def __init__(self, config: ValidationConfig, unseen: Reader, seen: Reader, teacher: Teacher, seed: int = 0) -> None:
         """`unseen` reads the split for validation, `seen` what is trained on; `teacher` answers at the new states."""
-        self._uncond = teacher.uncond
-        self._held_out = tuple(held_out(unseen, config.states, ROWS_AT_ONCE))
-        self._seen = tuple(seen_states(seen, config.states))
-        self._anew = tuple(noised_anew(teacher, self._seen, seed))
+        self._states, self._readers, self._teacher, self._seed = config.states, (unseen, seen), teacher, seed
+
+    @cached_property
+    def _held_out(self) -> tuple[Batch, ...]:
+        return tuple(held_out(self._readers[0], self._states, ROWS_AT_ONCE))
+
+    @cached_property
+    def _seen(self) -> tuple[Known, ...]:
+        return tuple(seen_states(self._readers[1], self._states))
+
+    @cached_property
+    def _anew(self) -> tuple[Batch, ...]:
+        return tuple(noised_anew(self._teacher, self._seen, self._seed))
 
     def announced(self) -> str:
         """What will be measured, and what cannot be."""
@@ -94,16 +108,12 @@ class Validation:
         if not self._held_out:
             return None
         begun = time.perf_counter()
-        unseen = velocity_errors(student, self._held_out, self._uncond)
+        unseen = velocity_errors(student, self._held_out, self._teacher.uncond)
         seen, anew = (
-            velocity_errors(student, batches, self._uncond).velocity if batches else None
+            velocity_errors(student, batches, self._teacher.uncond).velocity if batches else None
             for batches in ([batch for _, batch in self._seen], self._anew)
         )
         return Validated(unseen, seen, anew, time.perf_counter() - begun)
-
-
-Known = tuple[Float[Tensor, "b c h w"], Batch]
-"""The finished pictures of some rows, and the rows."""
 
 
 def seen_states(reader: Reader, most: int) -> Iterator[Known]:
