@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Union, get_args
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ImportString
 from pydantic.fields import FieldInfo
@@ -83,7 +84,7 @@ def _entry(field: FieldInfo) -> Leaf | Room:
     members = _members(field.annotation)
     if not members:
         return Leaf(ImportString if is_import(*field.metadata) else field.annotation, meaning)
-    tag = field.discriminator if isinstance(field.discriminator, str) else None
+    tag = next((tag for tag in (field.discriminator, *_tags(field.annotation)) if isinstance(tag, str)), None)
     entries: dict[str, Leaf | Room] = {}
     for member in members:
         for name, entry in room_of(member).entries.items():
@@ -94,9 +95,25 @@ def _entry(field: FieldInfo) -> Leaf | Room:
 
 def _members(annotation: Any) -> tuple[type[Strict], ...]:
     """The models of `Model`, `Model | None` or `Model | Other`; none when anything else may stand there."""
-    options = [option for option in get_args(annotation) or (annotation,) if option is not type(None)]
+    options = [option for option in _options(annotation) if option is not type(None)]
     models = tuple(option for option in options if isinstance(option, type) and issubclass(option, Strict))
     return models if len(models) == len(options) else ()
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """What may stand in a union's place; a union told apart by a tag is opened inside of another."""
+    if get_origin(annotation) is Annotated:
+        return _options(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(option for argument in get_args(annotation) for option in _options(argument))
+    return (annotation,)
+
+
+def _tags(annotation: Any) -> Iterator[Any]:
+    """The discriminators of the unions inside of a union."""
+    for argument in get_args(annotation):
+        if get_origin(argument) is Annotated:
+            yield from (said.discriminator for said in get_args(argument)[1:] if isinstance(said, FieldInfo))
 
 
 def _when(entry: Leaf | Room, member: type[Strict], tag: str | None) -> Leaf | Room:

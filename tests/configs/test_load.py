@@ -24,6 +24,9 @@ class TextFile(Strict):
     file: Path = Field(description="one prompt a line")
 
 
+Source = Annotated[Grammar | TextFile, Field(discriminator="source")]
+
+
 class Train(Strict):
     batch_size: int = Field(8, ge=1, description="rows in a step")
     learning_rate: float = Field(1e-3, gt=0, description="peak, per step")
@@ -50,9 +53,8 @@ class Config(Strict):
     run: Path = Field(description="the run folder")
     judge: ImportString[Callable[[float], float]] = Field("math.cos", description="a function")
     classes: tuple[ClassSpec, ...] = Field((), description="priorities")
-    prompts: Annotated[Grammar | TextFile, Field(discriminator="source")] = Field(
-        Grammar(unsaid=0.5), description="where prompts come from"
-    )
+    prompts: Source = Field(Grammar(unsaid=0.5), description="where prompts come from")
+    others: Source | None = Field(None, description="where others come from")
     train: Train = Field(Train(learning_rate=0.5), description="the steps")
     spare: Spare | None = Field(None, description="a part that is left out unless asked for")
 
@@ -213,7 +215,14 @@ def test_help_shows_every_field_with_default_and_meaning(tmp_path: Path, capsys:
     assert "--train.batch-size INT rows in a step (default: 77)" in shown
     assert "--train.learning-rate FLOAT peak, per step (default: 0.5)" in shown
     assert "--prompts.file PATH one prompt a line [source text]" in shown
+    assert "--others.file PATH one prompt a line [source text]" in shown
     assert "--spare.rank INT how many (default: 16)" in shown
+
+
+def test_an_optional_union_is_told_like_one_that_must_be() -> None:
+    assert told().others is None
+    assert told("--run r --others.source text --others.file f").others == TextFile(file=Path("f"))
+    assert "others.unsaid" in refusal("--run r --others.source grammar --others.unsaid 7")
 
 
 def test_files_and_print_config_are_taken_out_of_the_words() -> None:
