@@ -213,9 +213,10 @@ def turn(name: str, setup: Setup, device: str) -> Measured:
     return CONTENDERS[name](setup, device_of(device))
 
 
-def setup_of(full: bool, steps: int, batch_size: int, clock: str) -> Setup:
+def setup_of(full: bool, steps: int, batch_size: int, clock: str, optimizer: str) -> Setup:
     """The configuration of the size, for so many steps."""
-    train = load(Config, "distill", [Path(f"configs/{'sd15' if full else 'tiny'}.yaml")], []).train
+    words = ["--train.optimizer.kind", optimizer]
+    train = load(Config, "distill", [Path(f"configs/{'sd15' if full else 'tiny'}.yaml")], words).train
     changes = {"batch_size": batch_size, "max_samples": steps * batch_size}
     return Setup(full, steps, 77 if full else 24, train.model_copy(update=changes), clock)
 
@@ -252,13 +253,16 @@ def main() -> int:
     parser.add_argument("--size", choices=("tiny", "full"), default="tiny")
     parser.add_argument("--steps", type=int, help="of a turn (default: 41; 2 at full size)")
     parser.add_argument("--batch-size", type=int, help="states of a step (default: 32; 1 at full size)")
+    parser.add_argument("--optimizer", default="adamw", help="of our loop; the example always learns by AdamW")
     parser.add_argument("--rounds", type=int, help="default: 5; 1 at full size")
     parser.add_argument("--only", choices=NAMES, action="append")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--device", default="auto")
     said = parser.parse_args()
     full = said.size == "full"
-    setup = setup_of(full, said.steps or (2 if full else 41), said.batch_size or (1 if full else 32), said.clock)
+    setup = setup_of(
+        full, said.steps or (2 if full else 41), said.batch_size or (1 if full else 32), said.clock, said.optimizer
+    )
     found: dict[str, list[Measured]] = {name: [] for name in said.only or NAMES}
     for _ in range(said.rounds or (1 if full else 5)):
         for name, rounds in found.items():
