@@ -335,7 +335,7 @@ def files_odd(rng: Random, world: World) -> str:
         elif way == 2:
             path.mkdir()
         elif way == 3:
-            path.write_bytes(world.files[rng.choice([one for one in world.files if one != file])])
+            path.write_bytes(rng.choice([other for other in world.files.values() if other != world.files[file]]))
         elif way == 4:
             path.write_bytes(b"")
             os.truncate(path, rng.choice((len(world.files[file]) + 1, 1 << 20, 1 << 40)))
