@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 MOMENTUM = 0.95
 AS_FAR_AS_ADAMW = "match_rms_adamw"
@@ -23,7 +23,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Groups of parameters with at least two dimensions, and of any; `options` are AdamW's."""
         super().__init__([*map(dict, matrices), *map(dict, rest)], dict(options))
         flat = [{**group, "params": [as_matrix(p) for p in group["params"]]} for group in matrices]
-        self._pairs = [pair for own, lent in zip(matrices, flat, strict=True) for pair in _together(own, lent)]
+        own, lent = ([p for group in groups for p in group["params"]] for groups in (matrices, flat))
+        self._pairs = list(zip(own, lent, strict=True))
         common = {name: options[name] for name in ("lr", "weight_decay")}
         self._parts: dict[str, torch.optim.Optimizer] = {}
         if matrices:
@@ -42,7 +43,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for parameter, matrix in self._pairs:
             # Whoever let the parameter wear other numbers for a while may have brought its own back elsewhere.
             matrix.data = as_matrix(parameter)
-            matrix.grad = None if parameter.grad is None else in_order_of(parameter, parameter.grad)
+            matrix.grad = None if parameter.grad is None else _ordered(parameter, parameter.grad).reshape(matrix.shape)
         for part in self._parts.values():
             part.step()
 
@@ -61,14 +62,6 @@ def as_matrix(weight: Float[Tensor, "out ..."]) -> Float[Tensor, "out n"]:
     return _ordered(weight, weight.detach()).view(len(weight), -1)
 
 
-def in_order_of(weight: Float[Tensor, "out ..."], gradient: Float[Tensor, "out ..."]) -> Float[Tensor, "out n"]:
-    """A gradient with the columns of `as_matrix(weight)`, whatever its own memory format."""
-    return _ordered(weight, gradient).reshape(len(weight), -1)
-
-
 def _ordered(weight: Tensor, values: Tensor) -> Tensor:
+    """A weight's values or gradient, with its dimensions in the order in which the weight's lie in memory."""
     return values if weight.is_contiguous() else values.movedim(1, -1)
-
-
-def _together(own: dict[str, Any], lent: dict[str, Any]) -> list[tuple[nn.Parameter, Tensor]]:
-    return list(zip(own["params"], lent["params"], strict=True))
