@@ -17,7 +17,7 @@ from configs.schema import Leaf, Room, room_of
 from configs.strict import Strict
 from stages import __main__ as door
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 HELP = """
 import contextlib, io, runpy, sys
 sys.argv = ["sollune", "--help"]
