@@ -140,7 +140,7 @@ def _state(
     return TrainingState(
         student,
         Ema(student),
-        build_optimizer(config.optimizer, _trained(student)),
+        build_optimizer(config.optimizer, _trained(student), machine),
         Penalty(objective.config),
         judge,
         Mishaps(folder / "mishaps.jsonl" if machine.is_main else None, config.spike_sigmas),

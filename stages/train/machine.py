@@ -96,6 +96,11 @@ class Machine:
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(one.shape).to(one.dtype) for part, one in zip(parts, tensors, strict=True)]
 
+    def broadcast(self, tensor: Tensor, rank: int) -> None:
+        """Overwrite the tensor by that of process `rank`, bit for bit."""
+        if self.world > 1:
+            torch.distributed.broadcast(tensor, rank)
+
     def most(self, number: int) -> int:
         """The largest of the processes' numbers."""
         if self.world == 1:

@@ -12,7 +12,7 @@ from torch import nn
 
 from configs.refusal import Refused, did_you_mean
 from configs.strict import Strict
-from stages.train.muon import MuonWithAdamW
+from stages.train.muon import ALONE, MuonWithAdamW, Processes
 
 BLOCK = re.compile(r"\b(?:(down|up)_blocks\.(\d+)|(mid)_block)\.")
 REST = "rest"
@@ -72,8 +72,12 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and block_of(name) != REST
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], processes: Processes = ALONE
+) -> torch.optim.Optimizer:
     """The optimizer of these parameters; one group for each rate, or for each block when they are balanced.
+
+    Muon's work is shared among the processes that hold the same parameters and gradients.
 
     Raises `Refused` for the rate of a block that no parameter lies in, and for 8 bits without their library.
     """
@@ -86,7 +90,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Mapping[str, nn.Paramet
     if config.kind == "muon":
         matrices = {name: p for name, p in parameters.items() if is_matrix(name, p)}
         rest = {name: p for name, p in parameters.items() if name not in matrices}
-        return MuonWithAdamW(_groups(config, matrices), _groups(config, rest), **options)
+        return MuonWithAdamW(_groups(config, matrices), _groups(config, rest), processes, **options)
     return torch.optim.AdamW(_groups(config, parameters), **options)
 
 
