@@ -72,8 +72,8 @@ class Muon(torch.optim.Optimizer):
 
     def _momentum(self, parameter: Tensor) -> Float[Tensor, "out n"]:
         """Nesterov's momentum of a parameter after its present gradient."""
-        matrix, state = as_matrix(parameter), self.state[parameter]
-        gradient = _ordered(parameter, parameter.grad).reshape(matrix.shape)
+        matrix, state, grad = as_matrix(parameter), self.state[parameter], parameter.grad
+        gradient = _ordered(parameter, torch.zeros_like(parameter) if grad is None else grad).reshape(matrix.shape)
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
         momentum: Tensor = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
