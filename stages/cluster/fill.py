@@ -13,6 +13,7 @@ from shards.writer import CacheWriter
 from stages.cluster.records import Make, Reasons, batches_of, finite
 from stages.cluster.scribe import Scribe, Write
 from stages.cluster.tasks import Task
+from stages.forecast import Forecast
 from stages.threads import one_thread
 
 POLL_SECONDS = 0.5
@@ -32,6 +33,7 @@ def fill(writer: CacheWriter, tasks: Sequence[Task], batch_size: int, make: Make
         Scribe() as scribe,
         tqdm(total=total, initial=done, unit="prompt", desc="cache", dynamic_ncols=True, disable=not shown) as progress,
     ):
+        forecast = Forecast("cache", "prompts", total, progress.write if shown else lambda _: None, done)
         while waiting:
             for task in list(waiting):
                 if not claims.take(task.name):
@@ -43,7 +45,8 @@ def fill(writer: CacheWriter, tasks: Sequence[Task], batch_size: int, make: Make
                     continue
                 failures: Reasons = []
                 batches = batches_of(task.first, task.prompts, batch_size, make, failures)
-                scribe.follow(counted(batches, task, batch_size, progress), entering(writer, claims, task, failures))
+                shown_batches = counted(batches, task, batch_size, progress, forecast)
+                scribe.follow(shown_batches, entering(writer, claims, task, failures))
                 made += 1
             scribe.check()
             if waiting:
@@ -74,11 +77,12 @@ def refuse_surplus(writer: CacheWriter, tasks: Sequence[Task]) -> None:
 
 
 def counted(
-    batches: Iterator[list[Record]], task: Task, batch_size: int, progress: "tqdm[Never]"
+    batches: Iterator[list[Record]], task: Task, batch_size: int, progress: "tqdm[Never]", forecast: Forecast
 ) -> Iterator[list[Record]]:
     """The batches, each shown as progress once it is made."""
     for number, batch in enumerate(batches):
         progress.update(min(batch_size, len(task.prompts) - number * batch_size))
+        forecast.progress(int(progress.n))
         yield batch
 
 

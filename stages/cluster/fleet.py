@@ -12,6 +12,7 @@ from shards.writer import CacheWriter, sweep
 from stages.cluster.fill import missing
 from stages.cluster.gauge import prompts_made
 from stages.cluster.tasks import Job
+from stages.forecast import Forecast
 
 GLANCE_SECONDS = 1.0
 GRACE_SECONDS = 10.0
@@ -43,9 +44,11 @@ def fill_by_many(writer: CacheWriter, job: Job, record_bytes: int, start: Callab
 
         def show() -> None:
             progress.update(max(0, prompts_made(writer, job.tasks, record_bytes) - int(progress.n)))
+            forecast.progress(int(progress.n))
 
-        show()
+        progress.update(prompts_made(writer, job.tasks, record_bytes))
         progress.unpause()
+        forecast = Forecast("cache", "prompts", total, progress.write, int(progress.n))
         failed, made = oversee(start(job), show)
     sweep(writer.folder)
     if failed and not all(writer.finished(task.split, task.index, len(task.prompts)) for task in job.tasks):

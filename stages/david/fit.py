@@ -22,6 +22,7 @@ from stages.david.patterns import PatternSpace
 from stages.david.states import States, split_rows
 from stages.david.trial import HEADING, Trial, try_out
 from stages.david.tuning import tune
+from stages.forecast import Forecast
 from stages.threads import one_thread
 
 BELONGS = ("hook_point", "teacher", "blocks")
@@ -42,13 +43,14 @@ def fit(folder: Path, config: FitConfig, say: Callable[[str], None] = print) -> 
     companions: dict[str, Companion] = {}
     trials: dict[str, Trial] = {}
     say(f"david: {len(rows.teaching)} states teach, {len(rows.tuning)} tune, {len(rows.judging)} judge\n{HEADING}")
-    for block in table.blocks:
+    forecast = Forecast("david", "steps of the fit", len(table.blocks) * config.steps, say)
+    for number, block in enumerate(table.blocks):
         begun = time.perf_counter()
         teaching, tuning, judging = (
             States.of(table, block, part, config.bins) for part in (rows.teaching, rows.tuning, rows.judging)
         )
         with one_thread():
-            companion, space = fit_block(teaching, config)
+            companion, space = fit_block(teaching, config, forecast, number * config.steps)
             tune(companion, tuning, space, config.seed)
             trials[block] = try_out(companion, judging, space, config.seed)
         companions[block] = companion
@@ -68,8 +70,10 @@ def identity_of(cache: Recipe, config: FitConfig) -> Recipe:
     return Recipe(identity={**said, "cache": cache.fingerprint(), "fit": config.model_dump(mode="json")})
 
 
-def fit_block(states: States, config: FitConfig) -> tuple[Companion, PatternSpace]:
-    """A companion that tells these states' bins and patterns, and the patterns."""
+def fit_block(
+    states: States, config: FitConfig, forecast: Forecast | None = None, steps_before: int = 0
+) -> tuple[Companion, PatternSpace]:
+    """A companion that tells these states' bins and patterns, and the patterns; the forecast counts the steps."""
     generator = torch.Generator().manual_seed(config.seed)
     width = states.features.shape[1]
     companion = Companion(width, config.bins, config.patterns, config.dimensions, generator)
@@ -94,6 +98,8 @@ def fit_block(states: States, config: FitConfig) -> tuple[Companion, PatternSpac
         loss(companion, seen, bins, labels[rows], targets[bins]).backward()
         optimizer.step()
         hold_temperatures(companion)
+        if forecast:
+            forecast.progress(steps_before + step + 1)
     return companion.requires_grad_(False).eval(), space
 
 

@@ -90,6 +90,10 @@ class Board:
         self._past.append(f"after {samples}: {text}")
         self._draw()
 
+    def say(self, text: str) -> None:
+        """Print a line above the board, where it stays."""
+        self._live.console.print(text, markup=False, highlight=False)
+
     def close(self) -> None:
         """Leave the last state on the screen."""
         self._draw()

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from configs.atomic import atomic_write
+from stages.forecast import Forecast
 from stages.train.live import Silent, view_of
 from stages.train.machine import Machine
 from stages.train.trackers import NOTHING, TrackingConfig, trackers_of
@@ -50,6 +51,7 @@ class Journal:
         asked = (tracking or TrackingConfig()) if machine.is_main else TrackingConfig(to=())
         self._trackers = trackers_of(asked, folder, samples, facts)
         self._view = view_of(str(folder), samples, max_samples) if machine.is_main else Silent()
+        self._forecast = Forecast("train", "samples", max_samples, self._view.say, samples)
         self._samples, self._paused_seconds = samples, 0.0
         for trouble in self._trackers.start():
             self.warn(trouble)
@@ -80,6 +82,7 @@ class Journal:
             else:
                 self.window.add(step)
             self._view.progress(samples)
+            self._forecast.progress(samples)
 
     def write(self, samples: int, more: Mapping[str, Any] = NOTHING, warnings: Sequence[str] = ()) -> None:
         """Write the means since the last line and `more`, if there was a step since, and begin a new window.

@@ -28,6 +28,10 @@ class View(Protocol):
         """Something went wrong once."""
         ...
 
+    def say(self, text: str) -> None:
+        """A line that stands by itself."""
+        ...
+
     def close(self) -> None:
         """The run is over, or left."""
         ...
@@ -46,6 +50,9 @@ class Silent:
         """Nothing."""
 
     def warn(self, samples: int, text: str) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
         """Nothing."""
 
     def close(self) -> None:
@@ -81,6 +88,10 @@ class Lines:
     def warn(self, samples: int, text: str) -> None:
         """`warning samples=640 ...`."""
         self._print(f"warning samples={samples} {text}")
+
+    def say(self, text: str) -> None:
+        """The line as it is."""
+        self._print(text)
 
     def close(self) -> None:
         """Nothing is open."""
