@@ -5,7 +5,7 @@ empty :=
 RUN ?= runs/$(subst $(empty) $(empty),-,$(basename $(notdir $(CONFIG))))
 ARGS ?=
 PYTHON ?= python3
-# Processes that share each batch of distill: one for each GPU, or else two where there are as many cores.
+# Processes that share the work of each target: one for each GPU, or else two where there are as many cores.
 GPUS = $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l))
 PROCESSES ?= $(or $(GPUS),$(if $(filter-out 1,$(shell nproc 2>/dev/null || echo 1)),2,1))
 
@@ -51,7 +51,7 @@ finetune-classes: $(CLASSES) ## fine-tune it by class priorities, export it to R
 # A story writes COMPLETE last. It is called again when its configuration is newer, or when ARGS ask something of it;
 # the program then finds what is already there, or says which fields differ.
 $(CACHE): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter cache-teacher,$(MAKECMDGOALS))),FORCE) | $(STAMP)
-	$(call story,cache-teacher)
+	$(call story,cache-teacher,--workers $(PROCESSES))
 	@touch -c $@
 
 $(DISTILL): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter distill,$(MAKECMDGOALS))),FORCE) | $(STAMP) $(CACHE)
@@ -59,7 +59,7 @@ $(DISTILL): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter distill,$(MAKECMDG
 	@touch -c $@
 
 $(CLASSES): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter finetune-classes,$(MAKECMDGOALS))),FORCE) | $(STAMP) $(DISTILL)
-	$(call story,finetune-classes)
+	$(call story,finetune-classes,--processes $(PROCESSES))
 	@touch -c $@
 
 FORCE:
