@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-MEASURED_STEPS, SHORTEST_SECONDS, LONGEST_SECONDS = 4, 1.0, 20.0
+MEASURED_STEPS, SHORTEST_SECONDS, LONGEST_SECONDS = 2, 1.0, 20.0
 """A forecast is made after so many steps that took some time, or where these are long after so much time."""
 WRONG_BY = 1.5
 LEAST_SECONDS = 5.0

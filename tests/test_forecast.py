@@ -24,8 +24,8 @@ def test_a_steady_pace_is_forecast_once_from_a_few_steps_and_a_slow_first_one_do
     work.step(10, 30.0)
     work.step(10, 1.0, MEASURED_STEPS - 1)
     assert work.lines == []
-    work.step(10, 1.0, 96)
-    assert work.lines == ["train: about 1 min 35 s for 950 more samples, at 10 a second"]
+    work.step(10, 1.0, 98)
+    assert work.lines == ["train: about 1 min 37 s for 970 more samples, at 10 a second"]
     assert work.done == 1000
 
 
@@ -55,7 +55,7 @@ def test_pauses_that_nobody_foresaw_are_counted():
 def test_what_was_there_already_takes_no_time():
     work = Work(1000, done=900)
     work.step(10, 1.0, 1 + MEASURED_STEPS)
-    assert work.lines == ["train: about 5 s for 50 more samples, at 10 a second"]
+    assert work.lines == ["train: about 7 s for 70 more samples, at 10 a second"]
 
 
 def test_steps_of_milliseconds_are_measured_for_a_second():
