@@ -61,7 +61,7 @@ def spoilt_enough(
 
 def lambdas_of(assessor: Assessor, voice: Voice, student: Features, teacher: Features, k: Tensor) -> Tensor:
     """David's lambdas over all of these states."""
-    assessed = assess(assessor, student, teacher, bins_of(k, assessor.bins))
+    assessed = assess(assessor, student, teacher, bins_of(k, assessor))
     return judged(assessed, torch.ones_like(k, dtype=torch.bool), assessor.bins, voice)[3]
 
 
@@ -76,7 +76,7 @@ def main() -> int:
     config = DavidConfig.model_validate(said_by(run).get("david", {}))
     parts = load_teacher_parts(run.origin, CPU, torch.float32)
     teacher = Teacher(parts, run.origin.tail)
-    assessor = assessor_of(config, cache_of(run.folder), run.folder, CPU)
+    assessor = assessor_of(config, cache_of(run.folder), run.folder, CPU, parts.schedule.steps)
     voice = voice_of(assessor, config.fusion, CPU)
     batches = list(held_out(Reader(cache_of(run.folder), "validation"), asked.states))
     k = torch.cat([batch.k for batch in batches])

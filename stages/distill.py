@@ -89,7 +89,8 @@ def distill(config: Config) -> None:
     reader = Reader(cache, "train", seed, rows, view=config.view, rank=rank, world=world)
     validation = Validation(config.validation, Reader(cache, "validation", seed), reader, teacher)
     machine.on_main(lambda: print(validation.announced(), flush=True))
-    judge = machine.main_first(judge_of, config.david, reader, student.blocks, folder, seed, device)
+    steps = teacher.parts.schedule.steps
+    judge = machine.main_first(judge_of, config.david, reader, student.blocks, folder, seed, device, steps)
     with courier_of(config.hub, folder, machine.is_main) as courier:
         student = fit(
             student,

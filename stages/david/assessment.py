@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stages.flow.timesteps import bin_of
+from stages.flow.timesteps import bin_of_step
 
 BLUR = 0.75
 """Deviation of q in bins. At 1 the mass within two bins falls short of how often the truth lies there, by up to .06."""
@@ -56,6 +56,8 @@ class Assessor(Protocol):
     """A back-end: `Fitted` on this cache, or `Published` weights."""
 
     bins: int
+    steps: int
+    """how many the teacher has, of which each bin takes an equal part"""
     patterns: int
     blocks: tuple[str, ...]
 
@@ -64,9 +66,9 @@ class Assessor(Protocol):
         ...
 
 
-def bins_of(k: Int[Tensor, " b"], bins: int, steps: int = 1000) -> Int[Tensor, " b"]:
-    """The bin of a teacher's integer step: k T // steps, never worked out again from the student's time."""
-    return bin_of(k, bins, steps)
+def bins_of(k: Int[Tensor, " b"], assessor: Assessor) -> Int[Tensor, " b"]:
+    """The bin of a teacher's integer step, never worked out again from the student's time."""
+    return bin_of_step(k, assessor.bins, assessor.steps)
 
 
 def soft_targets(bins: Int[Tensor, " b"], count: int) -> Float[Tensor, "b T"]:

@@ -16,14 +16,20 @@ from stages.david.trial import Trial
 class Fitted:
     """David fitted to the teacher's own features; he assesses and carries no gradient.
 
-    `identity` says which cache, teacher, hook point and configuration he was fitted to, `trials` how well he reads.
+    `identity` says which cache, teacher, hook point and configuration he was fitted to, `trials` how well he reads,
+    `steps` how many the teacher has.
     """
 
     def __init__(
-        self, companions: Mapping[str, Companion], identity: Recipe, config: FitConfig, trials: Mapping[str, Trial]
+        self,
+        companions: Mapping[str, Companion],
+        identity: Recipe,
+        config: FitConfig,
+        trials: Mapping[str, Trial],
+        steps: int,
     ) -> None:
         self._companions, self.identity, self.config, self.trials = companions, identity, config, trials
-        self.bins, self.patterns, self.blocks = config.bins, config.patterns, tuple(companions)
+        self.bins, self.steps, self.patterns, self.blocks = config.bins, steps, config.patterns, tuple(companions)
 
     @torch.no_grad()
     def posterior(self, block: str, features: Float[Tensor, "b n"], bins: Int[Tensor, " b"]) -> Posterior:
@@ -53,4 +59,4 @@ class Fitted:
     def to(self, device: torch.device) -> "Fitted":
         """The same David on another device."""
         moved = {block: companion.to(device) for block, companion in self._companions.items()}
-        return Fitted(moved, self.identity, self.config, self.trials)
+        return Fitted(moved, self.identity, self.config, self.trials, self.steps)

@@ -19,9 +19,7 @@ FIRST_TEMPERATURE = 0.2
 class FitConfig(Strict):
     """How David is fitted to a cache (after david.md 7.1 to 7.3)."""
 
-    bins: int = Field(
-        100, ge=2, le=1000, description="time bins T that he tells apart, equal parts of the teacher's steps"
-    )
+    bins: int = Field(100, ge=2, description="time bins T that he tells apart, equal parts of the teacher's steps")
     patterns: int = Field(
         10, ge=2, description="content patterns P, clusters of the teacher's features freed from time"
     )

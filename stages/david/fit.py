@@ -36,8 +36,13 @@ WARM_UP = 20
 WEIGHT_DECAY = 1e-4
 
 
-def fit(folder: Path, config: FitConfig, say: Callable[[str], None] = print) -> Fitted:
-    """David, fitted to each block of a cache or run folder, tried on its validation prompts; tells how he did."""
+def fit(folder: Path, config: FitConfig, steps: int, say: Callable[[str], None] = print) -> Fitted:
+    """David, fitted to each block of a cache or run folder, tried on its validation prompts; tells how he did.
+
+    `steps` is how many the cache's teacher has. Raises `Refused` for more bins than that.
+    """
+    if config.bins > steps:
+        raise Refused(f"david.fit.bins = {config.bins}: the teacher has {steps} steps - take as many bins or fewer")
     table, cache = Table.open(folder), Manifest.open(find_cache(folder)).recipe
     rows = split_rows(table, config.held_out, config.most_states, config.seed)
     companions: dict[str, Companion] = {}
@@ -47,7 +52,7 @@ def fit(folder: Path, config: FitConfig, say: Callable[[str], None] = print) -> 
     for number, block in enumerate(table.blocks):
         begun = time.perf_counter()
         teaching, tuning, judging = (
-            States.of(table, block, part, config.bins) for part in (rows.teaching, rows.tuning, rows.judging)
+            States.of(table, block, part, config.bins, steps) for part in (rows.teaching, rows.tuning, rows.judging)
         )
         with one_thread():
             companion, space = fit_block(teaching, config, forecast, number * config.steps)
@@ -55,7 +60,7 @@ def fit(folder: Path, config: FitConfig, say: Callable[[str], None] = print) -> 
             trials[block] = try_out(companion, judging, space, config.seed)
         companions[block] = companion
         say(trials[block].line(block, time.perf_counter() - begun))
-    return Fitted(companions, identity_of(cache, config), config, trials)
+    return Fitted(companions, identity_of(cache, config), config, trials, steps)
 
 
 def identity_of(cache: Recipe, config: FitConfig) -> Recipe:

@@ -30,9 +30,11 @@ patterns of the true bin, of which only the first was ever trained; joint: all c
 class Published:
     """The companions of a checkpoint, on raw features."""
 
-    def __init__(self, companions: Mapping[str, Companion], sizes: Mapping[str, Sizes], patterns: Patterns) -> None:
+    def __init__(
+        self, companions: Mapping[str, Companion], sizes: Mapping[str, Sizes], patterns: Patterns, steps: int
+    ) -> None:
         first = next(iter(sizes.values()))
-        self.blocks, self.bins = tuple(companions), first.bins
+        self.blocks, self.bins, self.steps = tuple(companions), first.bins, steps
         self.patterns = first.patterns * (first.bins if patterns == "joint" else 1)
         self.alphas = {block: float(companion.cantor_stairs.alpha) for block, companion in companions.items()}
         """what the original took for coherence: a frozen number for each block"""
@@ -47,13 +49,14 @@ class Published:
         folder: Path,
         hook_point: str,
         widths: Mapping[str, int],
+        steps: int,
         patterns: Patterns = "unread",
         device: torch.device | str = "cpu",
     ) -> "Published":
         """Read `config.json` and `model.safetensors` of a folder.
 
-        `hook_point` and `widths` (block -> channels) are those of the cache. Raises `Refused` for features that he
-        was not trained on and for any tensor that is not as it should be.
+        `hook_point` and `widths` (block -> channels) are those of the cache, `steps` its teacher's. Raises `Refused`
+        for features that he was not trained on and for any tensor that is not as it should be.
         """
         if hook_point != HOOK_POINT:
             raise Refused(f"{folder}: was trained on features of the {HOOK_POINT}; this cache has: {hook_point}")
@@ -70,7 +73,7 @@ class Published:
             print(
                 f"{folder}: the older generation, with an untrained timestep head; bins are read off its pattern head"
             )
-        return cls(companions, sizes, patterns)
+        return cls(companions, sizes, patterns, steps)
 
     def posterior(self, block: str, features: Float[Tensor, "b n"], bins: Int[Tensor, " b"]) -> Posterior:
         """What these features say, given the true bin of each sample; patterns that stay unread are all alike."""

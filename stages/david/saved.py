@@ -21,6 +21,8 @@ from stages.david.companion import Companion, FitConfig
 from stages.david.fit import fit, identity_of
 from stages.david.trial import Trial
 
+STEPS_BEFORE = 1000
+"""What every David was fitted with, whatever his teacher had, before config.json told it."""
 WEIGHTS, FACTS = "david.safetensors", "config.json"
 
 
@@ -30,18 +32,27 @@ class Facts(Strict):
     identity: Recipe
     """what decides the weights: cache, hook point, teacher, blocks, configuration of the fit"""
     fit: FitConfig
+    steps: int = STEPS_BEFORE
+    """of the teacher"""
     sha256: str
     """of the weights' file"""
     trials: Mapping[str, Trial]
 
 
-def ready(folder: Path, cache: Path, config: FitConfig) -> Fitted:
-    """The David of a folder, who is fitted to the cache and saved there first where none lies yet."""
+def ready(folder: Path, cache: Path, config: FitConfig, steps: int) -> Fitted:
+    """The David of a folder, who is fitted to the cache and saved there first where none lies yet.
+
+    `steps` is how many the cache's teacher has.
+    """
     recipe = Manifest.open(find_cache(cache)).recipe
     if not (folder / FACTS).is_file():
-        save(fit(cache, config), folder)
+        save(fit(cache, config, steps), folder)
     david = load(folder, recipe)
     refuse_another(david, identity_of(recipe, config), folder)
+    if david.steps != steps:
+        raise Refused(
+            f"{folder}: David's bins are of {david.steps} steps, the teacher has {steps} - {_way_out(folder)}"
+        )
     return david
 
 
@@ -55,7 +66,7 @@ def save(david: Fitted, folder: Path) -> None:
         }
     )
     sha256 = hashlib.sha256(content).hexdigest()
-    facts = Facts(identity=david.identity, fit=david.config, sha256=sha256, trials=david.trials)
+    facts = Facts(identity=david.identity, fit=david.config, steps=david.steps, sha256=sha256, trials=david.trials)
     atomic_write(folder / WEIGHTS, content)
     atomic_write(folder / FACTS, facts.model_dump_json(indent=1) + "\n")
 
@@ -67,14 +78,14 @@ def load(folder: Path, cache: Recipe) -> Fitted:
         facts = Facts.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise Refused(f"{path}: cannot be read ({str(error).splitlines()[0]}) - {_way_out(folder)}") from error
-    david = Fitted({}, facts.identity, facts.fit, facts.trials)
+    david = Fitted({}, facts.identity, facts.fit, facts.trials, facts.steps)
     refuse_another(david, identity_of(cache, facts.fit), folder)
     tensors = _tensors(folder, facts.sha256)
     widths: Any = cache.identity["blocks"]
     companions = {block: _companion(block, width, facts.fit, tensors, folder) for block, width in widths.items()}
     if tensors:
         raise Refused(f"{folder / WEIGHTS}: holds {min(tensors)}, which no block has - {_way_out(folder)}")
-    return Fitted(companions, facts.identity, facts.fit, facts.trials)
+    return Fitted(companions, facts.identity, facts.fit, facts.trials, facts.steps)
 
 
 def refuse_another(david: Fitted, identity: Recipe, folder: Path) -> None:

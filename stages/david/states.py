@@ -9,7 +9,7 @@ from torch import Tensor
 
 from configs.refusal import Refused
 from shards.table import Table
-from stages.david.assessment import bins_of
+from stages.flow.timesteps import bin_of_step
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class States:
     """the prompt that each belongs to"""
 
     @classmethod
-    def of(cls, table: Table, block: str, rows: Int[np.ndarray, " m"], bins: int) -> "States":
-        """Rows of a table; raises `Refused` when a feature is not finite."""
+    def of(cls, table: Table, block: str, rows: Int[np.ndarray, " m"], bins: int, steps: int) -> "States":
+        """Rows of a table of a teacher with so many `steps`; raises `Refused` when a feature is not finite."""
         features = table.features(block, rows).float()
         if not features.isfinite().all():
             raise Refused(f"block {block}: the cache holds features that are not finite - make the cache again")
         k, s, key = (torch.from_numpy(column[rows]) for column in (table.k, table.s, table.key))
-        return cls(features, s, bins_of(k, bins), key)
+        return cls(features, s, bin_of_step(k, bins, steps), key)
 
 
 @dataclass(frozen=True)

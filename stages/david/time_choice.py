@@ -15,7 +15,7 @@ from configs.refusal import Refused
 from shards.order import GroupedOrder, Order, Pairs
 from stages.david.profile import PerBin, Profile
 from stages.david.sampling import SamplingConfig, effective_share, mixed, shifted, wanted
-from stages.flow.timesteps import bin_of
+from stages.flow.timesteps import bin_of_step
 
 Made = TypeVar("Made")
 
@@ -32,12 +32,14 @@ class TimeChoice:
         profile: Profile,
         seed: int,
         pairs: Pairs,
-        steps: Int[np.ndarray, " n"],
+        k: Int[np.ndarray, " n"],
+        steps: int,
         batch_size: int,
     ) -> None:
-        """`steps` is the teacher's step of each pair; `batch_size` counts the rows of all ranks."""
+        """`k` is the teacher's step of each pair, of `steps` in all; `batch_size` counts the rows of all ranks."""
         self.config, self.profile, self.seed, self.pairs, self.batch_size = config, profile, seed, pairs, batch_size
-        self._bin_of_pair = bin_of(torch.from_numpy(np.asarray(steps)), profile.bins)
+        self.steps = steps
+        self._bin_of_pair = bin_of_step(torch.from_numpy(np.asarray(k)), profile.bins, steps)
         stored = torch.bincount(self._bin_of_pair, minlength=profile.bins).double()
         self._stored = stored > 0
         self.pi = self._kept(shifted(stored / stored.sum(), config.timestep_shift))
@@ -65,7 +67,7 @@ class TimeChoice:
         if self.config.scheme == "original":
             return torch.ones_like(k, dtype=torch.float32)
         weights = torch.where(self._stored, self.pi / self.q, 0.0)
-        return weights.float().to(k.device)[bin_of(k, self.profile.bins)]
+        return weights.float().to(k.device)[bin_of_step(k, self.profile.bins, self.steps)]
 
     def effective_share(self) -> float:
         """What a sample is worth in samples drawn by pi; for the journal."""

@@ -37,7 +37,7 @@ class Judge:
     def difficulty(self, batch: Batch, output: StudentOutput) -> Float[Tensor, " b"]:
         """alpha e_t + beta e_p + delta (1 - coherence) of each state, a mean over the blocks (not cut off at 0)."""
         said, stored = ({b: of[b].float() for b in self.assessor.blocks} for of in (output.features, batch.features))
-        assessed = assess(self.assessor, said, stored, bins_of(batch.k, self.assessor.bins))
+        assessed = assess(self.assessor, said, stored, bins_of(batch.k, self.assessor))
         weights, nats = self.fusion, math.log(self.assessor.bins)
         of_blocks = [
             weights.alpha * one.excess / nats + weights.beta * one.divergence + weights.delta * (1 - one.coherence)
@@ -56,13 +56,13 @@ class Cached:
     """What David says; None without one."""
 
 
-def judge_of_run(run: SavedRun, device: torch.device) -> Judge | None:
-    """The David who judged a run, or None where no David lies in it."""
+def judge_of_run(run: SavedRun, device: torch.device, steps: int) -> Judge | None:
+    """The David who judged a run, or None where no David lies in it; `steps` are the teacher's."""
     told = said_by(run)
     config = DavidConfig.model_validate(told.get("david", {}))
     if config.published is None and not (run.folder / FOLDER).is_dir():
         return None
-    assessor = assessor_of(config, cache_of(run.folder), run.folder, device)
+    assessor = assessor_of(config, cache_of(run.folder), run.folder, device, steps)
     weights = ObjectiveConfig.model_validate(told.get("objective", {})).block_weights
     return Judge(assessor, config.fusion, tuple(b for b in assessor.blocks if weights.get(b, 1.0) > 0))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from configs.atomic import atomic_path
 from configs.refusal import Refused
 from shards.reader import Reader
+from stages.david.assessment import Assessor
 from stages.evaluate.sight import Sight, features_of, see
 from stages.nets.graft import graft_time_embedding
 from stages.nets.saved import SavedRun, cache_of, load_student, load_teacher_parts, open_run
@@ -36,7 +37,7 @@ def show(run: SavedRun, out: Path, states: int) -> Path:
     config = DavidConfig.model_validate(told.get("david", {}))
     parts = load_teacher_parts(run.origin, CPU, torch.float32)
     teacher = Teacher(parts, run.origin.tail)
-    assessor = assessor_of(config, cache_of(run.folder), run.folder, CPU)
+    assessor = assessor_of(config, cache_of(run.folder), run.folder, CPU, parts.schedule.steps)
     voice = voice_of(assessor, config.fusion, CPU)
 
     held = list(held_out(Reader(cache_of(run.folder), "validation"), states))
@@ -49,7 +50,7 @@ def show(run: SavedRun, out: Path, states: int) -> Path:
     rows = {"teacher": see(assessor, voice, target, target, k)}
     for name, student in (("at start", start), (f"after {run.samples}", load_student(run, parts))):
         rows[name] = see(assessor, voice, features_of(student, iter(held), teacher.uncond), target, k)
-    draw(rows, assessor.blocks, told_lambdas(run.folder), out)
+    draw(rows, assessor, told_lambdas(run.folder), out)
     return out
 
 
@@ -70,9 +71,11 @@ def said_by(run: SavedRun) -> dict[str, Any]:
     return said
 
 
-def draw(rows: dict[str, Sight], blocks: Sequence[str], told: dict[int, dict[str, float]], out: Path) -> None:
+def draw(rows: dict[str, Sight], assessor: Assessor, told: dict[int, dict[str, float]], out: Path) -> None:
     """A row of heat maps for each network, blocks downwards and time to the right; below, lambda over the training."""
     import matplotlib as mpl
+
+    blocks, extent = assessor.blocks, (0, assessor.steps, len(assessor.blocks) - 0.5, -0.5)
 
     mpl.use("Agg")
     from matplotlib import pyplot
@@ -86,9 +89,7 @@ def draw(rows: dict[str, Sight], blocks: Sequence[str], told: dict[int, dict[str
             axis = figure.add_subplot(grid[line, column])
             values: Tensor = getattr(sight, field)
             low, high = limits or span
-            image = axis.imshow(
-                values.numpy(), aspect="auto", cmap=colours, vmin=low, vmax=high, extent=(0, 1000, 8.5, -0.5)
-            )
+            image = axis.imshow(values.numpy(), aspect="auto", cmap=colours, vmin=low, vmax=high, extent=extent)
             axis.set_title(f"{name}: {title}", fontsize=9)
             axis.set_yticks(range(len(blocks)), blocks, fontsize=7)
             axis.tick_params(axis="x", labelsize=7)

@@ -11,7 +11,7 @@ from shards.batch import Batch
 from stages.david.assessment import Assessor, BlockAssessment, assess, bins_of, reduce
 from stages.david.fusion import Heard, lambdas
 from stages.david.voice import Voice
-from stages.flow.timesteps import bin_of
+from stages.flow.timesteps import bin_of_step
 from stages.nets.student import Student
 
 COLUMNS = 20
@@ -47,10 +47,10 @@ def see(
     k: Int[Tensor, " m"],
 ) -> Sight:
     """The maps of a student's features against the teacher's at the same states, at the teacher's steps k."""
-    bins = bins_of(k, assessor.bins)
+    bins = bins_of(k, assessor)
     assessed = assess(assessor, student, teacher, bins)
     count = min(COLUMNS, assessor.bins)
-    part = bin_of(k, count)
+    part = bin_of_step(k, count, assessor.steps)
     columns = [judged(assessed, part == i, assessor.bins, voice) for i in range(count)]
     maps = (torch.stack(maps, dim=1) for maps in zip(*columns, strict=True))
     return Sight(*maps)

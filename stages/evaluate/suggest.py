@@ -78,7 +78,7 @@ def measure(config: Config) -> list[Need]:
     )
     teacher = Teacher(load_teacher_parts(saved.origin, device_of(config.device), torch.float32), saved.origin.tail)
     student, uncond = load_student(saved, teacher.parts), teacher.uncond
-    judge = judge_of_run(saved, uncond.device)
+    judge = judge_of_run(saved, uncond.device, teacher.parts.schedule.steps)
     cached = look(student, Reader(cache, "train"), classes, uncond, config.records, judge)
     probed = probe(student, teacher, asked, config.seed, config.sampler, config.scorer)
     return needs(list(classes), [len(numbers) for numbers in classes.values()], probed, cached)

@@ -1,7 +1,7 @@
 """The teacher's noise schedule, read from its scheduler_config.json and never from a library's default."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -10,6 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from configs.refusal import Refused
+
+MOST_STEPS = 100_000
+"""More than any teacher has: a config that says so is broken."""
 
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction"]
 
@@ -36,12 +39,20 @@ class Schedule:
                 "prediction says nothing - use a teacher with prediction_type v_prediction"
             )
 
+    @property
+    def steps(self) -> int:
+        """How many steps the teacher has: 1000 for Stable Diffusion."""
+        return len(self.alpha_bar)
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
         """The schedule of a diffusers scheduler_config.json; a missing or unknown entry is refused by name."""
         abar = torch.cumprod(1 - _betas(config), dim=0)
         # schedulers that cannot rescale do not write this key, so that its absence is an answer
-        if config.get("rescale_betas_zero_snr", False):
+        rescale = config.get("rescale_betas_zero_snr", False)
+        if rescale not in (None, False, True):
+            _refuse("rescale_betas_zero_snr", rescale, "it must be true or false")
+        if rescale:
             abar = _without_final_signal(abar)
         return cls(abar, _prediction_type(config))
 
@@ -61,15 +72,15 @@ def _written_before(config: Mapping[str, Any], version: tuple[int, int]) -> bool
 
 def _betas(config: Mapping[str, Any]) -> Float[Tensor, " K"]:
     steps = _entry(config, "num_train_timesteps")
-    if not isinstance(steps, int) or steps < 2:
-        _refuse("num_train_timesteps", steps, "it must be a whole number of at least 2")
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 2 <= steps <= MOST_STEPS:
+        _refuse("num_train_timesteps", steps, f"it must be a whole number from 2 to {MOST_STEPS}")
     trained = config.get("trained_betas")
     if trained is not None:
-        if not isinstance(trained, Sequence) or len(trained) != steps:
+        if not isinstance(trained, list) or len(trained) != steps or not all(map(_is_number, trained)):
             _refuse("trained_betas", trained, f"it must be a list of num_train_timesteps = {steps} numbers")
         return torch.tensor(trained, dtype=torch.float64)
     name = _entry(config, "beta_schedule")
-    if name not in _BETA_SCHEDULES:
+    if not isinstance(name, str) or name not in _BETA_SCHEDULES:
         _refuse("beta_schedule", name, f"known are {', '.join(_BETA_SCHEDULES)}")
     return _BETA_SCHEDULES[name](config, steps)
 
@@ -114,10 +125,15 @@ def _entry(config: Mapping[str, Any], key: str) -> Any:
 
 def _beta(config: Mapping[str, Any], key: str) -> float:
     value = _entry(config, key)
-    if not isinstance(value, int | float) or not 0 < value < 1:
+    if not _is_number(value) or not 0 < value < 1:
         _refuse(key, value, "it must be a number between 0 and 1")
     return float(value)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _refuse(key: str, value: object, reason: str) -> None:
-    raise Refused(f"scheduler config: {key} is {value!r} - {reason}")
+    shown = repr(value)
+    raise Refused(f"scheduler config: {key} is {shown[:80]}{'...' * (len(shown) > 80)} - {reason}")

@@ -56,11 +56,14 @@ class TimestepDensity(Strict):
         return self.quantile(u)
 
 
-def bin_of(time: Float[Tensor, " b"] | Int[Tensor, " b"], bins: int, steps: int = 1000) -> Int[Tensor, " b"]:
-    """The bin, 0 to bins - 1, of a path time s in [0, 1] if floating, of a teacher's step k < steps if integer."""
-    if time.is_floating_point():
-        return (time * bins).floor().long().clamp(0, bins - 1)
-    return (time.long() * bins // steps).clamp(0, bins - 1)
+def bin_of(s: Float[Tensor, " b"], bins: int) -> Int[Tensor, " b"]:
+    """The bin, 0 to bins - 1, of a path time s in [0, 1]."""
+    return (s * bins).floor().long().clamp(0, bins - 1)
+
+
+def bin_of_step(k: Int[Tensor, " b"], bins: int, steps: int) -> Int[Tensor, " b"]:
+    """The bin, 0 to bins - 1, of step k of a teacher that has so many `steps`: k T // steps."""
+    return (k.long() * bins // steps).clamp(0, bins - 1)
 
 
 def min_snr_weight(s: Float[Tensor, " b"], gamma: float) -> Float[Tensor, " b"]:

@@ -63,7 +63,7 @@ class David:
         if config.sampling.scheme != "stored":
             profile = Profile(config.fusion, assessor.bins, config.sampling.profile_samples, device)
             rows = reader.batch_size * reader.world
-            self.choice = TimeChoice(config.sampling, profile, seed, reader.pairs, reader.steps, rows)
+            self.choice = TimeChoice(config.sampling, profile, seed, reader.pairs, reader.steps, assessor.steps, rows)
 
     def lambdas(self, static: Float[Tensor, " n_blocks"]) -> Float[Tensor, " n_blocks"]:
         """The configuration's weights times what David says."""
@@ -72,7 +72,7 @@ class David:
 
     def hear(self, batch: Batch, output: StudentOutput, omega: Float[Tensor, " b"]) -> Sequence[Tensor]:
         """What he says of some samples; where he chooses the times, also what his profile of them sees."""
-        bins = bins_of(batch.k, self.assessor.bins)
+        bins = bins_of(batch.k, self.assessor)
         target = soft_targets(bins, self.assessor.bins)
         teacher: dict[str, Posterior] = {}
         assessed = {}
@@ -152,12 +152,16 @@ def voice_of(assessor: Assessor, fusion: FusionConfig, device: torch.device) -> 
     return Voice(fusion, assessor.blocks, assessor.bins, reference, alphas, device)
 
 
-def assessor_of(config: DavidConfig, cache: Path, folder: Path, device: torch.device) -> Assessor:
-    """Published weights, or a David fitted to this cache, who is fitted first where `folder` holds none."""
+def assessor_of(config: DavidConfig, cache: Path, folder: Path, device: torch.device, steps: int) -> Assessor:
+    """Published weights, or a David fitted to this cache, who is fitted first where `folder` holds none.
+
+    `steps` is how many the cache's teacher has.
+    """
     if config.published is None:
-        return ready(folder / FOLDER, cache, config.fit).to(device)
+        return ready(folder / FOLDER, cache, config.fit, steps).to(device)
     made_by: Any = Manifest.open(cache).recipe.identity
-    return Published.open(config.published, made_by["hook_point"], made_by["blocks"], patterns="in_bin", device=device)
+    hook_point, widths = made_by["hook_point"], made_by["blocks"]
+    return Published.open(config.published, hook_point, widths, steps, patterns="in_bin", device=device)
 
 
 class Deaf(Nobody):
@@ -176,12 +180,18 @@ class Deaf(Nobody):
 
 
 def judge_of(
-    config: DavidConfig, reader: Reader, blocks: tuple[str, ...], folder: Path, seed: int, device: torch.device
+    config: DavidConfig,
+    reader: Reader,
+    blocks: tuple[str, ...],
+    folder: Path,
+    seed: int,
+    device: torch.device,
+    steps: int,
 ) -> David | Deaf:
-    """David, or a judge who hears nothing where nothing depends on what is said."""
+    """David, or a judge who hears nothing where nothing depends on what is said; `steps` are the teacher's."""
     if not config.is_asked:
         return Deaf(config.fusion, blocks, reader, device)
-    return David(assessor_of(config, reader.folder, folder, device), config, reader, seed, device)
+    return David(assessor_of(config, reader.folder, folder, device, steps), config, reader, seed, device)
 
 
 def _plain(said: Mapping[str, Tensor]) -> dict[str, float]:

@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from stages.david.assessment import bins_of
 from stages.david.companion import Companion, FitConfig
 from stages.david.fit import fit_block
 from stages.david.patterns import PatternSpace
 from stages.david.states import States
 from stages.david.tuning import tune
+from stages.flow.timesteps import bin_of_step
 from stages.threads import one_thread
 
 CONTENTS, WIDTH = 4, 12
@@ -30,7 +30,7 @@ def world(prompts: int, seed: int) -> tuple[States, Int[Tensor, " m"]]:
     of_time, of_content = torch.randn(3, WIDTH, generator=shape), 1.5 * torch.randn(CONTENTS, WIDTH, generator=shape)
     path = torch.stack([s, torch.sin(3 * s), torch.cos(3 * s)], dim=1)
     noise = 0.03 * torch.randn(len(k), WIDTH, generator=generator)
-    return States(4 * path @ of_time + of_content[content] + noise, s, bins_of(k, CONFIG.bins), key), content
+    return States(4 * path @ of_time + of_content[content] + noise, s, bin_of_step(k, CONFIG.bins, 1000), key), content
 
 
 @pytest.fixture(scope="session")

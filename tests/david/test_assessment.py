@@ -1,6 +1,7 @@
 """Laws of the three numbers: their ranges, their zero, what they do not depend on."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ def block(excess, divergence=0.2, coherence=0.7):
     return BlockAssessment(excess, torch.full((n,), divergence), torch.full((n,), coherence), excess, excess)
 
 
-def test_a_step_falls_into_the_bin_of_its_hundredth():
-    assert bins_of(torch.tensor([0, 9, 10, 999]), 100).tolist() == [0, 0, 1, 99]
+@pytest.mark.parametrize(("steps", "k"), [(1000, [0, 9, 10, 999]), (200, [0, 1, 2, 199]), (4000, [0, 39, 40, 3999])])
+def test_a_step_falls_into_the_bin_of_its_hundredth_however_many_steps_the_teacher_has(steps, k):
+    assert bins_of(torch.tensor(k), SimpleNamespace(bins=100, steps=steps)).tolist() == [0, 0, 1, 99]
 
 
 def test_soft_targets_are_a_gaussian_of_three_quarters_of_a_bin():

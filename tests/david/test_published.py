@@ -79,7 +79,7 @@ def written(folder: Path, content: dict[str, torch.Tensor], config=CONFIG) -> Pa
 
 
 def opened(folder: Path, **options) -> Published:
-    return Published.open(folder, HOOK_POINT, WIDTHS, **options)
+    return Published.open(folder, HOOK_POINT, WIDTHS, 1000, **options)
 
 
 def refusal(folder: Path, content: dict[str, torch.Tensor], config=CONFIG) -> str:
@@ -280,11 +280,11 @@ def test_a_configuration_that_contradicts_its_weights_is_refused(tmp_path, chang
 def test_features_from_elsewhere_are_refused(tmp_path):
     written(tmp_path, tensors())
     with pytest.raises(Refused, match="last resnet of each block, spatial mean, fp32; this cache has: whole blocks"):
-        Published.open(tmp_path, "whole blocks", WIDTHS)
+        Published.open(tmp_path, "whole blocks", WIDTHS, 1000)
     with pytest.raises(Refused, match="block mid takes 14 channels, this cache has 1280"):
-        Published.open(tmp_path, HOOK_POINT, WIDTHS | {"mid": 1280})
+        Published.open(tmp_path, HOOK_POINT, WIDTHS | {"mid": 1280}, 1000)
     with pytest.raises(Refused, match="judges block mid, the cache has none"):
-        Published.open(tmp_path, HOOK_POINT, {"down_0": 10})
+        Published.open(tmp_path, HOOK_POINT, {"down_0": 10}, 1000)
     assert OURS == HOOK_POINT
 
 

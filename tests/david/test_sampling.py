@@ -61,7 +61,7 @@ def difficult(hard: list[int], blind: tuple[int, ...] = (), bins: int = T) -> Pr
 
 def choice(scheme: str, seed: int = 0, hard=(7, 8), blind=(), **changes) -> TimeChoice:
     config = SamplingConfig.model_validate({"scheme": scheme, "profile_samples": 100, **changes})
-    made = TimeChoice(config, difficult(list(hard), blind), seed, PAIRS, STEPS, batch_size=8)
+    made = TimeChoice(config, difficult(list(hard), blind), seed, PAIRS, STEPS, 1000, batch_size=8)
     made.propose()
     return made
 
@@ -128,7 +128,9 @@ def test_difficult_bins_are_asked_for_more_often_and_weigh_less():
 
 def test_david_of_no_share_and_a_faultless_student_leave_pi():
     assert torch.equal(choice("david", david_share=0.0).q, choice("david").pi)
-    silent = TimeChoice(SamplingConfig(scheme="david"), Profile(FusionConfig(), T, 100), 0, PAIRS, STEPS, batch_size=8)
+    silent = TimeChoice(
+        SamplingConfig(scheme="david"), Profile(FusionConfig(), T, 100), 0, PAIRS, STEPS, 1000, batch_size=8
+    )
     silent.propose()
     torch.testing.assert_close(silent.q, silent.pi)
     assert silent.effective_share() == pytest.approx(1)
@@ -176,7 +178,7 @@ def test_a_shift_that_nobody_draws_is_refused():
 
 def test_bins_of_which_nothing_is_stored_are_not_asked_for():
     steps = np.where(STEPS < 500, STEPS, 999 - STEPS)  # nothing above the middle
-    made = TimeChoice(SamplingConfig(scheme="david"), difficult([2, 9]), 0, PAIRS, steps, batch_size=8)
+    made = TimeChoice(SamplingConfig(scheme="david"), difficult([2, 9]), 0, PAIRS, steps, 1000, batch_size=8)
     made.propose()
     assert made.q[5:].tolist() == made.pi[5:].tolist() == [0.0] * 5
     assert float(made.q.sum()) == pytest.approx(1)
@@ -259,7 +261,9 @@ def test_a_reader_brings_the_draws_that_david_asks_for(tmp_path: Path):
     stored = [(r.key, draw, int(r.draws.k[draw])) for r in records for draw in range(2) if r.draws.s[draw] >= 0.2]
     assert reader.steps.tolist() == [k for _, _, k in stored]
     profile = difficult([4])
-    made = TimeChoice(SamplingConfig(scheme="david", profile_samples=6), profile, 5, reader.pairs, reader.steps, 3)
+    made = TimeChoice(
+        SamplingConfig(scheme="david", profile_samples=6), profile, 5, reader.pairs, reader.steps, 1000, 3
+    )
     batches = [batch for _, batch in zip(range(5), made.batches(0, reader.batches), strict=False)]
     rows = [row for b in batches for row in zip(b.keys, b.draw.tolist(), b.k.tolist(), strict=True)]
     assert set(rows) <= set(stored)

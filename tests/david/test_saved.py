@@ -50,12 +50,12 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def folder(cache, tmp_path):
-    save(fit(cache, CONFIG, say=lambda _line: None), tmp_path / "david")
+    save(fit(cache, CONFIG, 1000, say=lambda _line: None), tmp_path / "david")
     return tmp_path / "david"
 
 
 def test_a_david_comes_back_as_he_was(cache, folder):
-    david, back = fit(cache, CONFIG, say=lambda _line: None), load(folder, recipe())
+    david, back = fit(cache, CONFIG, 1000, say=lambda _line: None), load(folder, recipe())
     assert (back.blocks, back.bins, back.patterns, back.trials) == (("mid", "down_0"), 5, 3, david.trials)
     features, bins = torch.randn(4, 6), torch.tensor([0, 1, 4, 4])
     for name in ("log_bins", "log_patterns", "inclusion"):
@@ -67,15 +67,15 @@ def test_a_david_comes_back_as_he_was(cache, folder):
 
 
 def test_the_same_cache_and_seed_give_the_same_bytes(cache, folder, tmp_path):
-    save(fit(cache, CONFIG, say=lambda _line: None), tmp_path / "again")
+    save(fit(cache, CONFIG, 1000, say=lambda _line: None), tmp_path / "again")
     for name in ("david.safetensors", "config.json"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_he_is_fitted_once(cache, tmp_path, capsys):
-    ready(tmp_path, cache, CONFIG)
+    ready(tmp_path, cache, CONFIG, 1000)
     assert "mid" in capsys.readouterr().out
-    ready(tmp_path, cache, CONFIG)
+    ready(tmp_path, cache, CONFIG, 1000)
     assert capsys.readouterr().out == ""
 
 
@@ -95,7 +95,7 @@ def test_features_of_another_cache_are_refused_by_name(folder, changes, named):
 
 def test_another_configuration_is_refused_by_name(cache, folder):
     with pytest.raises(Refused, match=r"fit\.seed was 0, is now 1"):
-        ready(folder, cache, CONFIG.model_copy(update={"seed": 1}))
+        ready(folder, cache, CONFIG.model_copy(update={"seed": 1}), 1000)
 
 
 def test_a_cache_without_a_hook_point_is_refused():
@@ -155,7 +155,7 @@ def test_he_assesses_every_block_and_finds_nothing_in_the_teachers_own_features(
 def test_features_that_are_not_finite_are_refused_by_block(cache, monkeypatch):
     monkeypatch.setattr(Table, "features", lambda _self, _block, rows: torch.full((len(rows), 4), torch.inf))
     with pytest.raises(Refused, match="block mid: the cache holds features that are not finite"):
-        fit(cache, CONFIG, say=lambda _line: None)
+        fit(cache, CONFIG, 1000, say=lambda _line: None)
 
 
 def test_no_prompt_is_on_two_sides(cache):
@@ -176,4 +176,19 @@ def test_a_cache_without_validation_prompts_is_refused(tmp_path):
     write_table(tmp_path)
     assert Manifest.open(tmp_path).table
     with pytest.raises(Refused, match="too few prompts in the validation split"):
-        fit(tmp_path, CONFIG)
+        fit(tmp_path, CONFIG, 1000)
+
+
+def test_a_david_of_before_was_fitted_with_a_thousand_steps_and_is_refused_for_a_teacher_of_others(folder, cache):
+    path = folder / "config.json"
+    said = json.loads(path.read_text())
+    del said["steps"]
+    path.write_text(json.dumps(said))
+    assert ready(folder, cache, CONFIG, 1000).steps == 1000
+    with pytest.raises(Refused, match="David's bins are of 1000 steps, the teacher has 4000 - remove"):
+        ready(folder, cache, CONFIG, 4000)
+
+
+def test_more_bins_than_steps_are_refused(cache):
+    with pytest.raises(Refused, match=f"david.fit.bins = {CONFIG.bins}: the teacher has 2 steps"):
+        fit(cache, CONFIG, 2)

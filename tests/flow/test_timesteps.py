@@ -2,7 +2,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stages.flow.timesteps import TimestepDensity, bin_of, min_snr_weight, shift, vp_weight
+from stages.flow.timesteps import TimestepDensity, bin_of, bin_of_step, min_snr_weight, shift, vp_weight
 
 DENSITIES = [
     TimestepDensity(),
@@ -81,8 +81,8 @@ def test_a_density_that_is_none_is_refused(wrong: dict[str, float]) -> None:
 
 def test_a_bin_of_a_step_is_a_tenth_of_it() -> None:
     k = torch.arange(1000)
-    assert torch.equal(bin_of(k, 100), k // 10)
-    assert bin_of(torch.tensor([0, 3, 7]), 4, steps=8).tolist() == [0, 1, 3]
+    assert torch.equal(bin_of_step(k, 100, 1000), k // 10)
+    assert bin_of_step(torch.tensor([0, 3, 7]), 4, steps=8).tolist() == [0, 1, 3]
 
 
 def test_a_bin_of_a_time_covers_its_ends() -> None:

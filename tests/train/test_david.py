@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache, and in `distill/david` a David who was fitted to it."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     cache_teacher.run(load(cache_teacher.Config, "cache_teacher", TINY, ["--run", str(folder), *FEW]))
-    ready(folder / "distill" / "david", folder / "cache", asked(folder).david.fit)
+    ready(folder / "distill" / "david", folder / "cache", asked(folder).david.fit, 1000)
     return folder
 
 
@@ -66,7 +66,7 @@ def asked(run: Path, *options: str) -> distill.Config:
 
 def david(run: Path, *options: str) -> tuple[David, Batch]:
     reader = Reader(run / "cache", batch_size=60)
-    found = judge_of(asked(run, *options).david, reader, BLOCKS, run / "distill", 0, CPU)
+    found = judge_of(asked(run, *options).david, reader, BLOCKS, run / "distill", 0, CPU, 1000)
     assert isinstance(found, David)
     return found, next(reader.batches()).to("cpu", torch.float32)
 
@@ -121,7 +121,7 @@ def test_a_block_that_went_wrong_counts_more_and_the_others_as_before(run: Path,
 
 def test_nobody_is_fitted_where_nothing_depends_on_him(tmp_path: Path, run: Path) -> None:
     deaf = DavidConfig.model_validate({"fusion": {"formula": "static"}})
-    judge = judge_of(deaf, Reader(run / "cache"), BLOCKS, tmp_path, 0, CPU)
+    judge = judge_of(deaf, Reader(run / "cache"), BLOCKS, tmp_path, 0, CPU, 1000)
     assert not list(tmp_path.iterdir())
     found = judge.lambdas(torch.full((9,), 2.0))
     assert found.tolist() == pytest.approx([2 * W[block] for block in BLOCKS])
@@ -197,7 +197,7 @@ def study(run: Path, folder: Path, *options: str, left: Left | None = None) -> N
     rows, rank, world = machine.rows(4, config.train.accumulate), machine.rank, machine.world
     reader = Reader(run / "cache", "train", 0, rows, view=config.view, rank=rank, world=world)
     assert reader.samples_per_epoch < 4 * STEPS
-    judge = judge_of(config.david, reader, student.blocks, run / "distill", 0, CPU)
+    judge = judge_of(config.david, reader, student.blocks, run / "distill", 0, CPU, 1000)
 
     def batches(first: int) -> Iterator[Batch]:
         for number, batch in enumerate(judge.batches(first), first // 4):
