@@ -30,17 +30,23 @@ def write_shard(
     index: int,
     records: Iterable[Record],
     before: Callable[[Shard], None] = lambda _: None,
+    failures: Sequence[tuple[str, str]] = (),
 ) -> Shard:
     """Write one shard, all or nothing; the same records always give the same bytes.
 
-    `before` is told of the shard when it is whole and has not yet got its name.
+    `before` is told of the shard when it is whole and has not yet got its name; `failures` are the reasons of the
+    prompts that gave no record.
     Raises `Refused` when the disk is full, `ValueError` when the records do not belong into one shard.
     """
     path = folder / shard_file(split, index)
     with atomic_path(path) as temporary:
         shapes = _write_tar(temporary, records)
         if not shapes:
-            raise Refused(f"{path}: there is no record to write - see the failures above")
+            why = "; ".join(dict.fromkeys(reason for _, reason in failures)) or "there was no prompt"
+            raise Refused(
+                f"{path}: none of its {len(failures)} prompts gave a record ({why[:300]}) - "
+                "mend what the reason names, then run the same command again"
+            )
         shard = _entry(temporary, split, index, shapes)
         before(shard)
         return shard
@@ -129,7 +135,7 @@ class CacheWriter:
             if self._shard(split, index) not in (None, shard):
                 self.forget(split, index)
 
-        shard = write_shard(self.folder, split, index, records, retire)
+        shard = write_shard(self.folder, split, index, records, retire, failures)
         self.enter(shard, failures)
         return shard
 

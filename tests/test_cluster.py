@@ -81,6 +81,41 @@ def test_an_answer_that_is_not_finite_is_told(tmp_path: Path) -> None:
     assert [(one.key, one.reason) for one in manifest.failures] == [("000000000", "v_cond is not finite")]
 
 
+def test_why_a_prompt_gave_no_record_is_printed_once_for_all_that_share_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fragile(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+        if any(prompt.seed in (1, 2, 5) for prompt in prompts):
+            raise RuntimeError("no such word")
+        return make(prompts, keys)
+
+    filled(tmp_path, 8, fragile)
+    printed = capsys.readouterr().out
+    assert "train prompts 000000001, 000000002: no record: RuntimeError: no such word\n" in printed
+    assert "train prompts 000000005: no record: RuntimeError: no such word\n" in printed
+
+
+def test_a_prompt_alone_in_its_batch_fails_like_any_other(tmp_path: Path) -> None:
+    def fragile(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+        if any(prompt.seed == 2 for prompt in prompts):
+            raise RuntimeError("no such word")
+        return make(prompts, keys)
+
+    manifest = verify(filled(tmp_path, 3, fragile))
+    assert [one.key for one in manifest.failures] == ["000000002"]
+
+
+def test_a_shard_of_which_no_prompt_can_be_made_is_refused_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wild(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+        return [replace(one, x0=one.x0 * float("nan")) for one in make(prompts, keys)]
+
+    with pytest.raises(Refused, match=r"none of its 4 prompts gave a record \(x0 is not finite\) - mend"):
+        filled(tmp_path, 4, wild)
+    assert "train prompts 000000000, 000000001, 000000002, 000000003: no record: x0" in capsys.readouterr().out
+
+
 def test_what_fails_for_every_prompt_is_no_prompts_fault(tmp_path: Path) -> None:
     def broken(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
         raise ZeroDivisionError

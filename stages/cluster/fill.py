@@ -17,6 +17,7 @@ from stages.forecast import Forecast
 from stages.threads import one_thread
 
 POLL_SECONDS = 0.5
+MOST_SHOWN = 5
 
 
 def fill(writer: CacheWriter, tasks: Sequence[Task], batch_size: int, make: Make, *, shown: bool = True) -> int:
@@ -86,11 +87,24 @@ def counted(
         yield batch
 
 
+def tell(task: Task, failures: Reasons) -> None:
+    """Print why prompts gave no record, above the progress: every reason once, with the prompts that it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in failures:
+        by_reason.setdefault(reason, []).append(key)
+    for reason, keys in by_reason.items():
+        shown = ", ".join(keys[:MOST_SHOWN]) + (f" and {len(keys) - MOST_SHOWN} more" if len(keys) > MOST_SHOWN else "")
+        tqdm.write(f"{task.split} prompts {shown}: no record: {reason}")
+
+
 def entering(writer: CacheWriter, claims: Claims, task: Task, failures: Reasons) -> Write:
     """How the task's shard is written: it enters the manifest once it has its name, and only then its claim ends."""
 
     def write(records: Iterator[Record]) -> None:
-        writer.add(task.split, task.index, finite(records, failures), failures)
+        try:
+            writer.add(task.split, task.index, finite(records, failures), failures)
+        finally:
+            tell(task, failures)
         claims.release(task.name)
 
     return write

@@ -32,7 +32,7 @@ def batches_of(
 def attempt(make: Make, batch: Sequence[Prompt], keys: Sequence[str], failures: Reasons) -> list[Record]:
     """The batch's records; when it cannot be made, one prompt at a time, and the reason of each that fails.
 
-    What fails for every prompt of a batch, or for want of memory, is no prompt's fault and is raised.
+    What fails for every prompt of a batch of several, or for want of memory, is no prompt's fault and is raised.
     """
     try:
         return make(batch, keys)
@@ -49,7 +49,7 @@ def attempt(make: Make, batch: Sequence[Prompt], keys: Sequence[str], failures: 
             raise
         except Exception as error:
             reasons.append((key, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
-    if not found:
+    if not found and len(batch) > 1:
         raise whole
     failures += reasons
     return found

@@ -174,7 +174,7 @@ def test_records_of_a_shard_must_have_as_many_draws(tmp_path, make_record):
 
 
 def test_a_shard_without_records_is_refused(tmp_path):
-    with pytest.raises(Refused, match=r"train-000000\.tar: there is no record"):
+    with pytest.raises(Refused, match=r"train-000000\.tar: none of its 0 prompts gave a record"):
         write_shard(tmp_path, "train", 0, [])
 
 
