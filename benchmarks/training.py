@@ -40,8 +40,9 @@ from shards.writer import CacheWriter
 from stages.cluster import device_of
 from stages.distill import Config
 from stages.flow.bridge import Schedule
-from stages.nets.components import Components, read_json
+from stages.nets.components import Components
 from stages.nets.features import widths
+from stages.nets.files import read_json
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.train.checkpoint import Checkpoints

@@ -97,8 +97,9 @@ def export_index(words: argparse.Namespace) -> None:
         print(f"{path}: written")
     if words.license == UNLICENSED:
         print(f"its license is {UNLICENSED} - say --license before you publish it")
-    place = Manifest.open(cache).recipe.information.get("teacher_location")
-    print(f"the card names no path of this machine; manifest.json says that the teacher lay at {place}")
+    told = Manifest.open(cache).recipe.information
+    places = " and ".join(str(told[name]) for name in ("teacher_location", "teacher_path") if told.get(name))
+    print(f"the card names no path of this machine; manifest.json says that the teacher lay at {places or None}")
     print("for Megatron-Energon run energon prepare on the folder: it takes the tars as they are")
 
 

@@ -20,8 +20,9 @@ from shards.manifest import Manifest
 from shards.opened import OpenShards
 from shards.record import Record
 from shards.rounding import error_of, rms
+from stages.flow.bridge import Bridge
 from stages.nets.components import load_components
-from stages.nets.network import precise, spoken
+from stages.nets.network import precise, precision_of
 from stages.nets.teacher import Teacher
 
 ROUNDINGS = 128
@@ -83,10 +84,12 @@ def teacher_of(manifest: Manifest, location: str, device: torch.device) -> Teach
         raise Refused(
             f"the recipe does not tell how the teacher was asked ({error!r}) - make the cache anew"
         ) from error
-    known = {spoken(dtype): dtype for dtype in (torch.float32, torch.float16)}
+    parts = load_components(location, device, torch.float32)
+    bridge = Bridge(parts.schedule, tail)
+    known = {precision_of(dtype, bridge): dtype for dtype in (torch.float32, torch.float16)}
     if precision not in known:
         raise Refused(f"the recipe's teacher computed in {precision!r}, known here: {', '.join(known)} - make it anew")
-    return Teacher(load_components(location, device, torch.float32), tail, known[precision])
+    return Teacher(parts, tail, known[precision])
 
 
 def ask_again(teacher: Teacher, record: Record, file: str, rough: bool) -> Audited:
@@ -110,7 +113,7 @@ def ask_again(teacher: Teacher, record: Record, file: str, rough: bool) -> Audit
         now = answer.features[block]
         errors[f"features.{block}"] = _error(stored, now, rms(now))
 
-    lower = ~precise(draws.k) & (teacher.precision != spoken(torch.float32))
+    lower = ~precise(teacher.bridge, draws.k) & (teacher.precision != precision_of(torch.float32, teacher.bridge))
     units = [HALF if rough or one else SINGLE for one in lower.tolist()]
     times = draws.s.tolist()
     compared = [

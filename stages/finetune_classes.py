@@ -35,7 +35,7 @@ from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.pictures import Ledger, PicturesConfig, Wanted, make_pictures, wanted
 from stages.prompts import PromptSource
-from stages.targets import RenderConfig, recipe_of
+from stages.targets import RenderConfig, recipe_in, recipe_of
 from stages.train.checkpoint import Resume
 from stages.train.data_target import DataTarget
 from stages.train.hooks import Hooks
@@ -155,7 +155,8 @@ def prepare(config: Config, origin: Origin, teacher: Teacher, classes: ClassFile
 def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> Wanted:
     """Make the records of all pictures of the classes, like those of story one."""
     distilled = config.run / "cache"
-    recipe = recipe_of(teacher, config.render, identity(config.prompts, config.seed, classes, config.count))
+    source = identity(config.prompts, config.seed, classes, config.count)
+    recipe = recipe_of(teacher, config.render, source, before=recipe_in(cache))
     listed = wanted(classes, config.prompts, config.seed, config.count, config.pictures, distilled, recipe)
     counts = listed.counts()
     for spec in classes.classes:

@@ -14,7 +14,9 @@ from configs.load import asked_for
 from configs.refusal import Refused
 from configs.strict import Strict
 from stages.flow.bridge import Tail
-from stages.nets.components import identity, load_components
+from stages.nets.components import load_components
+from stages.nets.files import absolute
+from stages.nets.identity import identity
 from stages.nets.original import Original, read_original
 from stages.nets.saved import CHECKPOINTS, WEIGHTS, Origin
 from stages.nets.student import Target
@@ -71,7 +73,8 @@ def run(config: Config) -> Path:
     folder = Checkpoints(config.out / CHECKPOINTS, identities, KeepConfig()).save(imported)
     target = config.target or said(original, "target", get_args(Target)) or "vp_v"
     tail = config.tail or said(original, "tail", get_args(Tail)) or "hold"
-    Origin(config.teacher, identity(parts.folder), tail, "", target).save(config.out)
+    path = absolute(config.teacher)
+    Origin(config.teacher, identity(parts.folder), tail, "", target, teacher_path=path).save(config.out)
     print(f"{folder}: {len(imported.tensors)} tensors after {samples} samples, read as {target}, tail {tail}")
     return folder
 

@@ -4,6 +4,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,14 +12,16 @@ from pydantic import Field, JsonValue, model_validator
 from torch import Tensor
 
 from configs.strict import Strict
+from shards.manifest import NAME, Manifest
 from shards.recipe import Recipe
 from shards.record import BlockFeatures, Draws, Record
 from stages.flow.bridge import Tail
 from stages.flow.path import Linear, per_sample, point
 from stages.flow.solver import guided
 from stages.flow.timesteps import TimestepDensity
-from stages.nets.components import identity
 from stages.nets.features import HOOK_POINT, widths
+from stages.nets.files import absolute
+from stages.nets.identity import as_recorded
 from stages.nets.teacher import Answer, Teacher
 from stages.prompts import Prompt, derived_seed
 
@@ -50,7 +53,7 @@ class StatesConfig(Strict):
 class RenderConfig(Strict):
     """How prompts become records."""
 
-    tail: Tail = Field("hold", description="velocity beyond the teacher's last step: hold, faithful or data")
+    tail: Tail = Field("hold", description="velocity beyond the teacher's last step: hold or faithful")
     states: StatesConfig = Field(StatesConfig(), description="which states of a picture are kept")
     records_per_shard: int = Field(250, ge=1, description="prompts in one shard: the unit of work and of resuming")
     batch_size: int = Field(50, ge=1, description="prompts that the teacher is asked at once; part of the recipe")
@@ -59,14 +62,26 @@ class RenderConfig(Strict):
 VERSIONS = ("torch", "diffusers", "transformers", "webdataset")
 
 
+def recipe_in(cache: Path) -> Recipe | None:
+    """The recipe of the records that lie in a cache folder already."""
+    return Manifest.open(cache).recipe if (cache / NAME).exists() else None
+
+
 def recipe_of(
-    teacher: Teacher, config: RenderConfig, source: Mapping[str, JsonValue], device: torch.device | None = None
+    teacher: Teacher,
+    config: RenderConfig,
+    source: Mapping[str, JsonValue],
+    device: torch.device | None = None,
+    before: Recipe | None = None,
 ) -> Recipe:
-    """What the records depend on, and what is merely good to know; `device` computes if it is not the teacher's own."""
+    """What the records depend on, and what is merely good to know; `device` computes if it is not the teacher's own.
+
+    `before` is the recipe of the cache that is gone on with, which may call the same teacher's files by older digests.
+    """
     parts, (channels, height, width) = teacher.parts, teacher.parts.latent_shape
     return Recipe(
         identity={
-            "teacher": dict(identity(parts.folder)),
+            "teacher": dict(as_recorded(before.identity.get("teacher") if before else None, parts.folder)),
             "prompts": dict(source),
             "render": config.model_dump(mode="json"),
             "dtype": teacher.precision,
@@ -76,6 +91,7 @@ def recipe_of(
         },
         information={
             "teacher_location": parts.location,
+            "teacher_path": absolute(parts.location),
             "device": device_name(device or parts.unet.device),
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         },

@@ -8,12 +8,17 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from configs.refusal import Refused
+from stages.nets.loading import incomplete, infinite
 
 FILES = ("*.json", "*.txt", "*.safetensors")
+UNREACHABLE = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)
+BROKEN = (*UNREACHABLE, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
+"""What the libraries raise at a folder that is no model, or a broken one."""
 
 
 class ClipScorer:
@@ -23,12 +28,14 @@ class ClipScorer:
         """`location` is a folder or a hub id; raises `Refused` when no CLIP model can be loaded from it."""
         try:
             folder = location if Path(location).is_dir() else snapshot_download(location, allow_patterns=list(FILES))
-            loaded: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+            loaded: Any = CLIPModel.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
             model, said = loaded
-            if missing := sorted(said["missing_keys"]):
-                raise ValueError(f"{missing[0]} is missing")  # it would be filled up with random numbers
+            if reason := incomplete(said) or infinite(model):
+                raise ValueError(reason)  # it would be filled up with random numbers
             self._processor = CLIPProcessor.from_pretrained(folder)
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        except BROKEN as error:
             reason = " ".join(str(error).split())[:120]
             raise Refused(
                 f"clip: {location!r}: no CLIP model can be loaded from there ({reason}) - "

@@ -23,7 +23,7 @@ from stages.evaluate.paired import PairedError, Task, make_reference, paired_err
 from stages.evaluate.report import AS_NOISE, STUDENT, TEACHER, Evaluation, Gates, as_json, show, verdicts
 from stages.evaluate.sample import Sampler
 from stages.evaluate.stock import open_stock, paint, use_ddim
-from stages.nets.components import read_json
+from stages.nets.files import read_json
 from stages.nets.graft import graft_time_embedding
 from stages.nets.saved import SavedRun, cache_of, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student

@@ -14,7 +14,9 @@ from stages.cluster import device_of
 from stages.evaluate.fields import Field, student_field, teacher_field
 from stages.evaluate.single_file import open_single, read_single
 from stages.evaluate.stock import open_stock
-from stages.nets.components import CONFIGS, FILES, Components, check_anatomy, load_components, locate, read_json
+from stages.nets.anatomy import check_anatomy
+from stages.nets.components import Components, load_components
+from stages.nets.files import CONFIGS, FILES, locate, read_json
 from stages.nets.saved import is_run, load_student, load_teacher_parts, open_run
 from stages.nets.scheduler import vp_scheduler
 from stages.nets.student import Student, vp_of

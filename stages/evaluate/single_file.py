@@ -5,18 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPTextModel
+from torch import nn
 
 from configs.refusal import Refused
-from stages.nets.components import check_anatomy, read_json
+from stages.nets.anatomy import check_anatomy, check_fit
+from stages.nets.files import read_json
+from stages.nets.loading import infinite, load_part, load_tokenizer
 from stages.nets.student import TIME_SCALE
 
 PARTS = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 """Part -> how the names of its tensors begin."""
-OTHERS = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+OTHERS = ("vae", "text_encoder")
 """Parts that a file may leave to the folder: exports hold the UNet alone on request."""
 OURS = {"prediction": "velocity", "path": "linear", "time_scale": f"{TIME_SCALE:g}"}
 """What `sollune export` says in a file's metadata, behind `sollune.`, of a model that we can sample."""
@@ -28,7 +30,8 @@ class SingleFile:
 
     path: Path
     told: Mapping[str, str]
-    parts: frozenset[str]
+    parts: Mapping[str, int]
+    """Part -> how many tensors of it the file holds."""
 
     @property
     def ours(self) -> bool:
@@ -69,9 +72,9 @@ def read_single(path: Path) -> SingleFile:
             told, names = opened.metadata() or {}, list(opened.keys())
     except (SafetensorError, OSError) as error:
         raise Refused(f"{path}: cannot be read ({error}) - export or fetch it again") from error
-    parts = frozenset(part for part, prefix in PARTS.items() if any(name.startswith(prefix) for name in names))
-    file = SingleFile(path, told, parts)
-    if "unet" not in parts:
+    counts = {part: sum(_belongs(name, prefix) for name in names) for part, prefix in PARTS.items()}
+    file = SingleFile(path, told, {part: count for part, count in counts.items() if count})
+    if "unet" not in file.parts:
         raise Refused(f"{path}: holds no UNet in the LDM layout ({PARTS['unet']}...) - name a whole model's file")
     for key, value in OURS.items():
         if file.ours and told.get(f"sollune.{key}") != value:
@@ -87,18 +90,17 @@ def open_single(file: SingleFile, configs: Path, device: torch.device) -> Stable
     Raises `Refused` unless every tensor of every part is there, in the size that `configs` say.
     """
     check_anatomy(configs)
+    check_fit(configs)
+    tokenizer = load_tokenizer(configs)
     try:
-        others = {
-            part: kind.from_pretrained(configs, subfolder=part, dtype=torch.float32)
-            for part, kind in OTHERS.items()
-            if part not in file.parts
-        }
+        others = {part: load_part(configs, part, torch.float32) for part in OTHERS if part not in file.parts}
         pipeline = StableDiffusionPipeline.from_single_file(
             str(file.path),
             config=str(configs),
             local_files_only=True,
             dtype=torch.float32,
             feature_extractor=None,
+            tokenizer=tokenizer,
             **others,
         ).to(device)
     except NotImplementedError as error:  # what torch says of a tensor that nobody filled
@@ -108,5 +110,25 @@ def open_single(file: SingleFile, configs: Path, device: torch.device) -> Stable
         raise Refused(
             f"{file.path}: not of the sizes in {configs} ({reason}) - name its own diffusers folder by --config-from"
         ) from error
+    for part in PARTS:
+        _refuse_foreign(file, part, getattr(pipeline, part), configs)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _belongs(name: str, prefix: str) -> bool:
+    """Whether a tensor is one of a part's own; the original autoencoders' files hold their training's loss as well."""
+    return name.startswith(prefix) and not name.startswith("first_stage_model.loss.")
+
+
+def _refuse_foreign(file: SingleFile, part: str, loaded: nn.Module, configs: Path) -> None:
+    """Raise `Refused` for tensors that diffusers left out of a part, and for values that are no numbers."""
+    if reason := infinite(loaded):
+        raise Refused(f"{file.path}: {part}: {reason} - export or fetch it again")
+    # A text encoder's file may hold more than is read of it: position_ids, and what CLIP itself needs.
+    left_out = file.parts.get(part, 0) - len(loaded.state_dict())
+    if part != "text_encoder" and left_out > 0:
+        raise Refused(
+            f"{file.path}: holds {left_out} tensors more of the {part} than {configs} know - "
+            "name its own diffusers folder by --config-from"
+        )

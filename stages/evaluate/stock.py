@@ -8,18 +8,23 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from configs.refusal import Refused
-from stages.nets.components import read_json
+from stages.nets.anatomy import check_fit
+from stages.nets.files import WEIGHTS, read_json
+from stages.nets.loading import by_library, load_part, load_tokenizer
 
 
 def open_stock(folder: Path, device: torch.device) -> StableDiffusionPipeline:
     """The folder's pipeline with the folder's own scheduler, in fp32 and without a safety checker."""
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
-        ).to(device)
-    except (OSError, ValueError) as error:
-        raise Refused(f"{folder} cannot be loaded ({str(error).splitlines()[0]}) - export or fetch it again") from error
+    check_fit(folder)
+    parts = {part: load_part(folder, part, torch.float32) for part in WEIGHTS}
+    parts["tokenizer"] = load_tokenizer(folder)
+    pipeline = by_library(
+        str(folder),
+        folder,
+        lambda: StableDiffusionPipeline.from_pretrained(
+            folder, **parts, safety_checker=None, requires_safety_checker=False, local_files_only=True
+        ),
+    ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, SchedulerMixin
 from torch import Tensor
 from transformers import CLIPTextModel
 
 from configs.refusal import Refused
 from stages.export.scheduler import scheduler_of
+from stages.nets.loading import load_part
 from stages.nets.student import Student
 
 FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -54,11 +55,13 @@ class Content:
 
     def vae(self, dtype: torch.dtype) -> AutoencoderKL:
         """The teacher's autoencoder."""
-        return AutoencoderKL.from_pretrained(self.teacher_folder, subfolder="vae", dtype=dtype)
+        vae: AutoencoderKL = load_part(self.teacher_folder, "vae", dtype)
+        return vae
 
     def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
         """The teacher's text encoder."""
-        return CLIPTextModel.from_pretrained(self.teacher_folder, subfolder="text_encoder", dtype=dtype)
+        text_encoder: CLIPTextModel = load_part(self.teacher_folder, "text_encoder", dtype)
+        return text_encoder
 
 
 def types_of(dtype: torch.dtype, half_variant: bool) -> dict[str, torch.dtype]:
@@ -78,7 +81,7 @@ def nested(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def teachers_unet(teacher_folder: Path) -> dict[str, Tensor]:
     """The teacher's own tensors, in fp32."""
-    weights: dict[str, Tensor] = UNet2DConditionModel.from_pretrained(teacher_folder, subfolder="unet").state_dict()
+    weights: dict[str, Tensor] = load_part(teacher_folder, "unet", torch.float32).state_dict()
     return weights
 
 

@@ -18,7 +18,9 @@ from stages.export.history import History
 from stages.export.licence import licence_files, licence_of
 from stages.export.place import FACTS, replacing
 from stages.export.verify import verify_folder
-from stages.nets.components import check_anatomy, identity
+from stages.nets.anatomy import check_anatomy
+from stages.nets.identity import identity
+from stages.nets.loading import load_tokenizer
 from stages.nets.student import TIME_SCALE, Student
 
 
@@ -77,7 +79,7 @@ def _write(folder: Path, content: Content, variant: str, dtype: torch.dtype) -> 
             f"export: the student's tensors are not those of {content.teacher_folder}/unet - name its own teacher"
         )
     unet.load_state_dict(weights, assign=True)
-    tokenizer = CLIPTokenizer.from_pretrained(content.teacher_folder, subfolder="tokenizer")
+    tokenizer = load_tokenizer(content.teacher_folder)
     StableDiffusionPipeline(
         unet=unet,
         vae=content.vae(dtype),

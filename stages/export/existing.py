@@ -12,7 +12,7 @@ from stages.export.modelspec import metadata
 from stages.export.place import FACTS
 from stages.export.stale import single_files
 from stages.export.verify import verify_folder
-from stages.nets.components import read_json
+from stages.nets.files import read_json
 from stages.nets.student import Student
 
 TYPES = {"float16": torch.float16, "float32": torch.float32}

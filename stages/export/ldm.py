@@ -19,7 +19,8 @@ from stages.export.modelspec import file_name, metadata
 from stages.export.place import FACTS
 from stages.export.stock import stock_reads_the_same
 from stages.export.verify import read_tensors
-from stages.nets.components import check_anatomy, read_json
+from stages.nets.anatomy import check_anatomy
+from stages.nets.files import read_json
 
 WORKFLOW = "workflow-comfyui.json"
 

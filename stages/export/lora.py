@@ -23,7 +23,7 @@ from stages.export.lora_words import diffusers_words, kohya_words
 from stages.export.modelspec import file_name, teacher_name
 from stages.export.place import FACTS
 from stages.export.stock import latents
-from stages.nets.components import read_json
+from stages.nets.files import read_json
 from stages.nets.lora import ADAPTER, LoraConfig, layers
 from stages.nets.saved import SavedRun, load_student, load_teacher_parts, load_unmerged
 from stages.nets.student import Student

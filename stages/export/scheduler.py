@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import SchedulerMixin
 
-from stages.nets.components import read_json
+from stages.nets.files import read_json
 from stages.nets.scheduler import flow_scheduler, vp_scheduler
 from stages.nets.student import Student
 

@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from stages.export.ldm import WORKFLOW
 from stages.export.modelspec import STUDENT
 from stages.export.place import FACTS
-from stages.nets.components import read_json
+from stages.nets.files import read_json
 
 
 def single_files(out: Path) -> dict[Path, dict[str, str]]:

@@ -17,7 +17,7 @@ from configs.refusal import Refused
 from stages.flow.path import per_sample
 from stages.flow.schedule import Schedule as Schedule
 
-Tail: TypeAlias = Literal["hold", "faithful", "data"]
+Tail: TypeAlias = Literal["hold", "faithful"]
 """What the velocity is beyond the teacher's last step; a part of the recipe."""
 
 EDGE = 1e-6
@@ -37,8 +37,7 @@ class Bridge:
 
     The teacher knows times from s_0 to s_last only. Below s_0 step 0 is held. In the tail above s_last
     `hold` takes x0_hat of the last step on the unit-variance input x g(s), v = (x - x0_hat) / s;
-    `faithful` is the straight line from x_1 = eps to eps / g_last: plain DDIM of the teacher, if s_last is on the grid;
-    `data` is eps - x0, which a teacher cannot answer (`velocity_from_x0` does, on real latents).
+    `faithful` is the straight line from x_1 = eps to eps / g_last: plain DDIM of the teacher, if s_last is on the grid.
     """
 
     schedule: Schedule
@@ -106,13 +105,8 @@ class Bridge:
     ) -> Float[Tensor, "b ..."]:
         """The velocity at (x, s) from the network's raw `answer` to `teacher_input(x, s)` at step k.
 
-        A fractional k = k_of_s(s) serves as well. Raises `Refused` for a time in the tail under the policy `data`.
+        A fractional k = k_of_s(s) serves as well.
         """
-        if self.tail == "data" and bool(self.in_tail(s).any()):
-            raise Refused(
-                f"tail policy 'data': s = {float(s.max()):.4f} is beyond the teacher's last time {self.s_last:.4f}, "
-                "where no teacher answers - give real latents to velocity_from_x0, or choose hold or faithful"
-            )
         blend = self._blend(s.double(), k)
         return per_sample(blend.of_x, x) * x + per_sample(blend.of_answer, x) * answer
 
@@ -154,13 +148,6 @@ def eps_from_velocity(
 ) -> Float[Tensor, "b ..."]:
     """The noise end of the straight line through x: eps_hat = x + (1 - s) v."""
     return x + per_sample(1 - s, x) * v
-
-
-def velocity_from_x0(
-    x: Float[Tensor, "b ..."], x0: Float[Tensor, "b ..."], s: Float[Tensor, " b"]
-) -> Float[Tensor, "b ..."]:
-    """The velocity (x - x0) / s at s > 0: eps - x0 for x = (1 - s) x0 + s eps, which is the tail policy `data`."""
-    return (x - x0) / per_sample(s, x)
 
 
 def _g(s: Tensor) -> Tensor:

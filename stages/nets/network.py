@@ -9,22 +9,29 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from configs.refusal import Refused
+from stages.flow.bridge import Bridge
 from stages.nets.features import FeatureTap, unheard
 
-PRECISE_ABOVE = 700
-"""Steps of SD-1.x beyond which the bridge multiplies an error of the network by 1 / (1 - s) = 5 to 16: the 1e-3 of half
-precision would be 1 % of the velocity."""
+MOST_AMPLIFIED = 4.34
+"""The bridge multiplies an error of the network by 1 / (1 - s). Beyond this the 1e-3 of half precision would be up to
+1 % of the velocity, so those steps are asked in full: SD-1.x's from k = 701 on, where it is 4.35 to 16."""
 
 
-def precise(k: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
+def precise(bridge: Bridge, k: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
     """Which of these steps are asked in the full precision of the weights."""
-    return k > PRECISE_ABOVE
+    return k > last_in_lower(bridge)
 
 
-def spoken(dtype: torch.dtype) -> str:
+def last_in_lower(bridge: Bridge) -> int:
+    """The last step of a schedule at which a lower precision is precise enough."""
+    return int((1 / (1 - bridge.s_table) <= MOST_AMPLIFIED).sum()) - 1
+
+
+def precision_of(dtype: torch.dtype, bridge: Bridge) -> str:
     """A precision as a recipe tells it."""
     name = str(dtype).removeprefix("torch.")
-    return name if dtype == torch.float32 else f"{name}, float32 above k = {PRECISE_ABOVE}"
+    return name if dtype == torch.float32 else f"{name}, float32 above k = {last_in_lower(bridge)}"
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Network:
 
     def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype, compiled: bool) -> None:
         """A copy is made where `unet` is of another dtype; on a GPU it is laid out for its convolutions."""
-        self.unet = unet if unet.dtype == dtype else unheard(unet).to(dtype).eval().requires_grad_(False)
+        self.unet = unet if unet.dtype == dtype else _lowered(unet, dtype)
         self.dtype = dtype
         if self.unet.device.type == "cuda":
             self.unet.to(memory_format=torch.channels_last)
@@ -60,6 +67,16 @@ class Network:
         raw = self._forward(shown.to(self.dtype).repeat(2, 1, 1, 1), k.repeat(2), both).sample.float()
         said_cond, said_uncond = raw.chunk(2)
         return Said(said_cond, said_uncond, self.tap.take(slice(0, len(shown))))
+
+
+def _lowered(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A copy in another precision; raises `Refused` for a weight that is too large for it."""
+    lower = unheard(unet).to(dtype).eval().requires_grad_(False)
+    for name, value in lower.state_dict().items():
+        if not bool(value.isfinite().all()):
+            kind = str(dtype).removeprefix("torch.")
+            raise Refused(f"teacher: unet: tensor {name} is too large for {kind} - set dtype to float32 (--dtype)")
+    return lower
 
 
 def joined(parts: Sequence[Said], rows: Int[Tensor, " b"]) -> Said:

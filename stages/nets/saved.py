@@ -16,7 +16,9 @@ from configs.atomic import atomic_path, atomic_write
 from configs.refusal import Refused
 from shards.manifest import Manifest
 from stages.flow.bridge import Tail
-from stages.nets.components import Components, identity, load_components
+from stages.nets.components import Components, components_in
+from stages.nets.files import absolute, find
+from stages.nets.identity import changed_parts
 from stages.nets.lora import LoraConfig, fill, merged, with_adapters
 from stages.nets.student import Student, Target, vp_of
 
@@ -40,6 +42,8 @@ class Origin:
     """What the student's network answers with."""
     lora: Mapping[str, Any] | None = None
     """The `LoraConfig` of a run whose checkpoints hold adapters alone."""
+    teacher_path: str | None = None
+    """Where a teacher that is a folder of this machine lay, whatever folder a command is started in."""
 
     @classmethod
     def of(cls, manifest: Manifest, teacher: str | None = None, target: Target = "velocity") -> "Origin":
@@ -48,7 +52,9 @@ class Origin:
         made_by: Any = recipe.identity["teacher"]
         render: Any = recipe.identity["render"]
         location = teacher or str(recipe.information["teacher_location"])
-        return cls(location, made_by, render["tail"], recipe.fingerprint(), target)
+        path = absolute(teacher) if teacher else recipe.information.get("teacher_path")
+        sha256 = recipe.fingerprint()
+        return cls(location, made_by, render["tail"], sha256, target, teacher_path=str(path) if path else None)
 
     @classmethod
     def open(cls, folder: Path) -> "Origin":
@@ -61,7 +67,11 @@ class Origin:
 
     def at(self, teacher: str | None) -> "Origin":
         """The same, with the teacher lying elsewhere if told so."""
-        return self if teacher is None else replace(self, teacher=teacher)
+        return self if teacher is None else replace(self, teacher=teacher, teacher_path=absolute(teacher))
+
+    def places(self) -> tuple[str, ...]:
+        """Where to look for the teacher: where it was named, then where that was on the machine that named it."""
+        return (self.teacher, *([self.teacher_path] if self.teacher_path else []))
 
     def adapted(self, lora: LoraConfig | None) -> "Origin":
         """The origin of a run that goes on from this one, with adapters or as a whole."""
@@ -117,16 +127,14 @@ def open_run(folder: Path, samples: int | None = None) -> SavedRun:
 
 
 def load_teacher_parts(origin: Origin, device: torch.device, dtype: torch.dtype) -> Components:
-    """The teacher of a run; raises `Refused` when it is no longer the one that filled the cache."""
-    parts = load_components(origin.teacher, device, dtype)
-    now = identity(parts.folder)
-    changed = [name for name, sha256 in origin.teacher_sha256.items() if now.get(name) != sha256]
-    if changed:
+    """The teacher of a run; raises `Refused` when it is nowhere, or no longer the one that filled the cache."""
+    location, folder = find(origin.places())
+    if changed := changed_parts(origin.teacher_sha256, folder):
         raise Refused(
-            f"teacher: {parts.folder}: {', '.join(changed)} changed since the cache was made - "
-            "put the same model there, or make the cache again"
+            f"teacher: {folder}: {', '.join(changed)} changed since the cache was made - "
+            "put the same model there, say where it lies now with --teacher, or make the cache again"
         )
-    return parts
+    return components_in(folder, location, device, dtype)
 
 
 def load_student(run: SavedRun, parts: Components) -> Student:

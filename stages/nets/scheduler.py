@@ -4,7 +4,7 @@ from pathlib import Path
 
 from diffusers import DDIMScheduler, UniPCMultistepScheduler
 
-from stages.nets.components import read_json
+from stages.nets.files import read_json
 
 VP_FIELDS = (
     "num_train_timesteps",

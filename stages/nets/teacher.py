@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.flow.bridge import Bridge, Tail
 from stages.nets.components import Components
-from stages.nets.network import Network, Said, joined, precise, spoken
+from stages.nets.network import Network, Said, joined, precise, precision_of
 
 FITTING_RATE = 0.02
 """Of latents, whose deviation is about 1."""
@@ -40,7 +40,7 @@ class Teacher:
     @property
     def precision(self) -> str:
         """In what it computes, as a recipe tells it."""
-        return spoken((self._lower or self._full).dtype)
+        return precision_of((self._lower or self._full).dtype, self.bridge)
 
     @cached_property
     def uncond(self) -> Float[Tensor, "1 l d"]:
@@ -77,7 +77,7 @@ class Teacher:
         uncond: Float[Tensor, "1 l d"],
     ) -> Said:
         """The network's raw answers, each row's in the precision that its step needs."""
-        needed = precise(k) if self._lower else torch.ones_like(k, dtype=torch.bool)
+        needed = precise(self.bridge, k) if self._lower else torch.ones_like(k, dtype=torch.bool)
         asked = [(self._full, needed.nonzero().flatten())]
         if self._lower:
             asked.append((self._lower, (~needed).nonzero().flatten()))

@@ -57,7 +57,7 @@ def show(words: argparse.Namespace) -> None:
 
     path = words.picture or Path(f"{words.split}-{record.key}.png")
     try:
-        draw(record, words.teacher or made(find_cache(words.folder)).teacher, path)
+        draw(record, words.teacher or made(find_cache(words.folder)).lies_at(), path)
     except Refused as refusal:
         print(f"no picture: {refusal}")
     else:

@@ -2,14 +2,16 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from shards.__main__ import DAMAGED
 from shards.manifest import Manifest, find_cache
 from stages.audit import Audited, Compared, ask_again, sample, teacher_of
 from stages.cluster import device_of
-from stages.nets.components import identity
+from stages.nets.files import PARTS
+from stages.nets.identity import changed_parts
 from stages.nets.teacher import Teacher
 from stages.upkeep.made import made
 
@@ -21,7 +23,7 @@ def audit(words: argparse.Namespace) -> int:
     """Ask the cache's teacher again about a sample of records; the exit code is 1 when it says otherwise."""
     cache: Path = find_cache(words.folder)
     manifest, device = Manifest.open(cache), device_of(words.device)
-    location = words.teacher or made(cache).teacher
+    location = words.teacher or made(cache).lies_at()
     teacher = teacher_of(manifest, location, device)
     changed = list(other_parts(manifest, teacher))
     said = f"teacher {location}"
@@ -53,9 +55,11 @@ def audit(words: argparse.Namespace) -> int:
 
 def other_parts(manifest: Manifest, teacher: Teacher) -> Iterator[str]:
     """The parts of the teacher whose files are not those that made the cache."""
-    wanted = manifest.recipe.identity.get("teacher")
-    found = identity(teacher.parts.folder)
-    return (name for name, sha256 in found.items() if not isinstance(wanted, dict) or wanted.get(name) != sha256)
+    wanted: Any = manifest.recipe.identity.get("teacher")
+    if not isinstance(wanted, Mapping):
+        return iter(PARTS)
+    missing = [part for part in PARTS if part not in wanted]
+    return iter([*missing, *changed_parts(wanted, teacher.parts.folder)])
 
 
 def told(cache: Path, one: Audited) -> str:

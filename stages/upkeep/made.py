@@ -1,22 +1,29 @@
 """How a cache was made, as the configuration beside it says: where its teacher lies, and what makes it again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from configs.load import load
 from configs.refusal import Refused
+from shards.manifest import NAME, Manifest
 
 
 @dataclass(frozen=True)
 class Made:
     """A cache's origin."""
 
-    teacher: str
-    """a diffusers folder or hub id"""
+    places: Sequence[str]
+    """where its teacher lies: a diffusers folder or hub id, and where that was on the machine that named it"""
     again: Callable[[], None]
     """makes what is missing"""
+
+    def lies_at(self) -> str:
+        """Where the teacher is; raises `Refused` when it is nowhere."""
+        from stages.nets.files import find  # here, because it takes seconds and most commands do without
+
+        return find(self.places)[0]
 
 
 def made(cache: Path, teacher: str | None = None) -> Made:
@@ -37,7 +44,19 @@ def _of_story_one(cache: Path, file: Path, teacher: str | None) -> Made:
 
     words = ["--run", str(cache.parent), *(["--teacher", teacher] if teacher else [])]
     config = load(cache_teacher.Config, "cache_teacher", [file], words)
-    return Made(config.teacher, partial(cache_teacher.run, config))
+    path = None if teacher or not (cache / NAME).exists() else _path_in(cache)
+    if path and not Path(config.teacher).is_dir() and Path(path).is_dir():
+        config = config.model_copy(update={"teacher": path})
+    return Made([config.teacher, *([path] if path else [])], partial(cache_teacher.run, config))
+
+
+def _path_in(cache: Path) -> str | None:
+    """Where the teacher lay on the machine that made the cache, as its manifest says; a broken one says nothing."""
+    try:
+        path = Manifest.open(cache).recipe.information.get("teacher_path")
+    except Refused:
+        return None
+    return path if isinstance(path, str) else None
 
 
 def _of_story_three(cache: Path, file: Path, teacher: str | None) -> Made:
@@ -48,4 +67,4 @@ def _of_story_three(cache: Path, file: Path, teacher: str | None) -> Made:
     words = ["--run", str(cache.parent.parent), "--classes", str(cache.parent / "classes.yaml")]
     config = load(finetune_classes.Config, "finetune_classes", [file], words)
     origin = Origin.open(cache.parent).at(teacher)
-    return Made(origin.teacher, partial(finetune_classes.repaint, config, origin))
+    return Made(origin.places(), partial(finetune_classes.repaint, config, origin))

@@ -14,7 +14,8 @@ from stages.export import main
 from stages.export.diffusers import export_diffusers
 from stages.flow.schedule import Schedule
 from stages.flow.solver import euler, guided
-from stages.nets.components import identity, read_json
+from stages.nets.files import read_json
+from stages.nets.identity import identity
 from stages.nets.saved import Origin
 from stages.nets.scheduler import flow_scheduler
 from stages.nets.student import TIME_SCALE, Student, vp_of

@@ -15,7 +15,7 @@ from stages.export.diffusers import export_diffusers
 from stages.export.ldm import export_ldm
 from stages.export.ldm_names import ldm_names, to_ldm
 from stages.export.stale import remove_stale
-from stages.nets.components import identity
+from stages.nets.identity import identity
 from stages.nets.saved import Origin
 from stages.nets.student import Student, Target
 

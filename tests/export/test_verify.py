@@ -15,7 +15,7 @@ from stages.export.content import Content, types_of
 from stages.export.diffusers import export_diffusers
 from stages.export.ldm import open_folder, verify_file
 from stages.export.verify import verify_folder
-from stages.nets.components import identity
+from stages.nets.identity import identity
 from stages.nets.saved import Origin
 from stages.nets.student import Student
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from configs.refusal import Refused
-from stages.nets.components import check_anatomy, identity, load_components, locate
+from stages.nets.anatomy import check_anatomy
+from stages.nets.components import load_components
+from stages.nets.files import locate
 from stages.tiny.anatomy import build_unet
 
 INDEX = {
@@ -62,16 +64,3 @@ def test_another_prediction_type_is_refused_before_weights_are_read(tmp_path: Pa
     )
     with pytest.raises(Refused, match=f"{prediction_type}.*epsilon or v_prediction"):
         load_components(str(folder), "cpu", None)  # type: ignore[arg-type]
-
-
-def test_identity_depends_on_contents_and_not_on_the_path(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-            (tmp_path / name / part).mkdir(parents=True)
-            (tmp_path / name / part / "config.json").write_text(part)
-    assert identity(tmp_path / "a") == identity(tmp_path / "b")
-    (tmp_path / "b" / "vae" / "config.json").write_text("another")
-    differing = {
-        part for part in identity(tmp_path / "a") if identity(tmp_path / "a")[part] != identity(tmp_path / "b")[part]
-    }
-    assert differing == {"vae"}

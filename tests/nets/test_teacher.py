@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from stages.flow.bridge import Bridge
+from stages.flow.schedule import Schedule
 from stages.nets.components import Components, load_components
-from stages.nets.network import PRECISE_ABOVE
+from stages.nets.network import MOST_AMPLIFIED, last_in_lower
 from stages.nets.teacher import Answer, Teacher
 
-K = torch.tensor([990, 40, PRECISE_ABOVE + 1, PRECISE_ABOVE, 300])
-LATE = K > PRECISE_ABOVE
+K = torch.tensor([990, 40, 701, 700, 300])
+LATE = torch.tensor([True, False, True, False, False])
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +64,18 @@ def test_a_second_teacher_of_the_same_parts_leaves_the_first_as_it_was(parts: Co
 def test_a_recipe_tells_the_precision(parts: Components) -> None:
     assert Teacher(parts, "hold").precision == "float32"
     assert Teacher(parts, "hold", torch.float16).precision == "float16, float32 above k = 700"
+
+
+@pytest.mark.parametrize("steps", [50, 200, 1000, 4000])
+@pytest.mark.parametrize("beta_schedule", ["scaled_linear", "squaredcos_cap_v2"])
+def test_full_precision_begins_where_errors_are_amplified_too_much_however_many_steps_there_are(
+    steps: int, beta_schedule: str
+) -> None:
+    scale = {"beta_start": 0.85 / steps, "beta_end": 12 / steps}
+    config = {**scale, "num_train_timesteps": steps, "beta_schedule": beta_schedule, "prediction_type": "epsilon"}
+    bridge = Bridge(Schedule.from_config(config))
+    last = last_in_lower(bridge)
+    assert 0 < last < steps - 1
+    assert 1 / (1 - bridge.s_table[last]) <= MOST_AMPLIFIED < 1 / (1 - bridge.s_table[last + 1])
+    if beta_schedule == "scaled_linear":
+        assert last / steps == pytest.approx(0.7, abs=0.05)

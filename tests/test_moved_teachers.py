@@ -1,0 +1,107 @@
+"""A teacher that moved, and a cache of before: opened where the files are the same, refused where they are not."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.load import load
+from configs.refusal import Refused
+from shards.manifest import Manifest
+from shards.recipe import Recipe
+from stages import cache_teacher, targets
+from stages.nets.identity import digest
+from stages.nets.saved import Origin, load_teacher_parts
+from stages.upkeep.made import made
+
+CPU = torch.device("cpu")
+FEW = ["--count", "4", "--validation-count", "2", "--render.records-per-shard", "2", "--render.states.steps", "4"]
+CONFIG, GRAMMAR = (Path(name).absolute() for name in ("configs/tiny.yaml", "stages/tiny/grammar.yaml"))
+
+
+def cache(run: Path, teacher: str, *words: str) -> Manifest:
+    config = ["--run", str(run), "--teacher", teacher, *FEW, "--prompts.grammar", str(GRAMMAR), *words]
+    cache_teacher.run(load(cache_teacher.Config, "cache_teacher", [CONFIG], config))
+    return Manifest.open(run / "cache")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that commands are started in, with a teacher in it."""
+    shutil.copytree("stages/tiny/model", tmp_path / "home" / "models" / "tiny")
+    monkeypatch.chdir(tmp_path / "home")
+    return tmp_path / "home"
+
+
+def test_a_teacher_named_relative_is_opened_from_another_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = cache(home / "run", "models/tiny")
+    assert manifest.recipe.information["teacher_location"] == "models/tiny"
+    assert manifest.recipe.information["teacher_path"] == str(home / "models/tiny")
+    monkeypatch.chdir(home.parent)
+    origin = Origin.of(manifest)
+    assert load_teacher_parts(origin, CPU, torch.float32).folder == home / "models/tiny"
+    assert made(home / "run" / "cache").lies_at() == str(home / "models/tiny")
+    origin.save(home / "run")
+    assert Origin.open(home / "run") == origin
+
+
+def test_where_it_was_named_comes_before_where_that_was(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = cache(home / "run", "models/tiny")
+    moved = home.parent / "elsewhere"
+    shutil.copytree(home, moved)
+    monkeypatch.chdir(moved)
+    assert load_teacher_parts(Origin.of(manifest), CPU, torch.float32).folder.absolute() == moved / "models/tiny"
+
+
+def test_a_teacher_that_lies_nowhere_any_more_is_refused_with_both_places_and_the_option(home: Path) -> None:
+    manifest = cache(home / "run", "models/tiny")
+    shutil.move(home / "models", home / "moved")
+    for ask in (lambda: load_teacher_parts(Origin.of(manifest), CPU, torch.float32), made(home / "run/cache").lies_at):
+        with pytest.raises(Refused) as refusal:
+            ask()
+        for name in ("'models/tiny'", repr(str(home / "models/tiny")), "--teacher"):
+            assert name in str(refusal.value)
+    there = Origin.of(manifest, "moved/tiny")
+    assert load_teacher_parts(there, CPU, torch.float32).name == {"teacher": "tiny"}
+    assert there.teacher_path == str(home / "moved/tiny")
+
+
+def test_an_origin_of_before_names_one_place(home: Path) -> None:
+    origin = Origin("models/tiny", {}, "hold", "abc")
+    origin.save(home)
+    text = (home / "origin.json").read_text().replace(',\n "teacher_path": null', "")
+    assert "teacher_path" not in text
+    (home / "origin.json").write_text(text)
+    assert Origin.open(home) == origin
+
+
+def by_the_earlier_rule(_before: object, folder: Path) -> dict[str, str]:
+    counted = {".json", ".txt", ".safetensors"}
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    return {part: digest([one for one in (folder / part).iterdir() if one.suffix in counted]) for part in parts}
+
+
+@pytest.fixture
+def old(home: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """The recipe of a cache in `home/run` that was made when every file of a part counted; one lies beside."""
+    shutil.copy(home / "models/tiny/unet/config.json", home / "models/tiny/unet/other.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(targets, "as_recorded", by_the_earlier_rule)
+        return cache(home / "run", "models/tiny").recipe
+
+
+def test_a_cache_of_before_is_gone_on_with_and_its_teacher_opened(home: Path, old: Recipe) -> None:
+    longer = cache(home / "run", "models/tiny", "--count", "6")
+    assert sum(shard.records for shard in longer.of("train")) == 6
+    assert longer.recipe.fingerprint() == old.fingerprint()
+    assert load_teacher_parts(Origin.of(longer), CPU, torch.float32).name == {"teacher": "tiny"}
+
+
+def test_a_cache_of_before_is_not_gone_on_with_by_other_weights(home: Path, old: Recipe) -> None:
+    config = home / "models/tiny/vae/config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(Refused, match=r"another recipe: teacher\.vae"):
+        cache(home / "run", "models/tiny")
+    with pytest.raises(Refused, match=r"vae changed since the cache was made .* --teacher"):
+        load_teacher_parts(Origin.of(Manifest.open(home / "run/cache")), CPU, torch.float32)
