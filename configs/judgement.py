@@ -6,13 +6,13 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from configs.characters import printable
 from configs.options import flag
 from configs.refusal import did_you_mean
 from configs.schema import Layer, known_keys
 from configs.strict import Strict
 
 Place = tuple[str | int, ...]
-LONGEST_VALUE = 60
 
 
 def judgement(
@@ -29,6 +29,18 @@ def judgement(
         # The members of an untagged union complain one by one about the same value: their wishes make one line.
         lines[head] = f"{lines[head]}, or {said}" if head in lines else said
     return "\n".join(f"{head}: {said}" for head, said in lines.items())
+
+
+def slip_of(error: ValidationError, model: type[Strict], content: Any) -> tuple[Place, str]:
+    """Where the first slip of a file's content lies, and its value with what would be right."""
+    slip = error.errors(include_url=False)[0]
+    place, value = _place(slip, content), slip["input"]
+    if slip["type"] == "missing":
+        return place, "required - write it there"
+    wanted = _said(slip, place, model)
+    if not place or isinstance(value, Mapping | Strict):
+        return place, wanted
+    return place, f"{printable(value)}: {wanted}"
 
 
 def _place(slip: ErrorDetails, values: Any) -> Place:
@@ -59,8 +71,7 @@ def _head(kind: str, place: Place, value: Any, section: str, layers: Sequence[La
     source = next((f"{layer.name}: " for layer in reversed(layers) if _speaks_of(layer.values, place)), "")
     if isinstance(value, Mapping | Strict):
         return f"{source}{key}"
-    words = repr(value) if value == "" or (isinstance(value, str) and value.strip() != value) else str(value)
-    return f"{source}{key} = {words if len(words) <= LONGEST_VALUE else words[:LONGEST_VALUE] + '...'}"
+    return f"{source}{key} = {printable(value)}"
 
 
 def _speaks_of(values: Any, place: Place) -> bool:

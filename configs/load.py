@@ -16,6 +16,7 @@ from configs.refusal import Refused
 from configs.schema import Layer, Leaf, Room, defaults_of, room_of
 from configs.sections import read_section
 from configs.strict import Strict
+from configs.values import place
 
 C = TypeVar("C", bound=Strict)
 
@@ -38,7 +39,7 @@ def request(argv: Sequence[str]) -> Request:
         known, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise Refused("--config: needs at least one YAML file, such as configs/tiny.yaml") from error
-    return Request(tuple(known.config), known.print_config, tuple(rest))
+    return Request(tuple(place(str(file)) for file in known.config), known.print_config, tuple(rest))
 
 
 def load(config_type: type[C], section: str, files: Sequence[Path], argv: Sequence[str], prog: str | None = None) -> C:

@@ -5,10 +5,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import ImportString
 
+from configs.characters import printable
 from configs.refusal import Refused
+from configs.yaml_text import parse_yaml
 
 NAMES: dict[Any, str] = {
     int: "INT",
@@ -94,6 +95,7 @@ def _pair(word: str, option: str) -> tuple[str, str]:
 
 def _yaml(word: str, option: str) -> Any:
     try:
-        return yaml.safe_load(word)
-    except yaml.YAMLError as error:
-        raise Refused(f"{option}: {word} is not a YAML list or mapping") from error
+        return parse_yaml(word, option)
+    except Refused as refusal:
+        reason = str(refusal).partition("YAML: ")[2]
+        raise Refused(f"{option}: {printable(word)} is not a YAML list or mapping: {reason}") from refusal

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from configs.refusal import Refused
+from configs.values import place
 
 if TYPE_CHECKING:
     from shards.record import Record
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
         meaning = command.run.__doc__
         words = parsers.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
         words.add_argument(
-            "folder", type=Path, metavar="FOLDER", help="cache folder, or a run folder with a cache in it"
+            "folder", type=place, metavar="FOLDER", help="cache folder, or a run folder with a cache in it"
         )
         command.declare(words)
     parsed = parser.parse_args(argv)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from configs.strict import Strict
+from configs.strict import Stored
 from shards.archive import Place, places, sha256_of, spoilt, tar_bytes
 from shards.codec import MOST_JSON_BYTES
 from shards.damage import inside
@@ -19,7 +19,7 @@ ShardFile = Annotated[str, Field(pattern=r"^data/(train|validation)-[0-9]{6}\.ta
 TableFile = Annotated[str, Field(pattern=r"^table\.zarr/([a-z0-9_]+/)*(zarr\.json|[0-9]+)$")]
 
 
-class Shard(Strict):
+class Shard(Stored):
     """One tar of the cache, as it was when it was finished; all its records have the same number of draws."""
 
     file: ShardFile
@@ -101,7 +101,7 @@ class Shard(Strict):
         return None
 
 
-class Failure(Strict):
+class Failure(Stored):
     """A prompt that could not be rendered, and why: it is told, never silently left out."""
 
     file: ShardFile
@@ -110,7 +110,7 @@ class Failure(Strict):
     reason: str
 
 
-class Part(Strict):
+class Part(Stored):
     """One file of the table as it was written."""
 
     file: TableFile

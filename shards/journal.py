@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from configs.atomic import atomic_write
 from configs.refusal import Refused
-from configs.strict import Strict
+from configs.strict import Stored
 from shards.damage import Damaged, Fault, inside, read_bounded
 from shards.entries import Failure, Shard
 from shards.manifest import MOST_BYTES, Manifest
@@ -21,7 +21,7 @@ from shards.seal import sealed, unsealed
 NAME = "journal"
 
 
-class Entry(Strict):
+class Entry(Stored):
     """One finished shard."""
 
     recipe_sha256: str

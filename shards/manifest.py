@@ -8,7 +8,7 @@ from pydantic import ValidationError, model_validator
 
 from configs.atomic import atomic_write
 from configs.refusal import Refused
-from configs.strict import Strict
+from configs.strict import Stored
 from shards.damage import Damaged, Fault, read_bounded
 from shards.damage import way_out as way_out
 from shards.entries import Failure, Part, Shard
@@ -22,7 +22,7 @@ MOST_BYTES = 1 << 26
 """A million records take three quarters of it."""
 
 
-class Manifest(Strict):
+class Manifest(Stored):
     """The content of manifest.json."""
 
     schema_version: int = SCHEMA

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from pydantic import Field, JsonValue
 
-from configs.strict import Strict
+from configs.strict import Stored
 from shards.record import SCHEMA
 
 LONGEST_VALUE = 40
 
 
-class Recipe(Strict):
+class Recipe(Stored):
     """What made a cache: `identity` decides its bytes, `information` (versions, where things lay) does not."""
 
     schema_version: int = SCHEMA

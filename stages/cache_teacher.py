@@ -13,7 +13,7 @@ from pydantic import Field
 from configs.atomic import atomic_write
 from configs.load import save_resolved
 from configs.refusal import Refused
-from configs.strict import Strict
+from configs.strict import Location, Strict
 from shards.claims import Claims
 from shards.recipe import Recipe, differences
 from shards.table import is_tabulated, write_table
@@ -50,7 +50,7 @@ class Config(Strict):
     """Render prompts with the frozen teacher and keep what it answered, in shards under RUN/cache."""
 
     run: Path = Field(description="run folder; the cache lies in RUN/cache")
-    teacher: str = Field(description="diffusers folder or hub id of an SD-1.x model")
+    teacher: Location = Field(description="diffusers folder or hub id of an SD-1.x model")
     prompts: PromptSource = Field(description="where the sentences come from")
     seed: int = Field(0, description="seed of the prompts and of their pictures")
     count: int = Field(2000, ge=1, description="prompts in the training split")

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from configs.atomic import atomic_write
 from configs.load import save_resolved
-from configs.strict import Strict
+from configs.strict import Location, Strict
 from shards.manifest import Manifest
 from shards.reader import Reader
 from shards.view import View
@@ -34,7 +34,9 @@ class Config(Strict):
     """Distil RUN/cache into a velocity model; checkpoints, journal, grids and export go to RUN/distill."""
 
     run: Path = Field(description="run folder; reads RUN/cache, writes RUN/distill")
-    teacher: str | None = Field(None, description="where the teacher lies now, if it moved since the cache was made")
+    teacher: Location | None = Field(
+        None, description="where the teacher lies now, if it moved since the cache was made"
+    )
     target: Target = Field(
         "velocity",
         description="velocity: of the straight path, told 1000 s; vp_v: v-prediction on the teacher's path, as the "

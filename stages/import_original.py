@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs.load import asked_for
 from configs.refusal import Refused
-from configs.strict import Strict
+from configs.strict import Location, Strict
 from stages.flow.bridge import Tail
 from stages.nets.components import load_components
 from stages.nets.files import absolute
@@ -30,7 +30,7 @@ class Config(Strict):
     """Make a run folder of the original experiment's checkpoint: `sollune import FILE.pt --teacher T --out RUN`."""
 
     file: Path = Field(description="checkpoint {cfg, student, opt, sched, gstep}; no code in it is run")
-    teacher: str = Field(description="diffusers folder or hub id of the model that it was distilled from")
+    teacher: Location = Field(description="diffusers folder or hub id of the model that it was distilled from")
     out: Path = Field(description="run folder that will be made")
     samples: int | None = Field(
         None, ge=1, description="samples that it has seen; none takes gstep times the batch size that cfg names"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.atomic import atomic_write
 from configs.refusal import Refused
-from configs.strict import Strict
+from configs.strict import Stored
 from shards.manifest import Manifest, find_cache
 from shards.recipe import Recipe, differences
 from stages.david.assessor import Fitted
@@ -26,7 +26,7 @@ STEPS_BEFORE = 1000
 WEIGHTS, FACTS = "david.safetensors", "config.json"
 
 
-class Facts(Strict):
+class Facts(Stored):
     """The content of config.json."""
 
     identity: Recipe

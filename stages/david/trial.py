@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from configs.strict import Strict
+from configs.strict import Stored
 from stages.david.assessment import assess_block, reduce, soft_targets
 from stages.david.companion import Companion
 from stages.david.patterns import PatternSpace
@@ -26,7 +26,7 @@ HEADING = (
 )
 
 
-class Trial(Strict):
+class Trial(Stored):
     """One block's marks on prompts that neither taught nor tuned."""
 
     exact: float

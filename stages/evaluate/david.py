@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from configs.atomic import atomic_path
 from configs.refusal import Refused
+from configs.values import place
+from configs.yaml_text import read_yaml
 from shards.reader import Reader
 from stages.david.assessment import Assessor
 from stages.evaluate.sight import Sight, features_of, see
@@ -63,8 +64,8 @@ def said_by(run: SavedRun) -> dict[str, Any]:
     """The configuration that a run of distillation left beside its checkpoints."""
     path = run.folder / "config.yaml"
     try:
-        said: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["distill"]
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        said: dict[str, Any] = read_yaml(path, str(path), "name a folder such as runs/tiny/distill")["distill"]
+    except (KeyError, TypeError) as error:
         raise Refused(
             f"{path}: tells of no distillation ({error}) - name a folder such as runs/tiny/distill"
         ) from error
@@ -111,12 +112,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="sollune david", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="show")
     words = commands.add_parser("show", help="draw what David sees in a run's student", allow_abbrev=False)
-    words.add_argument("run", type=Path, metavar="RUN", help="folder of a distillation, such as runs/tiny/distill")
+    words.add_argument("run", type=place, metavar="RUN", help="folder of a distillation, such as runs/tiny/distill")
     words.add_argument(
         "--checkpoint", type=int, help="in samples seen (default: the one it ended with, else its newest)"
     )
     words.add_argument("--states", type=int, default=600, help="states of held-out prompts (default: 600)")
-    words.add_argument("--out", type=Path, help="picture (default: RUN/david/seen.png)")
+    words.add_argument("--out", type=place, help="picture (default: RUN/david/seen.png)")
     asked = parser.parse_args(argv)
     if asked.states < 1:
         raise Refused(f"--states {asked.states}: should be 1 or more")

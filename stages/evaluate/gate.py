@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue
 from tqdm import tqdm
 
 from configs.refusal import Refused
-from configs.strict import Strict
+from configs.strict import Location, Strict
 from shards.reader import Reader
 from stages.evaluate.contact import SHEET, save_contact_sheet
 from stages.evaluate.flaws import Candidates, alike, least, low
@@ -36,7 +36,7 @@ class GateConfig(Strict):
         le=1,
         description="cosine of two latents of a class from which on the later is set aside; none: never",
     )
-    clip: str | None = Field(
+    clip: Location | None = Field(
         None, description="folder or hub id of a CLIP model that scores in the scorer's place; none leaves it to that"
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.refusal import Refused
+from configs.values import location, place
 from shards import __main__ as shards
 from shards.journal import NAME as JOURNAL
 from shards.journal import restore_entries
@@ -82,14 +83,16 @@ def some(word: str) -> int:
 
 def moved(words: argparse.ArgumentParser) -> None:
     """Where the teacher lies."""
-    words.add_argument("--teacher", metavar="FOLDER", help="where it lies (as the configuration beside the cache says)")
+    words.add_argument(
+        "--teacher", type=location, metavar="FOLDER", help="where it lies (as the configuration beside the cache says)"
+    )
 
 
 def drawn(words: argparse.ArgumentParser) -> None:
     """The words of `show`."""
     shards.one_record(words)
     moved(words)
-    words.add_argument("--picture", type=Path, metavar="FILE.png", help="where to draw it (SPLIT-KEY.png, right here)")
+    words.add_argument("--picture", type=place, metavar="FILE.png", help="where to draw it (SPLIT-KEY.png, right here)")
     words.add_argument("--no-picture", action="store_true", help="print only")
 
 

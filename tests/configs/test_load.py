@@ -191,7 +191,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, s
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    assert "nowhere.yaml: cannot be read (No such file" in refusal("--run r", tmp_path / "nowhere.yaml")
+    assert "nowhere.yaml does not exist - --config takes YAML files" in refusal("--run r", tmp_path / "nowhere.yaml")
 
 
 def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Laws of the values that users write: homes are opened, numbers have a measure, text is text."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import Field, ValidationError
+
+from configs.load import load, request
+from configs.refusal import Refused
+from configs.strict import Location, Strict
+
+
+class Inner(Strict):
+    table: dict[str, Path] = Field({}, description="files by name")
+
+
+class Config(Strict):
+    """All that a value can be."""
+
+    run: Path | None = Field(None, description="a folder")
+    files: tuple[Path, ...] = Field((), description="files")
+    teacher: Location = Field("org/name", description="a folder or hub id")
+    text: str = Field("", description="a sentence")
+    seed: int = Field(0, description="a number")
+    share: float | None = Field(None, description="a share")
+    shares: dict[str, float] = Field({}, description="shares")
+    inner: Inner = Field(Inner(), description="more")
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/a/test")
+
+
+def test_a_home_is_opened_wherever_a_path_stands_and_in_no_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("distill: {files: [~/a, b~, c/~], inner: {table: {x: ~/d}}, text: ~ is a tilde}\n")
+    found = load(Config, "distill", [file], ["--run", "~", "--teacher", "~/t"])
+    assert (found.run, found.teacher, found.text) == (Path("/home/of/a/test"), "/home/of/a/test/t", "~ is a tilde")
+    assert found.files == (Path("/home/of/a/test/a"), Path("b~"), Path("c/~"))
+    assert found.inner.table == {"x": Path("/home/of/a/test/d")}
+
+
+def test_a_home_is_opened_where_a_configuration_lies() -> None:
+    assert request(["--config", "~/a.yaml", "b.yaml"]).files == (Path("/home/of/a/test/a.yaml"), Path("b.yaml"))
+
+
+def test_a_variable_of_the_environment_is_not_opened() -> None:
+    assert load(Config, "distill", [], ["--run", "$HOME/x"]).run == Path("$HOME/x")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--run ~nobody-here/x", "no user 'nobody-here'"),
+        ("--files a ~nobody-here", "no user 'nobody-here'"),
+        ("--teacher ~nobody-here/x", "no user 'nobody-here'"),
+        ("--seed 9223372036854775808", "64 bits"),
+        ("--share inf", "finite"),
+        ("--share nan", "finite"),
+        ("--shares a=-inf", "finite"),
+        ("--text a\x1bb", r"U\+001B"),
+        ("--text a\udcffb", "byte FF"),
+        (f"--run {'k' * 256}", "255 bytes"),
+    ],
+)
+def test_what_nobody_can_mean_is_refused_with_its_key(words: str, reason: str) -> None:
+    with pytest.raises(Refused, match=f"command line: distill.*{reason}") as refusal:
+        load(Config, "distill", [], words.split(" "))
+    assert str(refusal.value).isprintable()
+
+
+def test_a_value_of_the_program_is_judged_like_one_of_a_file() -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        Config(share=float("inf"))
