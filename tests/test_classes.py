@@ -292,7 +292,10 @@ def test_a_file_without_the_optional_keys_keeps_the_fingerprint_that_painted_cac
         ("[1, 2]", "dictionary"),
         ("classes: [{name: a, pattern: '*', priority: highest}]", "class 'a': priority"),
         ("classes: [{name: a, pattern: '*', priority: top}, {name: a, pattern: '*', priority: low}]", "listed twice"),
-        ("classes: [{name: a, pattern: '*', priority: top, weigth: 3}]", "class 'a': weigth"),
+        (
+            "classes: [{name: a, pattern: '*', priority: top, weigth: 3}]",
+            "weigth: 3: unknown key - did you mean weight",
+        ),
         ("classes: [{name: a, pattern: '*', priority: top, weight: -1}]", "class 'a': weight: .*greater than 0"),
         ("classes: [{name: a, pattern: '*', priority: top, weight: .inf}]", "class 'a': weight: .*finite"),
         ("classes: [{name: a, pattern: '*', priority: top, pictures: 0}]", "class 'a': pictures"),
@@ -300,6 +303,13 @@ def test_a_file_without_the_optional_keys_keeps_the_fingerprint_that_painted_cac
         ("classes: [{pattern: '*', priority: top}]", "class number 1: name"),
         ("weights: {top: 1}\nclasses: [{name: a, pattern: '*', priority: low}]", "'low' of class 'a' has no positive"),
         ("classes: [", "classes.yaml"),
+        ("classes: [{name: a, pattern: '*', priority: top}]\nclasses: []", "classes.yaml:2: .*said twice"),
+        (
+            "classes: [{name: a, pattern: '*', priority: top, weight: 1.0e308}, "
+            "{name: b, pattern: b, priority: low, weight: 1.0e308}]",
+            "no finite sum",
+        ),
+        ("classes: [{name: a, pattern: '*', priority: top, images: ~nobody-here/x}]", "no user 'nobody-here'"),
     ],
 )
 def test_a_wrong_class_file_is_refused_in_one_line_with_its_name_and_the_reason(

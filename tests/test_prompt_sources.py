@@ -194,3 +194,131 @@ def test_the_command_refuses_by_name(tmp_path: Path) -> None:
         main(["stats", "--count", "1", "--tokenizer", str(tmp_path)])
     with pytest.raises(Refused, match=r"complexity.*one of them positive"):
         main(["show", "3", "--prompts.source", "symbolic", "--prompts.complexity", "0"])
+
+
+GOLDEN = {
+    "l.txt": (
+        b"star/red\ta red star \r\n\r\n  a heart\n\tan owl\nring \t a  ring\t\n",
+        "86d09f3e7836c2adb31df40b981ff135e3f478306126dc1b574d47c69c402304",
+        [("a red star", "star/red"), ("a heart", "prompt"), ("an owl", "prompt"), ("a  ring", "ring ")],
+    ),
+    "t.csv": (
+        b'text,kind\r\n a star ,star/red\r\n"a heart, or ""two""\r\nof them",heart\r\n,x\r\n\r\n',
+        "44fd9e347d8391ae9a9eee4039b7a0576f5adafce01547742ff9f6b7ca39fc5c",
+        [("a star", "star/red"), ('a heart, or "two"\nof them', "heart")],
+    ),
+    "t.tsv": (
+        b'kind\ttext\nx\t"a star"\n',
+        "ecba05459b4afa8a4ba40cf1cfd8e9ebf791c59284d1ebded5039124b2c4d058",
+        [("a star", "x")],
+    ),
+    "t.jsonl": (
+        b'{"text": " a st\\u00e9r", "kind": null}\n\n{"text": null, "kind": "x"}\n{"text": "b", "kind": ""}\n',
+        "10351adf92695d045c2784d60b5e13b4809c6662e51ad6c45933207516256601",
+        [("a stér", "prompt"), ("b", "prompt")],
+    ),
+}
+
+
+def source_of(path: Path, content: bytes) -> FileSource | TableSource:
+    path.write_bytes(content)
+    return FileSource(path=path) if path.suffix == ".txt" else TableSource(path=path, class_column="kind")
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_well_formed_files_keep_their_prompts_and_the_identity_that_caches_carry(name: str, tmp_path: Path) -> None:
+    content, identity, expected = GOLDEN[name]
+    for mark in (b"", b"\xef\xbb\xbf"):
+        source = source_of(tmp_path / name, mark + content)
+        assert source.identity() == identity
+        found = islice(source.endless(0), len(expected))
+        assert [(prompt.text, prompt.class_name) for prompt in found] == expected
+
+
+UNUSABLE = {
+    "l.txt": (
+        "good\na\x0cb\nc\u202e\nd\ufeff\nstar\t\nstar \t \nx\ty\tz\n\t\nx\tgood\n",
+        {
+            "with control characters": [2],
+            "with bidirectional controls": [3],
+            "with a byte-order mark inside": [4],
+            "with a class and no sentence": [5, 6],
+            "with two tabs": [7],
+            "empty": [8],
+        },
+    ),
+    "t.csv": (
+        'text,kind\ngood,x\na,b,c\nfew\n"\n",x\na\x07,x\na,k\x85\n',
+        {"with more cells than the head": [3], "with fewer cells than the head": [4], "empty": [5],
+         "with control characters": [7, 8]},
+    ),
+    "t.TSV": ("text\tkind\ngood\tx\na\tb\tc\n", {"with more cells than the head": [3]}),
+    "t.jsonl": (
+        '{"text": "good", "kind": "x"}\n{"text": "a\\u0000", "kind": ""}\n{"text": "\\ud800", "kind": ""}\n',
+        {"with control characters": [2], "with lone surrogates": [3]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_an_unusable_row_is_counted_by_reason_and_place_and_makes_no_prompt(name: str, tmp_path: Path) -> None:
+    content, expected = UNUSABLE[name]
+    source = source_of(tmp_path / name, content.encode())
+    assert set(texts_of(source, 9)) == {"good"}
+    faults = source.faults(100)
+    assert {reason: len(places) for reason, places in faults.items()} == {
+        reason: len(lines) for reason, lines in expected.items()
+    }
+    for reason, lines in expected.items():
+        numbers = [place.removeprefix(f"{tmp_path / name}:").split()[0] for place in faults[reason]]
+        assert numbers == list(map(str, lines))
+
+
+def test_a_line_separator_stays_inside_its_sentence(tmp_path: Path) -> None:
+    for name, content in {"l.txt": "a\u2028b\n", "t.csv": "text,kind\na\u2028b,x\n"}.items():
+        assert texts_of(source_of(tmp_path / name, content.encode()), 1) == ["a\u2028b"]
+
+
+def test_a_far_number_is_counted_and_not_read_up_to(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "l.txt", b"a\nb\nc\n")
+    near, far = list(islice(source.endless(0), 40)), next(source.endless(0, 10**15 + 1))
+    for start in (0, 1, 3, 17, 39):
+        assert next(source.endless(0, start)) == near[start]
+    assert (far.text, dict(far.derivation)["reading"]) == ("c", str((10**15 + 1) // 3 + 1))
+
+
+def test_a_report_says_what_was_read_as_what(tmp_path: Path) -> None:
+    table = source_of(tmp_path / "t.TSV", b'\xef\xbb\xbftext\tkind\n"a\nb"\tx\n')
+    lines = report(table, list(islice(table.endless(0), 1))).lines()
+    how = "read as rows of cells parted by tabs in UTF-8 without its byte-order mark, sentences from column 'text'"
+    assert lines[1] == f"prompts: {tmp_path / 't.TSV'} {how}, classes from column 'kind'"
+    assert lines[2] == f"prompts: 1 rows over several lines, kept (the first: {tmp_path / 't.TSV'}:2)"
+
+
+def test_the_command_tells_beside_a_sample_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "l.txt").write_bytes(b"good\nbad \x07\n")
+    source = ["--prompts.source", "file", "--prompts.path", str(tmp_path / "l.txt")]
+    assert main(["sample", "--count", "2", *source]) == 0
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 2
+    assert shown.err == f"prompts: 1 with control characters, left out (the first: {tmp_path / 'l.txt'}:2 (U+0007))\n"
+
+
+@pytest.mark.parametrize(
+    "values", [pa.array(["a", None, "b"]).dictionary_encode(), pa.array(["a", "", "b"], pa.large_string())]
+)
+def test_every_kind_of_text_column_is_text(values: pa.Array, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": values}), tmp_path / "t.parquet")
+    assert texts_of(TableSource(path=tmp_path / "t.parquet"), 3) == ["a", "b", "a"]
+
+
+def test_a_tokenizer_without_words_is_refused(tmp_path: Path) -> None:
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((MODEL / "tokenizer" / name).read_bytes())
+    tokenizer_of(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(Refused, match="--tokenizer: "):
+        tokenizer_of(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(Refused, match="--tokenizer: "):
+        tokenizer_of(tmp_path)

@@ -70,6 +70,34 @@ def test_a_source_without_sentences_of_a_split_is_refused(tmp_path: Path) -> Non
         prompts(FileSource(path=file), 0, "validation", 1)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("phrases: [{name: a, words: [x]}, {name: a, words: [y]}]\nclass_name: x", "two phrases have the same name"),
+        ("phrases: [{name: a, words: [x], text: '{} {}'}]\nclass_name: x", "should hold {} once"),
+        ("phrases: [{name: a, words: [x], text: '{:>9999999999}'}]\nclass_name: x", "should hold {} once"),
+        ("phrases: [{name: a, words: [x], text: '{'}]\nclass_name: x", "phrases.0: "),
+        ("phrases: [{name: a, words: ['']}]\nclass_name: x", "phrases.0.words.0: '': should be a word or more"),
+        ("phrases: [{name: a, words: [x], text: ' '}]\nclass_name: x", "phrases.0.text: ' ': should be a word"),
+        ("phrases: [{name: a, words: [x]}]\nclass_name: '{a.upper}'", "should be the name of a phrase"),
+        ("phrases: [{name: a, words: [x]}]\nclass_name: '{}'", "should be the name of a phrase"),
+        ("phrases: [{name: a, words: [x]}]\nclass_name: x\nnever: [{a: y}]", "never: a: y: no phrase says that"),
+        ("phrases: [{name: a, words: [x]}]\nclass_name: x\nnever: [{a: x}]", "forbids all"),
+        (
+            "phrases: [{name: a, words: [x], optional: true}]\nclass_name: x\nunsaid_share: 1",
+            "phrase is optional",
+        ),
+        ("phrases: [{name: a, words: [x], wrods: [y]}]\nclass_name: x", "phrases.0.wrods: .*did you mean words"),
+        ("phrases: [{name: a, words: [x]}]", "class_name: required"),
+    ],
+)
+def test_a_grammar_that_could_not_speak_is_refused(content: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "g.yaml").write_text(content)
+    with pytest.raises(Refused, match=reason) as refusal:
+        next(GrammarSource(grammar=tmp_path / "g.yaml").endless(0))
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_derived_seed_depends_on_every_part() -> None:
     assert len({derived_seed("a", 1), derived_seed("a", 2), derived_seed("b", 1), derived_seed("a1")}) == 4
     assert derived_seed("states", 7) == 0x7FFFFFFFFFFFFFFF & derived_seed("states", 7)

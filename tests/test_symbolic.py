@@ -118,6 +118,10 @@ def test_plurals_are_regular_unless_told() -> None:
         "foxes", "puppies", "monkeys", "bowls of rice", "cats"]  # fmt: skip
 
 
+def test_a_word_of_one_letter_has_a_plural() -> None:
+    assert plural("y") == "ys"
+
+
 def test_incompatible_things_are_not_said_together() -> None:
     for prompt in MANY:
         said = dict(prompt.derivation)
@@ -182,12 +186,35 @@ def test_a_lexicon_of_ones_own_speaks(tmp_path: Path) -> None:
         ("families.animal.groups", [{"words": ["Fox"]}], "'Fox' makes no class name"),
         ("families.animal.groups", [{"words": ["fox", "fox"]}], "'fox' is listed twice"),
         ("families.animal.groups", [{"words": ["owl", "red owl"]}], "can be read in two ways"),
-        ("families.animal.wait", 3, "families.animal.wait: Extra inputs"),
+        ("families.animal.groups", [{"words": ["fox", " "]}], "words.1: ' ': should be a word or more"),
+        ("families.animal.groups", [{"words": ["/foxes"]}], "makes no class name"),
+        ("slots.family", [{"words": ["b"]}], "slots.family: the name stands for something else"),
+        ("levels", {1: [{"text": "{amount} {} {look} {subject}"}]}, "should hold the name of a slot"),
+        ("levels", {1: [{"text": "{amount} {look:>99999} {subject}"}]}, "should hold the name of a slot"),
+        ("levels", {1: [{"text": "{amount"}]}, "levels.1.0: "),
+        ("families.animal.wait", 3, "families.animal.wait: 3: unknown key - did you mean weight"),
     ],
 )
 def test_a_wrong_lexicon_is_refused_by_name(tmp_path: Path, where: str, value: object, told: str) -> None:
     with pytest.raises(Refused, match=rf"own\.yaml: .*{told}"):
         changed(tmp_path, where, value).load()
+
+
+def test_a_complexity_that_nothing_can_say_is_refused(tmp_path: Path) -> None:
+    content = yaml.safe_load(yaml.safe_dump(SMALL))
+    content["families"]["person"] = {"groups": [{"words": ["cook"]}]}
+    content["slots"] |= {
+        "mood": [{"words": ["gloomily"], "never": ["wild"]}],
+        "den": [{"words": ["deep"], "needs": ["wild"]}],
+    }
+    content["levels"] = {
+        1: [{"text": "{amount} {subject} {mood} {den}"}],
+        2: [{"text": "{amount} {look} {subject} {place} {mood}"}, {"text": "{amount} {look} {subject} {place} {den}"}],
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    assert SymbolicSource(complexity=(0, 1), lexicon=tmp_path / "own.yaml").load().size
+    with pytest.raises(Refused, match=r"own\.yaml: no sentence of complexity \(1,\) can be said"):
+        SymbolicSource(complexity=(1,), lexicon=tmp_path / "own.yaml").load()
 
 
 def test_levels_and_files_that_are_not_there_are_refused(tmp_path: Path) -> None:

@@ -3,14 +3,16 @@
 import hashlib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from configs.judgement import slip_of
 from configs.refusal import Refused
 from configs.strict import Strict
+from configs.yaml_text import read_yaml
 from stages.classes.pattern import Specificity, specificity
 
 Priority = Literal["top", "mid", "low"]
@@ -28,9 +30,7 @@ class ClassSpec(Strict):
         min_length=1,
         description="choice -> glob over what the grammar chose, as `sollune prompts show N --tree` prints it",
     )
-    weight: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="weight of its own; none is its priority's"
-    )
+    weight: float | None = Field(None, gt=0, description="weight of its own; none is its priority's")
     prior_class: str | None = Field(
         None, min_length=1, description="glob over class names: the cached records that keep its kind in place"
     )
@@ -96,8 +96,10 @@ class ClassFile(Strict):
         if twice:
             raise ValueError(f"class {twice[0]!r} is listed twice - give each class one entry")
         for spec in self.classes:
-            if spec.weight is None and not 0 < self.weights.get(spec.priority, 0) < float("inf"):
-                raise ValueError(f"priority {spec.priority!r} of class {spec.name!r} has no positive weight")
+            if spec.weight is None and not self.weights.get(spec.priority, 0) > 0:
+                raise ValueError(f"priority {spec.priority!r} of class {spec.name!r} has no positive weight - give one")
+        if not isfinite(sum(self.relative(spec) for spec in self.classes)):
+            raise ValueError("the weights of the classes have no finite sum - take smaller ones")
         return self
 
     def relative(self, spec: ClassSpec) -> float:
@@ -131,25 +133,20 @@ class ClassFile(Strict):
 
 def load_classes(path: Path) -> ClassFile:
     """Read a class file; raises `Refused` with its name and the first thing that is wrong."""
-    if not path.is_file():
-        raise Refused(f"classes: {path} does not exist - name a YAML file with a list of classes")
+    content = read_yaml(path, f"classes: {path}", "name a YAML file with a list of classes")
     try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"classes: {path}: {' '.join(str(error).split())}") from error
-    try:
-        return ClassFile.model_validate(said)
+        return ClassFile.model_validate(content)
     except ValidationError as error:
-        raise Refused(f"classes: {path}: {_first_slip(error, said)}") from error
+        place, slip = slip_of(error, ClassFile, content)
+        raise Refused(f"classes: {path}: {': '.join([*_called(place, content), slip])}") from error
 
 
-def _first_slip(error: ValidationError, said: Any) -> str:
-    """Where the first slip is and what it is; a class is called by its name where it has one."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
-    if where[:1] == ["classes"] and len(where) > 1:
-        entry = said["classes"][first["loc"][1]]
-        name = entry.get("name") if isinstance(entry, Mapping) else None
-        where[:2] = [f"class {name!r}" if name else f"class number {int(where[1]) + 1}"]
-    reason = first["msg"].removeprefix("Value error, ")
-    return ": ".join([*([where[0]] if where else []), *([".".join(where[1:])] if where[1:] else []), reason])
+def _called(place: tuple[str | int, ...], content: Any) -> list[str]:
+    """Where a slip lies; a class is called by its name where it has one."""
+    match place:
+        case ("classes", int(number), *inner):
+            entry = content["classes"][number]
+            name = entry.get("name") if isinstance(entry, Mapping) else None
+            head = f"class {name!r}" if isinstance(name, str) and name else f"class number {number + 1}"
+            return [head, ".".join(map(str, inner))] if inner else [head]
+    return [".".join(map(str, place))] if place else []

@@ -6,16 +6,20 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ConfigDict, Field
 
+from configs.characters import printable
 from configs.load import load, request
 from configs.refusal import Refused
 from configs.strict import Strict
-from stages.prompts import Prompt, PromptSource, SymbolicSource, report, split_of, token_counts
+from configs.values import place
+from stages.prompts import Prompt, PromptSource, SymbolicSource, omission_lines, report, split_of, token_counts
 
 REFUSED = 2
+MOST_NUMBER, MOST_COUNT = 10**18, 10**7
+"""Far beyond what is looked at."""
 
 
 class Config(Strict):
@@ -30,6 +34,7 @@ class Config(Strict):
 def show(words: argparse.Namespace, config: Config) -> None:
     """Print prompt number N, and with --tree how it came about."""
     prompt = next(config.prompts.endless(config.seed, words.number))
+    _note(config.prompts, words.number + 1)
     print(prompt.text)
     print(f"class {prompt.class_name}, split {split_of(prompt.text)}, picture seed {prompt.seed}")
     if words.tree:
@@ -41,6 +46,7 @@ def sample(words: argparse.Namespace, config: Config) -> None:
     """Print the first prompts with their classes."""
     for number, prompt in enumerate(islice(config.prompts.endless(config.seed), words.count)):
         print(f"{number:>6}  {prompt.text}  [{prompt.class_name}]")
+    _note(config.prompts, words.count)
 
 
 def stats(words: argparse.Namespace, config: Config) -> None:
@@ -54,6 +60,12 @@ def stats(words: argparse.Namespace, config: Config) -> None:
     if tokenizer is not None:
         _lengths("tokens", token_counts(tokenizer, texts))
     print("\n".join(coverage(asked)))
+
+
+def _note(source: PromptSource, among: int) -> None:
+    """Say beside the prompts which rows before them were left out."""
+    for line in omission_lines(source.faults(among)):
+        print(line, file=sys.stderr)
 
 
 def coverage(asked: Sequence[Prompt]) -> list[str]:
@@ -71,13 +83,21 @@ def coverage(asked: Sequence[Prompt]) -> list[str]:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of a model's folder; raises `Refused` when there is none."""
+    """The tokenizer of a model's folder; raises `Refused` when there is none that knows words."""
     from transformers import CLIPTokenizer
 
     inner = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+    way_out = "name a diffusers folder, or its tokenizer folder"
     if not (inner / "tokenizer_config.json").is_file():
-        raise Refused(f"--tokenizer: {folder} holds no tokenizer - name a diffusers folder, or its tokenizer folder")
-    return CLIPTokenizer.from_pretrained(str(inner))
+        raise Refused(f"--tokenizer: {folder} holds no tokenizer - {way_out}")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(inner), local_files_only=True)
+        known = tokenizer.decode(tokenizer("a cat").input_ids, skip_special_tokens=True).split()
+    except Exception as error:  # the library written in Rust raises nothing more special
+        raise Refused(f"--tokenizer: {folder} cannot be read ({printable(str(error))}) - {way_out}") from error
+    if known != ["a", "cat"]:
+        raise Refused(f"--tokenizer: {folder} does not know words: 'a cat' comes back as {known} - {way_out}")
+    return tokenizer
 
 
 def _lengths(unit: str, counts: Sequence[int]) -> None:
@@ -89,7 +109,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Config], None]] = {"show": sho
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; raises `Refused` for bad input."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sollune prompts",
         description="Look at prompts. --config FILE takes a cache_teacher section's source and seed; "
         "--prompts.source symbolic|file|..., --prompts.path and the like, and --seed lie over it.",
@@ -105,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             usual = 40 if name == "sample" else 2000
             words.add_argument("--count", type=_count, default=usual, help=f"prompts to look at (default: {usual})")
         if name == "stats":
-            words.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="model folder: lengths in its tokens")
+            words.add_argument("--tokenizer", type=place, metavar="FOLDER", help="model folder: lengths in its tokens")
     parsed, rest = parser.parse_known_args(argv)
     asked = request(rest)
     COMMANDS[parsed.command](
@@ -114,15 +134,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Refused(f"{self.prog}: {message} - see {self.prog} --help")
+
+
 def _number(word: str) -> int:
-    if not word.isdecimal():
-        raise argparse.ArgumentTypeError(f"{word} is no number from 0 on")
-    return int(word)
+    return _between(0, MOST_NUMBER, word)
 
 
 def _count(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word} is no number from 1 on")
+    return _between(1, MOST_COUNT, word)
+
+
+def _between(least: int, most: int, word: str) -> int:
+    digits = word.isdecimal() and len(word) <= len(str(most))
+    if not digits or not least <= int(word) <= most:
+        raise argparse.ArgumentTypeError(f"{printable(word)} should be a number from {least} to {most}")
     return int(word)
 
 

@@ -5,23 +5,33 @@ import random
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from string import Formatter
 from typing import Literal
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from configs.refusal import Refused
-from configs.strict import Strict
+from configs.judgement import slip_of
+from configs.refusal import Refused, did_you_mean
+from configs.strict import NonEmpty, Strict
+from configs.yaml_text import read_yaml
 from stages.prompts.prompt import Prompt, derived_seed
+
+MOST_TRIES = 10_000
 
 
 class Phrase(Strict):
     """One slot of a sentence."""
 
     name: str
-    text: str = "{}"
-    words: tuple[str, ...] = Field(min_length=1)
+    text: NonEmpty = "{}"
+    words: tuple[NonEmpty, ...] = Field(min_length=1)
     optional: bool = False
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Phrase":
+        if [field for field in _fields(self.text) if field != ("", "", None)] or len(_fields(self.text)) > 1:
+            raise ValueError(f"phrase {self.name!r}: text {self.text!r} should hold {{}} once, for the word")
+        return self
 
 
 class Grammar(Strict):
@@ -32,16 +42,36 @@ class Grammar(Strict):
     class_name: str
     never: tuple[dict[str, str], ...] = ()
 
+    @model_validator(mode="after")
+    def _can_speak(self) -> "Grammar":
+        words = {phrase.name: phrase.words for phrase in self.phrases}
+        if len(words) < len(self.phrases):
+            raise ValueError("two phrases have the same name - give each its own")
+        for name, form, conversion in _fields(self.class_name):
+            if name not in words or form or conversion:
+                raise ValueError(
+                    f"class_name: {{{name}}} should be the name of a phrase - {did_you_mean(name, list(words))}"
+                )
+        for pair in self.never:
+            for name, word in pair.items():
+                if word not in words.get(name, ()):
+                    known = list(words.get(name, words))
+                    raise ValueError(f"never: {name}: {word}: no phrase says that - {did_you_mean(word, known)}")
+        if self.unsaid_share and all(phrase.optional for phrase in self.phrases):
+            raise ValueError("every phrase is optional, so a sentence could say nothing - leave one that is not")
+        return self
+
     def words_of(self, name: str) -> tuple[str, ...]:
         """The words that the phrase `name` may say."""
         return next(phrase.words for phrase in self.phrases if phrase.name == name)
 
     def choose(self, rng: random.Random) -> dict[str, str]:
         """One word for every phrase, never a forbidden combination."""
-        while True:
+        for _ in range(MOST_TRIES):
             chosen = {phrase.name: rng.choice(phrase.words) for phrase in self.phrases}
             if not any(pair.items() <= chosen.items() for pair in self.never):
                 return chosen
+        raise Refused("prompts.grammar: `never` forbids all that the phrases could say - forbid less")
 
     def unsaid(self, rng: random.Random) -> set[str]:
         """The names of the phrases left out: none, or a non-empty random subset of the optional ones."""
@@ -80,6 +110,10 @@ class GrammarSource(Strict):
         """What the prompts depend on."""
         return hashlib.sha256(self.load().model_dump_json().encode()).hexdigest()
 
+    def reading(self) -> list[str]:
+        """Nothing: a grammar is read in one way only."""
+        return []
+
     def faults(self, among: int) -> dict[str, list[str]]:
         """None: a grammar's sentences are all usable."""
         return {}
@@ -95,10 +129,15 @@ class GrammarSource(Strict):
 @lru_cache
 def load_grammar(path: Path) -> Grammar:
     """Read a grammar file; raises `Refused` with its name and the first thing that is wrong."""
-    if not path.is_file():
-        raise Refused(f"prompts.grammar: {path} does not exist - name a grammar file (YAML: phrases, class_name)")
+    content = read_yaml(path, f"prompts.grammar: {path}", "name a grammar file (YAML: phrases, class_name)")
     try:
-        return Grammar.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Grammar.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise Refused(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        place, slip = slip_of(error, Grammar, content)
+        where = f"{'.'.join(map(str, place))}: " if place else ""
+        raise Refused(f"{path}: {where}{slip}") from error
+
+
+def _fields(text: str) -> list[tuple[str, str | None, str | None]]:
+    """The fields in braces of a text: (name, format, conversion)."""
+    return [(name, form, conversion) for _, name, form, conversion in Formatter().parse(text) if name is not None]

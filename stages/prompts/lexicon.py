@@ -4,24 +4,29 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from string import Formatter
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from configs.judgement import slip_of
 from configs.refusal import Refused, did_you_mean
-from configs.strict import Strict
+from configs.strict import NonEmpty, Strict
+from configs.yaml_text import read_yaml
 
 PACKAGED = Path(__file__).parent / "lexicon.yaml"
 CLASS_NAME = re.compile(r"[a-z]+/[a-z]+(-[a-z]+)*")
 SUBJECT, AMOUNT = "subject", "amount"
+CHOICES = (SUBJECT, "sentence", "family", "complexity")
+"""Choices of every derivation, whose names no slot can have."""
+MOST_SLOTS = 60
 
 
 class Group(Strict):
     """Words that keep the same company."""
 
-    words: tuple[str, ...] = Field(min_length=1)
+    words: tuple[NonEmpty, ...] = Field(min_length=1)
     weight: int = Field(1, ge=1, description="of each word, relative to the other words of its slot")
     tags: tuple[str, ...] = Field((), description="what saying it says about the scene")
     needs: tuple[str, ...] = Field((), description="at least one of these must be said of the scene before")
@@ -44,6 +49,13 @@ class Sentence(Strict):
     def slots(self) -> tuple[str, ...]:
         """The slots' names in the order of saying."""
         return tuple(name for _, name, _, _ in Formatter().parse(self.text) if name)
+
+    @model_validator(mode="after")
+    def _plain_slots(self) -> "Sentence":
+        for _, name, form, conversion in Formatter().parse(self.text):
+            if name == "" or form or conversion:
+                raise ValueError(f"{self.text!r}: braces should hold the name of a slot and nothing else")
+        return self
 
     def clauses(self) -> int:
         """How much it says beside naming its subject."""
@@ -71,7 +83,7 @@ class Lexicon(Strict):
     """Families of subjects, slots in the order of choosing, and forms of sentences for each level of complexity."""
 
     families: dict[str, Family] = Field(min_length=1)
-    slots: dict[str, tuple[Group, ...]]
+    slots: dict[str, tuple[Group, ...]] = Field(max_length=MOST_SLOTS)
     levels: dict[int, tuple[Sentence, ...]] = Field(min_length=1)
 
     def subjects(self, family: str) -> Iterator[Word]:
@@ -95,18 +107,21 @@ class Lexicon(Strict):
 
     @model_validator(mode="after")
     def _sound(self) -> "Lexicon":
-        for slip in (*self._sentences(), *self._tags(), *self._classes(), *two_readings(self.every_word())):
+        for slip in chain(self._sentences(), self._tags(), self._classes(), two_readings(self.every_word())):
             raise ValueError(slip)
         return self
 
     def _sentences(self) -> Iterator[str]:
+        for name in CHOICES:
+            if name in self.slots:
+                yield f"slots.{name}: the name stands for something else in every sentence - take another"
         for level, sentences in self.levels.items():
             for sentence in sentences:
                 for name in sentence.slots():
                     if name != SUBJECT and name not in self.slots:
                         yield f"levels.{level}: {name!r} is no slot - {did_you_mean(name, [SUBJECT, *self.slots])}"
                 if SUBJECT not in sentence.slots() or AMOUNT not in sentence.slots():
-                    yield f"levels.{level}: {sentence.text!r} must say {{amount}} and {{subject}}"
+                    yield f"levels.{level}: {sentence.text!r} must say {{amount}} and {{subject}} - name both"
                 if sentence.clauses() != level + 1:
                     yield f"levels.{level}: {sentence.text!r} has {sentence.clauses()} clauses, should have {level + 1}"
 
@@ -124,7 +139,7 @@ class Lexicon(Strict):
                 if not CLASS_NAME.fullmatch(name):
                     yield f"families.{family}: {word.text!r} makes no class name - write plain lower-case words"
                 if name in seen:
-                    yield f"families.{family}: {word.text!r} is listed twice"
+                    yield f"families.{family}: {word.text!r} is listed twice - remove one"
                 seen.add(name)
 
 
@@ -138,7 +153,7 @@ def plural(noun: str) -> str:
     head, of, tail = noun.partition(" of ")
     if head.endswith(("s", "x", "ch", "sh")):
         return f"{head}es{of}{tail}"
-    if head.endswith("y") and head[-2] not in "aeiou":
+    if head.endswith("y") and head[-2:-1] not in "aeiou":
         return f"{head[:-1]}ies{of}{tail}"
     return f"{head}s{of}{tail}"
 
@@ -154,7 +169,8 @@ def two_readings(words: Iterable[Word]) -> Iterator[str]:
         for text in {word.text, word.plural or word.text}:
             said = tuple(text.split())
             if slot_of.setdefault(said, word.slot) != word.slot:
-                yield f"{text!r} is both {slot_of[said]} and {word.slot}: a sentence could be read in two ways"
+                both = f"both {slot_of[said]} and {word.slot}"
+                yield f"{text!r} is {both}: a sentence could be read in two ways - remove one"
             by_first.setdefault(said[0], set()).add(said)
     left = {(long[len(one) :], one) for same in by_first.values() for one in same for long in _longer(one, same)}
     seen = set(left)
@@ -162,7 +178,8 @@ def two_readings(words: Iterable[Word]) -> Iterator[str]:
         over, origin = left.pop()
         for word_ in by_first.get(over[0], ()):
             if word_ == over:
-                yield f"{' '.join(origin)!r} begins and {' '.join(over)!r} ends words that can be read in two ways"
+                begin, end = " ".join(origin), " ".join(over)
+                yield f"{begin!r} begins and {end!r} ends words that can be read in two ways - change one"
             shorter, longer = sorted((word_, over), key=len)
             if word_ != over and longer[: len(shorter)] == shorter:
                 found = (longer[len(shorter) :], origin)
@@ -177,16 +194,13 @@ def _longer(one: tuple[str, ...], others: Iterable[tuple[str, ...]]) -> Iterator
 @lru_cache
 def load_lexicon(path: Path) -> Lexicon:
     """Read a lexicon; raises `Refused` with its name and the first thing that is wrong."""
-    if not path.is_file():
-        raise Refused(f"prompts.lexicon: {path} does not exist - leave it out for the packaged one")
+    content = read_yaml(path, f"prompts.lexicon: {path}", "leave it out for the packaged one")
     try:
-        return Lexicon.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Lexicon.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise Refused(f"{path}: {f'{where}: ' if where else ''}{first['msg']}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"{path}: not good YAML: {' '.join(str(error).split())}") from error
+        place, slip = slip_of(error, Lexicon, content)
+        where = f"{'.'.join(map(str, place))}: " if place else ""
+        raise Refused(f"{path}: {where}{slip}") from error
 
 
 def _words(slot: str, group: Group) -> Iterator[Word]:

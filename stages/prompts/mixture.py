@@ -8,9 +8,10 @@ from pydantic import Field
 
 from configs.strict import Strict
 from stages.prompts.grammar import GrammarSource
+from stages.prompts.hub import HubSource
 from stages.prompts.prompt import Prompt, derived_seed
 from stages.prompts.symbolic import SymbolicSource
-from stages.prompts.table import HubSource, TableSource
+from stages.prompts.table import TableSource
 from stages.prompts.text_file import FileSource
 
 Simple = Annotated[SymbolicSource | GrammarSource | FileSource | TableSource | HubSource, Field(discriminator="source")]
@@ -33,6 +34,10 @@ class MixtureSource(Strict):
         """What the prompts depend on."""
         said = [f"{part.weight} {part.prompts.source} {part.prompts.identity()}" for part in self.parts]
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+    def reading(self) -> list[str]:
+        """How each part is read."""
+        return [line for part in self.parts for line in part.prompts.reading()]
 
     def faults(self, among: int) -> dict[str, list[str]]:
         """The places of unusable rows of all parts, by reason."""

@@ -1,9 +1,9 @@
 """Sources that are rows of something: read in order, again and again, with every unusable row counted by its reason."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, field
 
+from configs.characters import fault_of, faulty_character
 from configs.refusal import Refused
 from configs.strict import Strict
 from stages.prompts.prompt import Prompt, derived_seed
@@ -11,18 +11,27 @@ from stages.prompts.prompt import Prompt, derived_seed
 
 @dataclass(frozen=True)
 class Row:
-    """A sentence as it was found; bytes that are not UTF-8 stand in it as lone surrogates."""
+    """A sentence as it stands in its source."""
 
     place: str
     text: str
     class_name: str = ""
+    slip: str | None = None
+    """what is wrong with the row as a whole, where the source knows"""
+    whole: str = field(default="", repr=False)
+    """the row before anything was cut off"""
 
     @property
     def fault(self) -> str | None:
         """Why no prompt can be made of it, if so."""
-        if any("\ud800" <= letter <= "\udfff" for letter in self.text + self.class_name):
-            return "not UTF-8"
-        return None if self.text.strip() else "empty"
+        found = self.slip or fault_of(self.text + self.class_name)
+        return found or (None if self.text.strip() else "empty")
+
+    @property
+    def faulty_place(self) -> str:
+        """The place, with the character that makes the row unusable, if one does."""
+        character = faulty_character(self.whole or self.text + self.class_name)
+        return f"{self.place} ({character})" if character else self.place
 
 
 class RowSource(Strict):
@@ -32,15 +41,24 @@ class RowSource(Strict):
         """Every row in order, usable or not."""
         raise NotImplementedError
 
+    def reading(self) -> list[str]:
+        """How the rows are read: one line."""
+        raise NotImplementedError
+
     def usable(self) -> Iterator[Row]:
         """The rows that make prompts; raises `Refused` when there are none."""
-        found = False
+        unusable: dict[str, list[str]] = {}
+        any_usable = False
         for row in self.rows():
             if row.fault is None:
-                found = True
+                any_usable = True
                 yield row
-        if not found:
-            raise Refused(f"prompts: {self} holds no prompt - write one a line or row, in UTF-8")
+            elif not any_usable:
+                unusable.setdefault(row.fault, []).append(row.faulty_place)
+        if not any_usable:
+            reasons = [f"{len(places)} {fault}, the first: {places[0]}" for fault, places in unusable.items()]
+            why = f" ({'; '.join(reasons)})" if reasons else ""
+            raise Refused(f"prompts: {self} holds no prompt{why} - write one a line or row, in UTF-8")
 
     def faults(self, among: int) -> dict[str, list[str]]:
         """The places of unusable rows by reason, up to the row of the prompt number `among`."""
@@ -50,17 +68,21 @@ class RowSource(Strict):
             if among < 0:
                 break
             if row.fault:
-                found.setdefault(row.fault, []).append(row.place)
+                found.setdefault(row.fault, []).append(row.faulty_place)
         return found
 
     def endless(self, seed: int, start: int = 0) -> Iterator[Prompt]:
         """The usable rows in order, again and again, each time with another picture seed; from number `start` on."""
-        index = 0
-        for read in count(1):
+        index, reading = 0, 1
+        while True:
+            first = index
             for row in self.usable():
                 if index >= start:
-                    said = (("row", row.place), ("reading", str(read)))
+                    how = (("row", row.place), ("reading", str(reading)))
                     yield Prompt(
-                        row.text.strip(), row.class_name or "prompt", derived_seed("picture", seed, index), said
+                        row.text.strip(), row.class_name or "prompt", derived_seed("picture", seed, index), how
                     )
                 index += 1
+            # Whole readings before the start are counted, not read.
+            skipped = max(0, start - index) // (index - first)
+            index, reading = index + skipped * (index - first), reading + 1 + skipped

@@ -6,10 +6,11 @@ from pydantic import Field, JsonValue
 
 from configs.refusal import Refused
 from stages.prompts.grammar import GrammarSource
+from stages.prompts.hub import HubSource
 from stages.prompts.mixture import MixtureSource
 from stages.prompts.prompt import VALIDATION_ONE_IN, Prompt, Split, split_of
 from stages.prompts.symbolic import SymbolicSource
-from stages.prompts.table import HubSource, TableSource
+from stages.prompts.table import TableSource
 from stages.prompts.text_file import FileSource
 
 PromptSource = Annotated[

@@ -50,6 +50,10 @@ class SymbolicSource(Strict):
         said = load_lexicon(self.lexicon or PACKAGED).model_dump_json()
         return hashlib.sha256(f"{GENERATOR}{self.complexity}{said}".encode()).hexdigest()
 
+    def reading(self) -> list[str]:
+        """Nothing: a lexicon is read in one way only."""
+        return []
+
     def faults(self, among: int) -> dict[str, list[str]]:
         """None: a lexicon's sentences are all usable."""
         return {}
@@ -143,4 +147,7 @@ def speaker(path: Path, complexity: tuple[int, ...]) -> Speaker:
             )
     for word in Speaker(lexicon, dict.fromkeys(lexicon.levels, 1)).unreachable():
         raise Refused(f"{path}: {word.slot}: {word.text!r} can never be said - check its needs and never")
-    return Speaker(lexicon, dict(enumerate(complexity, 1)))
+    found = Speaker(lexicon, dict(enumerate(complexity, 1)))
+    if not found.size:
+        raise Refused(f"{path}: no sentence of complexity {complexity} can be said - check the words' needs and never")
+    return found

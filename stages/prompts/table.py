@@ -1,22 +1,31 @@
-"""Sentences from one column of a table: CSV, JSON lines, parquet, or a Hugging Face dataset."""
+"""Sentences from one column of a table: CSV, JSON lines or parquet."""
 
 import csv
 import hashlib
-import importlib
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from configs.characters import fault_of, printable
+from configs.json_text import parse_json
 from configs.refusal import Refused, did_you_mean
+from configs.text import encoding_of, lines_of, read_text, size_of
+from stages.prompts.extra import extra
 from stages.prompts.rows import Row, RowSource
-from stages.prompts.text_file import read_text
 
-Cells = Mapping[str, Any]
-COMMIT = re.compile(r"[0-9a-f]{40}")
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+
+
+class Cells(NamedTuple):
+    """A row of a table."""
+
+    place: str
+    values: Mapping[str, Any]
+    slip: str | None = None
+    """what is wrong with the row as a whole; it then has no values"""
 
 
 class ColumnSource(RowSource):
@@ -25,26 +34,38 @@ class ColumnSource(RowSource):
     column: str = Field("text", description="column of the sentences")
     class_column: str | None = Field(None, description="column of the class names, if there is one")
 
-    def cells(self) -> Iterator[tuple[str, Cells]]:
-        """(place, the row's cells by column), for every row."""
+    def cells(self) -> Iterator[Cells]:
+        """Every row, with its values by column."""
         raise NotImplementedError
 
     def rows(self) -> Iterator[Row]:
         """Every row; a missing value is an empty sentence."""
-        for place, cells in self.cells():
-            yield Row(place, self._cell(place, cells, self.column), self._cell(place, cells, self.class_column))
+        for cells in self.cells():
+            if cells.slip:
+                yield Row(cells.place, "", slip=cells.slip)
+                continue
+            text, class_name = self._cell(cells, self.column), self._cell(cells, self.class_column)
+            whole = text + class_name
+            yield Row(cells.place, text.strip(), class_name.strip(), fault_of(whole), whole)
 
-    def _cell(self, place: str, cells: Cells, column: str | None) -> str:
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns that are read."""
+        return [name for name in (self.column, self.class_column) if name is not None]
+
+    def _cell(self, cells: Cells, column: str | None) -> str:
         if column is None:
             return ""
-        if column not in cells:
-            raise Refused(f"{place}: no column {column!r} - {did_you_mean(column, list(cells))}")
-        value = cells[column]
+        if column not in cells.values:
+            raise Refused(f"{cells.place}: no column {column!r} - {did_you_mean(column, list(cells.values))}")
+        value = cells.values[column]
         if isinstance(value, bytes):
             value = value.decode("utf-8", errors="surrogateescape")
         if not isinstance(value, str | None):
-            raise Refused(f"{place}: {column} = {value!r:.60}: should be text - name the column of the sentences")
-        return (value or "").strip()
+            raise Refused(
+                f"{cells.place}: {column} = {printable(value)}: should be text - name the column of the sentences"
+            )
+        return value or ""
 
 
 class TableSource(ColumnSource):
@@ -53,10 +74,10 @@ class TableSource(ColumnSource):
     source: Literal["table"] = Field("table", description="what kind of source")
     path: Path = Field(description=".csv, .tsv (with a head line), .jsonl or .parquet file")
 
-    def cells(self) -> Iterator[tuple[str, Cells]]:
+    def cells(self) -> Iterator[Cells]:
         """Every row of the file, read as its name's ending says."""
         readers = {".csv": self._csv, ".tsv": self._csv, ".jsonl": self._jsonl, ".parquet": self._parquet}
-        reader = readers.get(self.path.suffix.lower())
+        reader = readers.get(self._kind)
         if reader is None:
             raise Refused(f"prompts.path: {self.path}: unknown kind of table - known here: {', '.join(readers)}")
         yield from reader()
@@ -68,112 +89,124 @@ class TableSource(ColumnSource):
             digest.update(json.dumps([row.class_name, row.text]).encode())
         return digest.hexdigest()
 
-    def _csv(self) -> Iterator[tuple[str, Cells]]:
-        text = read_text(self.path, "a table")
-        table = csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if self.path.suffix == ".tsv" else ",")
-        try:
-            for cells in table:
-                yield f"{self.path}:{table.line_num}", cells
-        except csv.Error as error:
-            raise Refused(f"{self.path}:{table.line_num}: not good CSV: {error}") from error
+    def reading(self) -> list[str]:
+        """How the file is read."""
+        kinds = {".jsonl": "one JSON object a line", ".parquet": "parquet"}
+        kind = kinds.get(self._kind, f"rows of cells parted by {DELIMITERS[self._delimiter]}")
+        encoding = "" if self._kind == ".parquet" else f" in {encoding_of(self.path)}"
+        classes = f", classes from column {self.class_column!r}" if self.class_column else ""
+        how = f"{self.path} read as {kind}{encoding}, sentences from column {self.column!r}{classes}"
+        return [how, *self._long_rows()]
 
-    def _jsonl(self) -> Iterator[tuple[str, Cells]]:
-        for number, line in enumerate(read_text(self.path, "one JSON object a line").split("\n"), 1):
+    def _long_rows(self) -> list[str]:
+        """A line about rows of a CSV over several lines: a quote that is closed too late makes one of several."""
+        if self._kind not in (".csv", ".tsv"):
+            return []
+        rows = (cells for cells in self._csv() if any("\n" in value for value in cells.values.values()))
+        places = [cells.place for cells in rows]
+        return [f"{len(places)} rows over several lines, kept (the first: {places[0]})"] if places else []
+
+    @property
+    def _kind(self) -> str:
+        return self.path.suffix.lower()
+
+    @property
+    def _delimiter(self) -> str:
+        return "\t" if self._kind == ".tsv" else ","
+
+    def _text(self, holding: str) -> str:
+        return read_text(self.path, f"prompts.path: {self.path}", f"name a file with {holding}")
+
+    def _csv(self) -> Iterator[Cells]:
+        lines = lines_of(self._text("a table"))
+        table = csv.reader((f"{line}\n" for line in lines), delimiter=self._delimiter, strict=True)
+        place, begins = str(self.path), 1
+        try:
+            names = self._head(next(table, []), lines)
+            begins = table.line_num + 1
+            for values in table:
+                place, begins = f"{self.path}:{begins}", table.line_num + 1
+                if values and len(values) != len(names):
+                    more = "more" if len(values) > len(names) else "fewer"
+                    yield Cells(place, {}, f"with {more} cells than the head")
+                elif values:
+                    yield Cells(place, dict(zip(names, values, strict=True)))
+        except csv.Error as error:
+            raise Refused(f"{self.path}:{begins}: {_bad_row(str(error))}") from error
+
+    def _head(self, names: Sequence[str], lines: Sequence[str]) -> Sequence[str]:
+        """The names of the columns; raises `Refused` when they are not those of a table with our columns."""
+        place = f"{self.path}:1"
+        if not any(name.strip() for name in names):
+            raise Refused(f"{place}: no head - name the columns in the first line")
+        twice = [name for name in names if name.strip() and names.count(name) > 1]
+        if twice:
+            raise Refused(f"{place}: the column {printable(twice[0])} stands twice in the head - rename one")
+        for column in self.columns:
+            if column not in names:
+                for other, word in DELIMITERS.items():
+                    if other != self._delimiter and column in [name.strip(' "') for name in lines[0].split(other)]:
+                        raise Refused(
+                            f"{place}: no column {column!r}: the cells are parted by {word}, {self._kind} is read "
+                            f"with {DELIMITERS[self._delimiter]} - save it with these"
+                        )
+                raise Refused(
+                    f"{place}: no column {column!r} - {did_you_mean(column, [printable(name) for name in names])}"
+                )
+        return names
+
+    def _jsonl(self) -> Iterator[Cells]:
+        for number, line in enumerate(lines_of(self._text("one JSON object a line")), 1):
             if not line.strip():
                 continue
             place = f"{self.path}:{number}"
             try:
-                cells = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise Refused(f"{place}: not good JSON: {error.msg} - one object a line") from error
-            if not isinstance(cells, dict):
-                raise Refused(f"{place}: {line[:60]}: should be a JSON object")
-            yield place, cells
+                values = parse_json(line)
+            except ValueError as error:
+                raise Refused(f"{place}: not good JSON: {error} - one object a line") from error
+            if not isinstance(values, dict):
+                raise Refused(f"{place}: {printable(line)}: should be a JSON object")
+            yield Cells(place, values)
 
-    def _parquet(self) -> Iterator[tuple[str, Cells]]:
-        if not self.path.is_file():
-            raise Refused(f"prompts.path: {self.path} does not exist - name a parquet file")
-        parquet, arrow = _extra("pyarrow.parquet", "a parquet file"), _extra("pyarrow", "a parquet file")
+    def _parquet(self) -> Iterator[Cells]:
+        size_of(self.path, f"prompts.path: {self.path}", "name a parquet file")
+        parquet, arrow = extra("pyarrow.parquet", "a parquet file"), extra("pyarrow", "a parquet file")
         try:
             file = parquet.ParquetFile(self.path)
-            names = [name for name in (self.column, self.class_column) if name in file.schema_arrow.names]
+            names = file.schema_arrow.names
+            for column in self.columns:
+                if names.count(column) != 1:
+                    count = "no" if column not in names else "more than one"
+                    raise Refused(f"{self.path}: {count} column {column!r} - {did_you_mean(column, names)}")
             number = 0
-            # Without a column of ours the first row says which ones there are.
-            for batch in file.iter_batches(columns=names if self.column in names else None):
-                columns = {}
-                for name, values in zip(batch.schema.names, batch.columns, strict=True):
-                    text = arrow.types.is_string(values.type) or arrow.types.is_large_string(values.type)
-                    columns[name] = (values.cast(arrow.large_binary()) if text else values).to_pylist()
+            for batch in file.iter_batches(columns=self.columns):
+                columns = {
+                    name: _plain(arrow, values).to_pylist()
+                    for name, values in zip(batch.schema.names, batch.columns, strict=True)
+                }
                 for i in range(batch.num_rows):
                     number += 1
-                    yield f"{self.path}: row {number}", {name: values[i] for name, values in columns.items()}
-        except arrow.ArrowInvalid as error:
-            raise Refused(f"{self.path}: not a good parquet file: {str(error).splitlines()[0]}") from error
+                    yield Cells(f"{self.path}: row {number}", {name: values[i] for name, values in columns.items()})
+        except (arrow.ArrowException, OSError, ValueError, NotImplementedError, LookupError, TypeError) as error:
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise Refused(f"{self.path}: not a good parquet file: {reason} - write it again") from error
 
     def __str__(self) -> str:
         return f"{self.path} (column {self.column})"
 
 
-class HubSource(ColumnSource):
-    """Sentences from a column of a Hugging Face dataset, streamed; read round and round with fresh seeds."""
-
-    source: Literal["hub"] = Field("hub", description="what kind of source")
-    dataset: str = Field(description="hub id of a dataset, or a local folder of data files")
-    subset: str | None = Field(None, description="configuration of the dataset, if it has several")
-    part: str = Field("train", description="split of the dataset")
-    revision: str | None = Field(None, description="commit or branch; none is the newest commit, named in the recipe")
-
-    def cells(self) -> Iterator[tuple[str, Cells]]:
-        """Every row of the stream."""
-        datasets = _extra("datasets", "a Hugging Face dataset")
-        revision = None if Path(self.dataset).exists() else self._commit()
-        try:
-            stream = datasets.load_dataset(
-                self.dataset, self.subset, split=self.part, revision=revision, streaming=True
-            )
-            names = [name for name in (self.column, self.class_column) if name is not None]
-            if stream.column_names and set(names) <= set(stream.column_names):
-                stream = stream.select_columns(names)  # pictures beside the sentences are then never decoded
-            for number, cells in enumerate(stream, 1):
-                yield f"{self.dataset}/{self.part}: row {number}", cells
-        except (OSError, ValueError) as error:
-            raise Refused(f"prompts.dataset: {self.dataset}: cannot be read: {str(error).splitlines()[0]}") from error
-
-    def identity(self) -> str:
-        """What the prompts depend on: the dataset's commit, or the files of a local folder."""
-        folder = Path(self.dataset)
-        files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        said = [f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
-        said = said or [self.dataset, self._commit()]
-        asked = [self.subset, self.part, self.column, self.class_column]
-        return hashlib.sha256(json.dumps([said, asked]).encode()).hexdigest()
-
-    def _commit(self) -> str:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        if self.revision and COMMIT.fullmatch(self.revision):
-            return self.revision
-        try:
-            # Of the folder that it returns, named by the commit, only the name is wanted: works from a local copy too.
-            found = snapshot_download(
-                self.dataset, repo_type="dataset", revision=self.revision, allow_patterns=["README.md"]
-            )
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise Refused(
-                f"prompts.dataset: {self.dataset!r} is neither a folder nor a hub dataset that can be reached"
-            ) from error
-        return Path(found).name
-
-    def __str__(self) -> str:
-        return f"{self.dataset}/{self.part} (column {self.column})"
+def _plain(arrow: Any, values: Any) -> Any:
+    """A column of text as bytes, which may be no UTF-8; any other as it is."""
+    if arrow.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    text = arrow.types.is_string(values.type) or arrow.types.is_large_string(values.type)
+    return values.cast(arrow.large_binary()) if text else values
 
 
-def _extra(module: str, what: str) -> Any:
-    """A module of the optional extra; raises `Refused` with the command that installs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise Refused(
-            f"prompts: {what} needs the package {module.partition('.')[0]} - pip install 'sollune[datasets]'"
-        ) from error
+def _bad_row(reason: str) -> str:
+    """What the csv library finds wrong with the row that begins in a line, for a person."""
+    if reason == "unexpected end of data":
+        return "a quote opens in this row and is never closed - close it, or double a quote inside of a cell"
+    if reason.startswith("field larger"):
+        return f"a cell of more than {csv.field_size_limit():,} characters in this row - is a quote not closed?"
+    return f"not good CSV: {reason} - double a quote inside of a cell, and put the cell in quotes"

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from configs.refusal import Refused
+from configs.characters import fault_of
+from configs.text import encoding_of, lines_of, read_text
 from stages.prompts.rows import Row, RowSource
 
 
@@ -19,9 +20,9 @@ class FileSource(RowSource):
 
     def rows(self) -> Iterator[Row]:
         """Every line, with its number as the place."""
-        for number, line in enumerate(read_text(self.path, "one prompt a line").splitlines(), 1):
-            class_name, _, text = line.strip().rpartition("\t")
-            yield Row(f"{self.path}:{number}", text, class_name)
+        text = read_text(self.path, f"prompts.path: {self.path}", "name a file with one prompt a line")
+        for number, line in enumerate(lines_of(text), 1):
+            yield _row(f"{self.path}:{number}", line)
 
     def lines(self) -> list[str]:
         """The file's usable lines; raises `Refused` when there are none."""
@@ -31,12 +32,21 @@ class FileSource(RowSource):
         """What the prompts depend on."""
         return hashlib.sha256("\n".join(self.lines()).encode()).hexdigest()
 
+    def reading(self) -> list[str]:
+        """How the file is read."""
+        return [f"{self.path} read as {encoding_of(self.path)} text, a sentence a line, a class before a tab"]
+
     def __str__(self) -> str:
         return str(self.path)
 
 
-def read_text(path: Path, holding: str) -> str:
-    """A file's text, bytes that are not UTF-8 kept as lone surrogates; raises `Refused` when there is no such file."""
-    if not path.is_file():
-        raise Refused(f"prompts.path: {path} does not exist - name a file with {holding}")
-    return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+def _row(place: str, line: str) -> Row:
+    """A line, with or without a class; white space around it says nothing, but for a tab that ends a class."""
+    content = line.strip()
+    class_name, tab, text = content.rpartition("\t")
+    fault = fault_of(line)
+    if fault is None and "\t" in class_name:
+        fault = "with two tabs"
+    if fault is None and content and not tab and "\t" in line[len(line.rstrip()) :]:
+        fault = "with a class and no sentence"
+    return Row(place, text, class_name, fault, line)

@@ -1,0 +1,86 @@
+"""Sentences from a column of a Hugging Face dataset."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from configs.refusal import Refused
+from configs.strict import Location
+from stages.prompts.extra import extra
+from stages.prompts.table import Cells, ColumnSource
+
+UNREADABLE = (OSError, ValueError, NotImplementedError, LookupError, TypeError)
+"""What datasets and arrow say of files that hold something else."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class HubSource(ColumnSource):
+    """Sentences from a column of a Hugging Face dataset, streamed; read round and round with fresh seeds."""
+
+    source: Literal["hub"] = Field("hub", description="what kind of source")
+    dataset: Location = Field(min_length=1, description="hub id of a dataset, or a local folder of data files")
+    subset: str | None = Field(None, description="configuration of the dataset, if it has several")
+    part: str = Field("train", description="split of the dataset")
+    revision: str | None = Field(None, description="commit or branch; none is the newest commit, named in the recipe")
+
+    def cells(self) -> Iterator[Cells]:
+        """Every row of the stream."""
+        datasets = extra("datasets", "a Hugging Face dataset")
+        revision = None if Path(self.dataset).exists() else self._commit()
+        try:
+            stream = datasets.load_dataset(
+                self.dataset, self.subset, split=self.part, revision=revision, streaming=True
+            )
+            if stream.column_names and set(self.columns) <= set(stream.column_names):
+                stream = stream.select_columns(self.columns)  # pictures beside the sentences are then never decoded
+            for number, values in enumerate(stream, 1):
+                yield Cells(f"{self.dataset}/{self.part}: row {number}", values)
+        except (*UNREADABLE, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise Refused(
+                f"prompts.dataset: {self.dataset}: cannot be read: {reason} - see prompts.subset and prompts.part"
+            ) from error
+
+    def identity(self) -> str:
+        """What the prompts depend on: the dataset's commit, or the files of a local folder."""
+        folder = Path(self.dataset)
+        files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+        said = [f"{path.relative_to(folder)} {_sha256(path)}" for path in files]
+        said = said or [self.dataset, self._commit()]
+        asked = [self.subset, self.part, self.column, self.class_column]
+        return hashlib.sha256(json.dumps([said, asked]).encode()).hexdigest()
+
+    def reading(self) -> list[str]:
+        """How the dataset is read."""
+        classes = f", classes from column {self.class_column!r}" if self.class_column else ""
+        return [f"{self.dataset}/{self.part} read as a dataset, sentences from column {self.column!r}{classes}"]
+
+    def _commit(self) -> str:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        if self.revision and COMMIT.fullmatch(self.revision):
+            return self.revision
+        try:
+            # Of the folder that it returns, named by the commit, only the name is wanted: works from a local copy too.
+            found = snapshot_download(
+                self.dataset, repo_type="dataset", revision=self.revision, allow_patterns=["README.md"]
+            )
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise Refused(
+                f"prompts.dataset: {self.dataset!r} is neither a folder nor a hub dataset that can be reached"
+            ) from error
+        return Path(found).name
+
+    def __str__(self) -> str:
+        return f"{self.dataset}/{self.part} (column {self.column})"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
