@@ -10,7 +10,7 @@ from pydantic import Field, ImportString, model_validator
 
 from configs.atomic import atomic_write
 from configs.load import save_resolved
-from configs.strict import Strict
+from configs.strict import Location, Strict
 from shards.reader import Reader
 from shards.writer import CacheWriter
 from stages.classes import (
@@ -53,7 +53,9 @@ class Config(Strict):
     """Fine-tune RUN/distill on the classes of a class file; everything goes to RUN/classes."""
 
     run: Path = Field(description="run folder; reads RUN/cache and RUN/distill, writes RUN/classes")
-    teacher: str | None = Field(None, description="where the teacher lies now, if it moved since the cache was made")
+    teacher: Location | None = Field(
+        None, description="where the teacher lies now, if it moved since the cache was made"
+    )
     classes: Path = Field(description="YAML file of the classes; `sollune classes show FILE` tells what it means")
     prompts: PromptSource = Field(description="where the sentences of the classes come from")
     seed: int = Field(1, description="seed of the prompts and of their pictures")
@@ -158,6 +160,8 @@ def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> 
     source = identity(config.prompts, config.seed, classes, config.count)
     recipe = recipe_of(teacher, config.render, source, before=recipe_in(cache))
     listed = wanted(classes, config.prompts, config.seed, config.count, config.pictures, distilled, recipe)
+    for line in listed.truncation_lines(teacher.parts.tokenizer):
+        print(line)
     counts = listed.counts()
     for spec in classes.classes:
         pictures = ", ".join(f"{count} {source}" for (name, source), count in counts.items() if name == spec.name)

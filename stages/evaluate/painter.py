@@ -39,6 +39,8 @@ class Painter:
     told: Mapping[str, Any]
     """What identifies the weights, for the pictures' metadata."""
     shift: float = 1.0
+    tokenizer: Any = None
+    """None where it is not known."""
 
 
 def open_painter(location: str, device: str, checkpoint: int | None = None, config_from: str | None = None) -> Painter:
@@ -62,7 +64,14 @@ def _of_run(folder: Path, device: torch.device, checkpoint: int | None) -> Paint
     parts = load_teacher_parts(run.origin, device, torch.float32)
     teacher, student = Teacher(parts, run.origin.tail), load_student(run, parts)
     solved = student_field(student, vp_scheduler(parts.folder))
-    return Painter(solved, teacher.encode, teacher.decode, parts.latent_shape, told={"checkpoint": run.samples})
+    return Painter(
+        solved,
+        teacher.encode,
+        teacher.decode,
+        parts.latent_shape,
+        {"checkpoint": run.samples},
+        tokenizer=parts.tokenizer,
+    )
 
 
 def _of_folder(location: str, device: torch.device) -> Painter:
@@ -77,7 +86,7 @@ def _of_folder(location: str, device: torch.device) -> Painter:
             Student(parts.unet, vp_of("vp_v", parts.schedule, facts["tail"])),
         )
         solved = student_field(student.eval(), vp_scheduler(folder))
-        return Painter(solved, teacher.encode, teacher.decode, parts.latent_shape, told=told)
+        return Painter(solved, teacher.encode, teacher.decode, parts.latent_shape, told, tokenizer=parts.tokenizer)
     if scheduler.get("prediction_type") == "flow_prediction":
         check_anatomy(folder)
         return _of_pipeline(open_stock(folder, device), float(scheduler.get("flow_shift", 1.0)), told)
@@ -126,7 +135,7 @@ def _diffusers(location: str, files: Sequence[str] = FILES) -> Path:
 def _of_teacher(parts: Components, told: Mapping[str, Any]) -> Painter:
     teacher = Teacher(parts, "hold")
     solved = teacher_field(teacher, vp_scheduler(parts.folder))
-    return Painter(solved, teacher.encode, teacher.decode, parts.latent_shape, told=told)
+    return Painter(solved, teacher.encode, teacher.decode, parts.latent_shape, told, tokenizer=parts.tokenizer)
 
 
 def _of_pipeline(pipeline: StableDiffusionPipeline, shift: float, told: Mapping[str, Any]) -> Painter:
@@ -142,4 +151,4 @@ def _of_pipeline(pipeline: StableDiffusionPipeline, shift: float, told: Mapping[
 
     size = pipeline.unet.config.sample_size
     shape = (pipeline.unet.config.in_channels, size, size)
-    return Painter(student_field(Student(pipeline.unet)), encode, decode, shape, told, shift)
+    return Painter(student_field(Student(pipeline.unet)), encode, decode, shape, told, shift, pipeline.tokenizer)

@@ -8,13 +8,14 @@ from typing import Literal
 import torch
 from pydantic import Field as Knob
 
+from configs.characters import fault_of, faulty_character, printable
 from configs.load import load, request, resolved_yaml
 from configs.refusal import Refused
-from configs.strict import Strict
+from configs.strict import Location, Strict
 from stages.evaluate.grid import fixed_noise, save_sheet, sheet
 from stages.evaluate.painter import Painter, open_painter
-from stages.evaluate.sample import Sampler, Solve, draw
-from stages.prompts import FileSource
+from stages.evaluate.sample import MOST_STEPS, Sampler, Solve, draw
+from stages.prompts import FileSource, omission_lines, truncation_lines
 
 USAGE = 'usage: sollune sample RUN|FOLDER|FILE "a sentence" ... [options], or --help'
 PLACES_AT_ONCE = 4 * 64 * 64
@@ -29,7 +30,7 @@ WHY_NOT = {
 class Config(Strict):
     """Make a sheet of pictures: `sollune sample RUN|FOLDER|FILE "a sentence" ...`."""
 
-    run: str = Knob(
+    run: Location = Knob(
         description="run folder, exported folder or -flow.safetensors file, or diffusers folder or hub id of a teacher"
     )
     texts: tuple[str, ...] = Knob((), description="sentences, a row each; they may stand right behind the run instead")
@@ -43,7 +44,7 @@ class Config(Strict):
         description="euler; heun, of order 2 with two calls a step (students); unipc, as stock diffusers samples an "
         "export (students); ddim, as stock diffusers samples teachers and students of v-prediction (these)",
     )
-    steps: int = Knob(25, ge=1, description="steps from noise to data")
+    steps: int = Knob(25, ge=1, le=MOST_STEPS, description="steps from noise to data")
     guidance: float = Knob(5.0, ge=0, description="guidance scale w; 1 is the conditional branch alone")
     shift: float | None = Knob(
         None, gt=0, description="shift S of the time grid, above 1 leans to noise; none takes the model's own"
@@ -53,7 +54,7 @@ class Config(Strict):
         ge=0,
         description="checkpoint of the run, in samples seen; none: the one it ended with, else its newest",
     )
-    config_from: str | None = Knob(
+    config_from: Location | None = Knob(
         None,
         description="diffusers folder or hub id with the configs and tokenizer of a single file; "
         "none takes diffusers/ beside it",
@@ -67,8 +68,12 @@ def run(config: Config) -> str:
     asked = _sentences(config)
     if config.out.suffix.lower() != ".png":
         raise Refused(f"--out {config.out}: pictures are written as PNG - give it a name that ends in .png")
+    if config.out.is_dir():
+        raise Refused(f"--out {config.out}: is a folder - give the picture a name of its own")
     painter = open_painter(config.run, config.device, config.checkpoint, config.config_from)
     settled = _settled(config, asked, painter)
+    for line in truncation_lines(painter.tokenizer, [(printable(text), text) for text in (*asked, config.negative)]):
+        print(line)
     count, size = len(config.seeds), max(1, PLACES_AT_ONCE // (painter.latent_shape[1] * painter.latent_shape[2]))
     noise = torch.stack([fixed_noise(0, seed, painter.latent_shape) for seed in config.seeds])
     cond, uncond = painter.encode(asked), painter.encode([config.negative])
@@ -81,6 +86,9 @@ def run(config: Config) -> str:
         config.guidance,
         size,
     )
+    if not latents.isfinite().all():
+        shift = "" if settled.shift is None else f", --shift {settled.shift:g}"
+        raise Refused(f"--guidance {config.guidance:g}{shift}: the pictures are not finite - take smaller numbers")
     pictures = torch.cat([painter.decode(rows).cpu() for rows in latents.split(size)])
     columns = [pictures[i::count] for i in range(count)]
     told = {"sample": settled.model_dump(mode="json", exclude={"out", "device"}), "model": dict(painter.told)}
@@ -88,10 +96,23 @@ def run(config: Config) -> str:
     return f"{config.out}: {len(asked)} x {count} pictures of {_spoken(settled)}"
 
 
+def _refuse_unusable(texts: Sequence[str]) -> None:
+    """Raise `Refused` for a sentence that is empty or no plain text."""
+    for text in texts:
+        if not text.strip():
+            raise Refused(f"sample: {text!r}: an empty sentence - write what to show")
+        if fault := fault_of(text):
+            raise Refused(f"sample: {printable(text)}: text {fault} ({faulty_character(text)}) - remove them")
+
+
 def _sentences(config: Config) -> list[str]:
-    file = [row.text for row in FileSource(path=config.prompts).usable()] if config.prompts else []
+    """The sentences of the words and of the file, whose unusable lines are counted."""
+    source = None if config.prompts is None else FileSource(path=config.prompts)
+    file = [] if source is None else [row.text.strip() for row in source.usable()]
     if not (config.texts or file):
         raise Refused('sample: no sentence - write one behind the model, as in sollune sample RUN "a sentence"')
+    for line in omission_lines(source.faults(len(file))) if source else ():
+        print(line)
     return [*config.texts, *file]
 
 
@@ -129,5 +150,6 @@ def main(argv: Sequence[str]) -> int:
     config = load(Config, "sample", asked.files, asked.options)
     # Sentences are no words of an option: one may begin with a bracket, which an option would read as a list.
     config = config.model_copy(update={"texts": (*argv[1:plain], *config.texts)})
+    _refuse_unusable(config.texts)
     print(resolved_yaml(config, "sample") if asked.print_config else f"{run(config)}\n", end="")
     return 0

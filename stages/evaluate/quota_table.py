@@ -11,6 +11,8 @@ from rich.table import Table
 from stages.classes import ClassFile, Found, load_classes, search
 from stages.evaluate.outlay import cost
 from stages.evaluate.outlook import Config, Outlook, in_cache, outlook
+from stages.pictures import hidden_lines
+from stages.prompts import omission_lines
 
 PIPE_WIDTH = 132
 
@@ -28,7 +30,12 @@ def show(config: Config) -> None:
         console.print(
             f"new       class {name!r}: none of the records that the student learnt from is of it", markup=False
         )
-    if prompts:
+    for spec in classes.classes:
+        for line in hidden_lines(spec):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if prompts and config.prompts:
+        for line in omission_lines(config.prompts.faults(prompts.looked_at)):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
         console.print(f"prompts   the first {prompts.looked_at:,} of the source hold them all", highlight=False)
 
 

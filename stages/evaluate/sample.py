@@ -16,6 +16,8 @@ from stages.flow import solver
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 
+MOST_STEPS = 10_000
+"""Beyond it nothing changes but the time."""
 Solve: TypeAlias = Callable[[solver.Velocity, Tensor], Tensor]
 """From noise [b c h w] at s = 1 to latents [b c h w]."""
 
@@ -26,7 +28,7 @@ class Sampler(Strict):
     solver: Literal["euler", "heun", "unipc"] = Knob(
         "euler", description="euler: one call a step; heun: two, of order 2; unipc: one, as stock diffusers samples"
     )
-    steps: int = Knob(25, ge=1, description="steps from noise to data")
+    steps: int = Knob(25, ge=1, le=MOST_STEPS, description="steps from noise to data")
     guidance: float = Knob(5.0, ge=0, description="guidance scale w; 1 is the conditional branch alone")
     shift: float = Knob(1.0, gt=0, description="shift S of the time grid, a pure number; above 1 leans to noise")
     batch_size: int = Knob(64, ge=1, description="pictures that are sampled together")

@@ -3,7 +3,7 @@
 from stages.pictures.ledger import Ledger, Picture, Source
 from stages.pictures.listing import PicturesConfig, Wanted, wanted
 from stages.pictures.making import make_pictures
-from stages.pictures.photographs import Photograph, photographs
+from stages.pictures.photographs import Photograph, hidden_lines, photographs
 from stages.pictures.reuse import reusable, unlike
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "PicturesConfig",
     "Source",
     "Wanted",
+    "hidden_lines",
     "make_pictures",
     "photographs",
     "reusable",

@@ -10,7 +10,9 @@ from typing import Any, Literal
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from configs.atomic import atomic_write
+from configs.json_text import parse_json
 from configs.refusal import Refused
+from configs.text import read_clean_text
 
 NAME = "pictures.json"
 
@@ -69,7 +71,7 @@ class Ledger:
         """The ledger of RUN/classes; raises `Refused` when it is missing or broken."""
         path = folder / NAME
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
+            said = parse_json(read_clean_text(path, str(path), "start finetune-classes again, it writes it"))
             pictures = {key: TypeAdapter(Picture).validate_python(_heard(one)) for key, one in said["pictures"].items()}
             return cls(said["judged_by"], pictures)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:

@@ -6,17 +6,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, JsonValue
 
 from configs.strict import Strict
 from shards.manifest import Manifest
 from shards.recipe import Recipe
-from stages.classes import ClassFile, class_prompts, quotas
+from stages.classes import ClassFile, quotas, search
 from stages.pictures.ledger import Source, Target
-from stages.pictures.photographs import Photograph, photographs
+from stages.pictures.photographs import Photograph, hidden_lines, photographs
 from stages.pictures.reuse import Cached, reusable, unlike
-from stages.prompts import Prompt, PromptSource, derived_seed
+from stages.prompts import Prompt, PromptSource, derived_seed, omission_lines, truncation_lines
 
 
 class PicturesConfig(Strict):
@@ -85,12 +86,21 @@ class Wanted:
         """Pictures of each class from each source."""
         return Counter((name, source_of(one)) for name, one in zip(self.class_of, self.prompts, strict=True))
 
+    def truncation_lines(self, tokenizer: Any) -> list[str]:
+        """A line about prompts and captions whose end a teacher of this tokenizer does not read."""
+        return truncation_lines(tokenizer, [(place_of(one), one.text) for one in self.prompts])
+
 
 def source_of(prompt: Prompt) -> Source:
     """Where the picture of a prompt comes from: its kind tells."""
     if isinstance(prompt, Photograph):
         return "photograph"
     return "reused" if isinstance(prompt, Cached) else "painted"
+
+
+def place_of(prompt: Prompt) -> str:
+    """Where a prompt stands: a photograph's file, or else its own words."""
+    return str(prompt.file) if isinstance(prompt, Photograph) else repr(prompt.text)
 
 
 def wanted(
@@ -102,6 +112,7 @@ def wanted(
     `Refused` naming a class without prompts, or a file that cannot be used.
     """
     own = {spec.name: photographs(spec) for spec in classes.classes}
+    hidden = [line for spec in classes.classes for line in hidden_lines(spec)]
     quota = quotas(classes, count)
     most = config.most(quota)
     if any(most.values()) and (slips := unlike(cache, recipe)):
@@ -110,8 +121,10 @@ def wanted(
     cached = reusable(cache, classes, most)
     left = {name: quota[name] - len(cached[name]) for name in quota}
     asked = {name: -(-pictures // config.variants) for name, pictures in left.items()}
-    found = class_prompts(source, seed, "train", classes, asked)
-    painted = {name: variants(prompts, config.variants)[: left[name]] for name, prompts in found.items()}
+    found = search(source, seed, "train", classes, asked)
+    painted = {name: variants(prompts, config.variants)[: left[name]] for name, prompts in found.prompts.items()}
+    for line in [*hidden, *omission_lines(source.faults(found.looked_at))]:
+        print(line)
 
     listed = [(name, one) for kind in (painted, cached, own) for name, prompts in kind.items() for one in prompts]
     prompts, names = [one for _, one in listed], [name for name, _ in listed]

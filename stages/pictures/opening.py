@@ -19,6 +19,11 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MOST_PIXELS = 1 << 26
 """8192 x 8192: beyond any camera that is held in a hand, and 200 MB when unpacked."""
 MOST_BYTES = 1 << 28
+UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, ArithmeticError, TypeError, AttributeError, struct.error,
+    zlib.error,
+)  # fmt: skip
+"""What the decoders of Pillow say of bytes that are not what their header promises."""
 SHALLOW = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "RGBX", "La", "RGBa"}
 """Pillow's kinds of picture with up to 8 bits a channel; it would cut off the others instead of scaling them."""
 
@@ -34,8 +39,7 @@ def open_picture(content: bytes, file: Path) -> Image.Image:
                 return _flat(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Refused(f"{file}: too many pixels ({error}) - make it smaller") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error) as error:
-        # Each of these is what some decoder of Pillow says of bytes that are not what their header promises.
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise Refused(
             f"{file}: not a picture that can be read ({reason}) - save it again as png, or remove it"

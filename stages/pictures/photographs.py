@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, stack
 
 from configs.refusal import Refused
+from configs.text import read_bytes, read_clean_text
 from stages.classes import MARK, ClassSpec
 from stages.pictures.opening import FORMATS, MOST_BYTES, fitted, open_picture
 from stages.prompts import Prompt, derived_seed
@@ -28,67 +29,104 @@ def photographs(spec: ClassSpec) -> list[Photograph]:
     """The photographs of a class by file name; raises `Refused` naming the first file that cannot be used."""
     if spec.images is None:
         return []
-    return [_photograph(spec, file) for file in _files(spec.images, spec.name)]
+    files = _visible(spec.images, spec.name)
+    captions = _captions(files)
+    return [_photograph(spec, file, captions.get(file.stem)) for file in files if _is_picture(file)]
+
+
+def hidden_lines(spec: ClassSpec) -> list[str]:
+    """A line about the hidden files of a class's folder, which are not read."""
+    hidden = [] if spec.images is None else [path for path in _listed(spec.images, spec.name) if _is_hidden(path)]
+    if not hidden:
+        return []
+    return [f"class {spec.name!r}: images: {len(hidden)} hidden files left out (the first: {hidden[0].name})"]
 
 
 def shown_in(photographs: Sequence[Photograph], pixels: int) -> Float[Tensor, "b 3 pixels pixels"]:
     """What they show, in [0, 1]; raises `Refused` for a file that is no longer what was listed."""
     pictures = []
     for photograph in photographs:
-        content = _content(photograph.file, MOST_BYTES)
+        content = read_bytes(photograph.file, str(photograph.file), "start the command again", MOST_BYTES)
         if hashlib.sha256(content).hexdigest() != photograph.sha256:
             raise Refused(f"{photograph.file}: changed while it was read - start the command again")
         pictures.append(fitted(open_picture(content, photograph.file), pixels))
     return stack(pictures)
 
 
-def _files(folder: Path, class_name: str) -> list[Path]:
-    """The picture files of a folder by name; what is neither a picture, a caption nor hidden is refused."""
+def _listed(folder: Path, class_name: str) -> list[Path]:
+    """All that lies in a folder, by name."""
     if not folder.is_dir():
         raise Refused(f"class {class_name!r}: images: {folder} is no folder - name one with png, jpg or webp files")
-    visible = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise Refused(
+            f"class {class_name!r}: images: {folder} cannot be read ({error.strerror}) - see its permissions"
+        ) from error
+
+
+def _visible(folder: Path, class_name: str) -> list[Path]:
+    """The pictures and captions of a folder by name; raises `Refused` for all else that is not hidden."""
+    visible = [path for path in _listed(folder, class_name) if not _is_hidden(path)]
     for path in visible:
-        if path.suffix.lower() not in {*FORMATS, ".txt"}:
+        if path.is_dir():
+            raise Refused(f"{path}: is a folder, and only files right in {folder} are read - move it out of there")
+        if not _is_picture(path) and not _is_caption(path):
             raise Refused(f"{path}: not a png, jpg or webp file - convert it, or move it out of the folder")
-    found = [path for path in visible if path.suffix.lower() in FORMATS]
-    if not found:
+    if not any(map(_is_picture, visible)):
         raise Refused(f"class {class_name!r}: images: {folder} holds no png, jpg or webp file - put some there")
-    return found
+    return visible
 
 
-def _photograph(spec: ClassSpec, file: Path) -> Photograph:
-    content = _content(file, MOST_BYTES)
+def _captions(files: Sequence[Path]) -> dict[str, Path]:
+    """Name without ending -> caption; raises `Refused` unless each belongs to one picture, which has no other."""
+    pictures, captions = [file for file in files if _is_picture(file)], dict[str, Path]()
+    for caption in filter(_is_caption, files):
+        shown_by = [file.name for file in pictures if file.stem == caption.stem]
+        if not shown_by:
+            name = caption.stem.casefold()  # of a.png: a.png.txt and A.txt come near to a.txt
+            near = [file for file in pictures if name in (file.name.casefold(), file.stem.casefold())]
+            picture, wanted = (near[0].name, near[0].stem) if near else ("a picture of that name", "NAME")
+            raise Refused(f"{caption}: a caption without a picture - that of {picture} is named {wanted}.txt")
+        if len(shown_by) > 1:
+            raise Refused(f"{caption}: is the caption of {' and '.join(shown_by)} - give each a name of its own")
+        if caption.stem in captions:
+            raise Refused(f"{caption}: {shown_by[0]} has another caption, {captions[caption.stem].name} - remove one")
+        captions[caption.stem] = caption
+    return captions
+
+
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower() in FORMATS
+
+
+def _is_caption(file: Path) -> bool:
+    return file.suffix.lower() == ".txt"
+
+
+def _is_hidden(file: Path) -> bool:
+    return file.name.startswith(".")
+
+
+def _photograph(spec: ClassSpec, file: Path, caption: Path | None) -> Photograph:
+    content = read_bytes(file, str(file), "remove it", MOST_BYTES)
     open_picture(content, file)  # refused here, before the teacher has painted anything
     sha256 = hashlib.sha256(content).hexdigest()
     seed, name = derived_seed("photograph", sha256), f"photograph{MARK}{spec.name}"
-    return Photograph(_caption(spec, file), name, seed, file=file, sha256=sha256)
+    text = _own(spec, file) if caption is None else _read(caption, file)
+    return Photograph(text, name, seed, file=file, sha256=sha256)
 
 
-def _caption(spec: ClassSpec, file: Path) -> str:
-    """The caption beside a photograph, or else the one of its class."""
-    beside = file.with_suffix(".txt")
-    if not beside.is_file():
-        if spec.caption is None:
-            raise Refused(
-                f"{file}: has no caption - write {beside.name} beside it, or `caption` of class {spec.name!r}"
-            )
-        return spec.caption
-    try:
-        caption = " ".join(_content(beside, MOST_CAPTION_BYTES).decode("utf-8").split())
-    except UnicodeDecodeError as error:
-        raise Refused(f"{beside}: is not UTF-8 text - save it again as UTF-8") from error
-    if not caption:
-        raise Refused(f"{beside}: is empty - write what {file.name} shows, or remove it")
-    return caption
+def _own(spec: ClassSpec, file: Path) -> str:
+    """The caption of a class, for a photograph that has none."""
+    if spec.caption is None:
+        raise Refused(f"{file}: has no caption - write {file.stem}.txt beside it, or `caption` of class {spec.name!r}")
+    return spec.caption
 
 
-def _content(file: Path, most: int) -> bytes:
-    """The bytes of a file, which may not be a pipe, a device or endless."""
-    try:
-        if not file.is_file():
-            raise Refused(f"{file}: is no plain file - remove it")
-        if file.stat().st_size > most:
-            raise Refused(f"{file}: has {file.stat().st_size} bytes, at most {most} are read - make it smaller")
-        return file.read_bytes()
-    except OSError as error:
-        raise Refused(f"{file}: cannot be read ({error.strerror}) - see its permissions, or remove it") from error
+def _read(caption: Path, file: Path) -> str:
+    """The caption of a photograph, on one line."""
+    text = read_clean_text(caption, f"{caption}", f"write what {file.name} shows", MOST_CAPTION_BYTES)
+    if not text.strip():
+        raise Refused(f"{caption}: is empty - write what {file.name} shows, or remove it")
+    return " ".join(text.split())

@@ -72,6 +72,24 @@ def test_sample_command_paints_with_whatever_lies_there(
         assert image.size == (180 + 3 * (128 + 4), 20 + 3 * (128 + 4))
 
 
+def test_sample_command_tells_which_sentences_are_cut_and_which_lines_are_left_out(
+    run_folder: Path, teacher_folder: Path, single: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "more.txt").write_bytes(b"\xef\xbb\xbfa green moon\nbad \xff\n\n" + b"star " * 90)
+    words = ["a red star", "--prompts", str(tmp_path / "more.txt"), *FEW, "--out", str(tmp_path / "out.png")]
+    for place in (run_folder, run_folder / "export", single, teacher_folder):
+        assert main([str(place), *words]) == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert shown[0].startswith(f"prompts: 1 not UTF-8, left out (the first: {tmp_path / 'more.txt'}:2 (byte FF))")
+        assert shown[1].startswith("prompts: 1 empty, left out")
+        assert shown[2].startswith("prompts: 1 longer than 24 tokens, cut there (the first: star star")
+        assert read_settings(tmp_path / "out.png")["sample"]["texts"][:2] == ["a red star", "a green moon"]
+
+
+def test_a_negative_seed_is_a_seed_like_any_other(teacher_folder: Path) -> None:
+    assert (pixels(teacher_folder, "--seeds", "-1") != pixels(teacher_folder, "--seeds", "1")).any()
+
+
 def test_a_seed_is_the_same_noise_for_every_sentence_and_number_of_seeds(
     run_folder: Path, student: Student, teacher: Teacher, tmp_path: Path
 ) -> None:
@@ -161,6 +179,14 @@ def test_a_v_prediction_run_and_its_export_are_the_same_field(
         (("RUN", "a star", "--out", "a.jpg"), r"ends in \.png"),
         (("RUN", "a star", "--config-from", "TEACHER"), "no single file"),
         (("RUN", "a star", "--prompts", "missing.txt"), "missing.txt"),
+        (("RUN", "a star", "--guidance", "inf"), "guidance = inf: should be a finite number"),
+        (("RUN", "a star", "--guidance", "nan"), "guidance = nan: should be"),
+        (("RUN", "a star", "--shift", "inf"), "shift = inf: should be a finite number"),
+        (("RUN", "a star", "--steps", "2", "--shift", "1e-320"), "not finite"),
+        (("RUN", " "), "empty sentence"),
+        (("RUN", "a \x07"), r"U\+0007"),
+        (("RUN", "a star", "--negative", "a \x07"), r"U\+0007"),
+        (("~nobody-here/run", "a star"), "no user 'nobody-here'"),
         (("ABOVE", "a star"), "name .*distill"),
         (("nowhere/to/be/found", "a star"), "neither a run"),
         (("TEACHER", "a star", "--solver", "heun"), "use euler or ddim"),

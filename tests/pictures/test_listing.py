@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from benchmarks.forge import record
 from configs.refusal import Refused
@@ -15,7 +16,7 @@ from shards.writer import CacheWriter
 from stages.classes import ClassFile
 from stages.pictures import PicturesConfig, Wanted, wanted
 from stages.pictures.reuse import Cached
-from stages.prompts import GrammarSource
+from stages.prompts import FileSource, GrammarSource
 
 SOURCE = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
 STARS = {"name": "stars", "pattern": "star/*", "priority": "top"}
@@ -46,6 +47,23 @@ def photograph(folder: Path, colour: str = "red") -> Path:
     folder.mkdir(exist_ok=True)
     Image.new("RGB", (8, 8), colour).save(folder / "a.png")
     return folder
+
+
+def test_what_is_not_used_or_cut_is_told(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own, file = photograph(tmp_path / "own"), tmp_path / "lines.txt"
+    (own / "a.txt").write_text("zork " * 90)
+    (own / ".b.txt").write_text("?")
+    file.write_bytes(b"star/red\tbad \x07\nstar/red\ta star\nstar/blue\ta blue star\n")
+    classes = ClassFile.model_validate({"classes": [STARS, {"name": "z", "priority": "low", "images": own}]})
+    found = wanted(classes, FileSource(path=file), 0, 4, PicturesConfig(reuse=0), cache, recipe())
+    assert capsys.readouterr().out.splitlines() == [
+        "class 'z': images: 1 hidden files left out (the first: .b.txt)",
+        f"prompts: 1 with control characters, left out (the first: {file}:1 (U+0007))",
+    ]
+    tokenizer = CLIPTokenizer.from_pretrained("stages/tiny/model/tokenizer")
+    assert found.truncation_lines(tokenizer) == [
+        f"prompts: 1 longer than 24 tokens, cut there (the first: {own / 'a.png'})"
+    ]
 
 
 def test_records_of_the_cache_count_toward_the_quota(cache: Path) -> None:

@@ -1,5 +1,6 @@
 """Laws of photographs: what is made of a stranger's file, and how each slip is told."""
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 from configs.refusal import Refused
 from stages.classes import ClassSpec
 from stages.pictures.opening import fitted, open_picture
-from stages.pictures.photographs import photographs, shown_in
+from stages.pictures.photographs import hidden_lines, photographs, shown_in
 
 
 def spec(folder: Path, caption: str | None = "a zork") -> ClassSpec:
@@ -39,6 +40,21 @@ def test_captions_lie_beside_the_files_and_a_class_can_speak_for_the_rest(tmp_pa
         ("c.webp", "a zork on a tree"),
     ]
     assert {one.class_name for one in found} == {"photograph@zorks"}
+
+
+def test_a_caption_loses_its_byte_order_mark_and_may_end_in_capitals(tmp_path: Path) -> None:
+    for name in ("a.PNG", "b.JPEG"):
+        save(tmp_path / name)
+    (tmp_path / "a.TXT").write_bytes(b"\xef\xbb\xbfa zork\r\nin a tree")
+    assert [one.text for one in photographs(spec(tmp_path))] == ["a zork in a tree", "a zork"]
+
+
+def test_hidden_files_are_not_used_and_counted(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    for name in (".DS_Store", "._a.png", ".b.txt"):
+        (tmp_path / name).write_bytes(b"?")
+    assert len(photographs(spec(tmp_path))) == 1
+    assert hidden_lines(spec(tmp_path)) == ["class 'zorks': images: 3 hidden files left out (the first: .DS_Store)"]
 
 
 def test_the_seed_of_a_photograph_is_its_contents_alone(tmp_path: Path) -> None:
@@ -88,6 +104,43 @@ def foreign_file(folder: Path) -> str:
     return r"a\.gif: not a png, jpg or webp file"
 
 
+def caption_with_two_endings(folder: Path) -> str:
+    save(folder / "a.png")
+    (folder / "a.png.txt").write_text("a zork")
+    return r"a\.png\.txt: a caption without a picture - that of a\.png is named a\.txt"
+
+
+def caption_in_capitals(folder: Path) -> str:
+    save(folder / "a.png")
+    (folder / "A.txt").write_text("a zork")
+    return r"A\.txt: a caption without a picture - that of a\.png is named a\.txt"
+
+
+def caption_of_two_pictures(folder: Path) -> str:
+    for name in ("a.png", "a.jpg"):
+        save(folder / name)
+    (folder / "a.txt").write_text("a zork")
+    return r"a\.txt: is the caption of a\.jpg and a\.png"
+
+
+def caption_that_is_a_link_to_nothing(folder: Path) -> str:
+    save(folder / "a.png")
+    (folder / "a.txt").symlink_to("gone.txt")
+    return r"a\.txt does not exist \(a link to gone\.txt\)"
+
+
+def caption_that_is_a_pipe(folder: Path) -> str:
+    save(folder / "a.png")
+    os.mkfifo(folder / "a.txt")
+    return r"a\.txt: is a pipe"
+
+
+def folder_inside(folder: Path) -> str:
+    save(folder / "a.png")
+    (folder / "more").mkdir()
+    return r"more: is a folder, and only files right in"
+
+
 def empty_folder(folder: Path) -> str:
     return "class 'zorks': images: .* holds no png"
 
@@ -115,6 +168,8 @@ def huge(folder: Path) -> str:
 
 
 SLIPS = [missing_caption, empty_caption, caption_of_bytes, no_picture, another_format_in_disguise, cut, foreign_file]
+SLIPS += [caption_with_two_endings, caption_in_capitals, caption_of_two_pictures, caption_that_is_a_link_to_nothing]
+SLIPS += [caption_that_is_a_pipe, folder_inside]
 SLIPS += [empty_folder, sixteen_bits, bomb, huge]
 
 
