@@ -13,9 +13,10 @@ from multiprocessing.process import BaseProcess
 from tqdm import tqdm
 
 from configs.refusal import Refused
+from configs.tied import loosened, tie
 from stages.cluster.fill import fill
 from stages.cluster.fleet import GRACE_SECONDS, Worker
-from stages.cluster.signals import INTERRUPTED, deaf_to_ctrl_c, stopping
+from stages.cluster.signals import INTERRUPTED, deaf_to_the_terminal, stopping
 from stages.cluster.tasks import Job
 
 EXIT_SECONDS = 5.0
@@ -23,13 +24,14 @@ EXIT_SECONDS = 5.0
 
 def start(job: Job, count: int, method: str = "spawn") -> list[Worker]:
     """Start `count` processes that share a job; worker i is told number i, for the GPU that it takes."""
-    with deaf_to_ctrl_c():
+    with deaf_to_the_terminal():
         return [_worker(job, number, method) for number in range(count)]
 
 
 def _worker(job: Job, number: int, method: str) -> Worker:
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context(method))
+    # Tied before it imports anything slow; the job itself comes after that.
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context(method), tie, (os.getpid(),))
     result = pool.submit(_share, job, number)
     (process,) = set(multiprocessing.active_children()) - others
     pool.shutdown(wait=False)  # it ends after its only call
@@ -61,13 +63,16 @@ def _exit_code(process: BaseProcess) -> int:
 
 
 def _share(job: Job, number: int) -> int:
-    """Fill the cache beside others until all is made, or the parent says stop, or is no more."""
+    """Fill the cache beside others until all is made, or the parent says stop, or is no more.
+
+    A pool would wait for another call for ever.
+    """
     over = threading.Event()
     threading.Thread(target=_end_with_parent, args=[over], name="parent", daemon=True).start()
     # tqdm's own lock is a semaphore of the system, which a process that is killed leaves behind.
     tqdm.set_lock(threading.RLock())
     try:
-        with stopping(signal.SIGTERM):  # and deaf to Ctrl-C
+        with loosened(), stopping(signal.SIGTERM):  # and deaf to the terminal
             writer, make = job.open(number)
             return fill(writer, job.tasks, job.batch_size, make, shown=False)
     finally:
@@ -81,4 +86,4 @@ def _end_with_parent(over: threading.Event) -> None:
         if not over.is_set():
             os.kill(os.getpid(), signal.SIGTERM)  # to the process, so that it wakes the main thread
         over.wait(GRACE_SECONDS)  # to clear away what is half-written
-        os._exit(INTERRUPTED)  # the pool would wait for another call for ever
+        os._exit(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""How a job is stopped: SIGTERM is met like Ctrl-C, so that what is half-written is cleared away."""
+"""How a job is stopped: SIGTERM and SIGHUP are met like Ctrl-C, so that what is half-written is cleared away."""
 
 import os
 import signal
@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from configs.hangup import is_ignored, leave_dead_terminal
+
 INTERRUPTED = 130
 
 
 @contextmanager
 def stopping(*numbers: signal.Signals) -> Iterator[None]:
     """The first of these signals raises `KeyboardInterrupt`; another one ends the process at once.
+
+    SIGHUP stays ignored where it was, as under `nohup`.
 
     Python hands signals to the main thread only; in another one this changes nothing.
     """
@@ -26,9 +30,10 @@ def stopping(*numbers: signal.Signals) -> Iterator[None]:
         if asked:
             os._exit(INTERRUPTED)  # a cache bears it, as it bears kill -9
         asked = True
+        leave_dead_terminal()
         raise KeyboardInterrupt
 
-    earlier = {number: signal.signal(number, stop) for number in numbers}
+    earlier = {number: signal.signal(number, stop) for number in numbers if not is_ignored(number)}
     try:
         yield
     finally:
@@ -37,13 +42,14 @@ def stopping(*numbers: signal.Signals) -> Iterator[None]:
 
 
 @contextmanager
-def deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started in here ignore the terminal's Ctrl-C: who started them says when they stop."""
+def deaf_to_the_terminal() -> Iterator[None]:
+    """Processes started in here ignore the terminal's Ctrl-C and its end: who started them says when they stop."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    earlier = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

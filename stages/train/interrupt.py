@@ -1,11 +1,18 @@
-"""A polite end: the first SIGTERM or SIGINT asks the loop to finish its step, the second ends the program at once."""
+"""A polite end: the first of these signals asks the loop to finish its step, the second ends the program at once.
+
+A closed terminal sends SIGHUP, and then nothing can be printed any more: what was the terminal becomes nothing.
+"""
 
 import os
 import signal
 import threading
+from contextlib import ExitStack, suppress
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from configs.hangup import is_ignored, leave_dead_terminal
+from configs.tied import loosened
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interruption:
@@ -17,6 +24,7 @@ class Interruption:
         self.signal: signal.Signals | None = None
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._earlier: dict[signal.Signals, object] = {}
+        self._loosened = ExitStack()
 
     @property
     def number(self) -> int:
@@ -28,21 +36,26 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         # Python hands signals to the main thread only; elsewhere they keep their meaning.
         if threading.current_thread() is threading.main_thread():
-            self._earlier = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # Installed before the tie is loosened: whenever the launcher dies, it is noticed.
+            self._earlier = {number: signal.signal(number, self._note) for number in SIGNALS if not is_ignored(number)}
+        self._loosened.enter_context(loosened())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._give_back()
+        self._loosened.close()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         self._give_back()
+        leave_dead_terminal()
         if self._speaks:
             # A handler may run in the middle of a print: it writes past the buffers.
             told = f"\n{self.signal.name}: finishing this step, then a checkpoint; again to leave at once\n"
-            os.write(2, told.encode())
+            with suppress(OSError):  # nobody reads any more, which must not end the run before its checkpoint
+                os.write(2, told.encode())
 
     def _give_back(self) -> None:
         for number, handler in self._earlier.items():
