@@ -10,14 +10,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
-import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from configs.hangup import is_ignored
 from configs.load import resolved_yaml
 from configs.refusal import Refused
 from configs.strict import Strict
+from stages.train.interrupt import SIGNALS
 
 PATIENCE_SECONDS = 600
 """How long the processes have to finish a step and a checkpoint once they were asked to leave."""
@@ -30,18 +31,21 @@ def is_launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def launch(config: Strict, section: str, processes: int, device: torch.device) -> None:
+def launch(config: Strict, section: str, processes: int) -> None:
     """Run a story with this configuration in so many processes of one thread each, and wait for their end.
 
     A signal goes to all of them: the first asks them to leave with a checkpoint, the second ends them at once. When one
-    dies, the others are ended too, and `Refused` says which it was.
+    dies, the others are ended too, and `Refused` says which it was; when this one dies, all of them are (`tied`).
     """
-    if device.type == "cuda" and processes > torch.cuda.device_count():
-        raise Refused(f"processes = {processes}: there are {torch.cuda.device_count()} GPUs - one process for each")
     with TemporaryDirectory(prefix="sollune-") as folder:
         asked = Path(folder) / "config.yaml"
         asked.write_text(resolved_yaml(config, section), encoding="utf-8")
-        together(("-m", "stages", section.replace("_", "-"), "--config", str(asked)), processes, folder)
+        together(tied("stages", section.replace("_", "-"), "--config", str(asked)), processes, folder)
+
+
+def tied(module: str, *words: str) -> tuple[str, ...]:
+    """Words for Python that run a module in a process that ends with this one, from before its first import on."""
+    return ("-m", "configs.tied", str(os.getpid()), module, *words)
 
 
 def together(words: Sequence[str], processes: int, folder: str) -> None:
@@ -51,6 +55,9 @@ def together(words: Sequence[str], processes: int, folder: str) -> None:
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE_SECONDS))
+    # The launcher of torch passes on whichever signals it is told to, and would undo `nohup` otherwise.
+    passed = [number.name for number in SIGNALS if not is_ignored(number)]
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join([*passed, "SIGQUIT"]))
     for name in logging.root.manager.loggerDict:  # what there is to say is said here
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,8 +1,9 @@
 """The processes that train together, where this one computes and how precisely: the one door to accelerate."""
 
+import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
@@ -21,6 +22,7 @@ Asked = ParamSpec("Asked")
 LONGEST_WAIT = timedelta(days=1)
 """A process that dies is noticed at once; this is for one that draws while the others wait."""
 LEAST_SCALE = 1.0
+REFUSAL_SECONDS = 60.0
 
 
 class Machine:
@@ -139,22 +141,39 @@ class Machine:
         if self.is_main:
             print(text, flush=True)
 
+    @contextmanager
+    def one_refusal(self) -> Iterator[None]:
+        """Let the main process alone say what all of them find wrong; the launcher ends the others meanwhile."""
+        try:
+            yield
+        except Refused:
+            if not self.is_main:
+                time.sleep(REFUSAL_SECONDS)  # long enough for the main one, should it find the same
+            raise
+
     def refuse(self, message: str) -> Refused | SystemExit:
         """What every process raises when all of them found the same: the main one says why."""
         return Refused(message) if self.is_main else SystemExit(1)
 
     def rows(self, batch_size: int, accumulate: int) -> int:
         """This process's rows of a batch; raises `Refused` unless each micro-batch of each process gets as many."""
-        if batch_size % (self.world * accumulate):
-            raise self.refuse(
-                f"train.batch_size = {batch_size}: does not divide among {self.world} processes x train.accumulate = "
-                f"{accumulate} micro-batches - choose a multiple of {self.world * accumulate}"
-            )
+        if slip := uneven(batch_size, self.world, accumulate):
+            raise self.refuse(slip)
         return batch_size // self.world
 
     def close(self) -> None:
         """Part from the other processes, at the end."""
         self.accelerator.end_training()
+
+
+def uneven(batch_size: int, world: int, accumulate: int) -> str | None:
+    """Why a batch cannot be shared among so many processes and micro-batches; None when it can."""
+    if batch_size % (world * accumulate) == 0:
+        return None
+    return (
+        f"train.batch_size = {batch_size}: does not divide among {world} processes x train.accumulate = "
+        f"{accumulate} micro-batches - choose a multiple of {world * accumulate}"
+    )
 
 
 def _accelerator(kind: str, precision: Precision) -> Accelerator:
