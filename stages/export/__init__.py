@@ -7,20 +7,31 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
+from configs.claim import claimed
 from configs.load import asked_for
 from configs.refusal import Refused
 from configs.strict import Strict
 from stages.export.diffusers import export_diffusers
-from stages.export.existing import verify_export
+from stages.export.existing import refuse_occupied, verify_export
 from stages.export.history import classes_of, history_of
-from stages.export.ldm import export_ldm, refuse_other_predictions
-from stages.export.lora import export_lora, verify_lora
+from stages.export.ldm import WORKFLOW, export_ldm, refuse_other_predictions
+from stages.export.lora import export_lora, lora_files, verify_lora
+from stages.export.modelspec import file_name
 from stages.export.original import export_original
 from stages.export.stale import remove_stale
-from stages.nets.saved import load_student, load_teacher_parts, open_run
+from stages.nets.saved import Origin, load_student, load_teacher_parts, open_run
 from stages.nets.student import Student
 
-__all__ = ["Config", "export_all", "export_diffusers", "export_ldm", "export_lora", "main", "run"]
+__all__ = [
+    "Config",
+    "export_all",
+    "export_diffusers",
+    "export_ldm",
+    "export_lora",
+    "files_of",
+    "main",
+    "run",
+]
 
 VOID_FOR_PT = ("verify", "flow_shift", "name", "single_file", "unet_only")
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "both": torch.float32}
@@ -90,25 +101,30 @@ def run(config: Config) -> tuple[Path, ...]:
     parts = load_teacher_parts(saved.origin, torch.device("cpu"), torch.float32)
     out, facts = config.out or saved.folder / "export", saved.origin.facts(parts, saved.samples)
     if config.to == "pt":
-        return (export_original(saved, parts, out, DTYPES[config.dtype]),)
+        with claimed(out, "export into"):
+            return (export_original(saved, parts, out, DTYPES[config.dtype]),)
     student, folder = load_student(saved, parts), parts.folder
     del parts  # 4.3 GB at SD-1.x's size
     if config.verify:
         return verify_export(out, student, folder) + verify_lora(saved, out)
-    written = export_all(
-        student,
-        folder,
-        out,
-        facts,
-        DTYPES[config.dtype],
-        config.flow_shift,
-        single_file=config.single_file,
-        half_variant=config.dtype == "both",
-        unet_only=config.unet_only,
-        name=config.name,
-        run=saved.folder,
-    )
-    return written + export_lora(saved, out, config.name)
+    facts = {**classes_of(saved.folder), **facts}
+    lora = lora_files(facts, config.name) if saved.origin.lora else ()
+    with claimed(out, "export into"):
+        refuse_occupied(out, lora)
+        written = export_all(
+            student,
+            folder,
+            out,
+            facts,
+            DTYPES[config.dtype],
+            config.flow_shift,
+            single_file=config.single_file,
+            half_variant=config.dtype == "both",
+            unet_only=config.unet_only,
+            name=config.name,
+            run=saved.folder,
+        )
+        return written + export_lora(saved, out, config.name)
 
 
 def export_all(
@@ -128,19 +144,32 @@ def export_all(
     """Write `<out>/diffusers`, and one file beside it: unless told, for a student that answers with velocity.
 
     `run` is the run folder whose history the card tells; none takes the one that `out` lies in. Single files of an
-    earlier student that lie in `out` are removed, and that is said.
+    earlier student that lie in `out` are removed, and that is said. Raises `Refused` before anything is written where
+    something that is not ours, or was changed since, would be lost.
     """
     run = run or out.parent
     facts = {**classes_of(run), **facts}
+    single = student.vp is None if single_file is None else single_file
+    refuse_occupied(out, files_beside(facts, name, unet_only=unet_only) if single else ())
     history = history_of(run, int(facts.get("samples", 0)))
     folder = export_diffusers(
         student, teacher_folder, out, facts, dtype, flow_shift, half_variant=half_variant, history=history
     )
-    single = student.vp is None if single_file is None else single_file
     written = (folder, export_ldm(folder, name, unet_only=unet_only)) if single else (folder,)
     for stale in remove_stale(out):
         print(f"{stale}: removed, it was of an earlier student")
     return written
+
+
+def files_beside(facts: Mapping[str, Any], name: str | None = None, *, unet_only: bool = False) -> tuple[Path, ...]:
+    """What lies beside the diffusers folder for a student that answers with velocity."""
+    return Path(file_name(facts, name, unet_only)), Path(WORKFLOW)
+
+
+def files_of(origin: Origin, facts: Mapping[str, Any]) -> tuple[Path, ...]:
+    """What a run's export writes beside the diffusers folder at its end."""
+    single = files_beside(facts) if origin.target == "velocity" else ()
+    return (*single, *(lora_files(facts) if origin.lora else ()))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,9 +4,13 @@ It is written as ComfyUI's own File > Save writes (workflow schema 0.4): every v
 into the window, with the nodes in their places. The API format is for programs and has no places.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
+
+SEAL = "sollune_sha256"
+"""Key of `extra`, which ComfyUI leaves to others, with the hash of the graph without it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,25 @@ def workflow(file: str, shift: float, pixels: int, lender: str | None = None) ->
         "extra": {},
         "version": 0.4,
     }
+    return _text({**whole, "extra": {SEAL: _seal(whole)}})
+
+
+def is_as_written(text: str) -> bool:
+    """Whether a workflow is one of ours that nobody has changed, or one from before they were sealed."""
+    try:
+        whole = json.loads(text)
+        extra = whole["extra"]
+        return bool(text == _text(whole) and extra in ({}, {SEAL: _seal({**whole, "extra": {}})}))
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _text(whole: dict[str, Any]) -> str:
     return json.dumps(whole, indent=2) + "\n"
+
+
+def _seal(whole: dict[str, Any]) -> str:
+    return hashlib.sha256(_text(whole).encode()).hexdigest()
 
 
 def _graph(file: str, shift: float, pixels: int, lender: str | None) -> list[Node]:

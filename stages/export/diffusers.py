@@ -16,7 +16,8 @@ from stages.export.card import card
 from stages.export.content import Content, fingerprint, nested, types_of, weight_file
 from stages.export.history import History
 from stages.export.licence import licence_files, licence_of
-from stages.export.place import FACTS, replacing
+from stages.export.ours import keep_added, write_facts
+from stages.export.place import replacing
 from stages.export.verify import verify_folder
 from stages.nets.anatomy import check_anatomy
 from stages.nets.identity import identity
@@ -39,7 +40,8 @@ def export_diffusers(
 
     `half_variant` adds fp16 files beside the plain ones; `history` is what the run left to tell. Raises `Refused` when
     a tensor is still the teacher's or does not fit its type, when a law of `checks` is broken, when a folder that is no
-    export stands in the way, and when the disk is full; an earlier export then stays as it was.
+    export or was changed stands in the way, and when the disk is full; an earlier export then stays as it was. Files
+    that were added to it are kept.
     """
     check_anatomy(teacher_folder)
     content = Content(student, teacher_folder, types_of(dtype, half_variant), flow_shift)
@@ -47,9 +49,10 @@ def export_diffusers(
     with replacing(out / "diffusers") as folder:
         for variant, stored in content.types.items():
             _write(folder, content, variant, stored)
-        (folder / FACTS).write_text(json.dumps(told, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card(told, history), encoding="utf-8")
         _copy_beside(folder, teacher_folder, history)
+        write_facts(folder, told)
+        keep_added(out / "diffusers", folder)
         verify_folder(folder, content)
     return out / "diffusers"
 

@@ -1,5 +1,6 @@
 """An export that lies there already, held against the student that it should be."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from stages.export import tensorfile
 from stages.export.content import HALF, Content, types_of
 from stages.export.ldm import open_folder, verify_file
 from stages.export.modelspec import metadata
-from stages.export.place import FACTS
+from stages.export.ours import FACTS, refuse_changed, refuse_foreign_file
 from stages.export.stale import single_files
 from stages.export.verify import verify_folder
 from stages.nets.files import read_json
@@ -35,6 +36,16 @@ def verify_export(out: Path, student: Student, teacher_folder: Path) -> tuple[Pa
     return (folder, *files)
 
 
+def refuse_occupied(out: Path, files: Iterable[Path] = ()) -> None:
+    """Raise `Refused`, before anything is written, where an export into `out` would lose what is not its own.
+
+    `files` are those that it will write beside the diffusers folder.
+    """
+    refuse_changed(out / "diffusers")
+    for file in (out / one for one in files):
+        refuse_foreign_file(file)
+
+
 def _verify_single(file: Path, said: dict[str, str], folder: Path) -> None:
     """A file is held against the folder; its name and its parts are its own choice."""
     unet_only = file.name.endswith("-unet-flow.safetensors")
@@ -42,4 +53,6 @@ def _verify_single(file: Path, said: dict[str, str], folder: Path) -> None:
     title = said.get("modelspec.title", "")
     name = title.removesuffix(" flow (sollune)").removesuffix(" UNet")
     told = metadata(held.facts, held.pixels, tensorfile.hash_of(held.in_ldm()), name, unet_only)
+    if tensorfile.SEAL in said:  # files from before there were seals are read as well
+        told = tensorfile.sealed(told)
     verify_file(file, held, told, file.name)

@@ -59,11 +59,12 @@ class Courier:
     ) -> None:
         self.config, self.run, self.repository = config, run, repository
         self._pause, self._clock, self._wake = pause, clock, threading.Event()
-        self._outbox, self._staging = Outbox(), Staging(run)
+        self._outbox = Outbox()
         self._troubles: dict[str, str] = {}
         self._failures, self._arrived = 0, 0
         self._since: float | None = None
         self._greet()
+        self._staging = Staging(run)
         self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
         self._thread.start()
 

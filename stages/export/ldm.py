@@ -16,7 +16,7 @@ from stages.export.comfyui import workflow
 from stages.export.content import FILES, HALF, weight_file
 from stages.export.ldm_names import ldm_names, to_diffusers, to_ldm
 from stages.export.modelspec import file_name, metadata
-from stages.export.place import FACTS
+from stages.export.ours import FACTS, refuse_foreign_file
 from stages.export.stock import stock_reads_the_same
 from stages.export.verify import read_tensors
 from stages.nets.anatomy import check_anatomy
@@ -58,7 +58,9 @@ def export_ldm(folder: Path, name: str | None = None, *, unet_only: bool = False
     held = open_folder(folder, unet_only)
     file = folder.parent / file_name(held.facts, name, unet_only)
     tensors = held.in_ldm()
-    told = metadata(held.facts, held.pixels, tensorfile.hash_of(tensors), name, unet_only)
+    told = tensorfile.sealed(metadata(held.facts, held.pixels, tensorfile.hash_of(tensors), name, unet_only))
+    refuse_foreign_file(file)
+    refuse_foreign_file(folder.parent / WORKFLOW)
     with atomic_path(file) as temporary:
         readable = temporary.with_suffix(".safetensors")  # stock diffusers goes by the ending
         try:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -21,7 +22,7 @@ from configs.refusal import Refused
 from stages.export import checks, tensorfile
 from stages.export.lora_words import diffusers_words, kohya_words
 from stages.export.modelspec import file_name, teacher_name
-from stages.export.place import FACTS
+from stages.export.ours import FACTS, refuse_foreign_file
 from stages.export.stock import latents
 from stages.nets.files import read_json
 from stages.nets.lora import ADAPTER, LoraConfig, layers
@@ -66,14 +67,21 @@ def export_lora(run: SavedRun, out: Path, name: str | None = None) -> tuple[Path
     config = LoraConfig.model_validate(run.origin.lora)
     held, facts = Held.of(run, config), read_json(out / "diffusers" / FACTS)
     base_name = f"{teacher_name(facts)}-flow"
-    kohya = Path(file_name(facts, name, False).removesuffix("-flow.safetensors") + KOHYA)
-    contents = {Path(FOLDER) / FILE: held.tensors, kohya: to_kohya(held.tensors)}
+    diffusers, kohya = lora_files(facts, name)
+    contents = {diffusers: held.tensors, kohya: to_kohya(held.tensors)}
+    for file in contents:
+        refuse_foreign_file(out / file)
     with _appearing(out, contents) as scratch:
         for (file, tensors), say in zip(contents.items(), (diffusers_words, kohya_words), strict=True):
             told = say(base_name, config, run.origin, run.samples, held.base, tensorfile.hash_of(tensors))
-            tensorfile.write(scratch / file, tensors, told)
+            tensorfile.write(scratch / file, tensors, tensorfile.sealed(told))
         _verify(out / "diffusers", held, [scratch / file for file in contents])
     return (out / FOLDER, out / kohya)
+
+
+def lora_files(facts: Mapping[str, Any], name: str | None = None) -> tuple[Path, Path]:
+    """The files of a run's adapters inside its export, in diffusers' layout and in kohya's."""
+    return Path(FOLDER) / FILE, Path(file_name(facts, name, False).removesuffix("-flow.safetensors") + KOHYA)
 
 
 def verify_lora(run: SavedRun, out: Path) -> tuple[Path, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from configs.atomic import atomic_path
 from configs.refusal import Refused
 from stages.export.modelspec import teacher_name
+from stages.export.ours import AWAY
 from stages.nets.components import Components
 from stages.nets.original import Original, read_original
 from stages.nets.saved import SavedRun, load_student
@@ -29,6 +30,7 @@ def export_original(run: SavedRun, parts: Components, out: Path, dtype: torch.dt
     content = {"cfg": cfg, "student": student, "opt": {}, "sched": {}, "gstep": run.samples // cfg["batch_size"]}
     file = out / f"{teacher_name(parts.name)}-flow.pt"
     Original(run.weights, cfg, student, run.samples).weights(parts.unet)
+    _refuse_foreign(file)
     try:
         with atomic_path(file) as temporary:
             with open(temporary, "wb") as handle:
@@ -38,6 +40,12 @@ def export_original(run: SavedRun, parts: Components, out: Path, dtype: torch.dt
         reason = str(error.__context__ or error).splitlines()[0]
         raise Refused(f"{file}: cannot be written ({reason}) - free some space or choose another folder") from error
     return file
+
+
+def _refuse_foreign(file: Path) -> None:
+    """Raise `Refused` unless the file that would be written over is ours, by what its `cfg` says."""
+    if file.exists() and not {"samples", "target", "tail"} <= read_original(file).cfg.keys():
+        raise Refused(f"{file}: is no export of ours, and would be written over - {AWAY}")
 
 
 def settings(run: SavedRun, parts: Components) -> dict[str, Any]:

@@ -8,23 +8,25 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from configs.atomic import fsync_folder
+from configs.atomic import PARTIAL, fsync_folder, is_left_over, unfinished
 from configs.refusal import Refused
+from stages.export.ours import refuse_changed
 
-FACTS = "sollune.json"
-"""What the folder says of itself; by it an export of ours is known."""
+EARLIER = ".earlier"
 
 
 @contextmanager
 def replacing(final: Path) -> Iterator[Path]:
-    """A folder beside `final` that takes its place when the block ends well and is removed when it does not."""
-    if final.exists() and not (final / FACTS).is_file():
-        raise Refused(
-            f"{final}: stands in the way and is no export of ours ({FACTS} is missing) - move it, or set --out"
-        )
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    """A folder beside `final` that takes its place when the block ends well and is removed when it does not.
+
+    What others added to the earlier one goes with it (`keep_added`). Raises `Refused` where `final` is no export of
+    ours, or was changed since.
+    """
+    refuse_changed(final)
+    temporary = unfinished(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(final)
         temporary.mkdir()
         yield temporary
         _swap(temporary, final)
@@ -35,13 +37,26 @@ def replacing(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _tidy(final: Path) -> None:
+    """Remove what killed exports left half-written; what one had moved aside comes back if nothing took its place."""
+    for left in final.parent.glob(f".{final.name}.*{PARTIAL}"):
+        if is_left_over(left):
+            shutil.rmtree(left, ignore_errors=True)
+    for left in final.parent.glob(f".{final.name}.*{EARLIER}"):
+        if is_left_over(left.with_suffix(PARTIAL)):
+            if final.exists():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.rename(final)
+
+
 def _swap(new: Path, final: Path) -> None:
     """Put `new` in the place of `final`; the earlier one comes back if that fails, and goes if it does not."""
     for path in new.rglob("*"):
         if path.is_file():
             with open(path, "rb") as handle:
                 os.fsync(handle.fileno())
-    earlier = new.with_suffix(".earlier")
+    earlier = new.with_suffix(EARLIER)
     if final.exists():
         final.rename(earlier)
     try:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 TYPES = {torch.float16: "F16", torch.float32: "F32"}
 CHUNK = 1 << 24
+SEAL = "sollune_header_sha256"
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
@@ -28,6 +29,21 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
     for part in tensor_bytes(tensors):
         sha.update(part)
     return f"0x{sha.hexdigest()}"
+
+
+def sealed(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The same with a hash of all it says, so that whoever changes a word of it is noticed."""
+    return {**metadata, SEAL: _seal(metadata)}
+
+
+def is_sealed(metadata: Mapping[str, str]) -> bool:
+    """Whether it says what it said when it was sealed, or was written before there were seals."""
+    said = {key: value for key, value in metadata.items() if key != SEAL}
+    return metadata.get(SEAL, _seal(said)) == _seal(said)
+
+
+def _seal(metadata: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
