@@ -20,11 +20,21 @@ def lives(word: str) -> bool | None:
     return _start(int(number)) is not None and word == _word(int(number))
 
 
+def boot() -> str:
+    """The id of this host's last start; empty where the system names none."""
+    return _read(Path("/proc/sys/kernel/random/boot_id"))
+
+
+def machine() -> str:
+    """The id that this host keeps from one start to the next; empty where the system names none."""
+    return _read(Path("/etc/machine-id"))
+
+
 @lru_cache
 def place() -> str:
     """Where process numbers mean the same: a host since its last start, and the container in it."""
     namespace = Path("/proc/self/ns/pid")
-    parts = [_read(Path("/proc/sys/kernel/random/boot_id")), str(namespace.readlink()) if namespace.exists() else ""]
+    parts = [boot(), str(namespace.readlink()) if namespace.exists() else ""]
     host = "".join(letter for letter in socket.gethostname() if letter.isalnum()) or "host"
     return f"{host}-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:8]}"
 

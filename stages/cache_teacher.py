@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -24,17 +24,18 @@ from stages.cluster import (
     Job,
     Make,
     Task,
-    Worker,
     device_of,
     fill,
     fill_by_many,
     ranges,
+    refuse_ray_without_library,
     refuse_surplus,
     starter,
     stopping,
     tasks_in,
     tasks_of,
 )
+from stages.memory import refuse_too_many
 from stages.nets.components import load_components
 from stages.nets.teacher import Teacher
 from stages.plan import blank_record, forecast, places_here, record_bytes, refuse_small_disk, watching
@@ -85,7 +86,7 @@ class Config(Strict):
 
 def run(config: Config) -> None:
     """Fill RUN/cache; what is there already is kept, and another recipe is refused."""
-    start = starter(config.cluster, config.workers)
+    refuse_ray_without_library(config.cluster)
     asked: dict[Split, list[Prompt]] = {
         "train": prompts(config.prompts, config.seed, "train", config.count),
         "validation": prompts(config.prompts, config.seed, "validation", config.validation_count),
@@ -105,8 +106,10 @@ def run(config: Config) -> None:
     if config.plan:
         tell_cost(config, writer, tasks, teacher, asked["train"][: config.render.batch_size])
         return
-    with stopping(signal.SIGINT, signal.SIGTERM):
-        made = make_shards(config, writer, tasks, teacher, start)
+    if config.cluster == HERE and config.workers > 1:
+        refuse_too_many("workers", config.workers, teacher_bytes(teacher), device_of(config.device))
+    with stopping(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        made = make_shards(config, writer, tasks, teacher)
         finish(config, writer, whole, made)
 
 
@@ -129,14 +132,19 @@ def tell_cost(
     refuse_small_disk(writer.folder, cost.bytes)
 
 
-def make_shards(
-    config: Config, writer: CacheWriter, tasks: Sequence[Task], teacher: Teacher, start: Callable[[Job], list[Worker]]
-) -> int:
-    """Make the missing shards, here or by the workers that `start` starts; returns how many were made."""
+def teacher_bytes(teacher: Teacher) -> int:
+    """What the teacher's parts take of memory."""
+    parts = (teacher.parts.unet, teacher.parts.vae, teacher.parts.text_encoder)
+    return sum(value.nbytes for part in parts for value in part.parameters())
+
+
+def make_shards(config: Config, writer: CacheWriter, tasks: Sequence[Task], teacher: Teacher) -> int:
+    """Make the missing shards, here or by workers; returns how many were made."""
     to_make = sum(len(task.prompts) for task in unfinished(writer, tasks))
     each = record_bytes(blank_record(teacher, config.render.states.draws))
     if not config.no_disk_check:
         refuse_small_disk(writer.folder, each * to_make)
+    start = starter(config.cluster, config.workers)  # raises `Refused` where it cannot reach them
     if to_make:
         (writer.folder / MARK).unlink(missing_ok=True)
     if config.alone:

@@ -1,11 +1,15 @@
 """Story two: teach a velocity model what the teacher answered, from the shards alone."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 
 from configs.atomic import atomic_write
+from configs.claim import refuse_claimed
 from configs.load import save_resolved
 from configs.strict import Location, Strict
 from shards.manifest import Manifest
@@ -13,12 +17,15 @@ from shards.reader import Reader
 from shards.view import View
 from stages.cluster import device_of
 from stages.evaluate.beside import GridConfig, grids_beside
-from stages.export import export_all
+from stages.export import export_all, files_of
 from stages.export.courier import HubConfig, courier_of, sending
+from stages.export.existing import refuse_occupied
+from stages.nets.files import find
 from stages.nets.graft import graft_time_embedding
 from stages.nets.saved import Origin, load_teacher_parts
 from stages.nets.student import Student, Target, vp_of
 from stages.nets.teacher import Teacher
+from stages.train.capacity import refuse_launch
 from stages.train.checkpoint import Resume
 from stages.train.david import DavidConfig, judge_of
 from stages.train.hooks import Hooks
@@ -26,6 +33,7 @@ from stages.train.launch import is_launched, launch
 from stages.train.loop import TrainConfig, fit
 from stages.train.machine import Machine
 from stages.train.objective import Objective, ObjectiveConfig
+from stages.train.start import PURPOSE, claimed_by_main, fetch_checkpoint, refuse_start
 from stages.train.statistics import feature_scale
 from stages.train.validation import Validation, ValidationConfig
 
@@ -65,53 +73,65 @@ class Config(Strict):
 
 def run(config: Config) -> None:
     """Train from wherever the run was left, then export, in as many processes as asked for; nothing is done twice."""
-    if config.processes > 1 and not is_launched():
-        launch(config, "distill", config.processes, device_of(config.device))
-    else:
-        distill(config)
+    if config.processes == 1 or is_launched():
+        machine = Machine(device_of(config.device), config.train.precision)
+        with machine.one_refusal():
+            distill(config, machine)
+        return
+    refuse_claimed(config.run / "distill", PURPOSE)
+    _, teacher = find(Origin.of(Manifest.open(config.run / "cache"), config.teacher).places())
+    refuse_launch(config.train, config.processes, device_of(config.device), teacher, config.run / "cache")
+    launch(config, "distill", config.processes)
 
 
-def distill(config: Config) -> None:
-    """What each process does."""
-    machine = Machine(device_of(config.device), config.train.precision)
+def distill(config: Config, machine: Machine) -> None:
+    """What each process does: refuse what cannot be done; then train, and export."""
     cache, folder, device = config.run / "cache", config.run / "distill", machine.device
+    seed, rank, world = config.train.seed, machine.rank, machine.world
     rows = machine.rows(config.train.batch_size, config.train.accumulate)
+    machine.on_main(refuse_claimed, folder, PURPOSE)
     manifest = Manifest.open(cache)
+    reader = Reader(cache, "train", seed, rows, view=config.view, rank=rank, world=world)
+    held_out = Reader(cache, "validation", seed)
     origin = Origin.of(manifest, config.teacher, config.target)
     teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
 
+    machine.on_main(refuse_occupied, folder / "export", files_of(origin, origin.facts(teacher.parts, 0)))
     student = Student.from_teacher(teacher.parts.unet, vp_of(config.target, teacher.parts.schedule, origin.tail))
     left = graft_time_embedding(student.unet, teacher.bridge) if config.graft else None
     machine.say(
         f"student: time embedding grafted, relative error {left:.3f}" if config.graft else "student: a plain copy"
     )
+    objective = Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins))
+    identity = {
+        "recipe": manifest.recipe.fingerprint(),
+        "target": config.target,
+        "graft": config.graft,
+        "view": config.view.model_dump(mode="json"),
+        "david": config.david.model_dump(mode="json"),
+    }
+    machine.on_main(refuse_start, student, objective, config.train, folder, machine, identity, config.resume)
+    reader.batch(np.arange(1))  # a shard is read, and its content checked, when the first of it is asked for
 
-    machine.on_main(remember, config, origin)
-    seed, rank, world = config.train.seed, machine.rank, machine.world
-    reader = Reader(cache, "train", seed, rows, view=config.view, rank=rank, world=world)
-    validation = Validation(config.validation, Reader(cache, "validation", seed), reader, teacher)
+    validation = Validation(config.validation, held_out, reader, teacher)
     machine.on_main(lambda: print(validation.announced(), flush=True))
     steps = teacher.parts.schedule.steps
-    judge = machine.main_first(judge_of, config.david, reader, student.blocks, folder, seed, device, steps)
-    with courier_of(config.hub, folder, machine.is_main) as courier:
+    grids = grids_beside(teacher, config.grid, folder / "grids")
+    hooks = Hooks(begin=partial(remember, config, origin), validate=validation, at_checkpoint=grids)
+    with courier_of(config.hub, folder, machine.is_main) as courier, claimed_by_main(folder, machine):
+        # Before David is fitted, for it may be another run's.
+        machine.on_main(fetch_checkpoint, objective, config.train, folder, identity, config.resume, courier.fetch)
+        judge = machine.main_first(judge_of, config.david, reader, student.blocks, folder, seed, device, steps)
         student = fit(
             student,
-            Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins)),
+            objective,
             judge.batches,
             teacher.uncond,
             config.train,
             folder,
             machine=machine,
-            identity={
-                "recipe": manifest.recipe.fingerprint(),
-                "target": config.target,
-                "graft": config.graft,
-                "view": config.view.model_dump(mode="json"),
-                "david": config.david.model_dump(mode="json"),
-            },
-            hooks=sending(
-                Hooks(validate=validation, at_checkpoint=grids_beside(teacher, config.grid, folder / "grids")), courier
-            ),
+            identity=identity,
+            hooks=replace(sending(hooks, courier), elsewhere=None),
             judge=judge,
             samples_per_epoch=reader.samples_per_epoch,
             resume=config.resume,

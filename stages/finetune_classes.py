@@ -1,17 +1,23 @@
 """Story three: classes that matter are painted by the teacher and studied again, without forgetting the rest."""
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from pydantic import Field, ImportString, model_validator
+from pydantic import Field, ImportString, JsonValue, model_validator
 
 from configs.atomic import atomic_write
+from configs.claim import refuse_claimed
 from configs.load import save_resolved
 from configs.strict import Location, Strict
+from shards.manifest import Manifest
 from shards.reader import Reader
+from shards.recipe import Recipe
 from shards.writer import CacheWriter
 from stages.classes import (
     PICTURES,
@@ -21,21 +27,24 @@ from stages.classes import (
     load_classes,
     prior_weights,
 )
-from stages.cluster import device_of, fill, refuse_surplus, tasks_of
+from stages.cluster import Task, device_of, fill, refuse_surplus, tasks_of
 from stages.evaluate.asked import exam_prompts
-from stages.evaluate.clip import ClipScorer
-from stages.evaluate.gate import GateConfig, judge, told
+from stages.evaluate.gate import GateConfig, judge, scorer_of, told
+from stages.evaluate.metrics import Scorer
 from stages.evaluate.per_class import ExamConfig, save_table, show_table
 from stages.evaluate.watch import Watch
-from stages.export import export_all, export_lora
+from stages.export import export_all, export_lora, files_of
 from stages.export.courier import HubConfig, courier_of, sending
+from stages.export.existing import refuse_occupied
+from stages.nets.files import find
 from stages.nets.lora import LoraConfig, merged, with_adapters
-from stages.nets.saved import Origin, keep_base, load_student, load_teacher_parts, open_run
+from stages.nets.saved import Origin, keep_base, load_student, load_teacher_parts, open_run, refuse_other_base
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.pictures import Ledger, PicturesConfig, Wanted, make_pictures, wanted
 from stages.prompts import PromptSource
 from stages.targets import RenderConfig, recipe_in, recipe_of
+from stages.train.capacity import refuse_launch
 from stages.train.checkpoint import Resume
 from stages.train.data_target import DataTarget
 from stages.train.hooks import Hooks
@@ -44,6 +53,7 @@ from stages.train.loop import TrainConfig, fit
 from stages.train.machine import Machine
 from stages.train.mixture import PRIOR_SHARE, Groups, Mixture, rows_of
 from stages.train.objective import Objective, ObjectiveConfig
+from stages.train.start import PURPOSE, claimed_by_main, refuse_start
 from stages.train.statement import sha256
 from stages.train.statistics import feature_scale
 from stages.train.stop import StopConfig
@@ -93,34 +103,64 @@ class Config(Strict):
 
 def run(config: Config) -> None:
     """Paint, study, measure and export, in as many processes as asked for; what is finished already is kept."""
-    if config.processes > 1 and not is_launched():
-        launch(config, "finetune_classes", config.processes, device_of(config.device))
-    else:
-        finetune(config)
+    if config.processes == 1 or is_launched():
+        machine = Machine(device_of(config.device), config.train.precision)
+        with machine.one_refusal():
+            finetune(config, machine)
+        return
+    refuse_claimed(config.run / "classes", PURPOSE)
+    _, teacher = find(open_run(config.run / "distill").origin.at(config.teacher).places())
+    few, device = config.lora is not None, device_of(config.device)
+    refuse_launch(config.train, config.processes, device, teacher, config.run / "cache", adapters_only=few)
+    launch(config, "finetune_classes", config.processes)
 
 
-def finetune(config: Config) -> None:
-    """What each process does."""
-    machine = Machine(device_of(config.device), config.train.precision)
+def finetune(config: Config, machine: Machine) -> None:
+    """What each process does: refuse what cannot be done; then paint, train, measure and export."""
     machine.rows(config.train.batch_size, config.train.accumulate)
+    rows_of(config.train.batch_size, config.prior_share)
     folder, device = config.run / "classes", machine.device
+    machine.on_main(refuse_claimed, folder, PURPOSE)
     saved = open_run(config.run / "distill")
     origin = saved.origin.at(config.teacher).adapted(config.lora)
     teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
-    classes = load_classes(config.classes)
+    classes, class_file = load_classes(config.classes), config.classes.read_bytes()
 
+    facts = origin.facts(teacher.parts, 0) | {"classes": [spec.name for spec in classes.classes]}
+    machine.on_main(refuse_occupied, folder / "export", files_of(origin, facts))
     distilled = partial(load_student, saved, teacher.parts)
     asked = machine.on_main(exam_prompts, config.prompts, config.seed, classes, config.exam.pictures)
     student = distilled()
-    machine.on_main(keep_base, folder, origin, student)
-    machine.on_main(prepare, config, origin, teacher, classes)
+    machine.on_main(refuse_other_base, folder, origin, student)
+    student = with_adapters(student, config.lora) if config.lora else student.requires_grad_(True)
+    cache = config.run / "cache"
+    objective = Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins))
+    listed = machine.on_main(listing, config, teacher, classes)
+    Reader(cache, "train").batch(np.arange(1))  # a shard's content is checked when it is first read
 
+    def refuse_run(ledger: Ledger | None) -> None:
+        """What an earlier run in the folder was may not change; what pictures decide is known once they are judged."""
+        known = identity_of(config, listed.recipe, saved.weights, ledger)
+        unsettled = () if ledger else ("pictures", "guidance")
+        refuse_start(student, objective, config.train, folder, machine, known, config.resume, unsettled)
+
+    machine.on_main(refuse_run, None)
     # Without a scorer all is measured against the teacher, who cannot draw what photographs alone show.
     weights = {spec.name: classes.weight(spec) for spec in classes.classes if config.scorer or spec.is_painted}
     watch = Watch(teacher, distilled, asked, weights, config.scorer, config.exam, config.stop, folder)
-    with courier_of(config.hub, folder, machine.is_main) as courier:
-        hooks = sending(watch.hooks(), courier)
-        student = merged(study(config, machine, teacher, classes, student, saved.weights, hooks))
+    scorers: list[Scorer | None] = []
+    machine.on_main(lambda: scorers.append(scorer_of(config.gate, config.scorer, device)))
+
+    def begin() -> None:
+        """What the run leaves of itself before its first step."""
+        if config.lora:
+            keep_base(folder, origin, distilled())
+        remember(config, origin, class_file)
+
+    with courier_of(config.hub, folder, machine.is_main) as courier, claimed_by_main(folder, machine):
+        machine.on_main(lambda: prepare(config, teacher, listed, scorers[0], refuse_run))
+        hooks = replace(sending(watch.hooks(), courier), begin=begin)
+        student = merged(study(config, machine, teacher, classes, student, objective, saved.weights, hooks))
         machine.on_main(finish, config, origin, teacher, classes, watch, student)
         courier.send_export(folder / "export")
         machine.close()
@@ -145,19 +185,11 @@ def finish(
     print(f"{', '.join(map(str, exported))}: written and verified; table in {folder / 'per_class.csv'}")
 
 
-def prepare(config: Config, origin: Origin, teacher: Teacher, classes: ClassFile) -> None:
-    """Make what is missing of the pictures, and write down which of them are used: pictures.json, set_aside.png."""
-    folder = config.run / "classes"
-    listed = paint(config, folder / "cache", teacher, classes)
-    remember(config, origin)
-    scorer = ClipScorer(config.gate.clip, device_of(config.device)) if config.gate.clip else config.scorer
-    print(told(judge(folder, listed, teacher, scorer, config.gate, config.pictures)))
-
-
-def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> Wanted:
-    """Make the records of all pictures of the classes, like those of story one."""
+def listing(config: Config, teacher: Teacher, classes: ClassFile) -> Wanted:
+    """Which pictures the classes get, and from where; raises `Refused` where that cannot be, and writes nothing."""
     distilled = config.run / "cache"
-    source = identity(config.prompts, config.seed, classes, config.count)
+    prior_weights(classes, Reader(distilled, "train").class_names)
+    source, cache = identity(config.prompts, config.seed, classes, config.count), config.run / "classes" / "cache"
     recipe = recipe_of(teacher, config.render, source, before=recipe_in(cache))
     listed = wanted(classes, config.prompts, config.seed, config.count, config.pictures, distilled, recipe)
     for line in listed.truncation_lines(teacher.parts.tokenizer):
@@ -168,27 +200,45 @@ def paint(config: Config, cache: Path, teacher: Teacher, classes: ClassFile) -> 
         print(
             f"class {spec.name}: {spec.priority}, {100 * classes.weight(spec):.0f} % of the draws, pictures: {pictures}"
         )
-
-    writer = CacheWriter(cache, listed.recipe)
-    tasks = tasks_of({"train": listed.prompts}, config.render.records_per_shard)
-    refuse_surplus(writer, tasks)
-    make = make_pictures(teacher, distilled, config.render.states, config.pictures.fit_steps)
-    fill(writer, tasks, config.render.batch_size, make)
+    opened(config, listed)
     return listed
 
 
-def remember(config: Config, origin: Origin) -> None:
-    """Leave beside the classes' cache all that it takes to make it again."""
+def opened(config: Config, listed: Wanted) -> tuple[CacheWriter, list[Task]]:
+    """The classes' cache and its shards; raises `Refused` where it holds others."""
+    writer = CacheWriter(config.run / "classes" / "cache", listed.recipe)
+    tasks = tasks_of({"train": listed.prompts}, config.render.records_per_shard)
+    refuse_surplus(writer, tasks)
+    return writer, tasks
+
+
+def prepare(
+    config: Config, teacher: Teacher, listed: Wanted, scorer: Scorer | None, accept: Callable[[Ledger], None]
+) -> None:
+    """Make what is missing of the pictures, and write down which of them are used: pictures.json, set_aside.png."""
+    paint(config, teacher, listed)
+    print(told(judge(config.run / "classes", listed, teacher, scorer, config.gate, config.pictures, accept)))
+
+
+def paint(config: Config, teacher: Teacher, listed: Wanted) -> None:
+    """Make the records of all pictures of the classes, like those of story one."""
+    writer, tasks = opened(config, listed)
+    make = make_pictures(teacher, config.run / "cache", config.render.states, config.pictures.fit_steps)
+    fill(writer, tasks, config.render.batch_size, make)
+
+
+def remember(config: Config, origin: Origin, class_file: bytes | None = None) -> None:
+    """Leave beside the classes' cache all that it takes to make it again; the class file as it was when it was read."""
     folder = config.run / "classes"
     save_resolved(config, folder / "config.yaml", "finetune_classes")
-    atomic_write(folder / "classes.yaml", config.classes.read_text(encoding="utf-8"))
+    atomic_write(folder / "classes.yaml", config.classes.read_bytes() if class_file is None else class_file)
     origin.save(folder)
 
 
 def repaint(config: Config, origin: Origin) -> None:
     """Paint what is missing of the classes' cache, with the teacher that painted the rest."""
     teacher = Teacher(load_teacher_parts(origin, device_of(config.device), torch.float32), origin.tail)
-    paint(config, config.run / "classes" / "cache", teacher, load_classes(config.classes))
+    paint(config, teacher, listing(config, teacher, load_classes(config.classes)))
 
 
 def study(
@@ -197,6 +247,7 @@ def study(
     teacher: Teacher,
     classes: ClassFile,
     student: Student,
+    objective: Objective,
     start: Path,
     hooks: Hooks,
 ) -> Student:
@@ -205,27 +256,32 @@ def study(
     ledger = Ledger.open(folder)
     mixture = mixture_of(config, machine, classes, ledger)
     return fit(
-        with_adapters(student, config.lora) if config.lora else student.requires_grad_(True),
-        Objective(config.objective, student.blocks, feature_scale(config.run / "cache", config.objective.block_bins)),
+        student,
+        objective,
         mixture.batches,
         teacher.uncond,
         config.train,
         folder,
         machine=machine,
-        identity={
-            "recipe": mixture.classes.manifest.recipe.fingerprint(),
-            "pictures": ledger.sha256(),
-            "prior": mixture.prior.manifest.recipe.fingerprint(),
-            "prior_share": config.prior_share,
-            "start": sha256(start),
-            **({"exam": config.exam.model_dump(mode="json", exclude={"pictures"})} if config.stop else {}),
-            **({"guidance": config.pictures.guidance} if ledger.kept("data", "photograph") else {}),
-            **({"lora": config.lora.model_dump(mode="json")} if config.lora else {}),
-        },
+        identity=identity_of(config, mixture.classes.manifest.recipe, start, ledger),
         groups=mixture.groups.names,
         resume=config.resume,
         hooks=hooks,
     )
+
+
+def identity_of(config: Config, recipe: Recipe, start: Path, ledger: Ledger | None) -> dict[str, JsonValue]:
+    """What the weights depend on beyond the training's own settings; without a ledger, as far as it is known."""
+    return {
+        "recipe": recipe.fingerprint(),
+        "pictures": ledger.sha256() if ledger else "",
+        "prior": Manifest.open(config.run / "cache").recipe.fingerprint(),
+        "prior_share": config.prior_share,
+        "start": sha256(start),
+        **({"exam": config.exam.model_dump(mode="json", exclude={"pictures"})} if config.stop else {}),
+        **({"guidance": config.pictures.guidance} if ledger and ledger.kept("data", "photograph") else {}),
+        **({"lora": config.lora.model_dump(mode="json")} if config.lora else {}),
+    }
 
 
 def mixture_of(config: Config, machine: Machine, classes: ClassFile, ledger: Ledger) -> Mixture:

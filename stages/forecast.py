@@ -44,7 +44,7 @@ class Forecast:
             return
         self._steps += 1
         seconds = now - self._warm[0]
-        left = (self._total - done) * seconds / (done - self._warm[1])
+        left = max(0, self._total - done) * seconds / (done - self._warm[1])
         whole = now - self._begun + left
         if self._forecast_seconds is None:
             if seconds >= (SHORTEST_SECONDS if self._steps >= MEASURED_STEPS else LONGEST_SECONDS):
@@ -65,7 +65,7 @@ class Forecast:
     def _amount(self, done: int) -> str:
         assert self._warm is not None
         rate = (done - self._warm[1]) / max(self._clock() - self._warm[0], 1e-9)
-        return f"{self._total - done:,} more {self._unit}, at {rate:.3g} a second"
+        return f"{max(0, self._total - done):,} more {self._unit}, at {rate:.3g} a second"
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
+from configs.claim import claimed
 from configs.load import asked_for
 from configs.refusal import Refused
 from configs.strict import Location, Strict
@@ -65,16 +66,18 @@ def run(config: Config) -> Path:
         raise Refused(f"{config.out}: holds something already - name a new folder with --out")
     original = read_original(config.file)
     samples = config.samples or samples_of(original)
+    target = config.target or said(original, "target", get_args(Target)) or "vp_v"
+    tail = config.tail or said(original, "tail", get_args(Tail)) or "hold"
     parts = load_components(config.teacher, torch.device("cpu"), torch.float32)
     imported = Imported(original.weights(parts.unet), samples)
     made_from = {"file": config.file.name, "sha256": sha256(config.file), "gstep": original.gstep}
     batch = max(1, samples // max(1, original.gstep))
     identities = {"imported": made_from, "train": {"batch_size": batch}}
-    folder = Checkpoints(config.out / CHECKPOINTS, identities, KeepConfig()).save(imported)
-    target = config.target or said(original, "target", get_args(Target)) or "vp_v"
-    tail = config.tail or said(original, "tail", get_args(Tail)) or "hold"
     path = absolute(config.teacher)
-    Origin(config.teacher, identity(parts.folder), tail, "", target, teacher_path=path).save(config.out)
+    origin = Origin(config.teacher, identity(parts.folder), tail, "", target, teacher_path=path)
+    with claimed(config.out, "import into"):
+        folder = Checkpoints(config.out / CHECKPOINTS, identities, KeepConfig()).save(imported)
+        origin.save(config.out)
     print(f"{folder}: {len(imported.tensors)} tensors after {samples} samples, read as {target}, tail {tail}")
     return folder
 

@@ -6,7 +6,7 @@ from stages.cluster.fleet import Worker, fill_by_many
 from stages.cluster.records import Make
 from stages.cluster.signals import stopping
 from stages.cluster.tasks import Job, Task, ranges, tasks_in, tasks_of
-from stages.cluster.where import HERE, WHERE, starter
+from stages.cluster.where import HERE, WHERE, refuse_ray_without_library, starter
 
 __all__ = [
     "HERE",
@@ -19,6 +19,7 @@ __all__ = [
     "fill",
     "fill_by_many",
     "ranges",
+    "refuse_ray_without_library",
     "refuse_surplus",
     "starter",
     "stopping",

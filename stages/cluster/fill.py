@@ -32,7 +32,9 @@ def fill(writer: CacheWriter, tasks: Sequence[Task], batch_size: int, make: Make
         one_thread(),
         Claims(writer.folder) as claims,
         Scribe() as scribe,
-        tqdm(total=total, initial=done, unit="prompt", desc="cache", dynamic_ncols=True, disable=not shown) as progress,
+        tqdm(
+            total=total, initial=done, unit="prompt", desc="cache", dynamic_ncols=True, disable=not (shown and waiting)
+        ) as progress,
     ):
         forecast = Forecast("cache", "prompts", total, progress.write if shown else lambda _: None, done)
         while waiting:

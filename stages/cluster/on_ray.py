@@ -8,10 +8,10 @@ from stages.cluster.fleet import Worker
 from stages.cluster.tasks import Job
 
 
-def start(job: Job, count: int, address: str | None) -> list[Worker]:
-    """Start `count` tasks that share a job, on the cluster at `address` or on one of this machine's own.
+def connect(address: str | None) -> None:
+    """Join the cluster at `address`, or begin one of this machine's own; it is left when the process ends.
 
-    Raises `Refused` when there is no cluster. This machine leaves it when the process ends.
+    Raises `Refused` when there is no cluster.
     """
     import ray  # an extra that few need
 
@@ -20,6 +20,12 @@ def start(job: Job, count: int, address: str | None) -> list[Worker]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())[:200]
         raise Refused(f"cluster = ray:{address}: {said} - name a running cluster, or plain ray") from error
+
+
+def start(job: Job, count: int) -> list[Worker]:
+    """Start `count` tasks that share a job, on the cluster that was joined."""
+    import ray
+
     gpus = int("GPU" in ray.cluster_resources())
     # A task that dies is not started again: the claims give its shards to the others.
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, scheduling_strategy="SPREAD")(_share)

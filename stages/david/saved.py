@@ -44,16 +44,27 @@ def ready(folder: Path, cache: Path, config: FitConfig, steps: int) -> Fitted:
 
     `steps` is how many the cache's teacher has.
     """
+    david, is_new = opened(folder, cache, config, steps)
+    if is_new:
+        save(david, folder)
+    return david
+
+
+def opened(folder: Path, cache: Path, config: FitConfig, steps: int) -> tuple[Fitted, bool]:
+    """The David of a folder, and whether none lies there yet: then he is fitted to the cache, and nothing is written.
+
+    Raises `Refused` when the one that lies there was fitted to something else, or is damaged.
+    """
     recipe = Manifest.open(find_cache(cache)).recipe
     if not (folder / FACTS).is_file():
-        save(fit(cache, config, steps), folder)
+        return fit(cache, config, steps), True
     david = load(folder, recipe)
     refuse_another(david, identity_of(recipe, config), folder)
     if david.steps != steps:
         raise Refused(
             f"{folder}: David's bins are of {david.steps} steps, the teacher has {steps} - {_way_out(folder)}"
         )
-    return david
+    return david, False
 
 
 def save(david: Fitted, folder: Path) -> None:

@@ -17,6 +17,13 @@ REFERENCE_FLOOR = 1e-3
 READINGS = 5
 
 
+def refuse_unknown(config: FusionConfig, blocks: tuple[str, ...]) -> None:
+    """Raise `Refused` for the weight of a block that is not there."""
+    for name in config.block_weights:
+        if name not in blocks and name not in W:
+            raise Refused(f"fusion.block_weights.{name}: no such block - {did_you_mean(name, blocks)}")
+
+
 class Voice:
     """Running means of what David says of each block, with a memory counted in samples, and lambda from them.
 
@@ -36,9 +43,7 @@ class Voice:
 
         Raises `Refused` when the formula needs a reference and there is none, or for a weight of an unknown block.
         """
-        for name in config.block_weights:
-            if name not in blocks and name not in W:
-                raise Refused(f"fusion.block_weights.{name}: no such block - {did_you_mean(name, blocks)}")
+        refuse_unknown(config, blocks)
         self.config, self.blocks, self.device = config, blocks, torch.device(device)
         self._most_nats = math.log(bins)
         alphas = dict.fromkeys(blocks, config.seed_coherence) if alphas is None else alphas

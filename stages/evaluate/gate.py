@@ -1,8 +1,9 @@
 """The gate of class pictures: what does not show its class, or shows what another does, is set aside."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import get_args
 
 import torch
@@ -12,11 +13,13 @@ from tqdm import tqdm
 from configs.refusal import Refused
 from configs.strict import Location, Strict
 from shards.reader import Reader
+from stages.evaluate.clip import ClipScorer
 from stages.evaluate.contact import SHEET, save_contact_sheet
 from stages.evaluate.flaws import Candidates, alike, least, low
 from stages.evaluate.metrics import Scorer
 from stages.nets.teacher import Teacher
 from stages.pictures import Ledger, Picture, PicturesConfig, Source, Wanted
+from stages.pictures.ledger import NAME as LEDGER
 
 ROWS_AT_ONCE = 8
 """Pictures that are decoded and scored together."""
@@ -42,15 +45,23 @@ class GateConfig(Strict):
 
 
 def judge(
-    folder: Path, wanted: Wanted, teacher: Teacher, scorer: Scorer | None, config: GateConfig, sources: PicturesConfig
+    folder: Path,
+    wanted: Wanted,
+    teacher: Teacher,
+    scorer: Scorer | None,
+    config: GateConfig,
+    sources: PicturesConfig,
+    accept: Callable[[Ledger], object] = lambda _ledger: None,
 ) -> Ledger:
     """Write pictures.json and the sheet of what is set aside into `folder`, which is RUN/classes; nothing is deleted.
 
-    Raises `Refused` naming a class that has no picture left.
+    Raises `Refused` naming a class that has no picture left, and whatever `accept` raises of the ledger: what an
+    earlier judgement left is as it was then.
     """
     reader = Reader(folder / "cache")
     judged_by = _judged_by(reader, scorer, config, sources)
     if found := _known(folder, judged_by, [head.key for head in reader.heads()]):
+        accept(found)
         return found
     seen = _look(reader, wanted, teacher, scorer if config.score is not None else None)
     reasons = low(seen, config.score)
@@ -68,10 +79,26 @@ def judge(
         for row, key in enumerate(seen.keys)
     }
     ledger = Ledger(judged_by, pictures)
+    if emptied(ledger, wanted):
+        # What an earlier judgement drew belongs to the run that goes by it.
+        sheet = Path(mkdtemp(prefix="sollune-") if (folder / LEDGER).exists() else folder) / SHEET
+        _show(ledger, reader, teacher, sheet)
+        refuse_emptied(ledger, wanted, sheet)
+    accept(ledger)
     _show(ledger, reader, teacher, folder / SHEET)
-    refuse_emptied(ledger, wanted, folder / SHEET)
     ledger.save(folder)
     return ledger
+
+
+def scorer_of(config: GateConfig, scorer: Scorer | None, device: torch.device) -> Scorer | None:
+    """Who scores the pictures of the classes; raises `Refused` where CLIP is asked for and cannot be loaded."""
+    return ClipScorer(config.clip, device) if config.clip else scorer
+
+
+def emptied(ledger: Ledger, wanted: Wanted) -> bool:
+    """Whether a class has no picture left."""
+    kept = {one.class_name for one in ledger.pictures.values() if one.kept}
+    return any(name not in kept for name in wanted.class_of)
 
 
 def refuse_emptied(ledger: Ledger, wanted: Wanted, sheet: Path) -> None:

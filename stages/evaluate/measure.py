@@ -82,6 +82,8 @@ class Bench:
     student: Student
     texts: Sequence[str]
     noise: Tensor
+    held_out: Reader | None
+    """The cache's validation split, where states of it are measured."""
 
     @property
     def device(self) -> torch.device:
@@ -92,24 +94,29 @@ class Bench:
 def evaluate(config: Config) -> Evaluation:
     """Every measurement of one run."""
     bench = set_up(config)
+    if config.scorer:
+        exported(bench)
+    # The pictures come last, for they are shown in a file, and nothing may be refused after that.
+    paired, velocity = measure_paired(bench, config), measure_velocity(bench, config)
     return Evaluation(
         run=str(config.run),
         samples=bench.run.samples,
         tail=bench.run.origin.tail,
         settings=config.model_dump(mode="json", exclude={"gates", "run"}),
         fidelity=measure_fidelity(bench, config.scorer, config) if config.scorer else {},
-        paired=measure_paired(bench, config),
-        velocity=measure_velocity(bench, config),
+        paired=paired,
+        velocity=velocity,
     )
 
 
 def set_up(config: Config) -> Bench:
-    """Open the run and fix the lists."""
+    """Open the run and fix the lists; raises `Refused` for what cannot be measured, the export among it."""
     saved = open_run(config.run)
     parts = load_teacher_parts(saved.origin, device_of(config.device), torch.float32)
     texts = distinct(config.prompts, config.seed, max(config.fidelity.prompts, config.paired.prompts))
     noise = fixed_noises(config.seed, len(texts), parts.latent_shape).to(parts.unet.device)
-    return Bench(saved, Teacher(parts, saved.origin.tail), load_student(saved, parts), texts, noise)
+    reader = Reader(cache_of(saved.folder), "validation", config.seed) if config.velocity_states else None
+    return Bench(saved, Teacher(parts, saved.origin.tail), load_student(saved, parts), texts, noise, reader)
 
 
 def distinct(source: PromptSource, seed: int, count: int) -> list[str]:
@@ -180,10 +187,10 @@ def measure_paired(bench: Bench, config: Config) -> Mapping[str, Sequence[Paired
 
 def measure_velocity(bench: Bench, config: Config) -> VelocityErrors | None:
     """The student's velocities at held-out states of the cache."""
-    if config.velocity_states == 0:
+    if bench.held_out is None:
         return None
-    reader = Reader(cache_of(bench.run.folder), "validation", config.seed)
-    return velocity_errors(bench.student, held_out(reader, config.velocity_states), bench.teacher.uncond)
+    states = held_out(bench.held_out, config.velocity_states)
+    return velocity_errors(bench.student, states, bench.teacher.uncond)
 
 
 def main(argv: Sequence[str]) -> int:

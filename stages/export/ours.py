@@ -15,7 +15,7 @@ from configs.refusal import Refused
 from stages.export import tensorfile
 from stages.export.comfyui import is_as_written
 from stages.export.parcel import link_or_copy
-from stages.nets.components import read_json
+from stages.nets.files import read_json
 from stages.train.statement import sha256
 
 FACTS = "sollune.json"

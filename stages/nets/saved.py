@@ -163,17 +163,26 @@ def keep_base(folder: Path, origin: Origin, student: Student) -> None:
 
     Raises `Refused` when checkpoints lie there that were begun otherwise; nothing has changed then.
     """
-    begun = bool(_checkpoints(folder)) and is_run(folder)
-    if begun and (then := Origin.open(folder).lora) != origin.lora:
-        raise Refused(f"{folder}: was begun with lora = {then}, not {origin.lora} - take another run folder, or that")
+    refuse_other_base(folder, origin, student)
     if origin.lora is None:
         return
-    weights = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
-    held = _tensors(folder / BASE)
-    if begun and held and not _equal(held, weights):
-        raise Refused(f"{folder / BASE}: is not the model that this run goes on from - take another run folder")
     with atomic_path(folder / BASE) as temporary:
-        save_file(weights, temporary)
+        save_file(_weights(student), temporary)
+
+
+def refuse_other_base(folder: Path, origin: Origin, student: Student) -> None:
+    """Raise `Refused` when checkpoints lie in the folder that were begun with other adapters or from another model."""
+    if not (_checkpoints(folder) and is_run(folder)):
+        return
+    if (then := Origin.open(folder).lora) != origin.lora:
+        raise Refused(f"{folder}: was begun with lora = {then}, not {origin.lora} - take another run folder, or that")
+    held = _tensors(folder / BASE) if origin.lora is not None else {}
+    if held and not _equal(held, _weights(student)):
+        raise Refused(f"{folder / BASE}: is not the model that this run goes on from - take another run folder")
+
+
+def _weights(student: Student) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ class Clock:
     def left(self, samples: int) -> str:
         """As h:mm:ss; a question mark before the first step."""
         pace = (samples - self._first) / max(time.monotonic() - self._since, 1e-9)
-        return str(timedelta(seconds=round((self.max_samples - samples) / pace))) if pace > 0 else "?"
+        return str(timedelta(seconds=round(max(0, self.max_samples - samples) / pace))) if pace > 0 else "?"
 
 
 def share(line: Mapping[str, Any], name: str) -> str:

@@ -9,7 +9,8 @@ from configs.refusal import Refused
 from shards.manifest import Manifest
 from shards.reader import TWO_GIB
 from stages.memory import refuse_too_many
-from stages.nets.components import check_anatomy, locate, read_json
+from stages.nets.anatomy import check_anatomy
+from stages.nets.files import read_json
 from stages.train.config import TrainConfig
 from stages.train.machine import uneven
 
@@ -20,7 +21,7 @@ BYTES_OF_MOMENTS = {"adamw": 8, "adamw_8bit": 2, "muon": 4}
 
 
 def refuse_launch(
-    train: TrainConfig, processes: int, device: torch.device, teacher: str, cache: Path, *, adapters_only: bool = False
+    train: TrainConfig, processes: int, device: torch.device, teacher: Path, cache: Path, *, adapters_only: bool = False
 ) -> None:
     """Raise `Refused` unless each process gets rows of every batch, and this machine holds so many; none is started."""
     if slip := uneven(train.batch_size, processes, train.accumulate):
@@ -32,7 +33,7 @@ def refuse_launch(
     refuse_too_many(
         "processes",
         processes,
-        parameters(locate(teacher)) * (BYTES_OF_TEACHER_AND_STUDENT + held) + (read if read <= TWO_GIB else 0),
+        parameters(teacher) * (BYTES_OF_TEACHER_AND_STUDENT + held) + (read if read <= TWO_GIB else 0),
         device,
     )
 

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -17,15 +18,17 @@ from configs.atomic import fsync_folder
 from configs.refusal import Refused
 from stages.train.retention import KeepConfig
 from stages.train.shelf import Shelf
-from stages.train.statement import Statement, differences, fault_of, samples_of, sha256
+from stages.train.statement import Broken, Statement, differences, fault_of, samples_of, sha256
 
 __all__ = ["Checkpoints", "Elsewhere", "KeepConfig", "Resume", "fault_of"]
 
 MARGIN_BYTES = 1 << 20
+FETCHED = ".elsewhere.partial"
+"""Where a checkpoint lies while it is brought from elsewhere."""
 
 Resume = Literal["auto", "never"]
 Elsewhere: TypeAlias = Callable[[Path], Path | None]
-"""Brings the newest checkpoint that is kept elsewhere into this folder, verified; None when there is none."""
+"""Brings the newest checkpoint that is kept elsewhere into an empty folder, verified; None when there is none."""
 
 
 class Written(Protocol):
@@ -67,7 +70,7 @@ class Checkpoints:
         `score` is the validation error at this moment, if one was measured; the checkpoint with the lowest one stays.
         Raises `Refused` when the disk has no room or gives back something else; nothing else has changed then.
         """
-        self.refuse_small_disk(state)
+        self.refuse_small_disk(state.bytes())
         final, partial = self.shelf.place(state.samples), self.shelf.hidden(state.samples)
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -88,55 +91,96 @@ class Checkpoints:
         self.shelf.rotate(final, self.keep)
         return final
 
-    def refuse_small_disk(self, state: Written) -> None:
+    def refuse_small_disk(self, checkpoint_bytes: int) -> None:
         """Raise `Refused` when one more checkpoint does not fit."""
-        needed = state.bytes() + MARGIN_BYTES
-        self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
+        needed = checkpoint_bytes + MARGIN_BYTES
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
         if free < needed:
             raise Refused(
                 f"{self.folder}: {free / 2**20:.1f} MiB free, a checkpoint takes {needed / 2**20:.1f} MiB - "
                 "free some space or choose another run folder, then start again: it goes on"
             )
 
+    def refuse_others(self, resume: Resume, unsettled: Collection[str] = ()) -> None:
+        """Raise `Refused` where `restore` would find a run that may not go on; nothing changes, and little is read.
+
+        `unsettled` names what of the identity is not known yet.
+        """
+        for folder in reversed([*self.shelf.all(), *self.shelf.nameless()]):
+            self._refuse_begun(resume)
+            with suppress(Broken):
+                self._refuse_another(folder, Statement.read(folder), unsettled)
+                return
+
     def restore(self, state: Restored, resume: Resume = "auto", elsewhere: Elsewhere | None = None) -> Path | None:
         """Bring `state` to the newest whole checkpoint; None when there is none: the run starts at its beginning.
 
         Says which it took, and which it passed over and why.
         """
+        self.refuse_others(resume)
         self.shelf.tidy()
-        found = self._newest(resume, elsewhere)
+        found = self._newest(elsewhere if resume == "auto" else None)
         if found is not None:
             state.read(found, samples_of(found))
         return found
 
-    def _newest(self, resume: Resume, elsewhere: Elsewhere | None) -> Path | None:
+    def _newest(self, elsewhere: Elsewhere | None) -> Path | None:
         """The newest whole checkpoint here, else the one that `elsewhere` brings; others stay as they are."""
         for folder in reversed(self.shelf.all()):
-            if resume == "never":
-                raise Refused(f"{self.folder}: holds a run already - choose another run folder, or resume it")
             if self._is_sound(folder):
                 return folder
-        brought = elsewhere(self.folder) if elsewhere and resume == "auto" else None
-        if brought is not None and self._is_sound(brought):
+        if elsewhere and (brought := self._fetched(elsewhere)):
             return brought
         if self.shelf.all():
             print(f"{self.folder}: no checkpoint is whole, so the run starts at its beginning")
         return None
+
+    def fetch(self, elsewhere: Elsewhere, resume: Resume = "auto") -> None:
+        """Have the newest checkpoint brought that is kept elsewhere, where none is whole here.
+
+        Raises `Refused` when it belongs to another run; nothing has changed then.
+        """
+        if resume == "auto" and all(fault_of(folder) for folder in reversed(self.shelf.all())):
+            self._fetched(elsewhere)
+
+    def _fetched(self, elsewhere: Elsewhere) -> Path | None:
+        """What `elsewhere` brings gets its place once it is known to be of this run."""
+        missing = [path for path in (self.folder, *self.folder.absolute().parents) if not path.exists()]
+        scratch = self.folder / FETCHED
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            scratch.mkdir(parents=True)
+            brought = elsewhere(scratch)
+            return self.shelf.name(brought) if brought is not None and self._is_sound(brought) else None
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            for path in missing:
+                with suppress(OSError):  # it holds something by now
+                    path.rmdir()
 
     def _is_sound(self, folder: Path) -> bool:
         """Whether a checkpoint is whole, saying so; raises `Refused` when it belongs to another run."""
         if fault := fault_of(folder):
             print(f"{folder}: passed over, {fault}")
             return False
-        said = Statement.read(folder)
-        if changed := differences(said.identity, self.identity):
+        self._refuse_another(folder, Statement.read(folder))
+        print(f"{folder}: taken, it is whole")
+        return True
+
+    def _refuse_begun(self, resume: Resume) -> None:
+        if resume == "never":
+            raise Refused(f"{self.folder}: holds a run already - choose another run folder, or resume it")
+
+    def _refuse_another(self, folder: Path, said: Statement, unsettled: Collection[str] = ()) -> None:
+        then, now = (
+            {key: value for key, value in one.items() if key not in unsettled} for one in (said.identity, self.identity)
+        )
+        if changed := differences(then, now):
             raise Refused(
                 f"{folder}: belongs to another run ({'; '.join(changed)}) - "
                 "choose another run folder, or give back what it had"
             )
-        print(f"{folder}: taken, it is whole")
-        return True
 
     def _write(self, folder: Path, state: Written, score: float | None) -> None:
         state.write(folder)

@@ -20,10 +20,10 @@ from stages.david.fusion import FusionConfig
 from stages.david.profile import Profile, right
 from stages.david.published import Published
 from stages.david.sampling import SamplingConfig
-from stages.david.saved import ready
+from stages.david.saved import opened, save
 from stages.david.time_choice import TimeChoice
 from stages.david.variation import Emphasis, Variation
-from stages.david.voice import Voice
+from stages.david.voice import Voice, refuse_unknown
 from stages.nets.student import StudentOutput
 from stages.train.judge import Nobody
 
@@ -157,11 +157,22 @@ def assessor_of(config: DavidConfig, cache: Path, folder: Path, device: torch.de
 
     `steps` is how many the cache's teacher has.
     """
+    assessor, unsaved = _opened(config, cache, folder, device, steps)
+    if unsaved is not None:
+        save(unsaved, folder / FOLDER)
+    return assessor
+
+
+def _opened(
+    config: DavidConfig, cache: Path, folder: Path, device: torch.device, steps: int
+) -> tuple[Assessor, Fitted | None]:
+    """The same with nothing written; beside him himself where he is still to be saved."""
     if config.published is None:
-        return ready(folder / FOLDER, cache, config.fit, steps).to(device)
+        david, is_new = opened(folder / FOLDER, cache, config.fit, steps)
+        return david.to(device), david if is_new else None
     made_by: Any = Manifest.open(cache).recipe.identity
     hook_point, widths = made_by["hook_point"], made_by["blocks"]
-    return Published.open(config.published, hook_point, widths, steps, patterns="in_bin", device=device)
+    return Published.open(config.published, hook_point, widths, steps, patterns="in_bin", device=device), None
 
 
 class Deaf(Nobody):
@@ -188,10 +199,18 @@ def judge_of(
     device: torch.device,
     steps: int,
 ) -> David | Deaf:
-    """David, or a judge who hears nothing where nothing depends on what is said; `steps` are the teacher's."""
+    """David, or a judge who hears nothing where nothing depends on what is said; `steps` are the teacher's.
+
+    One who was fitted for this is saved into `folder` once nothing of the configuration is refused any more.
+    """
     if not config.is_asked:
         return Deaf(config.fusion, blocks, reader, device)
-    return David(assessor_of(config, reader.folder, folder, device, steps), config, reader, seed, device)
+    refuse_unknown(config.fusion, blocks)  # before he is fitted, which takes minutes
+    assessor, unsaved = _opened(config, reader.folder, folder, device, steps)
+    david = David(assessor, config, reader, seed, device)
+    if unsaved is not None:
+        save(unsaved, folder / FOLDER)
+    return david
 
 
 def _plain(said: Mapping[str, Tensor]) -> dict[str, float]:

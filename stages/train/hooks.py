@@ -39,6 +39,10 @@ def _go_on(_samples: int) -> None:
     return None
 
 
+def _do_nothing() -> None:
+    return None
+
+
 def _say_nothing() -> None:
     return None
 
@@ -47,6 +51,8 @@ def _say_nothing() -> None:
 class Hooks:
     """Called on the main process alone, while the others wait."""
 
+    begin: Callable[[], None] = _do_nothing
+    """Once nothing can be refused any more, before the first step: what the run leaves of its settings."""
     validate: Callable[[Student], Measured | None] = _measure_nothing
     """Before each checkpoint, with the averaged student: what was measured of it, if anything was."""
     after_checkpoint: Callable[[Path], None] = lambda _folder: None

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.refusal import Refused
 from shards.batch import Batch
@@ -25,6 +25,7 @@ from stages.train.mishaps import Mishaps
 from stages.train.objective import Objective
 from stages.train.optim import build_optimizer, learning_rate
 from stages.train.penalty import Penalty
+from stages.train.start import ARITHMETIC, identity_of, trained
 from stages.train.state import TrainingState
 from stages.train.step import Stepper
 from stages.train.updates import UpdateRatios
@@ -34,9 +35,6 @@ __all__ = ["Batches", "TrainConfig", "fit"]
 Batches: TypeAlias = Callable[[int], Iterator[Batch]]
 """This process's rows of each batch from this sample on; what they hold depends on the number alone."""
 
-FREE_TO_CHANGE = {"journal_every_samples", "checkpoint_every_samples", "keep", "max_skips", "spike_sigmas", "tracking"}
-ARITHMETIC = {"accumulate", "gradient_checkpointing", "compile", "channels_last"}
-"""Free to change as well, but not without a word: a run goes on with other last bits."""
 LAYOUT = {"gradient_checkpointing", "compile", "channels_last"}
 
 
@@ -65,32 +63,37 @@ def fit(
     # What a step changes, and where the run was left
     hooks = hooks or Hooks()
     state = _state(student, objective, config, folder, machine, judge or Nobody())
-    checkpoints = Checkpoints(folder / "checkpoints", _identity(config, objective, identity), config.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", identity_of(config, objective, identity), config.keep)
     taken = machine.on_main(checkpoints.restore, state, resume, hooks.elsewhere)
-    if taken is not None:
-        if not machine.is_main:
-            state.read(taken, int(taken.name))
-        state.mishaps.forget_after(state.samples)
-        machine.on_main(_show, state, student, hooks)
+    if taken is not None and not machine.is_main:
+        state.read(taken, int(taken.name))
 
     # The data from there on
-    if ended := machine.on_main(_ended, state, config, hooks):
+    machine.rows(config.batch_size, config.accumulate)
+    ended = machine.on_main(_ended, state, config, hooks)
+    if not ended:
+        machine.on_main(checkpoints.refuse_small_disk, state.bytes())
+    stream = iter([] if ended else batches(state.samples))
+    first = next(stream, None)
+
+    # Nothing is refused any more
+    machine.on_main(hooks.begin)
+    if taken is not None:
+        state.mishaps.forget_after(state.samples)
+        machine.on_main(_show, state, student, hooks)
+    if ended:
         machine.say(f"{folder}: {ended}")
         return _worn_for_good(state, student)
-    machine.on_main(checkpoints.refuse_small_disk, state)
-    stream = iter(batches(state.samples))
-    first = next(stream, None)
     if taken is not None and first is not None:
         machine.say(_resumed(taken, state, config, samples_per_epoch, first.keys[0]))
 
     # The steps
-    machine.rows(config.batch_size, config.accumulate)
     step = Stepper(state, objective.to(machine.device), uncond.to(machine.device), config, machine)
-    updates = UpdateRatios(_trained(student))
-    facts = _identity(config, objective, identity)
+    updates = UpdateRatios(trained(student))
+    facts = identity_of(config, objective, identity)
     with (
         Journal(
-            folder, state.samples, config.max_samples, objective.blocks, machine, config.tracking, facts, groups
+            folder, state.samples, config.samples, objective.blocks, machine, config.tracking, facts, groups
         ) as journal,
         Interruption(machine.is_main) as interruption,
     ):
@@ -106,11 +109,13 @@ def fit(
             journal.add(made, state.samples)
             signal = machine.most(interruption.number)
 
-            if told or signal:
+            if told and not signal:
                 _tell(journal, state, updates, hooks, machine)
             if kept or signal:
                 score = None if signal else machine.on_main(_validated, state, student, hooks, journal)
                 machine.on_main(_keep, checkpoints, state, score, hooks)
+                if signal:  # after the checkpoint: where the terminal is closed nothing can be printed
+                    _tell(journal, state, updates, hooks, machine)
                 if signal and not over:
                     _leave(signal, state.samples, folder, machine)
                 machine.on_main(_show, state, student, hooks)
@@ -140,17 +145,13 @@ def _state(
     return TrainingState(
         student,
         Ema(student),
-        build_optimizer(config.optimizer, _trained(student), machine),
+        build_optimizer(config.optimizer, trained(student), machine),
         Penalty(objective.config),
         judge,
         Mishaps(folder / "mishaps.jsonl" if machine.is_main else None, config.spike_sigmas),
         machine.scaler,
         {"processes": machine.world, **arithmetic},
     )
-
-
-def _trained(student: Student) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 
 def _worn_for_good(state: TrainingState, student: Student) -> Student:
@@ -204,12 +205,6 @@ def _tell(journal: Journal, state: TrainingState, updates: UpdateRatios, hooks: 
     more = {"update_ratio": updates.ratios(), **state.judge.told(), **state.mishaps.told(), **hooks.extra()}
     warning = hooks.warning()
     journal.write(state.samples, more, [warning] if warning else [])
-
-
-def _identity(config: TrainConfig, objective: Objective, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run must have in common with the one that it continues."""
-    train = config.model_dump(mode="json", exclude=FREE_TO_CHANGE | ARITHMETIC)
-    return {**identity, "train": train, "objective": objective.config.model_dump(mode="json")}
 
 
 def _resumed(

@@ -26,6 +26,11 @@ class Shelf:
         """Every checkpoint by age, whole or not."""
         return sorted(path for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
 
+    def nameless(self) -> list[Path]:
+        """Every checkpoint that is whole but for its name, by age: `tidy` gives it one."""
+        hidden = sorted(self.folder.glob(f".[0-9]*{PARTIAL}"))
+        return [partial for partial in hidden if fault_of(partial) is None]
+
     def place(self, samples: int) -> Path:
         """The final name of a checkpoint."""
         return self.folder / f"{samples:09d}"

@@ -70,8 +70,13 @@ class TrainingState:
         self.samples = samples
 
     def bytes(self) -> int:
-        """About what `write` needs: weights, average and two moments of each parameter that is trained."""
-        return 4 * sum(p.nelement() * p.element_size() for p in self.student.parameters() if p.requires_grad)
+        """About what `write` needs."""
+        return checkpoint_bytes(self.student)
 
     def _frozen(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.student.named_parameters() if not p.requires_grad}
+
+
+def checkpoint_bytes(student: nn.Module) -> int:
+    """About what a checkpoint needs: weights, average and two moments of each parameter that is trained."""
+    return 4 * sum(p.nelement() * p.element_size() for p in student.parameters() if p.requires_grad)

@@ -148,11 +148,16 @@ class Trackers:
         return [trouble for tracker in self._trackers if (trouble := tracker.close())]
 
 
-def trackers_of(config: TrackingConfig, folder: Path, samples: int, facts: Mapping[str, Any] = NOTHING) -> Trackers:
-    """The trackers of a run taken up at `samples`; raises `Refused` for one that is not installed."""
+def refuse_missing(config: TrackingConfig) -> None:
+    """Raise `Refused` for a tracker that is not installed."""
     for name in config.to:
         if find_spec(name) is None:
             raise Refused(f"train.tracking.to: {name} is not installed - pip install {name}, or leave it out")
+
+
+def trackers_of(config: TrackingConfig, folder: Path, samples: int, facts: Mapping[str, Any] = NOTHING) -> Trackers:
+    """The trackers of a run taken up at `samples`; raises `Refused` for one that is not installed."""
+    refuse_missing(config)
     return Trackers([Guarded(name, _opener(name, config, folder, samples, facts)) for name in config.to])
 
 

@@ -159,7 +159,8 @@ def test_what_is_not_here_is_asked_for_elsewhere(tmp_path, state, capsys):
     assert asked == []
     (here / "000000016" / "student.safetensors").unlink()
     assert checkpoints.restore(state, "auto", fetch) == here / "000000008"
-    assert (state.samples, asked) == (8, [here])
+    assert (state.samples, len(asked)) == (8, 1)
+    assert [path.name for path in sorted(here.iterdir())] == ["000000008", "000000016"]
     told = capsys.readouterr().out
     assert "000000016: passed over, student.safetensors is missing" in told
     assert "000000008: taken" in told

@@ -144,6 +144,7 @@ def test_the_time_left_follows_from_the_pace_of_this_process(monkeypatch):
     assert clock.left(1000) == "?"
     now[0] = 110.0
     assert clock.left(1500) == "0:00:30"
+    assert clock.left(3001) == "0:00:00"  # the last batch is whole
 
 
 def test_the_board_is_drawn_every_other_second_at_most(monkeypatch):

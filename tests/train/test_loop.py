@@ -184,16 +184,17 @@ def test_data_that_ends_too_early_is_refused(tmp_path, train, batch):
         train(tmp_path, batches=lambda first: iter([batch]))
 
 
-def test_sigterm_ends_the_run_with_a_checkpoint_from_which_it_goes_on(tmp_path, train, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(tmp_path, train, capsys, number):
     def asked_to_stop(samples: int, student: nn.Module) -> None:
         if samples == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as left:
         train(tmp_path / "left", hooks=Hooks(at_checkpoint=asked_to_stop))
-    assert left.value.code == 128 + signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert left.value.code == 128 + number
+    assert signal.getsignal(number) is before
     assert "left after 10 samples, with a checkpoint" in capsys.readouterr().out
     assert same(train(tmp_path / "left"), train(tmp_path / "whole"))
 
@@ -208,6 +209,68 @@ def test_micro_batches_make_the_step_of_their_batch(tmp_path, train):
     whole, parts = train(tmp_path / "whole"), train(tmp_path / "parts", {"accumulate": 2})
     for one, two in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+def test_under_nohup_a_closed_terminal_is_no_reason_to_end(tmp_path, train):
+    def closed(samples: int, student: nn.Module) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert same(train(tmp_path / "left", hooks=Hooks(at_checkpoint=closed)), train(tmp_path / "whole"))
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_checkpoint_is_written_although_nobody_can_be_told_any_more(tmp_path, train, monkeypatch):
+    """The reader of standard output dies with the terminal: the first line that is printed fails."""
+
+    def closed(samples: int, student: nn.Module) -> None:
+        if samples == 8:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+            def broken(*_: object, **__: object) -> None:
+                raise BrokenPipeError
+
+            monkeypatch.setattr("stages.train.live.Lines.line", broken)
+
+    with pytest.raises(BrokenPipeError):
+        train(tmp_path / "left", hooks=Hooks(at_checkpoint=closed))
+    monkeypatch.undo()
+    assert (tmp_path / "left" / "checkpoints" / "000000010").is_dir()
+    assert same(train(tmp_path / "left"), train(tmp_path / "whole"))
+
+
+def test_a_run_says_what_it_is_once_nothing_can_be_refused(tmp_path, train):
+    begun = []
+    hooks = Hooks(begin=lambda: begun.append(1))
+    train(tmp_path, hooks=hooks)
+    assert begun == [1]
+    for changes in ({"optimizer": {"learning_rate": 0.5}}, {"max_samples": 26}, {"accumulate": 3}):
+        with pytest.raises(Refused):
+            train(tmp_path, changes, hooks=hooks)
+    assert begun == [1]
+    train(tmp_path, hooks=hooks)  # nothing is left to be done, and its settings may have changed
+    assert begun == [1, 1]
+
+
+def test_a_checkpoint_of_another_run_that_is_kept_elsewhere_leaves_nothing(tmp_path, train):
+    train(tmp_path / "there")
+
+    def bring(folder: Path) -> Path:
+        return Path(shutil.copytree(tmp_path / "there" / "checkpoints" / "000000024", folder / "000000024"))
+
+    with pytest.raises(Refused, match=r"learning_rate was 0\.01, is 0\.5"):
+        train(tmp_path / "here", {"optimizer": {"learning_rate": 0.5}}, hooks=Hooks(elsewhere=bring))
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_last_batch_beyond_the_last_sample_leaves_no_time(tmp_path, train, capsys):
+    train(tmp_path, {"max_samples": 23})
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train samples=")]
+    assert "samples=24 of=24" in told[-1]
+    assert all("left=0:" in line for line in told)
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, train):
