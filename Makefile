@@ -9,6 +9,41 @@ PYTHON ?= python3
 GPUS = $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l))
 PROCESSES ?= $(or $(GPUS),$(if $(filter-out 1,$(shell nproc 2>/dev/null || echo 1)),2,1))
 
+# What would end in the middle of a command, or in a rule for another file, is refused before anything is made.
+# $(call given,NAME): its value as it was given, before make opens what begins with a dollar; nothing for our own value.
+given = $(if $(filter file default undefined,$(origin $(1))),,$(value $(1)))
+comma := ,
+hash := \#
+quotes = ' " ` $$ & ; | < > ( ) * ? [ ] { } ! % : = \ $(comma) $(hash)
+# $(call refused,NAME,CHARACTERS): those of the characters that its value holds.
+refused = $(strip $(foreach letter,$(2),$(if $(findstring $(letter),$(call given,$(1))),$(letter))))
+missing = $(strip $(foreach file,$(CONFIG),$(if $(wildcard $(file)),,$(file))))
+
+ifeq ($(wildcard pyproject.toml),)
+$(error make runs in the folder of its Makefile - say make -C $(patsubst %/,%,$(dir $(firstword $(MAKEFILE_LIST)))) $(MAKECMDGOALS))
+endif
+ifneq ($(call refused,RUN,$(quotes)),)
+$(error RUN = $(call given,RUN): holds $(call refused,RUN,$(quotes)) - name a folder in letters, digits, dots, dashes and slashes, such as RUN=runs/tiny)
+endif
+ifneq ($(words $(RUN)),1)
+$(error RUN = '$(RUN)': should be one word - name a folder without blanks, such as RUN=runs/tiny)
+endif
+ifneq ($(filter -%,$(RUN)),)
+$(error RUN = $(RUN): begins with a dash, as options do - name a folder such as RUN=runs/tiny)
+endif
+ifneq ($(if $(word 2,$(CURDIR)),,$(filter $(patsubst %/,%,$(abspath $(RUN)))/%,$(CURDIR)/)),)
+$(error RUN = $(RUN): is the folder of the program, or holds it - name a folder of its own, such as RUN=runs/tiny)
+endif
+ifneq ($(call refused,CONFIG,$(filter-out * ? : = $(comma),$(quotes))),)
+$(error CONFIG = $(call given,CONFIG): holds $(call refused,CONFIG,$(filter-out * ? : = $(comma),$(quotes))) - name YAML files such as CONFIG=configs/tiny.yaml)
+endif
+ifeq ($(strip $(CONFIG)),)
+$(error CONFIG is empty - name YAML files such as CONFIG=configs/tiny.yaml)
+endif
+ifneq ($(missing),)
+$(error CONFIG = $(CONFIG): there is no $(missing) - name YAML files such as CONFIG=configs/tiny.yaml)
+endif
+
 STAMP := .venv/.stamp
 BIN := .venv/bin
 CACHE := $(RUN)/cache/COMPLETE

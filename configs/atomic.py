@@ -4,22 +4,26 @@ import errno
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from configs.disk import refuse_unwritable, writing
 from configs.owner import lives, owner
-from configs.refusal import Refused
 
 PARTIAL = ".partial"
 FORGOTTEN_SECONDS = 3600.0
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+NOT_FOR_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+"""What file systems raise that cannot make a folder durable, such as some of a network."""
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` durable."""
+    """Make a rename inside `folder` durable, where its file system knows how."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NOT_FOR_FOLDERS:
+            raise
     finally:
         os.close(handle)
 
@@ -42,24 +46,22 @@ def is_left_over(path: Path) -> bool:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; renamed to it when the block ends well, removed when it does not.
 
-    Raises `Refused` when the disk is full, with the name of the file that could not be written.
+    A link of that name is replaced, not followed: it may lead anywhere. Raises `Refused`, naming `path` and the reason,
+    for whatever the system raises.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = unfinished(path)
-    try:
-        yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        raise Refused(
-            f"{path}: cannot be written ({error.strerror}) - free some space or choose another folder"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        refuse_unwritable(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+            fsync_folder(path.parent)
+        finally:
+            with suppress(OSError):  # on a disk that fails this fails too, and would hide why
+                temporary.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:

@@ -39,3 +39,8 @@ def printable(value: object) -> str:
     if not words.isprintable() or words == "" or words != words.strip():
         words = repr(words)
     return words if len(words) <= LONGEST_SHOWN else f"{words[:LONGEST_SHOWN]}..."
+
+
+def escaped(text: str) -> str:
+    """A text of any length without characters that a terminal obeys: each is shown as its escape."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

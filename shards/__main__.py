@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from configs.refusal import Refused
+from configs.characters import escaped
+from configs.ending import ended
+from configs.parser import Parser
+from configs.terminal import prepare
 from configs.values import place
 
 if TYPE_CHECKING:
     from shards.record import Record
 
-DAMAGED, REFUSED = 1, 2
+DAMAGED = 1
 UNLICENSED = "unknown"
 
 
@@ -32,7 +35,8 @@ def verify(words: argparse.Namespace) -> int:
     faults = 0
     for fault in inspect(folder, found):
         faults += 1
-        print(f"sollune: {fault.told(folder)} - {way_out(folder)}", file=sys.stderr)
+        way = "" if " - " in fault.what else f" - {way_out(folder)}"
+        print(f"sollune: {escaped(fault.told(folder))}{way}", file=sys.stderr)
     if faults:
         return DAMAGED
     for split in SPLITS:
@@ -62,10 +66,10 @@ def asked(words: argparse.Namespace) -> "Record":
 
 def described(record: "Record") -> Iterator[str]:
     """A record as lines of text."""
-    from shards.stats import parts, printable
+    from shards.stats import parts
 
     for name in ("key", "text", "class_name", "seed", "guidance_scale"):
-        yield f"{name:<16}{printable(str(getattr(record, name)))}"
+        yield f"{name:<16}{escaped(str(getattr(record, name)))}"
     named = {name: values[0] for name, values in parts(record).items() if len(values) == 1}
     named |= {f"features.{block}": values for block, values in record.features.by_block.items()}
     for name, values in named.items():
@@ -133,7 +137,7 @@ COMMANDS: Mapping[str, Command] = {
 
 def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
     """Run one command; raises `Refused` for bad input."""
-    parser = argparse.ArgumentParser(prog="sollune shards", description="Look into a cache.", allow_abbrev=False)
+    parser = Parser(prog="sollune shards", description="Look into a cache.", allow_abbrev=False)
     parsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands))
     for name, command in commands.items():
         meaning = command.run.__doc__
@@ -147,8 +151,5 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except Refused as refusal:
-        print(f"sollune: {refusal}", file=sys.stderr)
-        sys.exit(REFUSED)
+    prepare()
+    sys.exit(ended(main, sys.argv[1:]))

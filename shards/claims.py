@@ -9,7 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from configs.disk import writing
 from configs.owner import lives, owner
+from configs.refusal import Refused, in_one_line
 
 NAME = ".claims"
 BEAT_SECONDS = 10.0
@@ -73,6 +75,8 @@ class Claims:
             return (self.folder / name).read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise Refused(f"{self.folder / name}: no claim ({in_one_line(error)}) - remove {self.folder}") from error
 
     def is_dead(self, name: str) -> bool:
         """Whether a claim's owner is gone: seen from here, or because it has not been kept warm."""
@@ -92,13 +96,14 @@ class Claims:
             aside.unlink()
 
     def _create(self, path: Path) -> bool:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(owner())
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                return False
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(owner())
         return True
 
     @property
@@ -114,5 +119,5 @@ class Claims:
             with self._lock:
                 held = list(self._held)
             for path in held:
-                with suppress(FileNotFoundError):
+                with suppress(OSError):  # it is gone, or the disk fails, which whoever writes a shard will tell
                     os.utime(path)

@@ -24,7 +24,8 @@ class Fault(NamedTuple):
     def told(self, folder: Path) -> str:
         """The line for the user, without the way out."""
         kind = "shard " if self.file.endswith(".tar") else ""
-        return f"{kind}{folder / self.file}: {self.what}{f', first in record {self.record}' if self.record else ''}"
+        what = self.what.removeprefix(f"{folder / self.file}: ")  # as refusals of this very file begin
+        return f"{kind}{folder / self.file}: {what}{f', first in record {self.record}' if self.record else ''}"
 
 
 def way_out(folder: Path) -> str:

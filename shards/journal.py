@@ -119,6 +119,9 @@ def journal_faults(cache: Path, manifest: Manifest) -> Iterator[Fault]:
     """Each entry that is damaged, missing, or says otherwise than the manifest; a cache may do without a journal."""
     if not (cache / NAME).exists() and not (cache / NAME).is_symlink():
         return
+    if not (cache / NAME).is_dir() or (cache / NAME).is_symlink():
+        yield Fault(NAME, "is no folder")
+        return
     wanted = entries_of(manifest)
     found = {path.name for path in (cache / NAME).iterdir() if not path.name.startswith(".")}
     for name in sorted(wanted.keys() | found):

@@ -71,8 +71,7 @@ class OpenShards:
         """A whole record, read at once into the memory where its tensors then lie."""
         first = place.json_offset
         content = memoryview(bytearray(place.st_offset + place.st_size - first))
-        if os.preadv(self._handle(shard).fd, [content], first) != len(content):
-            raise Refused(refusal(self.folder, shard, f"ends before byte {first + len(content)}"))
+        self.read_into(shard, first, [content], len(content), ask_ahead=False)
         said, tensors = content[: place.json_size].tobytes(), content[place.st_offset - first :]
         record = self._judged(shard, place, decode, said, tensors)
         begin, end = header_of(tensors, place.st_size)
@@ -133,19 +132,24 @@ class OpenShards:
             found = self._bytes(shard, place.st_offset + part.offset, size)
         return struct.unpack(f"<{layout.rows}{'q' if name == 'k' else 'f'}", found)
 
-    def read_into(self, shard: Shard, offset: int, buffers: Sequence[memoryview], size: int) -> None:
+    def read_into(
+        self, shard: Shard, offset: int, buffers: Sequence[memoryview], size: int, ask_ahead: bool = True
+    ) -> None:
         """Fill the buffers, which hold `size` bytes together, one after the other from this byte of the tar on."""
         opened = self._handle(shard)
-        if not opened.asked_ahead:
+        if ask_ahead and not opened.asked_ahead:
             opened.ask_ahead(shard.bytes)
-        if os.preadv(opened.fd, buffers, offset) != size:
+        try:
+            found = os.preadv(opened.fd, buffers, offset)
+        except OSError as error:  # a disk that fails names no file
+            raise Refused(refusal(self.folder, shard, f"cannot be read ({error.strerror})")) from error
+        if found != size:
             raise Refused(refusal(self.folder, shard, f"ends before byte {offset + size}"))
 
     def _bytes(self, shard: Shard, offset: int, size: int) -> bytes:
-        content = os.pread(self._handle(shard).fd, size, offset)
-        if len(content) != size:
-            raise Refused(refusal(self.folder, shard, f"ends before byte {offset + size}"))
-        return content
+        content = bytearray(size)
+        self.read_into(shard, offset, [memoryview(content)], size, ask_ahead=False)
+        return bytes(content)
 
     def _handle(self, shard: Shard) -> Opened:
         opened = self._opened.get(shard.file)

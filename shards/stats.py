@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from configs.characters import escaped
 from shards.reader import Reader
 from shards.record import SPLITS, Record
 
@@ -83,14 +84,14 @@ def report(reader: Reader, stats: Stats) -> Iterator[str]:
     yield from (f"{name:<32}{count:>16,}{_bar(count, max(sizes.values()))}" for name, count in sizes.items())
     if reader.manifest.failures:
         yield f"\n{len(reader.manifest.failures)} prompts failed:"
-        yield from (f"{one.file} {one.key}: {printable(one.reason)}" for one in reader.manifest.failures)
+        yield from (f"{one.file} {one.key}: {escaped(one.reason)}" for one in reader.manifest.failures)
 
 
 def _classes(counts: Counter[str]) -> Iterator[str]:
     """A line for each class in order of its name; of many classes the largest, and how large the others are."""
     most = max(counts.values())
     shown = sorted(counts) if len(counts) <= MOST_CLASSES else [name for name, _ in ranked(counts)[:MOST_CLASSES]]
-    yield from (f"{printable(name):<32}{counts[name]:>10}{_bar(counts[name], most)}" for name in shown)
+    yield from (f"{escaped(name):<32}{counts[name]:>10}{_bar(counts[name], most)}" for name in shown)
     rest = ranked(counts)[len(shown) :]
     if rest:
         yield f"and {len(rest):,} more classes, by how many records they have:"
@@ -114,8 +115,3 @@ def _bar(count: float, most: float) -> str:
     """A bar of a histogram; whatever is not zero is seen."""
     letters = max(1, round(BAR * count / most)) if count else 0
     return f"  {'#' * letters}" if letters else ""
-
-
-def printable(text: str) -> str:
-    """A stranger's words, whose escapes reach no terminal."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

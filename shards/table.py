@@ -14,7 +14,7 @@ import zarr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from configs.refusal import Refused, did_you_mean
+from configs.refusal import Refused, did_you_mean, in_one_line
 from shards.damage import Damaged
 from shards.entries import Part
 from shards.manifest import Manifest, find_cache, way_out
@@ -122,8 +122,10 @@ class Table:
         array: Any = self._group[name]
         try:
             return np.asarray(array.oindex[rows])
-        except (ValueError, RuntimeError) as error:  # the codecs' words for bytes of a stranger
-            raise Damaged(f"{self._folder / NAME / name}: cannot be unpacked ({error})") from error
+        except (ValueError, RuntimeError, OSError) as error:  # the codecs' words for bytes of a stranger
+            raise Damaged(
+                f"{self._folder / NAME / name}: cannot be unpacked ({in_one_line(error)}) - {way_out(self._folder)}"
+            ) from error
 
     def _check(self, name: str) -> None:
         parts = [part for part in self._parts if part.file.startswith(f"{NAME}/{name}/")]

@@ -12,7 +12,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from configs.atomic import fsync_folder, unfinished
-from configs.refusal import Refused
+from configs.disk import writing
 from shards.archive import sha256_of
 from shards.entries import Part
 from shards.manifest import Manifest
@@ -31,17 +31,14 @@ def write_table(folder: Path) -> None:
     replaced = unfinished(target.with_name(f"old.{NAME}"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _fill(temporary, folder)
-        _make_durable(temporary)
-        if target.exists():  # its name goes at once, its files one by one
-            target.rename(replaced)
-        temporary.rename(target)
-        fsync_folder(folder)
-        Manifest.open(folder).model_copy(update={"table": parts_of(folder)}).save(folder)
-    except OSError as error:
-        raise Refused(
-            f"{target}: cannot be written ({error.strerror}) - free some space or choose another folder"
-        ) from error
+        with writing(target):
+            _fill(temporary, folder)
+            _make_durable(temporary)
+            if os.path.lexists(target):  # its name goes at once, its files one by one
+                target.rename(replaced)
+            temporary.rename(target)
+            fsync_folder(folder)
+            Manifest.open(folder).model_copy(update={"table": parts_of(folder)}).save(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from webdataset import TarWriter
 
 from configs.atomic import PARTIAL, atomic_path, is_left_over
+from configs.disk import refuse_unwritable
 from configs.refusal import Refused
 from shards.archive import places, sha256_of
 from shards.codec import encode
@@ -57,6 +58,7 @@ class CacheWriter:
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         """Go on with the cache in `folder`, or begin one; raises `Refused` when it was made by another recipe."""
+        refuse_unwritable(folder / NAME)
         self.folder = folder
         self.manifest = Manifest(recipe=recipe)
         if (folder / NAME).exists():

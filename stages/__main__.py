@@ -1,17 +1,20 @@
 """The one door, `sollune COMMAND ...` or `python -m stages`; a command is imported only when it is called."""
 
-import errno
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
+from configs.ending import ended
 from configs.refusal import Refused, did_you_mean
+from configs.terminal import prepare, quiet
 
-REFUSED, INTERRUPTED, READER_GONE = 2, 130, 141
+RUN_MARKS = ("origin.json", "cache.yaml", "config.yaml", "cache")
+"""Each lies in a run folder, and in no model's."""
 
 
 @dataclass(frozen=True)
@@ -50,27 +53,19 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 2 for bad input (told on stderr), 130 when interrupted."""
-    try:
-        return dispatch(list(sys.argv[1:] if argv is None else argv))
-    except Refused as refusal:
-        return _complain(str(refusal), REFUSED)
-    except KeyboardInterrupt:
-        return _complain("interrupted - the same command goes on from here", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader went away (`| head`): nobody listens, and Python's own last flush must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return READER_GONE
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        return _complain(
-            f"{error.filename or 'disk'}: no space left - free some, then run the same command again", REFUSED
-        )
+    """Run one command; the exit code is 0, 2 for bad input, 130 when interrupted, 1 for what nobody foresaw.
+
+    One line on standard error says why (see `configs.ending`).
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    runs: list[Path] = []
+    prepare()
+    return ended(lambda: dispatch(words, runs), words, lambda: run_folder(words, runs))
 
 
-def dispatch(words: list[str]) -> int:
-    """Find the command in the table and call it."""
+def dispatch(words: list[str], runs: list[Path]) -> int:
+    """Find the command in the table and call it; the run folder of a story is added to `runs`."""
+    refuse_unreadable(words)
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         return 0
@@ -80,12 +75,12 @@ def dispatch(words: list[str]) -> int:
     names = [command.name for command in COMMANDS]
     if words[0] not in names:
         raise Refused(f"{words[0]}: unknown command - {did_you_mean(words[0], names)}")
-    return call(COMMANDS[names.index(words[0])], words[1:])
+    return call(COMMANDS[names.index(words[0])], words[1:], runs)
 
 
-def call(command: Command, words: list[str]) -> int:
+def call(command: Command, words: list[str], runs: list[Path]) -> int:
     """Import the command's module and hand it its configuration, or its words."""
-    quiet_before_import()
+    quiet()
     module: Any = importlib.import_module(command.module)
     quiet_after_import()
     if command.kind == "tool":
@@ -94,20 +89,36 @@ def call(command: Command, words: list[str]) -> int:
 
     config = asked_for(module.Config, command.section, words)
     if config is not None:
+        runs.append(config.run)
         module.run(config)
     return 0
 
 
-def quiet_before_import() -> None:
-    """Let libraries speak of errors only, unless the user's environment says otherwise.
+def refuse_unreadable(words: Sequence[str]) -> None:
+    """Raise `Refused` for a word that the locale cannot read; where it reads UTF-8, who takes the word judges it."""
+    encoding = sys.getfilesystemencoding()
+    for word in words if encoding != "utf-8" else ():
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise Refused(
+                f"{word}: is no text in this locale's encoding ({encoding}) - set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+            )
 
-    The hub's bars go too: transformers draws one per loaded folder and knows no other switch.
-    """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+def run_folder(words: Sequence[str], runs: Sequence[Path]) -> Path | None:
+    """The run folder of a command, if it exists: a story's own, the value of --run, or else the first that is one."""
+    named = [*map(str, runs)] or [word.removeprefix("--run=") for word in words if word.startswith("--run=")]
+    named = named or [after for word, after in pairwise(words) if word == "--run"]
+    if named:
+        return Path(named[-1]) if _is_there(Path(named[-1], ".")) else None
+    folders = (Path(word) for word in words if not word.startswith("-"))
+    return next((folder for folder in folders if any(_is_there(folder / mark) for mark in RUN_MARKS)), None)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a sentence, say, which is too long for a name
+        return False
 
 
 def quiet_after_import() -> None:
@@ -132,12 +143,6 @@ def _version() -> str:
         return version("sollune")
     except PackageNotFoundError:
         return "(not installed)"
-
-
-def _complain(message: str, code: int) -> int:
-    for line in message.splitlines():
-        print(f"sollune: {line}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

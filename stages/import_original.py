@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.claim import claimed
+from configs.disk import refuse_unwritable
 from configs.load import asked_for
 from configs.refusal import Refused
 from configs.strict import Location, Strict
@@ -64,6 +65,7 @@ def run(config: Config) -> Path:
     """Read the file, check every tensor against the teacher's, and write the run folder; returns its checkpoint."""
     if config.out.is_dir() and any(config.out.iterdir()):
         raise Refused(f"{config.out}: holds something already - name a new folder with --out")
+    refuse_unwritable(config.out / CHECKPOINTS)
     original = read_original(config.file)
     samples = config.samples or samples_of(original)
     target = config.target or said(original, "target", get_args(Target)) or "vp_v"

@@ -1,27 +1,63 @@
-"""Where a process computes."""
+"""Where a process computes, and whether it can compute there."""
+
+import warnings
+from collections.abc import Iterator
+from functools import cache
 
 import torch
 
-from configs.refusal import Refused
+from configs.refusal import Refused, in_one_line
 
 
 def device_of(name: str, worker: int = 0) -> torch.device:
     """`auto` is a GPU, or else the CPU; several workers of one machine take its GPUs in turn.
 
-    Raises `Refused` for a device that torch does not know or this machine does not have.
+    Raises `Refused` for a device that torch does not know, this machine does not have, or that cannot add two numbers.
     """
     if name != "auto":
         return _named(name)
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", worker % torch.cuda.device_count())
+    return _tried(f"cuda:{worker % torch.cuda.device_count()}")
+
+
+def devices() -> Iterator[str]:
+    """The devices of this machine by the names that may be given."""
+    yield "cpu"
+    yield from (f"cuda:{number}" for number in range(torch.cuda.device_count()))
+    yield from (f"xpu:{number}" for number in range(torch.xpu.device_count()))
+    if torch.backends.mps.is_available():
+        yield "mps"
 
 
 def _named(name: str) -> torch.device:
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise Refused(f"device {name}: torch knows no such device - use auto, cpu or cuda") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise Refused(f"device {name}: torch finds {torch.cuda.device_count()} GPUs here - use auto or cpu")
-    return device
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of types that torch gave up: the trial says more
+            device = torch.device(name)
+    except (RuntimeError, ValueError) as error:
+        raise _refused(name, "torch knows no such device") from error
+    if device.type == "meta":
+        raise _refused(name, "holds no numbers")
+    known = set(devices())
+    if device.type in {one.partition(":")[0] for one in known} and (device.index or 0) > 0 and name not in known:
+        raise _refused(name, "this machine has none of that number")
+    return _tried(name)
+
+
+@cache
+def _tried(name: str) -> torch.device:
+    """The device, once it has held a tensor and added to it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            answer = float((torch.ones(1, device=name) + 1).sum())
+    except Exception as error:  # what a driver, or its absence, comes up with has no common name
+        raise _refused(name, f"cannot compute here ({in_one_line(error, 120)})") from error
+    if answer != 2:
+        raise _refused(name, f"adds 1 and 1 to {answer:g}")
+    return torch.device(name)
+
+
+def _refused(name: str, why: str) -> Refused:
+    return Refused(f"device {name}: {why} - use auto or {' or '.join(devices())}")

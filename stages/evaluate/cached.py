@@ -15,7 +15,7 @@ from shards.reader import Reader
 from shards.table import Table
 from stages.david.assessment import Assessor, assess, bins_of
 from stages.david.fusion import FusionConfig
-from stages.evaluate.david import said_by
+from stages.evaluate.david import said_by, settings_of
 from stages.nets.saved import SavedRun, cache_of
 from stages.nets.student import Student, StudentOutput
 from stages.train.david import FOLDER, DavidConfig, assessor_of
@@ -59,11 +59,11 @@ class Cached:
 def judge_of_run(run: SavedRun, device: torch.device, steps: int) -> Judge | None:
     """The David who judged a run, or None where no David lies in it; `steps` are the teacher's."""
     told = said_by(run)
-    config = DavidConfig.model_validate(told.get("david", {}))
+    config = settings_of(run, told, "david", DavidConfig)
     if config.published is None and not (run.folder / FOLDER).is_dir():
         return None
     assessor = assessor_of(config, cache_of(run.folder), run.folder, device, steps)
-    weights = ObjectiveConfig.model_validate(told.get("objective", {})).block_weights
+    weights = settings_of(run, told, "objective", ObjectiveConfig).block_weights
     return Judge(assessor, config.fusion, tuple(b for b in assessor.blocks if weights.get(b, 1.0) > 0))
 
 

@@ -1,15 +1,18 @@
 """`sollune david show RUN`: a picture of what David sees in a run's student, at its start and now."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from configs.atomic import atomic_path
-from configs.refusal import Refused
+from configs.disk import refuse_unwritable
+from configs.parser import Parser
+from configs.refusal import Refused, in_one_line
+from configs.strict import Strict
 from configs.values import place
 from configs.yaml_text import read_yaml
 from shards.reader import Reader
@@ -23,6 +26,8 @@ from stages.train.david import DavidConfig, assessor_of, voice_of
 from stages.train.journal import steps_told
 from stages.train.velocity import held_out
 
+C = TypeVar("C", bound=Strict)
+
 CPU = torch.device("cpu")
 PANELS = (
     ("timestep_error", "timestep error", "magma", (0.0, 1.0)),
@@ -35,7 +40,8 @@ PANELS = (
 def show(run: SavedRun, out: Path, states: int) -> Path:
     """Draw teacher, student at start and student now, on states of prompts that no training saw."""
     told = said_by(run)
-    config = DavidConfig.model_validate(told.get("david", {}))
+    config, journal = settings_of(run, told, "david", DavidConfig), told_lambdas(run.folder)
+    refuse_unwritable(out)
     parts = load_teacher_parts(run.origin, CPU, torch.float32)
     teacher = Teacher(parts, run.origin.tail)
     assessor = assessor_of(config, cache_of(run.folder), run.folder, CPU, parts.schedule.steps)
@@ -46,18 +52,18 @@ def show(run: SavedRun, out: Path, states: int) -> Path:
     target = {b: torch.cat([batch.features[b].float() for batch in held]) for b in assessor.blocks}
 
     start = Student.from_teacher(parts.unet, vp_of(run.origin.target, parts.schedule, run.origin.tail)).eval()
-    if told["graft"]:
+    if told.get("graft", True):
         graft_time_embedding(start.unet, teacher.bridge)
     rows = {"teacher": see(assessor, voice, target, target, k)}
     for name, student in (("at start", start), (f"after {run.samples}", load_student(run, parts))):
         rows[name] = see(assessor, voice, features_of(student, iter(held), teacher.uncond), target, k)
-    draw(rows, assessor, told_lambdas(run.folder), out)
+    draw(rows, assessor, journal, out)
     return out
 
 
 def told_lambdas(folder: Path) -> dict[int, dict[str, float]]:
     """Samples seen -> what David's word made of each block's weight, as the journal tells it."""
-    return {line["samples"]: line["lambdas"] for line in steps_told(folder)}
+    return {line["samples"]: line["lambdas"] for line in steps_told(folder) if isinstance(line.get("lambdas"), dict)}
 
 
 def said_by(run: SavedRun) -> dict[str, Any]:
@@ -65,11 +71,25 @@ def said_by(run: SavedRun) -> dict[str, Any]:
     path = run.folder / "config.yaml"
     try:
         said: dict[str, Any] = read_yaml(path, str(path), "name a folder such as runs/tiny/distill")["distill"]
+        if not isinstance(said, dict):
+            raise TypeError(f"distill is {said!r}")
     except (KeyError, TypeError) as error:
         raise Refused(
-            f"{path}: tells of no distillation ({error}) - name a folder such as runs/tiny/distill"
+            f"{path}: tells of no distillation ({in_one_line(error)}) - name a folder such as runs/tiny/distill"
         ) from error
     return said
+
+
+def settings_of(run: SavedRun, told: dict[str, Any], section: str, kind: type[C]) -> C:
+    """One section of the configuration that a run left, its defaults where it is silent."""
+    try:
+        return kind.model_validate(told.get(section, {}))
+    except ValidationError as error:
+        slip = error.errors(include_url=False)[0]
+        where = ".".join(map(str, ("distill", section, *slip["loc"])))
+        raise Refused(
+            f"{run.folder / 'config.yaml'}: {where}: {slip['msg']} - start the run's command again, it writes it"
+        ) from error
 
 
 def draw(rows: dict[str, Sight], assessor: Assessor, told: dict[int, dict[str, float]], out: Path) -> None:
@@ -98,7 +118,7 @@ def draw(rows: dict[str, Sight], assessor: Assessor, told: dict[int, dict[str, f
             figure.colorbar(image, ax=axis)
     axis = figure.add_subplot(grid[len(rows), :])
     for block in blocks:
-        axis.plot(list(told), [lambdas[block] for lambdas in told.values()], label=block)
+        axis.plot(list(told), [lambdas.get(block, torch.nan) for lambdas in told.values()], label=block)
     axis.set_title("lambda of each block's loss over the training, as it was used", fontsize=9)
     axis.set_xlabel("samples", fontsize=8)
     axis.legend(fontsize=7, ncols=3)
@@ -109,7 +129,7 @@ def draw(rows: dict[str, Sight], assessor: Assessor, told: dict[int, dict[str, f
 
 def main(argv: Sequence[str]) -> int:
     """`sollune david show RUN [--out FILE.png]`."""
-    parser = argparse.ArgumentParser(prog="sollune david", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="sollune david", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="show")
     words = commands.add_parser("show", help="draw what David sees in a run's student", allow_abbrev=False)
     words.add_argument("run", type=place, metavar="RUN", help="folder of a distillation, such as runs/tiny/distill")

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from pydantic import Field, ImportString
-from rich.console import Console
 from torch import Tensor
 
 from configs.atomic import atomic_write
+from configs.disk import refuse_unwritable
 from configs.load import asked_for
 from configs.refusal import Refused
 from configs.strict import Strict
+from configs.terminal import console
 from shards.reader import Reader
 from stages.cluster import device_of
 from stages.evaluate.fields import student_field, teacher_field
@@ -201,8 +202,11 @@ def main(argv: Sequence[str]) -> int:
     config = asked_for(Config, "evaluate", words)
     if config is None:
         return 0
+    written = config.run / "evaluation.json"
+    device_of(config.device)  # refused before the run is read, which takes longer
+    refuse_unwritable(written)
     found = evaluate(config)
     judged = verdicts(found, config.gates)
-    show(found, judged, Console())
-    atomic_write(config.run / "evaluation.json", as_json(found, judged))
+    show(found, judged, console())
+    atomic_write(written, as_json(found, judged))
     return 0 if all(verdict.passed for verdict in judged) else 1

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -12,8 +12,9 @@ from torch import Tensor
 from configs.refusal import Refused
 from stages.cluster import device_of
 from stages.evaluate.fields import Field, student_field, teacher_field
-from stages.evaluate.single_file import open_single, read_single
+from stages.evaluate.single_file import open_single, read_single, shift_of
 from stages.evaluate.stock import open_stock
+from stages.flow.bridge import Tail
 from stages.nets.anatomy import check_anatomy
 from stages.nets.components import Components, load_components
 from stages.nets.files import CONFIGS, FILES, locate, read_json
@@ -80,16 +81,18 @@ def _of_folder(location: str, device: torch.device) -> Painter:
     facts = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
     told: dict[str, Any] = {key: facts[key] for key in ("samples", "recipe_sha256") if key in facts}
     if facts.get("prediction") == "v_prediction":
+        tail: Any = facts.get("tail")
+        if tail not in get_args(Tail):
+            known = ", ".join(get_args(Tail))
+            raise Refused(f"{folder / FACTS}: tail is {tail!r:.40}, known are {known} - export the run again")
         parts = load_components(str(folder), device, torch.float32)
-        teacher, student = (
-            Teacher(parts, facts["tail"]),
-            Student(parts.unet, vp_of("vp_v", parts.schedule, facts["tail"])),
-        )
+        teacher, student = Teacher(parts, tail), Student(parts.unet, vp_of("vp_v", parts.schedule, tail))
         solved = student_field(student.eval(), vp_scheduler(folder))
         return Painter(solved, teacher.encode, teacher.decode, parts.latent_shape, told, tokenizer=parts.tokenizer)
     if scheduler.get("prediction_type") == "flow_prediction":
         check_anatomy(folder)
-        return _of_pipeline(open_stock(folder, device), float(scheduler.get("flow_shift", 1.0)), told)
+        shift = shift_of(scheduler, folder)
+        return _of_pipeline(open_stock(folder, device), shift, told)
     return _of_teacher(load_components(str(folder), device, torch.float32), told)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from configs.atomic import atomic_write
 from configs.strict import Strict
+from configs.terminal import console
 from stages.classes import ClassFile
 from stages.evaluate.grid import fixed_noises
 from stages.evaluate.metrics import Scorer, fidelity
@@ -96,7 +96,7 @@ def show_table(classes: ClassFile, results: Results) -> None:
             for m in results
         ]
         table.add_row(name, priority, *cells)
-    Console().print(table)
+    console().print(table)
 
 
 def _rows(classes: ClassFile, results: Results) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field as Knob
 
 from configs.characters import fault_of, faulty_character, printable
+from configs.disk import refuse_unwritable
 from configs.load import load, request, resolved_yaml
 from configs.refusal import Refused
 from configs.strict import Location, Strict
@@ -70,6 +71,7 @@ def run(config: Config) -> str:
         raise Refused(f"--out {config.out}: pictures are written as PNG - give it a name that ends in .png")
     if config.out.is_dir():
         raise Refused(f"--out {config.out}: is a folder - give the picture a name of its own")
+    refuse_unwritable(config.out)
     painter = open_painter(config.run, config.device, config.checkpoint, config.config_from)
     settled = _settled(config, asked, painter)
     for line in truncation_lines(painter.tokenizer, [(printable(text), text) for text in (*asked, config.negative)]):

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from configs.terminal import console
 from stages.classes import ClassFile, Found, load_classes, search
 from stages.evaluate.outlay import cost
 from stages.evaluate.outlook import Config, Outlook, in_cache, outlook
@@ -23,25 +24,23 @@ def show(config: Config) -> None:
     found = outlook(classes, config)
     prompts = search(config.prompts, config.seed, "train", classes, found.pictures) if config.prompts else None
     cached = in_cache(classes, config.run / "cache") if config.run else None
-    console = wide_console()
-    console.print(table(classes, found, prompts, cached))
-    console.print("\n".join(cost(classes, config, found)), soft_wrap=True, highlight=False, markup=False)
+    wide = wide_console()
+    wide.print(table(classes, found, prompts, cached))
+    wide.print("\n".join(cost(classes, config, found)), soft_wrap=True, highlight=False, markup=False)
     for name in [spec.name for spec in classes.classes if cached is not None and not (spec.tags or cached[spec.name])]:
-        console.print(
-            f"new       class {name!r}: none of the records that the student learnt from is of it", markup=False
-        )
+        wide.print(f"new       class {name!r}: none of the records that the student learnt from is of it", markup=False)
     for spec in classes.classes:
         for line in hidden_lines(spec):
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            wide.print(line, soft_wrap=True, highlight=False, markup=False)
     if prompts and config.prompts:
         for line in omission_lines(config.prompts.faults(prompts.looked_at)):
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
-        console.print(f"prompts   the first {prompts.looked_at:,} of the source hold them all", highlight=False)
+            wide.print(line, soft_wrap=True, highlight=False, markup=False)
+        wide.print(f"prompts   the first {prompts.looked_at:,} of the source hold them all", highlight=False)
 
 
 def wide_console() -> Console:
     """A console as wide as the terminal; what goes into a file or a pipe is not squeezed into 80."""
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    return console(None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def table(classes: ClassFile, found: Outlook, prompts: Found | None, cached: Counter[str] | None) -> Table:

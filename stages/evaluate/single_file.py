@@ -1,8 +1,10 @@
 """One .safetensors file in the LDM layout: what it says of itself, and the stock pipeline that it makes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -53,14 +55,27 @@ class SingleFile:
                 f"{self.path}: its metadata say prediction {said}, and {configs} is a flow model - "
                 "name with --config-from the diffusers folder of the model that this file was made from"
             )
-        return float(scheduler.get("flow_shift", 1.0)) if flow else None
+        return shift_of(scheduler, configs) if flow else None
 
     def _own_shift(self) -> float:
         said = self.told.get("sollune.shift", "nothing")
         try:
-            return float(said)
+            shift = float(said)
+            if not 0 < shift < math.inf:
+                raise ValueError(said)
+            return shift
         except ValueError as error:
-            raise Refused(f"{self.path}: sollune.shift is {said}, not a number - export the run again") from error
+            raise Refused(
+                f"{self.path}: sollune.shift is {said}, not a number above 0 - export the run again"
+            ) from error
+
+
+def shift_of(scheduler: Mapping[str, Any], folder: Path) -> float:
+    """The shift that a folder's scheduler names; raises `Refused` for one that is no shift."""
+    said = scheduler.get("flow_shift", 1.0)
+    if isinstance(said, bool) or not isinstance(said, int | float) or not 0 < said < math.inf:
+        raise Refused(f"{folder}/scheduler: flow_shift is {said!r:.40}, not a number above 0 - fetch the folder again")
+    return float(said)
 
 
 def read_single(path: Path) -> SingleFile:

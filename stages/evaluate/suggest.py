@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from configs.atomic import atomic_write
+from configs.disk import refuse_unwritable
 from configs.refusal import Refused
 from configs.strict import Strict
 from shards.reader import Reader
@@ -51,6 +52,8 @@ def run(config: Config) -> None:
     """Measure, print the table and write the file; raises `Refused` where one lies already."""
     out = config.out or config.run / "suggested-classes.yaml"
     refuse_existing(out)
+    device_of(config.device)  # refused before the run is read, which takes longer
+    refuse_unwritable(out)
     found = measure(config)
     wide_console().print(table(found))
     refuse_existing(out)

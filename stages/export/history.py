@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from configs.refusal import Refused
+from configs.refusal import Refused, in_one_line
 from shards.manifest import NAME, Manifest
 from stages.classes import load_classes
 from stages.nets.saved import cache_of, is_run
@@ -61,8 +61,10 @@ def _recipe(file: Path) -> dict[str, Any]:
         sections = yaml.safe_load(file.read_text(encoding="utf-8"))
         (settings,) = sections.values()
         kept = {key: value for key, value in settings.items() if key not in LOCAL}
-    except (yaml.YAMLError, ValueError, AttributeError) as error:
-        raise Refused(f"{file}: not the settings of a run ({error}) - start the run's command again") from error
+    except (yaml.YAMLError, OSError, ValueError, AttributeError, RecursionError) as error:
+        raise Refused(
+            f"{file}: not the settings of a run ({in_one_line(error)}) - start the run's command again"
+        ) from error
     told: dict[str, Any] = _without_places(kept)
     return told
 
@@ -96,7 +98,7 @@ def _evaluation(run: Path, samples: int) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found if found["samples"] == samples else {}
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Refused(f"{file}: no evaluation of ours ({error!r}) - measure again or remove it") from error
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from configs.atomic import PARTIAL, fsync_folder, is_left_over, unfinished
-from configs.refusal import Refused
+from configs.disk import system_error, unwritable
+from configs.refusal import Refused, in_one_line
 from stages.export.ours import refuse_changed
 
 EARLIER = ".earlier"
@@ -31,8 +32,9 @@ def replacing(final: Path) -> Iterator[Path]:
         yield temporary
         _swap(temporary, final)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise Refused(f"{final}: cannot be written ({reason}) - free some space or choose another folder") from error
+        if found := system_error(error):
+            raise unwritable(final, found) from error
+        raise Refused(f"{final}: cannot be written ({in_one_line(error)}) - run the same command again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

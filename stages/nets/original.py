@@ -77,6 +77,8 @@ class Original:
 
 def read_original(file: Path) -> Original:
     """Open such a file, its tensors left on the disk until they are asked for; raises `Refused` for anything else."""
+    if file.exists() and not file.is_file():  # opening a pipe would wait for its writer
+        raise Refused(f"{file}: cannot be read (it is no file) - name a .pt file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that it will not read: what it raises then says more

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.atomic import atomic_path, atomic_write
-from configs.refusal import Refused
+from configs.refusal import Refused, in_one_line
 from shards.manifest import Manifest
 from stages.flow.bridge import Tail
 from stages.nets.components import Components, components_in
@@ -61,9 +62,14 @@ class Origin:
         """The origin of a run; raises `Refused` when its file is broken."""
         path = folder / ORIGIN
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise Refused(f"{path}: cannot be read ({error}) - start the run's command again, it writes it") from error
+            origin = cls(**json.loads(path.read_text(encoding="utf-8")))
+            TypeAdapter(cls).validate_python(asdict(origin))
+            if origin.lora is not None:
+                LoraConfig.model_validate(origin.lora)
+            return origin
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            reason = in_one_line(error)
+            raise Refused(f"{path}: cannot be read ({reason}) - start the run's command again, it writes it") from error
 
     def at(self, teacher: str | None) -> "Origin":
         """The same, with the teacher lying elsewhere if told so."""
@@ -205,14 +211,13 @@ def _read(file: Path, take: Callable[[dict[str, Tensor]], object], way_out: str)
     try:
         take(load_file(file))
     except (SafetensorError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise Refused(f"{file}: not the student's weights ({reason}) - {way_out}") from error
+        raise Refused(f"{file}: not the student's weights ({in_one_line(error)}) - {way_out}") from error
 
 
 def _ended_with(folder: Path, found: Mapping[int, Path]) -> int:
     """The checkpoint that a finished run took, which is not its newest where another was better; else the newest."""
     mark = folder / COMPLETE
-    said = mark.read_text(encoding="utf-8").strip() if mark.is_file() else ""
+    said = mark.read_text(encoding="utf-8", errors="replace").strip() if mark.is_file() else ""
     return int(said) if said.isdecimal() and int(said) in found else max(found)
 
 

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic import ConfigDict, Field
 
 from configs.characters import printable
 from configs.load import load, request
+from configs.parser import Parser
 from configs.refusal import Refused
 from configs.strict import Strict
 from configs.values import place
@@ -109,7 +110,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Config], None]] = {"show": sho
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; raises `Refused` for bad input."""
-    parser = _Parser(
+    parser = Parser(
         prog="sollune prompts",
         description="Look at prompts. --config FILE takes a cache_teacher section's source and seed; "
         "--prompts.source symbolic|file|..., --prompts.path and the like, and --seed lie over it.",
@@ -132,13 +133,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed, load(Config, "cache_teacher", asked.files, asked.options, f"sollune prompts {parsed.command}")
     )
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that refuses in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise Refused(f"{self.prog}: {message} - see {self.prog} --help")
 
 
 def _number(word: str) -> int:

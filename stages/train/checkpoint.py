@@ -15,7 +15,9 @@ from typing import Any, Literal, Protocol, TypeAlias
 from safetensors import SafetensorError
 
 from configs.atomic import fsync_folder
-from configs.refusal import Refused
+from configs.disk import refuse_unwritable, system_error, unwritable
+from configs.last_resort import is_for_memory
+from configs.refusal import Refused, in_one_line
 from stages.train.retention import KeepConfig
 from stages.train.shelf import Shelf
 from stages.train.statement import Broken, Statement, differences, fault_of, samples_of, sha256
@@ -77,12 +79,12 @@ class Checkpoints:
             partial.mkdir(parents=True)
             self._write(partial, state, score)
         except (OSError, RuntimeError, SafetensorError) as error:
-            # torch.save ends with words of its own; the disk's stand in the error before.
-            reason = str(error.__context__ or error).splitlines()[0]
             shutil.rmtree(partial, ignore_errors=True)
-            raise Refused(
-                f"{final}: cannot be written ({reason}) - free some space and start again: it goes on"
-            ) from error
+            if found := system_error(error):
+                raise Refused(f"{unwritable(final, found)}; start again: it goes on") from error
+            if is_for_memory(error):
+                raise
+            raise Refused(f"{final}: cannot be written ({in_one_line(error)}) - start again: it goes on") from error
         if not self.shelf.is_whole(partial):
             fault = fault_of(partial)
             shutil.rmtree(partial)
@@ -92,7 +94,8 @@ class Checkpoints:
         return final
 
     def refuse_small_disk(self, checkpoint_bytes: int) -> None:
-        """Raise `Refused` when one more checkpoint does not fit."""
+        """Raise `Refused` when one more checkpoint does not fit, or its folder cannot be written."""
+        refuse_unwritable(self.shelf.place(0))
         needed = checkpoint_bytes + MARGIN_BYTES
         there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free

@@ -51,8 +51,6 @@ def _say_nothing() -> None:
 class Hooks:
     """Called on the main process alone, while the others wait."""
 
-    begin: Callable[[], None] = _do_nothing
-    """Once nothing can be refused any more, before the first step: what the run leaves of its settings."""
     validate: Callable[[Student], Measured | None] = _measure_nothing
     """Before each checkpoint, with the averaged student: what was measured of it, if anything was."""
     after_checkpoint: Callable[[Path], None] = lambda _folder: None
@@ -67,3 +65,5 @@ class Hooks:
     """Shown at each line of the journal as long as there is one."""
     elsewhere: Elsewhere | None = None
     """Asked when no checkpoint of this folder is whole."""
+    begin: Callable[[], None] = _do_nothing
+    """Once nothing can be refused any more, before the first step: what the run leaves of its settings."""

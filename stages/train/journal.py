@@ -1,5 +1,6 @@
 """What a run tells about itself: a JSON line now and then, the same numbers for trackers, and a view of the moment."""
 
+import errno
 import json
 import os
 import time
@@ -13,6 +14,8 @@ import psutil
 import torch
 
 from configs.atomic import atomic_write
+from configs.disk import refuse_unwritable, writing
+from configs.refusal import Refused, in_one_line
 from stages.forecast import Forecast
 from stages.train.live import Silent, view_of
 from stages.train.machine import Machine
@@ -47,6 +50,7 @@ class Journal:
         self.path, self.blocks, self.machine = folder / FILE, tuple(blocks), machine
         self.window = Window(groups)
         if machine.is_main:
+            refuse_unwritable(self.path)
             forget_after(self.path, samples)
         asked = (tracking or TrackingConfig()) if machine.is_main else TrackingConfig(to=())
         self._trackers = trackers_of(asked, folder, samples, facts)
@@ -121,7 +125,7 @@ class Journal:
         self.window = Window(self.window.groups)
 
     def _append(self, line: Mapping[str, Any], lasting: bool = False) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             if lasting:  # a checkpoint may not outlive what was found of it: training ends by it
                 file.flush()
@@ -152,18 +156,41 @@ def notes(folder: Path, kind: str, samples: int) -> list[dict[str, Any]]:
 
 def _whole(path: Path) -> list[dict[str, Any]]:
     """All lines but one that was cut off, or is being written."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [said for _, said in _read(path)]
+
+
+def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Each whole line with what it says; raises `Refused` with the first that is no line of a journal."""
+    found = list[tuple[str, dict[str, Any]]]()
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            raise IsADirectoryError(errno.EISDIR, "it is no file")
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise Refused(f"{path}: cannot be read ({error.strerror}) - move it away, or name another run") from error
+    for number, content in enumerate(lines, 1):
+        if not content.endswith(b"\n"):
+            continue
+        try:
+            line = content.decode()
+            said = json.loads(line)
+            if type(said["samples"]) is not int:
+                raise ValueError("samples is no whole number")
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            raise Refused(
+                f"{path}:{number}: no line of a journal ({in_one_line(error, 80)}) - remove it, or move the file away"
+            ) from error
+        found.append((line, said))
+    return found
 
 
 def forget_after(path: Path, samples: int) -> None:
     """Drop the lines beyond `samples`, and a last line that was cut off, so that no line is ever doubled."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["samples"] <= samples]
-    if len(kept) < len(lines):
-        atomic_write(path, "".join(kept))
+    kept = "".join(line for line, said in _read(path) if said["samples"] <= samples).encode()
+    if len(kept) < path.stat().st_size:
+        atomic_write(path, kept)
 
 
 def flat(line: Mapping[str, Any]) -> list[tuple[str, float]]:

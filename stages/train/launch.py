@@ -22,8 +22,8 @@ from stages.train.interrupt import SIGNALS
 
 PATIENCE_SECONDS = 600
 """How long the processes have to finish a step and a checkpoint once they were asked to leave."""
-ANSWERED = 2
-"""Exit code of a process that said itself why it ended."""
+ANSWERED = (2, 1)
+"""Exit codes of a process that said itself why it ended: it was refused, or failed as nobody foresaw."""
 
 
 def is_launched() -> bool:
@@ -86,8 +86,9 @@ def _on_this_machine(processes: int, folder: str) -> LaunchConfig:
 def _said(failed: ChildFailedError, processes: int) -> Refused | SystemExit:
     """What is left to say of processes that ended before their time."""
     ended: dict[int, Any] = failed.failures
-    if any(failure.exitcode == ANSWERED for failure in ended.values()):
-        return SystemExit(ANSWERED)
+    codes = {failure.exitcode for failure in ended.values()}
+    if said := next((code for code in ANSWERED if code in codes), None):
+        return SystemExit(said)
     rank, first = failed.get_first_failure()
     code = first.exitcode
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -1,11 +1,11 @@
 """A run as one watches it: a board in a terminal, one line a time in a log, nothing on other processes."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
 
+from configs.terminal import console as console_of
 from stages.train.board import Board, Clock, counted, share
 
 
@@ -102,7 +102,7 @@ class Lines:
 
 def view_of(title: str, samples: int, max_samples: int) -> View:
     """A board where standard output is a terminal, else lines."""
-    console = Console(file=sys.stdout)
+    console = console_of()
     if console.is_terminal and not console.is_dumb_terminal:
         return Board(title, samples, max_samples, console)
     return Lines(samples, max_samples, console)

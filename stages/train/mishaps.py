@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from configs.disk import writing
 from stages.train.journal import forget_after
 
 MEMORY = 64
@@ -55,7 +56,7 @@ class Mishaps:
         if self.path is None:
             return
         line = {"samples": samples, "kind": kind, "keys": list(keys), **facts}
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def told(self) -> Mapping[str, Any]:

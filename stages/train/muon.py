@@ -113,6 +113,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if rest:
             self._parts["adamw"] = torch.optim.AdamW([*map(dict, rest)], **options)
 
+    @property
+    def parts(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimizers that hold the moments."""
+        return tuple(self._parts.values())
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step of both, each group at its present learning rate."""

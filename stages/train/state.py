@@ -1,19 +1,40 @@
 """All that a step of training changes, and the files of a checkpoint that hold it."""
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from configs.last_resort import is_for_memory
+from configs.refusal import Refused, in_one_line
 from stages.train.ema import Ema
 from stages.train.judge import Judge, Nobody
 from stages.train.mishaps import Mishaps
+from stages.train.muon import MuonWithAdamW
 from stages.train.objective import ObjectiveConfig
 from stages.train.penalty import Penalty
+
+UNFIT = (
+    OSError,
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
+"""What files of other tensors, groups or settings make torch and safetensors raise."""
+
+MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
+"""As many numbers as their parameter has; what 8 bits hold is packed, and judged by its own optimizer."""
 
 
 @dataclass
@@ -54,12 +75,27 @@ class TrainingState:
                 torch.save(content, handle)
 
     def read(self, folder: Path, samples: int) -> None:
-        """Take over what `write` left in a folder, as the state after so many samples."""
+        """Take over what `write` left in a folder, as the state after so many samples.
+
+        Raises `Refused` for files that are whole and hold the state of another run.
+        """
+        try:
+            self._take(folder)
+        except UNFIT as error:
+            if is_for_memory(error):
+                raise
+            raise Refused(
+                f"{folder}: does not fit this run ({in_one_line(error)}) - choose another run folder, or move it away"
+            ) from error
+        self.samples = samples
+
+    def _take(self, folder: Path) -> None:
         device = str(next(self.student.parameters()).device)
         weights = load_file(folder / "student.safetensors", device=device)
         self.student.load_state_dict({**self._frozen(), **weights})
         self.ema.restore(load_file(folder / "ema.safetensors", device=device))
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+        _check_moments(self.optimizer)
         memory = torch.load(folder / "memory.pt", map_location=device, weights_only=True)
         self.judge.load_state_dict(memory["judge"])
         self.penalty.load_state_dict(memory["penalty"])
@@ -67,7 +103,6 @@ class TrainingState:
         if self.scaler and memory["scaler"]:
             self.scaler.load_state_dict(memory["scaler"])
         self.inherited = memory["arithmetic"]
-        self.samples = samples
 
     def bytes(self) -> int:
         """About what `write` needs."""
@@ -80,3 +115,13 @@ class TrainingState:
 def checkpoint_bytes(student: nn.Module) -> int:
     """About what a checkpoint needs: weights, average and two moments of each parameter that is trained."""
     return 4 * sum(p.nelement() * p.element_size() for p in student.parameters() if p.requires_grad)
+
+
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `ValueError` for moments that are not of their parameter's size, which torch takes as they come."""
+    held = optimizer.parts if isinstance(optimizer, MuonWithAdamW) else (optimizer,)
+    for parameter, moments in chain.from_iterable(one.state.items() for one in held):
+        for name in MOMENTS & moments.keys():
+            if moments[name].numel() != parameter.numel():
+                shapes = f"{list(moments[name].shape)}, its parameter {list(parameter.shape)}"
+                raise ValueError(f"optimizer.pt: {name} has shape {shapes}")

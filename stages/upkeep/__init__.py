@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs.disk import refuse_unwritable
 from configs.refusal import Refused
 from configs.values import location, place
 from shards import __main__ as shards
@@ -18,12 +19,12 @@ SAMPLE = 20
 
 def verify(words: argparse.Namespace) -> int:
     """Check every file, record and row of the table; with --deep ask the teacher again about a sample of records."""
-    found = shards.verify(words)
-    if found or not words.deep:
-        return found
-    from stages.upkeep.deep import audit  # here, because it takes seconds and most commands do without
+    if not words.deep:
+        return shards.verify(words)
+    from stages.upkeep.deep import audit, device_of  # here, because it takes seconds and most commands do without
 
-    return audit(words)
+    device = device_of(words.device)  # refused before all of the cache is read
+    return shards.verify(words) or audit(words, device)
 
 
 def repair(words: argparse.Namespace) -> int:
@@ -50,6 +51,8 @@ def restored(cache: Path) -> list[Path]:
 
 def show(words: argparse.Namespace) -> None:
     """Print one record, and draw its picture with the teacher's decoder."""
+    if words.picture and not words.no_picture:
+        refuse_unwritable(words.picture)
     record = shards.asked(words)
     print("\n".join(shards.described(record)))
     if words.no_picture:

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shards.__main__ import DAMAGED
 from shards.manifest import Manifest, find_cache
 from stages.audit import Audited, Compared, ask_again, sample, teacher_of
-from stages.cluster import device_of
+from stages.cluster import device_of as device_of
 from stages.nets.files import PARTS
 from stages.nets.identity import changed_parts
 from stages.nets.teacher import Teacher
@@ -19,10 +21,10 @@ BINS = 10
 WAY_OUT = "name the teacher that made the cache with --teacher, or make the cache in a new folder"
 
 
-def audit(words: argparse.Namespace) -> int:
+def audit(words: argparse.Namespace, device: torch.device) -> int:
     """Ask the cache's teacher again about a sample of records; the exit code is 1 when it says otherwise."""
     cache: Path = find_cache(words.folder)
-    manifest, device = Manifest.open(cache), device_of(words.device)
+    manifest = Manifest.open(cache)
     location = words.teacher or made(cache).lies_at()
     teacher = teacher_of(manifest, location, device)
     changed = list(other_parts(manifest, teacher))

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.characters import escaped
 from shards.__main__ import main
 from shards.manifest import Manifest
-from shards.stats import printable
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +48,7 @@ def test_show_prints_the_record_that_was_asked_for(cache, capsys):
 
 
 def test_a_strangers_words_reach_no_terminal_as_escapes():
-    assert printable("a \x1b[31mred\x07 stär\n") == "a \\x1b[31mred\\x07 stär\\n"
+    assert escaped("a \x1b[31mred\x07 stär\n") == "a \\x1b[31mred\\x07 stär\\n"
 
 
 def test_stats_adds_up(cache, capsys):

@@ -239,3 +239,49 @@ def test_state_says_what_the_weights_depend_on(tmp_path, state):
     said = Statement.read(tmp_path / "000000008")
     assert said.identity == {"recipe": "r"}
     assert sorted(said.files) == ["ema.safetensors", "memory.pt", "optimizer.pt", "student.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["weights", "moments", "optimizer.pt", "memory.pt", "memory without a part"])
+def test_a_whole_checkpoint_of_another_shape_is_refused_and_left(tmp_path, state, kind):
+    save(tmp_path, state, 8)
+    folder = tmp_path / "000000008"
+    if kind == "weights":
+        state.student = torch.nn.Linear(5, 7)
+    elif kind == "moments":
+        optimizer = state.optimizer.state_dict()
+        optimizer["state"][0]["exp_avg"] = torch.zeros(2, 2)
+        torch.save(optimizer, folder / "optimizer.pt")
+    elif kind == "memory without a part":
+        torch.save({"judge": {}}, folder / "memory.pt")
+    else:
+        torch.save({"state": {0: torch.zeros(3)}, "param_groups": []}, folder / kind)
+    before = names(tmp_path)
+    with pytest.raises(Refused, match=r"000000008: does not fit this run \(.*\) - choose another run folder"):
+        state.read(folder, 8)
+    assert names(tmp_path) == before
+
+
+def test_momentum_of_another_shape_is_refused_under_muon_too(tmp_path):
+    network = torch.nn.ModuleDict({"down_blocks": torch.nn.ModuleList([torch.nn.Linear(4, 3)])})
+    optimizer = build_optimizer(OptimizerConfig(kind="muon"), dict(network.named_parameters()))
+    state = TrainingState(network, Ema(network), optimizer)
+    network["down_blocks"][0](torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    save(tmp_path, state, 8)
+    state.read(tmp_path / "000000008", 8)
+    content = optimizer.state_dict()
+    content["muon"]["state"][0]["momentum_buffer"] = torch.zeros(2, 2)
+    torch.save(content, tmp_path / "000000008" / "optimizer.pt")
+    with pytest.raises(Refused, match=r"momentum_buffer has shape \[2, 2\], its parameter \[3, 4\]"):
+        state.read(tmp_path / "000000008", 8)
+
+
+def test_want_of_memory_is_no_fault_of_a_checkpoint(tmp_path, state, monkeypatch):
+    save(tmp_path, state, 8)
+
+    def none_left(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "load", none_left)
+    with pytest.raises(torch.OutOfMemoryError):
+        state.read(tmp_path / "000000008", 8)

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 from dataclasses import replace
@@ -5,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from configs.refusal import Refused
 from stages.train.journal import Journal, Step, Window, flat, forget_after, memory_gib, steps_told
 from stages.train.machine import Machine
 from stages.train.objective import Losses
@@ -181,3 +183,42 @@ def test_groups_have_their_own_mean_flow_error_and_one_without_samples_none():
     window.add(replace(step([5.0, 7.0], [0.96, 0.55]), group=torch.tensor([2, 2])))
     assert window.line(4, BLOCKS)["flow_by_class"] == {"stars": 1.0, "rings": None, "(prior)": 5.0}
     assert window.sums()["by_group"].tolist() == [[1, 0, 3], [1, 0, 15]]
+
+
+BROKEN = (
+    b'{"samples": 8, "lo\n',
+    b'{"samples": true}\n',
+    b"\xe9\n",
+    b"[]\n",
+    b"{}\n",
+    b"\n",
+    b"\0\0\n",
+    b"[" * 9999 + b"\n",
+)
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_row_that_is_none_is_refused_by_its_line_and_nothing_is_lost(tmp_path, broken):
+    path, good = tmp_path / "journal.jsonl", b'{"samples": 4}\n'
+    path.write_bytes(good + broken + good)
+    for read in (lambda: forget_after(path, 4), lambda: steps_told(tmp_path)):
+        with pytest.raises(Refused, match=r"journal\.jsonl:2: no line of a journal .* - remove it"):
+            read()
+    assert path.read_bytes() == good + broken + good
+
+
+def test_a_journal_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "journal.jsonl").mkdir()
+    with pytest.raises(Refused, match=r"journal\.jsonl: cannot be written \(Is a directory\)"):
+        Journal(tmp_path, 0, 10, BLOCKS, ALONE, QUIET)
+
+
+def test_a_disk_that_fills_up_under_a_journal_is_refused_with_its_name(tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Journal(tmp_path, 0, 10, BLOCKS, ALONE, QUIET) as journal:
+        monkeypatch.setattr("builtins.open", full)
+        with pytest.raises(Refused, match=r"journal\.jsonl: cannot be written \(No space left on device\)"):
+            journal.note(4, "validation", {"held_out": 1.0})
+        monkeypatch.undo()

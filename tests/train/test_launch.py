@@ -40,6 +40,11 @@ def test_a_process_that_said_why_is_not_explained_again(tmp_path: Path) -> None:
     assert code_of(lambda: together(["-c", RANK + "sys.exit(2)", str(tmp_path)], 2, str(tmp_path))) == 2
 
 
+def test_a_process_that_failed_as_nobody_foresaw_has_said_so_and_is_not_explained_again(tmp_path: Path) -> None:
+    words = ["-c", RANK + "sys.exit(1 - rank or 1)", str(tmp_path)]
+    assert code_of(lambda: together(words, 2, str(tmp_path))) == 1
+
+
 POLITE = RANK + (
     "told = []; signal.signal(signal.SIGTERM, lambda *_: told.append(1)); (here / f'up{rank}').touch()\n"
     "while len(told) < int(sys.argv[2]): time.sleep(0.01)\n"

@@ -1,0 +1,95 @@
+"""Laws of make: a value that would end in the middle of a command is refused by a sentence, before anything is made."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def make(*words: str, folder: Path = ROOT, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """What make would do; nothing is done."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(
+        ["make", "-n", *words], cwd=folder, env={**kept, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+RUNS = [
+    "a b",
+    "",
+    " ",
+    "a\tb",
+    "a\nb",
+    "a'b",
+    'a"b',
+    "a$b",
+    "a$$b",
+    "$(HOME)/x",
+    "a#b",
+    "a:b",
+    "a%b",
+    "a;b",
+    "a&b",
+    "a\\b",
+]
+RUNS += ["a*", "a?", "a|b", "a<b", "a(b", "a,b", "a=b", "`id`", "-x", "/", ".", "..", "../..", str(ROOT), "runs/.."]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("target", ["distill", "clean-run"])
+def test_a_run_that_is_no_single_plain_folder_is_refused(run: str, target: str) -> None:
+    for done in (make(target, f"RUN={run}"), make(target, RUN=run)):
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert "*** RUN = " in done.stderr
+        assert " - name a folder" in done.stderr
+        assert done.stderr.endswith("such as RUN=runs/tiny.  Stop.\n")
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ("none.yaml", "there is no none.yaml"),
+        ("configs/tiny.yaml none.yaml", "there is no none.yaml"),
+        ("configs/t'iny.yaml", "holds '"),
+        ("$x", "holds $"),
+        ("a;b", "holds ;"),
+        ("", "is empty"),
+    ],
+)
+def test_a_configuration_that_is_not_there_is_refused(config: str, named: str) -> None:
+    done = make("cache-teacher", f"CONFIG={config}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert named in done.stderr
+    assert " - name YAML files such as CONFIG=configs/tiny.yaml" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["RUN=runs/other"],
+        ["RUN=/somewhere/runs/a-b_c.1"],
+        ["RUN=rüns/é"],
+        ["CONFIG=configs/tiny.yaml configs/cards/24gb.yaml"],
+    ],
+)
+def test_plain_values_are_taken(words: list[str]) -> None:
+    done = make("distill", *words)
+    assert done.returncode == 0, done.stderr
+    run = next((word.removeprefix("RUN=") for word in words if word.startswith("RUN=")), "runs/tiny")
+    assert f"--run {run}" in done.stdout
+
+
+def test_make_of_another_folder_says_how(tmp_path: Path) -> None:
+    done = make("-f", str(ROOT / "Makefile"), "distill", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"say make -C {ROOT} distill" in done.stderr
+    assert make("-C", str(ROOT), "distill", folder=tmp_path).returncode == 0
+
+
+def test_an_unknown_target_is_makes_own_to_refuse() -> None:
+    assert "No rule to make target 'nosuch'" in make("nosuch").stderr
