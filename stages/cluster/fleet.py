@@ -74,6 +74,7 @@ def oversee(crew: Sequence[Worker], show: Callable[[], None]) -> tuple[list[str]
     finally:
         for worker in running.values():
             worker.stop(False)
-        for result in wait(running, GRACE_SECONDS).not_done:
-            running[result].stop(True)
+        wait(running, GRACE_SECONDS)
+        for worker in running.values():  # one that has cleared away may still wait for another call
+            worker.stop(True)
     return failed, made
