@@ -34,7 +34,7 @@ MEANINGS = {
     "x0": "the picture: scaled latent at the end of the teacher's guided sampling",
     "k": "the teacher's timestep; its last one for the whole tail beyond it",
     "s": "path time, 1 is noise",
-    "x_t": "state (1 - s) x0 + s eps, rounded before the teacher was asked",
+    "x_t": "the state: on the teacher's guided trajectory, or (1 - s) x0 + s eps; rounded before the teacher answered",
     "v_cond": "velocity of the conditional branch at (x_t, s)",
     "v_uncond": "velocity of the unconditional branch at (x_t, s)",
     "trajectory": "true: a state of the guided sampling; false: x0 noised again",

@@ -16,7 +16,10 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 
 @dataclass(frozen=True)
 class Draws:
-    """K states of one prompt on the linear path x_s = (1-s) x0 + s eps, and the teacher's velocities there."""
+    """K states of one prompt and the teacher's velocities there.
+
+    On the teacher's guided trajectory, or x_s = (1-s) x0 + s eps of the finished picture under fresh noise.
+    """
 
     k: Int[Tensor, " K"]
     """int64, the teacher's timestep; its last one for the whole tail beyond it"""

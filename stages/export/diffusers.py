@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from stages.export.ours import keep_added, write_facts
 from stages.export.place import replacing
 from stages.export.verify import verify_folder
 from stages.nets.anatomy import check_anatomy
+from stages.nets.files import files_of
 from stages.nets.identity import identity
 from stages.nets.loading import load_tokenizer
 from stages.nets.student import TIME_SCALE, Student
@@ -94,7 +95,7 @@ def _write(folder: Path, content: Content, variant: str, dtype: torch.dtype) -> 
         requires_safety_checker=False,
     ).save_pretrained(folder, variant=variant or None)
     _nest_text_keys(folder / weight_file("text_encoder", variant))
-    _keep_tokenizer(tokenizer, content.teacher_folder / "tokenizer", folder / "tokenizer")
+    _keep_tokenizer(tokenizer, files_of(content.teacher_folder, "tokenizer"), folder / "tokenizer")
     _load_in_float32(folder / "text_encoder" / "config.json")
     for config in (folder / "model_index.json", *folder.glob("*/config.json"), *folder.glob("*/tokenizer_config.json")):
         _forget_path(config)
@@ -121,11 +122,10 @@ def _nest_text_keys(file: Path) -> None:
     save_file(nested(load_file(file)), file, metadata={"format": "pt"})
 
 
-def _keep_tokenizer(tokenizer: CLIPTokenizer, source: Path, folder: Path) -> None:
+def _keep_tokenizer(tokenizer: CLIPTokenizer, files: Sequence[Path], folder: Path) -> None:
     """The teacher's own tokenizer files over what this transformers wrote; vocab.json and merges.txt in any case."""
-    for file in source.iterdir():
-        if file.suffix in {".json", ".txt"}:
-            shutil.copyfile(file, folder / file.name)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
     if not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
         tokenizer.backend_tokenizer.model.save(str(folder))
 

@@ -15,7 +15,7 @@ from stages.export import checks, tensorfile
 from stages.export.comfyui import workflow
 from stages.export.content import FILES, HALF, weight_file
 from stages.export.ldm_names import ldm_names, to_diffusers, to_ldm
-from stages.export.modelspec import file_name, metadata
+from stages.export.modelspec import file_name, metadata, teacher_name
 from stages.export.ours import FACTS, refuse_foreign_file
 from stages.export.stock import stock_reads_the_same
 from stages.export.verify import read_tensors
@@ -134,4 +134,4 @@ def _comes_back(key: str, value: Tensor, expected: Tensor) -> bool:
 
 def _lender(held: Folder) -> str:
     """The checkpoint that lends text encoder and VAE to a network alone: the teacher's, by its usual name."""
-    return f"{file_name(held.facts, None, False).removesuffix('-flow.safetensors')}.safetensors"
+    return f"{teacher_name(held.facts)}.safetensors"
