@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from configs.disk import unwritable
 from configs.owner import boot, lives, machine, owner
 from configs.refusal import Refused
 
@@ -43,10 +44,7 @@ def claimed(folder: Path, purpose: str) -> Iterator[None]:
         _take(path, folder, purpose)
     except OSError as error:
         _remove_empty(missing)
-        reason = error.strerror or str(error)
-        raise Refused(
-            f"{folder}: cannot be written ({reason}) - choose another folder, or look at its rights"
-        ) from error
+        raise unwritable(folder, error) from error
     try:
         yield
     finally:

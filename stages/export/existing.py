@@ -10,10 +10,9 @@ from stages.export import tensorfile
 from stages.export.content import HALF, Content, types_of
 from stages.export.ldm import open_folder, verify_file
 from stages.export.modelspec import metadata
-from stages.export.ours import FACTS, refuse_changed, refuse_foreign_file
+from stages.export.ours import FACTS, facts_of, refuse_changed, refuse_foreign_file
 from stages.export.stale import single_files
 from stages.export.verify import verify_folder
-from stages.nets.files import read_json
 from stages.nets.student import Student
 
 TYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -27,7 +26,7 @@ def verify_export(out: Path, student: Student, teacher_folder: Path) -> tuple[Pa
     folder = out / "diffusers"
     if not (folder / FACTS).is_file():
         raise Refused(f"{folder}: no export of ours ({FACTS} is missing) - export the run first")
-    facts = read_json(folder / FACTS)
+    facts = facts_of(folder)
     types = types_of(TYPES[facts["dtype"]], HALF in facts.get("variants", ()))
     verify_folder(folder, Content(student, teacher_folder, types, facts.get("flow_shift", 1.0)))
     files = single_files(out)

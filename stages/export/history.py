@@ -12,6 +12,7 @@ import yaml
 from configs.refusal import Refused, in_one_line
 from shards.manifest import NAME, Manifest
 from stages.classes import load_classes
+from stages.export.figures import results, tables
 from stages.nets.saved import cache_of, is_run
 
 LOCAL = {"run", "teacher", "device", "processes", "resume", "hub", "classes"}
@@ -97,9 +98,10 @@ def _evaluation(run: Path, samples: int) -> dict[str, Any]:
         return {}
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        tables(found), results(found)  # figures of another program fail here, where their file is known
         return found if found["samples"] == samples else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Refused(f"{file}: no evaluation of ours ({error!r}) - measure again or remove it") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Refused(f"{file}: no evaluation of ours ({in_one_line(error)}) - measure again or remove it") from error
 
 
 def _grids(run: Path, samples: int) -> dict[str, Path]:

@@ -16,7 +16,7 @@ from stages.export.comfyui import workflow
 from stages.export.content import FILES, HALF, weight_file
 from stages.export.ldm_names import ldm_names, to_diffusers, to_ldm
 from stages.export.modelspec import file_name, metadata, teacher_name
-from stages.export.ours import FACTS, refuse_foreign_file
+from stages.export.ours import FACTS, facts_of, refuse_foreign_file
 from stages.export.stock import stock_reads_the_same
 from stages.export.verify import read_tensors
 from stages.nets.anatomy import check_anatomy
@@ -107,7 +107,7 @@ def open_folder(folder: Path, unet_only: bool = False) -> Folder:
     """Read the folder, whole or its network alone; raises `Refused` when it is not a velocity model of ours."""
     if not (folder / FACTS).is_file():
         raise Refused(f"{folder}: no export of ours ({FACTS} is missing) - name the diffusers folder of an export")
-    facts = read_json(folder / FACTS)
+    facts = facts_of(folder)
     refuse_other_predictions(facts["prediction"])
     check_anatomy(folder)
     unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))

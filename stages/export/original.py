@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from configs.atomic import atomic_path
-from configs.refusal import Refused
+from configs.refusal import Refused, in_one_line
 from stages.export.modelspec import teacher_name
 from stages.export.ours import AWAY
 from stages.nets.components import Components
@@ -53,8 +53,12 @@ def settings(run: SavedRun, parts: Components) -> dict[str, Any]:
 
     Without a recorded batch size `gstep` counts samples.
     """
-    recorded = run.weights.parent / "state.json"
-    train = json.loads(recorded.read_text(encoding="utf-8"))["identity"].get("train", {}) if recorded.exists() else {}
+    recorded, train = run.weights.parent / "state.json", {}
+    try:
+        if recorded.exists():
+            train = dict(json.loads(recorded.read_text(encoding="utf-8"))["identity"].get("train", {}))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Refused(f"{recorded}: cannot be read ({in_one_line(error)}) - choose another checkpoint") from error
     return {
         "model_id": next(iter(parts.name.values())),
         "batch_size": train.get("batch_size", 1),

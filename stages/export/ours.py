@@ -30,6 +30,18 @@ UNLISTED = re.compile(
 """The files of an export that was made before exports listed theirs."""
 
 
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What an exported folder says of itself; raises `Refused` where that names no type, prediction or shift."""
+    facts = read_json(folder / FACTS)
+    if facts.get("dtype") not in ("float16", "float32") or not isinstance(facts.get("prediction"), str):
+        said = f"dtype is {facts.get('dtype')!r:.40} and prediction {facts.get('prediction')!r:.40}"
+        raise Refused(f"{folder / FACTS}: {said}, so nobody can tell what it holds - export the run again")
+    shift = facts.get("flow_shift", 1.0)
+    if isinstance(shift, bool) or not isinstance(shift, int | float):
+        raise Refused(f"{folder / FACTS}: flow_shift is {shift!r:.40}, not a number - export the run again")
+    return facts
+
+
 @dataclass(frozen=True)
 class Foreign:
     """What is not ours in an exported folder, as paths in it."""
