@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from configs.judgement import slip_of
 from configs.refusal import Refused
-from configs.strict import Strict
+from configs.strict import NonEmpty, Strict
 from configs.yaml_text import read_yaml
 from stages.classes.pattern import Specificity, specificity
 
@@ -22,7 +22,7 @@ NOTHING_SAID: Mapping[str, str] = {}
 class ClassSpec(Strict):
     """One class: the prompts that fit its pattern and its tags, and how much they matter."""
 
-    name: str = Field(min_length=1, description="name shown in tables")
+    name: NonEmpty = Field(min_length=1, description="name shown in tables")
     pattern: str | None = Field(None, min_length=1, description="glob over class names, such as star/* or */red")
     priority: Priority = Field(description="top, mid or low")
     tags: Mapping[str, str] | None = Field(
@@ -39,7 +39,9 @@ class ClassSpec(Strict):
         None,
         description="folder of photographs of one's own, beside the painted ones; the caption of NAME.png is NAME.txt",
     )
-    caption: str | None = Field(None, min_length=1, description="caption of the photographs that have none beside them")
+    caption: NonEmpty | None = Field(
+        None, min_length=1, description="caption of the photographs that have none beside them"
+    )
 
     @model_validator(mode="after")
     def _says_whose(self) -> "ClassSpec":

@@ -1,17 +1,19 @@
 """Where a model lies, and which files of its folder are read: these and no others make it what it is."""
 
-import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Never
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from configs.json_text import parse_json
 from configs.refusal import Refused
+from configs.text import read_bytes, size_of
 
 WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
@@ -25,7 +27,9 @@ LEGACY_TOKENS = ("special_tokens_map.json", "added_tokens.json")
 INDEX = "model_index.json"
 PARTS = (*WEIGHTS, "tokenizer", "scheduler")
 CONFIGS = ("*.json", "*.txt")
-FILES = (*CONFIGS, "README.md", "LICENSE*", "unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors")
+FILES = (*CONFIGS, "README.md", "LICENSE*", *(f"{part}/*.safetensors" for part in WEIGHTS))
+MOST_CONFIG_BYTES = 1 << 26
+"""Of a JSON file: the largest is a vocabulary, of about a megabyte."""
 POINTER = b"version https://git-lfs"
 AGAIN = "fetch the folder again"
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -37,12 +41,24 @@ def locate(location: str, files: Sequence[str] = FILES) -> Path:
     if Path(location).is_dir():
         return Path(location)
     try:
-        return Path(snapshot_download(location, allow_patterns=list(files)))
+        folder = Path(snapshot_download(location, allow_patterns=list(files)))
+        if pickled := _pickled_patterns(folder) if files is FILES else []:
+            folder = Path(snapshot_download(location, allow_patterns=[*files, *pickled]))
+        return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise Refused(
             f"teacher: {location!r} is neither a folder nor a hub repository that can be reached - "
             "name a diffusers folder of an SD-1.x model"
         ) from error
+
+
+def _pickled_patterns(folder: Path) -> list[str]:
+    """Where the older weights of a hub repository lie, of the parts that have no others; what variants are is left."""
+    patterns = []
+    for part, names in WEIGHTS.items():
+        if not any((folder / part).glob("*.safetensors")):
+            patterns += [f"{part}/{names[1]}", f"{part}/{names[1].removesuffix('.bin')}-*-of-*.bin"]
+    return patterns
 
 
 def absolute(location: str) -> str | None:
@@ -70,13 +86,11 @@ def find(places: Sequence[str]) -> tuple[str, Path]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A component's config; raises `Refused` with the file's name unless it is one JSON object of finite numbers."""
+    if not _lies(path):
+        raise Refused(f"teacher: {path} is missing - the folder must be a whole diffusers model")
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError as error:
-        raise Refused(f"teacher: {path} is missing - the folder must be a whole diffusers model") from error
-    except OSError as error:
-        raise Refused(f"teacher: {path} cannot be read ({error.strerror}) - {AGAIN}") from error
-    except (ValueError, RecursionError) as error:
+        content: Any = parse_json(read_bytes(path, f"teacher: {path}", AGAIN, MOST_CONFIG_BYTES).decode("utf-8"))
+    except ValueError as error:
         raise Refused(f"teacher: {path} is not JSON ({error}) - {AGAIN}") from error
     if not isinstance(content, dict):
         raise Refused(f"teacher: {path} holds {_kind(content)}, not the settings of a model - {AGAIN}")
@@ -107,26 +121,32 @@ def alone(files: Sequence[Path]) -> Iterator[Path]:
 
 
 def _tokenizer(where: Path) -> list[Path]:
-    present = [where / name for name in TOKENIZER if (where / name).is_file()]
+    present = [where / name for name in TOKENIZER if _lies(where / name)]
     names = {file.name for file in present}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         raise Refused(f"teacher: {where}: has no words (tokenizer.json, or vocab.json and merges.txt) - {AGAIN}")
     config = where / "tokenizer_config.json"
-    if not config.is_file() or "added_tokens_decoder" not in read_json(config):
-        present += [where / name for name in LEGACY_TOKENS if (where / name).is_file()]
+    if not _lies(config) or "added_tokens_decoder" not in read_json(config):
+        present += [where / name for name in LEGACY_TOKENS if _lies(where / name)]
     return present
 
 
 def _weights(where: Path, names: Sequence[str]) -> list[Path]:
     for name in names:
         whole, index = where / name, where / f"{name}.index.json"
-        if whole.is_file():
+        if _lies(whole):
             return [whole]
-        if index.is_file():
+        if _lies(index):
             return [index, *_shards(index)]
     others = sorted(file.name for file in where.glob("*") if file.suffix in {".safetensors", ".bin"})
     beside = f"; there is {', '.join(others)}, which is not read under that name" if others else ""
-    raise Refused(f"teacher: {where}: no weights ({' or '.join(names)}{beside}) - {AGAIN}")
+    rename = "rename the one that is meant, or " if others else ""
+    raise Refused(f"teacher: {where}: no weights ({' or '.join(names)}{beside}) - {rename}{AGAIN}")
+
+
+def _lies(file: Path) -> bool:
+    """Whether something of this name lies there: what is no file, such as a link to nothing, is refused, not passed."""
+    return os.path.lexists(file)
 
 
 def _shards(index: Path) -> list[Path]:
@@ -141,11 +161,12 @@ def _shards(index: Path) -> list[Path]:
 
 def _check(file: Path) -> None:
     """Raise `Refused` unless the file is there and is what its name says, as far as its head tells."""
+    if not _lies(file):
+        raise Refused(f"teacher: {file} is missing - {AGAIN}")
+    size_of(file, f"teacher: {file}", AGAIN)  # which a pipe has not: reading from it would wait for ever
     try:
         with open(file, "rb") as handle:
             head = handle.read(len(POINTER))
-    except FileNotFoundError as error:
-        raise Refused(f"teacher: {file} is missing - {AGAIN}") from error
     except OSError as error:
         raise Refused(f"teacher: {file} cannot be read ({error.strerror}) - {AGAIN}") from error
     if not head:
@@ -165,10 +186,6 @@ def _check_header(file: Path) -> None:
     for name, kind in types.items():
         if kind not in FLOATS and not name.endswith("position_ids"):
             raise Refused(f"teacher: {file}: tensor {name} is of type {kind}, weights are floating - {AGAIN}")
-
-
-def _refuse_constant(word: str) -> Never:
-    raise ValueError(f"{word} is no number")
 
 
 def _kind(value: object) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor, stack
 
+from configs.characters import fault_of, faulty_character, printable
 from configs.refusal import Refused
 from configs.text import read_bytes, read_clean_text
 from stages.classes import MARK, ClassSpec
@@ -15,6 +16,8 @@ from stages.pictures.opening import FORMATS, MOST_BYTES, fitted, open_picture
 from stages.prompts import Prompt, derived_seed
 
 MOST_CAPTION_BYTES = 1 << 14
+OF_WINDOWS = {"thumbs.db", "desktop.ini"}
+"""Files that Windows puts into folders of pictures and hides there."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,13 @@ def _visible(folder: Path, class_name: str) -> list[Path]:
     """The pictures and captions of a folder by name; raises `Refused` for all else that is not hidden."""
     visible = [path for path in _listed(folder, class_name) if not _is_hidden(path)]
     for path in visible:
+        if (fault := fault_of(path.name)) or not path.name.isprintable():
+            why = f"{fault} ({faulty_character(path.name)})" if fault else "of several lines or invisible characters"
+            raise Refused(f"{folder}: {printable(path.name)}: a file name {why} - rename it")
         if path.is_dir():
             raise Refused(f"{path}: is a folder, and only files right in {folder} are read - move it out of there")
+        if path.suffix.lower() == ".caption":
+            raise Refused(f"{path}: captions are read from .txt files - rename it {path.stem}.txt")
         if not _is_picture(path) and not _is_caption(path):
             raise Refused(f"{path}: not a png, jpg or webp file - convert it, or move it out of the folder")
     if not any(map(_is_picture, visible)):
@@ -105,7 +113,7 @@ def _is_caption(file: Path) -> bool:
 
 
 def _is_hidden(file: Path) -> bool:
-    return file.name.startswith(".")
+    return file.name.startswith(".") or file.name.lower() in OF_WINDOWS
 
 
 def _photograph(spec: ClassSpec, file: Path, caption: Path | None) -> Photograph:

@@ -8,6 +8,14 @@ from configs.refusal import Refused
 from configs.strict import Strict
 from stages.prompts.prompt import Prompt, derived_seed
 
+LONGEST = 1 << 16
+"""Characters of a sentence: what is longer, such as a whole book in one line, is none."""
+
+
+def fault_of_row(row: str) -> str | None:
+    """Why no prompt can be made of a row as it stands in its source, if so."""
+    return f"with more than {LONGEST:,} characters" if len(row) > LONGEST else fault_of(row)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -24,7 +32,7 @@ class Row:
     @property
     def fault(self) -> str | None:
         """Why no prompt can be made of it, if so."""
-        found = self.slip or fault_of(self.text + self.class_name)
+        found = self.slip or fault_of_row(self.text + self.class_name)
         return found or (None if self.text.strip() else "empty")
 
     @property

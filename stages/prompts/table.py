@@ -9,12 +9,12 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from configs.characters import fault_of, printable
+from configs.characters import printable
 from configs.json_text import parse_json
 from configs.refusal import Refused, did_you_mean
 from configs.text import encoding_of, lines_of, read_text, size_of
 from stages.prompts.extra import extra
-from stages.prompts.rows import Row, RowSource
+from stages.prompts.rows import Row, RowSource, fault_of_row
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
@@ -46,7 +46,7 @@ class ColumnSource(RowSource):
                 continue
             text, class_name = self._cell(cells, self.column), self._cell(cells, self.class_column)
             whole = text + class_name
-            yield Row(cells.place, text.strip(), class_name.strip(), fault_of(whole), whole)
+            yield Row(cells.place, text.strip(), class_name.strip(), fault_of_row(whole), whole)
 
     @property
     def columns(self) -> list[str]:
@@ -137,6 +137,8 @@ class TableSource(ColumnSource):
     def _head(self, names: Sequence[str], lines: Sequence[str]) -> Sequence[str]:
         """The names of the columns; raises `Refused` when they are not those of a table with our columns."""
         place = f"{self.path}:1"
+        if lines and lines[0].lower().startswith("sep="):
+            raise Refused(f"{place}: {printable(lines[0])} is a note of Excel's, not the head - remove this line")
         if not any(name.strip() for name in names):
             raise Refused(f"{place}: no head - name the columns in the first line")
         twice = [name for name in names if name.strip() and names.count(name) > 1]

@@ -7,9 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from configs.characters import fault_of
 from configs.text import encoding_of, lines_of, read_text
-from stages.prompts.rows import Row, RowSource
+from stages.prompts.rows import Row, RowSource, fault_of_row
 
 
 class FileSource(RowSource):
@@ -44,7 +43,7 @@ def _row(place: str, line: str) -> Row:
     """A line, with or without a class; white space around it says nothing, but for a tab that ends a class."""
     content = line.strip()
     class_name, tab, text = content.rpartition("\t")
-    fault = fault_of(line)
+    fault = fault_of_row(line)
     if fault is None and "\t" in class_name:
         fault = "with two tabs"
     if fault is None and content and not tab and "\t" in line[len(line.rstrip()) :]:
