@@ -53,7 +53,7 @@ def complain(message: str, code: int) -> int:
 
 
 def _flush() -> None:
-    """Hand over what was printed while it can still be told that this fails."""
+    """Hand over what was printed while a failure can still be shown."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -79,8 +79,8 @@ def _failed(error: Exception, words: Sequence[str], folder: Path | None) -> int:
 
 
 def _unforeseen(error: BaseException, words: Sequence[str], folder: Path | None) -> int:
-    told = account(error, words, folder)
-    return FAILED if told is None else complain(told, FAILED)
+    text = account(error, words, folder)
+    return FAILED if text is None else complain(text, FAILED)
 
 
 def _is_reader_gone() -> bool:
@@ -117,13 +117,13 @@ def _is_first_to_say(message: str) -> bool:
 
 @contextmanager
 def _threads_too(words: Sequence[str], folder: Callable[[], Path | None]) -> Iterator[None]:
-    """What ends a thread is told like what ends the command; threads of libraries would print a traceback."""
+    """What ends a thread is shown like what ends the command; threads of libraries would print a traceback."""
 
     def hook(ended: threading.ExceptHookArgs) -> None:
         if ended.exc_value is not None and not isinstance(ended.exc_value, SystemExit):
-            told = account(ended.exc_value, words, folder())
-            if told is not None:
-                complain(told, FAILED)
+            text = account(ended.exc_value, words, folder())
+            if text is not None:
+                complain(text, FAILED)
 
     earlier, threading.excepthook = threading.excepthook, hook
     try:

@@ -1,4 +1,4 @@
-"""What nobody foresaw: written whole to a file, and told in one line with where it is and what to try."""
+"""What nobody foresaw: written whole to a file, and shown in one line with where it is and what to try."""
 
 import os
 import platform
@@ -40,7 +40,7 @@ def account(error: BaseException, words: Sequence[str], folder: Path | None) -> 
     The file goes into `folder`, the run's, or else into the temporary one; where neither takes it, standard error does.
     Of several processes that share a run the first one speaks, the others add to its file: None.
     """
-    text = scrubbed(_story(error, words))
+    text = scrubbed(_report(error, words))
     shared = os.environ.get("TORCHELASTIC_RUN_ID")
     own = f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{os.getpid()}"
     for place in [*([folder] if folder else []), Path(tempfile.gettempdir())]:
@@ -97,7 +97,7 @@ def discreet(words: Sequence[str]) -> list[str]:
     return shown
 
 
-def _story(error: BaseException, words: Sequence[str]) -> str:
+def _report(error: BaseException, words: Sequence[str]) -> str:
     libraries = [f"{name} {_version(name)}" for name in LIBRARIES if name in sys.modules]
     environment = [f"{name}={os.environ[name]}" for name in TELLING if name in os.environ]
     facts = {
@@ -109,8 +109,8 @@ def _story(error: BaseException, words: Sequence[str]) -> str:
         "environment": ", ".join(environment) or "nothing that matters",
         "folder": os.path.realpath(os.curdir),
     }
-    told = "".join(f"{name:<12} {value}\n" for name, value in facts.items())
-    return f"{told}\n{''.join(traceback.format_exception(error))}"
+    text = "".join(f"{name:<12} {value}\n" for name, value in facts.items())
+    return f"{text}\n{''.join(traceback.format_exception(error))}"
 
 
 def _version(name: str) -> str:

@@ -26,7 +26,7 @@ def tie(parent: int) -> None:
     The kernel sends the signal where it can; elsewhere a thread looks for the parent's number now and then.
     """
     by_kernel = _ask_kernel(signal.SIGTERM)
-    if os.getppid() != parent:  # it died before the kernel was told
+    if os.getppid() != parent:  # it died before the kernel knew of the tie
         os._exit(128 + signal.SIGTERM)
     if not by_kernel and parent not in _parents:
         threading.Thread(target=_watch, args=[parent], name="tied", daemon=True).start()

@@ -76,9 +76,9 @@ def foreign_in(folder: Path) -> Foreign:
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write `sollune.json` last of all, with the hash of each file that lies in the folder by then."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    told = json.loads(json.dumps(facts, default=str))
-    listed = {name: _digest(folder, name, told) for name in [*names, FACTS]}
-    text = json.dumps({**told, FILES: listed}, indent=2, sort_keys=True)
+    recorded = json.loads(json.dumps(facts, default=str))
+    listed = {name: _digest(folder, name, recorded) for name in [*names, FACTS]}
+    text = json.dumps({**recorded, FILES: listed}, indent=2, sort_keys=True)
     (folder / FACTS).write_text(f"{text}\n", encoding="utf-8")
 
 

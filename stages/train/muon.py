@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,8 @@ class Alone:
 
 
 ALONE = Alone()
+Moved: TypeAlias = tuple[dict[str, Any], Tensor, Tensor]
+"""A group, one of its parameters, and its gradient."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -62,18 +64,18 @@ class Muon(torch.optim.Optimizer):
         """One step of all parameters that have a gradient."""
         if closure is not None:
             raise ValueError("a step is made from gradients that are there")
-        moved = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        moved = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for bucket in _buckets(moved):
-            directions = self._directions([self._momentum(parameter) for _, parameter in bucket])
-            for (group, parameter), direction in zip(bucket, directions, strict=True):
+            directions = self._directions([self._momentum(parameter, grad) for _, parameter, grad in bucket])
+            for (group, parameter, _), direction in zip(bucket, directions, strict=True):
                 matrix = as_matrix(parameter)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(direction, alpha=-group["lr"] * RMS * max(matrix.shape) ** 0.5)
 
-    def _momentum(self, parameter: Tensor) -> Float[Tensor, "out n"]:
+    def _momentum(self, parameter: Tensor, grad: Tensor) -> Float[Tensor, "out n"]:
         """Nesterov's momentum of a parameter after its present gradient."""
-        matrix, state, grad = as_matrix(parameter), self.state[parameter], parameter.grad
-        gradient = _ordered(parameter, torch.zeros_like(parameter) if grad is None else grad).reshape(matrix.shape)
+        matrix, state = as_matrix(parameter), self.state[parameter]
+        gradient = _ordered(parameter, grad).reshape(matrix.shape)
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
         momentum: Tensor = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
@@ -149,15 +151,15 @@ def _ordered(weight: Tensor, values: Tensor) -> Tensor:
     return values if weight.is_contiguous() else values.movedim(1, -1)
 
 
-def _buckets(moved: Sequence[tuple[dict[str, Any], Tensor]]) -> Iterator[list[tuple[dict[str, Any], Tensor]]]:
+def _buckets(moved: Sequence[Moved]) -> Iterator[list[Moved]]:
     """Parameters that are moved together, those of one shape beside each other; few enough to bound the memory."""
-    bucket: list[tuple[dict[str, Any], Tensor]] = []
+    bucket: list[Moved] = []
     elements = 0
-    for group, parameter in sorted(moved, key=lambda pair: sorted(as_matrix(pair[1]).shape)):
+    for group, parameter, grad in sorted(moved, key=lambda one: sorted(as_matrix(one[1]).shape)):
         if bucket and elements + parameter.numel() > MOST_ELEMENTS:
             yield bucket
             bucket, elements = [], 0
-        bucket.append((group, parameter))
+        bucket.append((group, parameter, grad))
         elements += parameter.numel()
     if bucket:
         yield bucket
