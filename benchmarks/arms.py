@@ -22,13 +22,13 @@ from stages.evaluate import measure
 
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """The .975 quantile for n seeds."""
-FEW = [
+SMALL_EVALUATION = [
     *("--paired.prompts", "512", "--paired.steps", "8", "--paired.controls", "false"),
     *("--fidelity.prompts", "100", "--fidelity.control-prompts", "2"),
 ]
 
 
-def figures(folder: Path) -> dict[str, float]:
+def read_metrics(folder: Path) -> dict[str, float]:
     """The figures of a run that was measured."""
     said: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     found = {"velocity error": said["velocity"]["velocity"]["overall"]}
@@ -45,11 +45,11 @@ def run(home: Path, cache: Path, files: list[Path], words: list[str]) -> dict[st
     folder = home / "distill"
     if not (folder / "evaluation.json").exists():
         distill.run(load(distill.Config, "distill", files, ["--run", str(home), *words]))
-        measure.main([str(folder), *(word for file in files for word in ("--config", str(file))), *FEW])
-    return figures(folder)
+        measure.main([str(folder), *(word for file in files for word in ("--config", str(file))), *SMALL_EVALUATION])
+    return read_metrics(folder)
 
 
-def difference(arm: list[float], control: list[float]) -> str:
+def difference_text(arm: list[float], control: list[float]) -> str:
     """Mean paired difference, its 95 % interval, and both as shares of the control."""
     apart = [one - other for one, other in zip(arm, control, strict=True)]
     mean, base = statistics.mean(apart), statistics.mean(control)
@@ -85,7 +85,7 @@ def main() -> int:
     for name in found[control][0]:
         base = [figure[name] for figure in found[control]]
         for value in asked.values[1:]:
-            apart = difference([figure[name] for figure in found[value]], base)
+            apart = difference_text([figure[name] for figure in found[value]], base)
             print(f"| {name} | {statistics.mean(base):.5f} | {value} | {apart} |")
     return 0
 

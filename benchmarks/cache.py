@@ -38,7 +38,7 @@ def now() -> float:
 
 
 @dataclass
-class Clock:
+class CallTimer:
     """When some calls began and ended."""
 
     now: Callable[[], float] = now
@@ -50,7 +50,7 @@ class Clock:
         return sum(ended - began for began, ended in self.spans)
 
     @contextmanager
-    def around(self, owner: Any, name: str) -> Iterator[None]:
+    def time_calls(self, owner: Any, name: str) -> Iterator[None]:
         """Time every call of `owner.name` while the context lasts."""
         true: Callable[..., Any] = getattr(owner, name)
 
@@ -69,38 +69,38 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Measured:
+class CacheTiming:
     """One run; all in seconds."""
 
-    whole: float
+    total_seconds: float
     loading: float
     forward: float
 
     @property
-    def rest(self) -> float:
+    def other_seconds(self) -> float:
         """What is neither loading nor the teacher."""
-        return self.whole - self.loading - self.forward
+        return self.total_seconds - self.loading - self.forward
 
     @property
-    def share(self) -> float:
+    def overhead_share(self) -> float:
         """Of the time after loading, what is not the teacher's forward pass."""
-        return self.rest / (self.whole - self.loading)
+        return self.other_seconds / (self.total_seconds - self.loading)
 
 
-def measure(words: list[str], run: Path) -> Measured:
+def measure(words: list[str], run: Path) -> CacheTiming:
     """Fill a fresh cache."""
     shutil.rmtree(run, ignore_errors=True)
     config = load(cache_teacher.Config, "cache_teacher", [Path("configs/tiny.yaml")], [*words, "--run", str(run)])
-    loading, networks, texts = Clock(), Clock(), Clock()
+    loading, networks, texts = CallTimer(), CallTimer(), CallTimer()
     with (
-        loading.around(cache_teacher, "load_components"),
-        networks.around(UNet2DConditionModel, "forward"),
-        texts.around(CLIPTextModel, "forward"),
+        loading.time_calls(cache_teacher, "load_components"),
+        networks.time_calls(UNet2DConditionModel, "forward"),
+        texts.time_calls(CLIPTextModel, "forward"),
     ):
         began = now()
         cache_teacher.run(config)
         whole = now() - began
-    return Measured(whole, loading.seconds, networks.seconds + texts.seconds)
+    return CacheTiming(whole, loading.seconds, networks.seconds + texts.seconds)
 
 
 def main() -> int:
@@ -123,8 +123,11 @@ def main() -> int:
         "| whole run | loading | teacher's forward | the rest | share that is not the teacher |\n|---|---|---|---|---|"
     )
     for one in found:
-        print(f"| {one.whole:.1f} s | {one.loading:.1f} s | {one.forward:.1f} s | {one.rest:.2f} s | {one.share:.1%} |")
-    share = statistics.median(one.share for one in found)
+        print(
+            f"| {one.total_seconds:.1f} s | {one.loading:.1f} s | {one.forward:.1f} s | {one.other_seconds:.2f} s "
+            f"| {one.overhead_share:.1%} |"
+        )
+    share = statistics.median(one.overhead_share for one in found)
     print(f"\nmedian share {share:.1%}, limit {LIMIT:.0%}")
     return 0 if share <= LIMIT else 1
 

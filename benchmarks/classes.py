@@ -26,11 +26,11 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.arms import STUDENT_T, difference
-from configs.atomic import atomic_write
+from benchmarks.arms import STUDENT_T, difference_text
 from configs.load import load
 from stages import finetune_classes
-from stages.classes import OUTSIDE, ClassFile, load_classes
+from stages.classes import OUTSIDE_LABEL, ClassFile, load_classes
+from stages.system.atomic import atomic_write
 
 ARMS = ("priorities", "even")
 Shares = dict[str, float]
@@ -38,21 +38,21 @@ Shares = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Measured:
+class ArmResult:
     """One arm with one seed: the distilled student and the finetuned one, asked the same."""
 
     before: Shares
     after: Shares
 
     @classmethod
-    def read(cls, table: Path) -> "Measured":
+    def read(cls, table: Path) -> "ArmResult":
         """What per_class.csv says."""
         with open(table, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         return cls(*({row["class"]: float(row[f"all_{when}"]) for row in rows} for when in ("before", "after")))
 
 
-def even(classes: ClassFile) -> ClassFile:
+def with_equal_weights(classes: ClassFile) -> ClassFile:
     """The same classes, none of which matters more."""
     return classes.model_copy(
         update={"classes": tuple(spec.model_copy(update={"weight": 1.0}) for spec in classes.classes)}
@@ -67,7 +67,7 @@ def prepare(home: Path, run: Path) -> None:
             (home / part).symlink_to((run / part).resolve())
 
 
-def finetune(home: Path, run: Path, files: Sequence[Path], words: Sequence[str]) -> Measured:
+def finetune(home: Path, run: Path, files: Sequence[Path], words: Sequence[str]) -> ArmResult:
     """Fine-tune and measure one arm with one seed, unless that was done with these very words."""
     prepare(home, run)
     done, table = home / "measured.json", home / "classes" / "per_class.csv"
@@ -76,10 +76,10 @@ def finetune(home: Path, run: Path, files: Sequence[Path], words: Sequence[str])
             load(finetune_classes.Config, "finetune_classes", list(files), ["--run", str(home), *words])
         )
         atomic_write(done, json.dumps(list(words)) + "\n")
-    return Measured.read(table)
+    return ArmResult.read(table)
 
 
-def points(apart: Sequence[float]) -> str:
+def points_text(apart: Sequence[float]) -> str:
     """Mean of paired differences in points, with its 95 % interval where there are several."""
     if len(apart) < 2:
         return f"{100 * apart[0]:+.2f}"
@@ -87,7 +87,7 @@ def points(apart: Sequence[float]) -> str:
     return f"{100 * statistics.mean(apart):+.2f} +- {100 * half:.2f}"
 
 
-def report(classes: ClassFile, found: dict[str, list[Measured]]) -> str:
+def report(classes: ClassFile, found: dict[str, list[ArmResult]]) -> str:
     """The table in Markdown."""
     tops = [spec.name for spec in classes.classes if spec.priority == "top"]
     others = [spec.name for spec in classes.classes if spec.priority != "top"]
@@ -98,8 +98,8 @@ def report(classes: ClassFile, found: dict[str, list[Measured]]) -> str:
     if others:
         worst = min(others, key=lambda name: statistics.mean(gains[name]))
         rows.append((f"worst other class: {worst}", [worst]))
-    if OUTSIDE in before[0]:
-        rows.append(("outside of all classes", [OUTSIDE]))
+    if OUTSIDE_LABEL in before[0]:
+        rows.append(("outside of all classes", [OUTSIDE_LABEL]))
 
     def mean(shares: Shares, names: Sequence[str]) -> float:
         return statistics.mean(shares[name] for name in names)
@@ -115,17 +115,17 @@ def report(classes: ClassFile, found: dict[str, list[Measured]]) -> str:
         )
         shown = " | ".join(f"{100 * statistics.mean(values):.2f}" for values in (first, control, arm))
         pairs = ((arm, first), (control, first), (arm, control))
-        apart = " | ".join(points([a - b for a, b in zip(one, other, strict=True)]) for one, other in pairs)
+        apart = " | ".join(points_text([a - b for a, b in zip(one, other, strict=True)]) for one, other in pairs)
         lines.append(f"| {label} | {shown} | {apart} |")
     if len(before) > 1:
         top = {arm: [mean(m.after, tops) for m in found[arm]] for arm in ARMS}
-        lines += ["", f"top classes, priorities against even: {difference(top['priorities'], top['even'])}"]
+        lines += ["", f"top classes, priorities against even: {difference_text(top['priorities'], top['even'])}"]
     return "\n".join(lines)
 
 
-def exam_words(asked: argparse.Namespace) -> list[str]:
+def exam_options(args: argparse.Namespace) -> list[str]:
     """The exam's settings as options of finetune-classes."""
-    told = {"pictures": asked.pictures, "sampler.steps": asked.steps, "sampler.guidance": asked.guidance}
+    told = {"pictures": args.pictures, "sampler.steps": args.steps, "sampler.guidance": args.guidance}
     return [word for name, value in told.items() for word in (f"--exam.{name}", str(value))]
 
 
@@ -150,15 +150,15 @@ def main() -> int:
     home = asked.folder or asked.run / "classes_arms"
     classes = load_classes(asked.classes)
     home.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[Measured]] = {arm: [] for arm in ARMS}
+    found: dict[str, list[ArmResult]] = {arm: [] for arm in ARMS}
     for seed in range(asked.seeds):
         for arm in ARMS:
             file = home / f"{arm}.yaml"
-            chosen = classes if arm == "priorities" else even(classes)
+            chosen = classes if arm == "priorities" else with_equal_weights(classes)
             atomic_write(file, yaml.safe_dump(chosen.model_dump(mode="json", exclude_none=True), sort_keys=False))
             words = ["--classes", str(file), "--seed", str(seed), "--train.seed", str(seed), "--exam.seed", str(seed)]
             found[arm].append(
-                finetune(home / f"{arm}{seed}", asked.run, asked.config, [*words, *exam_words(asked), *rest])
+                finetune(home / f"{arm}{seed}", asked.run, asked.config, [*words, *exam_options(asked), *rest])
             )
             print(f"{arm}, seed {seed}: {found[arm][-1]}", file=sys.stderr)
     print(f"\n{asked.seeds} seeds, {asked.pictures} pictures a class, {asked.steps} steps, guidance {asked.guidance}\n")

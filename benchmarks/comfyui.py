@@ -24,29 +24,29 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
 from benchmarks.full_size import CONTEXT, make_full_size
-from configs.refusal import Refused
 from stages.export import export_all
 from stages.nets.student import Student
+from stages.system.refusal import Refused
 
 COUNTS = {"model": 686, "first_stage_model": 248, "cond_stage_model": 196}
 SHIFT, S = 2.5, 0.37345
-LIKE_OURS = 1e-2
+MAX_RELATIVE_ERROR = 1e-2
 """ComfyUI computes on a CPU in fp32 from fp16 weights, with attention of its own."""
 
 
 def main() -> int:
     """Make the student, export it, and let ComfyUI open the file."""
-    said = _words()
+    said = _parse_args()
     if said.comfyui and not (said.comfyui / "comfy" / "sd.py").is_file():
         raise Refused(f"{said.comfyui}: no ComfyUI lies here (comfy/sd.py is missing) - name a checkout of it")
-    with timed("teacher of SD1.5's size, random"):
+    with print_timing("teacher of SD1.5's size, random"):
         teacher = make_full_size(said.work / "teacher")
-    with timed("student, every tensor moved"):
-        student = moved(teacher)
+    with print_timing("student, every tensor moved"):
+        student = perturb_teacher(teacher)
     out = said.work / "distill" / "export"
-    with timed("export in fp16, verified"):
+    with print_timing("export in fp16, verified"):
         _, file = export_all(student, teacher, out, {"teacher": "random", "tail": "hold"}, flow_shift=SHIFT)
-    count(file)
+    check_tensor_counts(file)
     if said.comfyui:
         compare(said.comfyui, file, student)
     if not said.keep:
@@ -54,7 +54,7 @@ def main() -> int:
     return 0
 
 
-def _words() -> argparse.Namespace:
+def _parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the models, removed at the end")
     parser.add_argument("--comfyui", type=Path, help="a checkout of ComfyUI")
@@ -63,7 +63,7 @@ def _words() -> argparse.Namespace:
 
 
 @contextmanager
-def timed(what: str) -> Iterator[None]:
+def print_timing(what: str) -> Iterator[None]:
     """Print how long the block took, in wall and processor time, and the highest memory so far."""
     wall, cpu = time.perf_counter(), time.process_time()
     yield
@@ -72,7 +72,7 @@ def timed(what: str) -> Iterator[None]:
     print(f"{what}: {passed:.0f} s, {busy:.0f} s of processor, peak {peak:.1f} GB", flush=True)
 
 
-def moved(teacher: Path) -> Student:
+def perturb_teacher(teacher: Path) -> Student:
     """The teacher's network with noise on every tensor."""
     unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet")
     generator = torch.Generator().manual_seed(1)
@@ -82,7 +82,7 @@ def moved(teacher: Path) -> Student:
     return Student(unet.eval().requires_grad_(False))
 
 
-def count(file: Path) -> None:
+def check_tensor_counts(file: Path) -> None:
     """Print how many tensors of each part the file holds; raises `Refused` when SD1.5 has other counts."""
     with safe_open(file, "pt") as opened:
         names = list(opened.keys())
@@ -93,7 +93,7 @@ def count(file: Path) -> None:
         raise Refused(f"{file.name}: holds {dict(found)}, an SD1.5 file holds {COUNTS}")
 
 
-class Heard(logging.Handler):
+class LogCollector(logging.Handler):
     """What ComfyUI says while it loads."""
 
     def __init__(self) -> None:
@@ -107,21 +107,21 @@ class Heard(logging.Handler):
 
 def compare(comfyui: Path, file: Path, student: Student) -> None:
     """Open the file with ComfyUI's loader and hold one denoised latent against ours."""
-    with timed("ComfyUI's loader"):
+    with print_timing("ComfyUI's loader"):
         model, heard = load(comfyui, file)
     slips = [line for line in heard if "missing" in line or "unexpected" in line or "left over" in line]
     print(f"ComfyUI's loader on {type(model.model).__name__}: {slips or 'nothing missing, nothing left over'}")
-    with timed("one answer of both"):
-        error = one_answer(model, student)
+    with print_timing("one answer of both"):
+        error = denoised_error(model, student)
     print(f"x - s v at s = {S}: {error:.1e} away from ours")
-    if slips or not error < LIKE_OURS:
+    if slips or not error < MAX_RELATIVE_ERROR:
         raise Refused(f"{file.name}: ComfyUI does not read it as it was meant")
 
 
 def load(comfyui: Path, file: Path) -> tuple[Any, list[str]]:
     """The model as ComfyUI patches it for a rectified flow, and what was logged on the way."""
     sys.path.insert(0, str(comfyui))
-    heard = Heard()
+    heard = LogCollector()
     logging.getLogger().addHandler(heard)
     logging.getLogger().setLevel(logging.INFO)
     from comfy.cli_args import args
@@ -137,7 +137,7 @@ def load(comfyui: Path, file: Path) -> tuple[Any, list[str]]:
 
 
 @torch.inference_mode()
-def one_answer(model: Any, student: Student) -> float:
+def denoised_error(model: Any, student: Student) -> float:
     """How far ComfyUI's denoised latent is from ours, relative to it."""
     import comfy.model_management
 

@@ -26,23 +26,43 @@ from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from benchmarks.killing import content, half_done, killed_before, left, small_job
+from benchmarks.killing import fill_small_cache, incomplete_files, kill_before_step, leftovers_text, read_files
 
 TEACH = ["-m", "stages", "cache-teacher", "--config", "configs/tiny.yaml"]
-MANY = ["--count", "120", "--validation-count", "6", "--render.records-per-shard", "6", "--render.states.steps", "6"]
-FEW = ["--count", "8", "--validation-count", "2", "--render.records-per-shard", "2", "--render.states.steps", "4"]
+LARGE_CACHE = [
+    "--count",
+    "120",
+    "--validation-count",
+    "6",
+    "--render.records-per-shard",
+    "6",
+    "--render.states.steps",
+    "6",
+]
+SMALL_CACHE = [
+    "--count",
+    "8",
+    "--validation-count",
+    "2",
+    "--render.records-per-shard",
+    "2",
+    "--render.states.steps",
+    "4",
+]
 KILLS_A_LIFE = 3
 KINDS = (".tar", "manifest.json", "zarr.json", "/c/")
 """A flip meets each kind of file as often as any other."""
 
 
-def taught(run: Path, seconds: float | None = None) -> float | None:
+def run_cache_teacher(run: Path, seconds: float | None = None) -> float | None:
     """Run cache-teacher, killed so long after it says its first word, just before it writes; how long it wrote.
 
     None when it was killed. Raises when it fails by itself.
     """
     job = subprocess.Popen(
-        [sys.executable, "-u", *TEACH, *MANY, "--run", str(run)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-u", *TEACH, *LARGE_CACHE, "--run", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     assert job.stdout
     job.stdout.readline()
@@ -59,26 +79,26 @@ def taught(run: Path, seconds: float | None = None) -> float | None:
     return time.perf_counter() - began
 
 
-def kills(folder: Path, wanted: int, rng: random.Random) -> int:
+def kill_cache_runs(folder: Path, kill_count: int, rng: random.Random) -> int:
     """Kill and resume; returns how many lives went wrong."""
-    taught(folder / "warm")  # the page cache decides how long the first run takes
-    writes = taught(folder / "whole")
+    run_cache_teacher(folder / "warm")  # the page cache decides how long the first run takes
+    writes = run_cache_teacher(folder / "whole")
     assert writes is not None
-    whole = content(folder / "whole" / "cache")
+    whole = read_files(folder / "whole" / "cache")
     print(f"an uninterrupted run writes {len(whole)} files, {sum(map(len, whole.values())):,} bytes in {writes:.2f} s")
     made, late, failed, life = 0, 0, 0, 0
-    while made < wanted:
+    while made < kill_count:
         run, slips, before = folder / f"life{life}", list[str](), 0.0
-        for moment in sorted(rng.uniform(0, writes) for _ in range(min(KILLS_A_LIFE, wanted - made))):
-            if taught(run, moment - before) is not None:
+        for moment in sorted(rng.uniform(0, writes) for _ in range(min(KILLS_A_LIFE, kill_count - made))):
+            if run_cache_teacher(run, moment - before) is not None:
                 late += 1
                 break
             made, before = made + 1, moment
-            slips += half_done(run / "cache", whole)
+            slips += incomplete_files(run / "cache", whole)
             wrong = f" WRONG: {slips}" if slips else ""
-            print(f"life {life}, killed at {moment:.2f} s: {left(run / 'cache')}{wrong}")
-        taught(run)
-        same = content(run / "cache") == whole and not list((run / "cache").rglob(".*"))
+            print(f"life {life}, killed at {moment:.2f} s: {leftovers_text(run / 'cache')}{wrong}")
+        run_cache_teacher(run)
+        same = read_files(run / "cache") == whole and not list((run / "cache").rglob(".*"))
         print(f"life {life} went on to {'the same bytes' if same else 'OTHER BYTES'}", flush=True)
         failed += bool(slips) or not same
         life += 1
@@ -86,15 +106,15 @@ def kills(folder: Path, wanted: int, rng: random.Random) -> int:
     return failed
 
 
-def steps(folder: Path) -> int:
+def kill_at_each_step(folder: Path) -> int:
     """Kill a small job before each of its steps, and let it go on; returns how many times that went wrong."""
     failed, number = 0, 0
-    quietly(small_job, folder / "whole")
-    whole = content(folder / "whole")
-    while killed_before(lambda: small_job(folder / "killed"), number):
-        slips = half_done(folder / "killed", whole)
-        quietly(small_job, folder / "killed")
-        same = content(folder / "killed") == whole and not list((folder / "killed").rglob(".*"))
+    call_silently(fill_small_cache, folder / "whole")
+    whole = read_files(folder / "whole")
+    while kill_before_step(lambda: fill_small_cache(folder / "killed"), number):
+        slips = incomplete_files(folder / "killed", whole)
+        call_silently(fill_small_cache, folder / "killed")
+        same = read_files(folder / "killed") == whole and not list((folder / "killed").rglob(".*"))
         if slips or not same:
             print(f"step {number}: {slips or 'other bytes'}")
             failed += 1
@@ -104,13 +124,13 @@ def steps(folder: Path) -> int:
     return failed
 
 
-def quietly(act, *words):  # type: ignore[no-untyped-def]
+def call_silently(act, *words):  # type: ignore[no-untyped-def]
     """Do something whose words nobody needs."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         return act(*words)
 
 
-def damages(folder: Path, flips: int, cuts: int, rng: random.Random) -> int:
+def damage_and_repair(folder: Path, flips: int, cuts: int, rng: random.Random) -> int:
     """Damage and repair a real cache; returns how many times that went wrong."""
     from configs.load import load
     from stages import cache_teacher, upkeep
@@ -118,11 +138,11 @@ def damages(folder: Path, flips: int, cuts: int, rng: random.Random) -> int:
     # The teacher is the same each time: loading it anew would take most of the time.
     cache_teacher.load_components = functools.lru_cache(cache_teacher.load_components)  # type: ignore[assignment]
     run, cache = folder / "run", folder / "run" / "cache"
-    quietly(
+    call_silently(
         cache_teacher.run,
-        load(cache_teacher.Config, "cache_teacher", [Path("configs/tiny.yaml")], ["--run", str(run), *FEW]),
+        load(cache_teacher.Config, "cache_teacher", [Path("configs/tiny.yaml")], ["--run", str(run), *SMALL_CACHE]),
     )
-    whole, outcomes, failed = content(cache), Counter[tuple[str, str]](), 0
+    whole, outcomes, failed = read_files(cache), Counter[tuple[str, str]](), 0
     for number in range(flips + cuts):
         kind = KINDS[number % len(KINDS)]
         file = rng.choice([file for file in whole if kind in file])
@@ -131,8 +151,8 @@ def damages(folder: Path, flips: int, cuts: int, rng: random.Random) -> int:
         if not cut:
             bad[bit // 8] ^= 1 << bit % 8
         (cache / file).write_bytes(bad)
-        code = quietly(upkeep.main, ["verify", str(run)])
-        mended = quietly(upkeep.main, ["repair", str(run)]) == 0 and content(cache) == whole
+        code = call_silently(upkeep.main, ["verify", str(run)])
+        mended = call_silently(upkeep.main, ["repair", str(run)]) == 0 and read_files(cache) == whole
         outcomes[kind, "cut" if cut else "flip"] += 1
         if code != 1 or not mended:
             failed += 1
@@ -163,11 +183,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/stamps"
         if asked.kills or nothing:
-            failed += kills(Path(folder), asked.kills or 30, rng)
+            failed += kill_cache_runs(Path(folder), asked.kills or 30, rng)
         if asked.steps:
-            failed += steps(Path(folder) / "steps")
+            failed += kill_at_each_step(Path(folder) / "steps")
         if asked.flips or asked.cuts:
-            failed += damages(Path(folder), asked.flips, asked.cuts, rng)
+            failed += damage_and_repair(Path(folder), asked.flips, asked.cuts, rng)
         if asked.checkpoints:
             from benchmarks import saving_faults
 

@@ -17,17 +17,30 @@ import torch
 from numcodecs.zstd import Zstd
 
 from shards.codec import encode
-from shards.recipe import Recipe
-from shards.record import BlockFeatures, Draws, Record
-from shards.seal import sealed
+from shards.integrity import append_seal
+from shards.manifest import Recipe
+from shards.record import BlockFeatures, Record, States
 from shards.table import write_table
-from shards.writer import OWNER, CacheWriter
+from shards.writer import TAR_OWNER, CacheWriter
 
 BLOCK = 512
 DEEP = "deep"
-ODD: list[Any] = [None, True, False, 0, 1, -1, 2, 3, 7, 255, 2**31, 2**40, 2**53, 2**63, 2**64, 10**30, 10**400]
-ODD += [0.5, -0.0, 1e308, float("nan"), float("inf"), "", "a", "0", "x" * 300, "../../x", "/etc/passwd", "data/../x"]
-ODD += [
+ODD_VALUES: list[Any] = [None, True, False, 0, 1, -1, 2, 3, 7, 255, 2**31, 2**40, 2**53, 2**63, 2**64, 10**30, 10**400]
+ODD_VALUES += [
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "a",
+    "0",
+    "x" * 300,
+    "../../x",
+    "/etc/passwd",
+    "data/../x",
+]
+ODD_VALUES += [
     "\ud800",
     "\x1b[2J\n",
     "٠" * 9,
@@ -42,11 +55,22 @@ ODD += [
     {"name": "zlib"},
     DEEP,
 ]
-NAMES = ["consolidated_metadata", "sha256", "shape", "codecs", "name", "file", "__class__", "x" * 200, "\x00", "blocks"]
+ODD_KEYS = [
+    "consolidated_metadata",
+    "sha256",
+    "shape",
+    "codecs",
+    "name",
+    "file",
+    "__class__",
+    "x" * 200,
+    "\x00",
+    "blocks",
+]
 
 
 def record(
-    number: int, shape: tuple[int, ...] = (1, 2, 2), draws: int = 2, blocks: tuple[str, ...] = ("mid", "up_0")
+    number: int, shape: tuple[int, ...] = (1, 2, 2), state_count: int = 2, blocks: tuple[str, ...] = ("mid", "up_0")
 ) -> Record:
     """A tiny record with values that no other has."""
     generator = torch.Generator().manual_seed(number)
@@ -54,10 +78,10 @@ def record(
     def half(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator).half()
 
-    times = torch.rand(draws, generator=generator)
-    states = [half(draws, *shape) for _ in range(3)]
-    kept = Draws((times * 999).long(), times, *states, torch.arange(draws) % 2 == 0)
-    features = BlockFeatures({block: half(draws, 3) for block in blocks})
+    times = torch.rand(state_count, generator=generator)
+    states = [half(state_count, *shape) for _ in range(3)]
+    kept = States((times * 999).long(), times, *states, torch.arange(state_count) % 2 == 0)
+    features = BlockFeatures({block: half(state_count, 3) for block in blocks})
     words = (f"{number:09d}", f"star {number}", f"class/{number % 2}", number, 5.0)
     return Record(*words, half(2, 3), half(*shape), kept, features)
 
@@ -70,7 +94,7 @@ def make_cache(folder: Path) -> None:
     write_table(folder)
 
 
-def damaged(rng: Random, content: bytes) -> bytes:
+def damage_bytes(rng: Random, content: bytes) -> bytes:
     """The same with one thing wrong: bits, a cut, a piece twice, moved, or of zeros."""
     bad, at = bytearray(content), rng.randrange(max(1, len(content)))
     size = rng.choice((1, 4, 8, 64, BLOCK))
@@ -91,20 +115,20 @@ def damaged(rng: Random, content: bytes) -> bytes:
     return bytes(bad)
 
 
-def nodes(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def tree_paths(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The way to every value inside a JSON tree."""
     found = [path] if path else []
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, inner in items:
-        found += nodes(inner, (*path, key))
+        found += tree_paths(inner, (*path, key))
     return found
 
 
-def changed(rng: Random, tree: Any, times: int = 1) -> Any:
+def mutate_tree(rng: Random, tree: Any, times: int = 1) -> Any:
     """A JSON tree with something odd in it."""
     tree = copy.deepcopy(tree)
     for _ in range(times):
-        ways = nodes(tree)
+        ways = tree_paths(tree)
         if not ways:
             return tree
         *before, last = rng.choice(ways)
@@ -115,7 +139,7 @@ def changed(rng: Random, tree: Any, times: int = 1) -> Any:
         if way == 0:
             del parent[last]
         elif way == 1 and isinstance(parent, dict):
-            parent[rng.choice(NAMES)] = copy.deepcopy(rng.choice([parent[last], *ODD]))
+            parent[rng.choice(ODD_KEYS)] = copy.deepcopy(rng.choice([parent[last], *ODD_VALUES]))
         elif way == 1:
             parent.insert(last, copy.deepcopy(parent[last]))
         elif way <= 3 and type(parent[last]) is int:
@@ -126,7 +150,7 @@ def changed(rng: Random, tree: Any, times: int = 1) -> Any:
                 other = other[key] if isinstance(other, (dict, list)) and _has(other, key) else other
             parent[last] = copy.deepcopy(other)
         else:
-            parent[last] = copy.deepcopy(rng.choice(ODD))
+            parent[last] = copy.deepcopy(rng.choice(ODD_VALUES))
     return tree
 
 
@@ -134,7 +158,7 @@ def _has(tree: Any, key: Any) -> bool:
     return key in tree if isinstance(tree, dict) else isinstance(key, int) and key < len(tree)
 
 
-def written(tree: Any, rng: Random | None = None, **form: Any) -> str:
+def to_json(tree: Any, rng: Random | None = None, **form: Any) -> str:
     """JSON text of a tree; now and then a key is there twice, or something lies deep inside lists."""
     text = json.dumps(tree, **form).replace(f'"{DEEP}"', "[" * 900 + "]" * 900)
     if rng and rng.random() < 0.1 and ": " in text and "{" in text:
@@ -147,22 +171,22 @@ def manifest_text(tree: Any) -> str:
     """A manifest in the form in which it is written, sealed, as far as the tree still is one."""
     try:
         parts = [
-            f'"schema_version": {written(tree["schema_version"])}',
-            f'"recipe": {written(tree["recipe"], indent=1)}',
+            f'"schema_version": {to_json(tree["schema_version"])}',
+            f'"recipe": {to_json(tree["recipe"], indent=1)}',
         ]
         for name in ("failures", "shards", "table"):
-            listed = ",".join(f"\n {written(item)}" for item in tree[name])
+            listed = ",".join(f"\n {to_json(item)}" for item in tree[name])
             parts.append(f'"{name}": [{listed}{chr(10) * bool(listed)}]')
-        parts += [f"{json.dumps(name)}: {written(tree[name])}" for name in sorted(tree.keys() - MANIFEST)]
-        return sealed("{\n" + ",\n".join(parts) + ",\n")
+        parts += [f"{json.dumps(name)}: {to_json(tree[name])}" for name in sorted(tree.keys() - MANIFEST)]
+        return append_seal("{\n" + ",\n".join(parts) + ",\n")
     except (KeyError, TypeError):
-        return sealed(written(tree, indent=1).removesuffix("\n}").removesuffix("]") + ",\n")
+        return append_seal(to_json(tree, indent=1).removesuffix("\n}").removesuffix("]") + ",\n")
 
 
 MANIFEST = {"schema_version", "recipe", "failures", "shards", "table", "sha256"}
 
 
-def forged_record(rng: Random, number: int) -> tuple[bytes, bytes]:
+def forge_record(rng: Random, number: int) -> tuple[bytes, bytes]:
     """The two members of a record that is odd in one way, and agrees with itself in every other."""
     way = rng.randrange(6)
     if way == 0:
@@ -172,23 +196,23 @@ def forged_record(rng: Random, number: int) -> tuple[bytes, bytes]:
         )
     said, tensors = encode(record(number))
     if way == 1:
-        return damaged(rng, said), tensors
+        return damage_bytes(rng, said), tensors
     if way == 2:
-        return written(changed(rng, json.loads(said)), rng, sort_keys=True).encode(errors="replace"), tensors
+        return to_json(mutate_tree(rng, json.loads(said)), rng, sort_keys=True).encode(errors="replace"), tensors
     if way == 3:
-        return said, damaged(rng, tensors)
+        return said, damage_bytes(rng, tensors)
     size = int.from_bytes(tensors[:8], "little")
     header, body = json.loads(tensors[8 : 8 + size]), tensors[8 + size :]
-    header = changed(rng, header, rng.choice((1, 1, 3)))
+    header = mutate_tree(rng, header, rng.choice((1, 1, 3)))
     if way == 5 and rng.random() < 0.5:
-        header, body = _one_shape(rng, json.loads(tensors[8 : 8 + size]))
-    text = written(header, rng, separators=(",", ":")).encode(errors="replace")
+        header, body = _reshape_one_tensor(rng, json.loads(tensors[8 : 8 + size]))
+    text = to_json(header, rng, separators=(",", ":")).encode(errors="replace")
     text += b" " * (-len(text) % 8)
     length = len(text) if rng.random() < 0.9 else rng.choice((0, 1, len(text) - 1, 2**16, 2**31, 2**63, 2**64 - 1))
     return said, struct.pack("<Q", length) + text + body
 
 
-def _one_shape(rng: Random, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+def _reshape_one_tensor(rng: Random, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     """A header in which one tensor has another shape, and every place follows from it."""
     name, at = rng.choice([*header]), 0
     header[name]["shape"] = rng.choice(
@@ -201,13 +225,13 @@ def _one_shape(rng: Random, header: dict[str, Any]) -> tuple[dict[str, Any], byt
     return header, bytes(at)
 
 
-def tar_of(rng: Random | None, members: list[tuple[str, bytes]]) -> tuple[bytes, list[int]]:
+def forge_tar(rng: Random | None, members: list[tuple[str, bytes]]) -> tuple[bytes, list[int]]:
     """A tar, and where each member's content begins in it; with `rng` a header is odd now and then."""
     content, starts = io.BytesIO(), []
     for name, body in members:
         odd = rng.randrange(24) if rng else 24
         info = tarfile.TarInfo(name)
-        info.size, info.mode, info.uname, info.gname = len(body), 0o444, OWNER, OWNER
+        info.size, info.mode, info.uname, info.gname = len(body), 0o444, TAR_OWNER, TAR_OWNER
         if odd == 0:
             info.type = rng.choice(
                 (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE, b"L", b"x", b"g")
@@ -223,7 +247,7 @@ def tar_of(rng: Random | None, members: list[tuple[str, bytes]]) -> tuple[bytes,
         header = info.tobuf(
             tarfile.GNU_FORMAT if odd == 4 else tarfile.PAX_FORMAT if odd == 5 else tarfile.USTAR_FORMAT
         )
-        header = damaged(rng, header)[:BLOCK].ljust(BLOCK, b"\0") if odd == 6 and rng else header
+        header = damage_bytes(rng, header)[:BLOCK].ljust(BLOCK, b"\0") if odd == 6 and rng else header
         content.write(header)
         starts.append(content.tell())
         content.write(body + bytes(-len(body) % BLOCK))
@@ -232,7 +256,9 @@ def tar_of(rng: Random | None, members: list[tuple[str, bytes]]) -> tuple[bytes,
     return content.getvalue(), starts
 
 
-def entry_of(entry: dict[str, Any], tar: bytes, starts: list[int], members: list[tuple[str, bytes]]) -> dict[str, Any]:
+def forge_entry(
+    entry: dict[str, Any], tar: bytes, starts: list[int], members: list[tuple[str, bytes]]
+) -> dict[str, Any]:
     """The manifest's entry of a forged shard, which agrees with it."""
     places = []
     for i in range(0, len(members), 2):
@@ -250,7 +276,7 @@ def entry_of(entry: dict[str, Any], tar: bytes, starts: list[int], members: list
     }
 
 
-def packed(chunks: dict[int, bytes], count: int) -> bytes:
+def pack_chunks(chunks: dict[int, bytes], count: int) -> bytes:
     """A file of the table with these chunks, by the specification of zarr's sharding."""
     body, index = b"", b""
     for number in range(count):
@@ -267,18 +293,18 @@ def with_checksum(content: bytes) -> bytes:
     return content + struct.pack("<I", google_crc32c.value(content))
 
 
-def forged_file(rng: Random, content: bytes, chunk_bytes: int) -> bytes:
+def forge_table_file(rng: Random, content: bytes, chunk_bytes: int) -> bytes:
     """A file of the table that agrees with itself, and unpacks to something else, or to much too much."""
     chunks = len(content) and 16
     way = rng.randrange(8)
     values = bytes(rng.randrange(256) for _ in range(64)).ljust(chunk_bytes, b"\0")
     frame = bytes(Zstd(level=3).encode(values))
     if way == 0:
-        return packed({0: frame}, chunks)
+        return pack_chunks({0: frame}, chunks)
     if way == 1:
-        return packed({0: BOMB}, chunks)
+        return pack_chunks({0: BOMB}, chunks)
     if way == 2:  # the header claims another size than the frame has
-        return packed(
+        return pack_chunks(
             {
                 0: b"\x28\xb5\x2f\xfd\xe0"
                 + struct.pack("<Q", rng.choice((0, 1, chunk_bytes, 10**10, 2**63)))
@@ -287,13 +313,13 @@ def forged_file(rng: Random, content: bytes, chunk_bytes: int) -> bytes:
             chunks,
         )
     if way == 3:
-        return packed({0: damaged(rng, frame)}, chunks)
+        return pack_chunks({0: damage_bytes(rng, frame)}, chunks)
     if way == 4:
-        return packed({}, chunks)
+        return pack_chunks({}, chunks)
     if way == 5:
-        return packed({0: frame, 1: frame, 15: frame}, chunks)
+        return pack_chunks({0: frame, 1: frame, 15: frame}, chunks)
     if way == 6:
-        return packed({0: frame + BOMB}, chunks)
+        return pack_chunks({0: frame + BOMB}, chunks)
     body, index = content[:-260], bytearray(content[-260:-4])
     struct.pack_into(
         "<Q", index, 8 * rng.randrange(32), rng.choice((0, 1, 2**31, 2**40, 2**63, 2**64 - 1, len(content)))

@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 from types import FrameType
 
-from benchmarks.fuzz_cases import KINDS, World
+from benchmarks.fuzz_cases import KINDS, FuzzCache
 
 CASE_SECONDS = 10
 INTERPRETER_BYTES = 64 << 20
@@ -45,7 +45,7 @@ def kind_of(rng: Random) -> str:
     return rng.choices(names, [KINDS[name][1] for name in names])[0]
 
 
-def run(seed: int, number: int, world: World) -> tuple[str, str]:
+def run(seed: int, number: int, world: FuzzCache) -> tuple[str, str]:
     """One case: its kind and its outcome."""
     rng = Random(f"{seed} {number}")
     kind = kind_of(rng)
@@ -71,7 +71,7 @@ def main() -> int:
     signal.signal(signal.SIGALRM, on_alarm)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/stamps"
-        world = World(Path(folder))
+        world = FuzzCache(Path(folder))
         numbers = range(asked.mutations) if asked.only is None else [asked.only]
         began, found = time.perf_counter(), Counter[tuple[str, str]]()
         most = status("VmData") + 2 * world.largest + INTERPRETER_BYTES

@@ -19,15 +19,15 @@ import torch
 from numcodecs.zstd import Zstd
 
 from benchmarks import forge
-from configs.refusal import Refused
-from shards.archive import places
+from shards.archive import record_spans
 from shards.codec import decode, encode
-from shards.inspection import inspect
-from shards.journal import Journal
+from shards.journal import ShardJournal
 from shards.manifest import Manifest
 from shards.reader import Reader
 from shards.record import SPLITS, Record
 from shards.table import Table
+from shards.verify import inspect
+from stages.system.refusal import Refused
 
 SAME, FORGED, REFUSED = "read as written", "read as forged", "refused, named"
 
@@ -36,7 +36,7 @@ class Misread(Exception):
     """Something was read that is not there, damage went unseen, or a refusal names nothing."""
 
 
-class World:
+class FuzzCache:
     """A whole cache on the disk, and its bytes to restore it from."""
 
     def __init__(self, folder: Path) -> None:
@@ -49,20 +49,20 @@ class World:
         self.largest = max(
             len(said) + len(tensors) for said, tensors in map(encode, map(forge.record, (0, 1, 2, 3, 100)))
         )
-        self.table = self._columns()
+        self.table = self._read_columns()
 
     @contextmanager
-    def holding(self, changed: dict[str, bytes | None]) -> Iterator[None]:
+    def replace_files(self, changed: dict[str, bytes | None]) -> Iterator[None]:
         """The cache with other bytes in these files, None for none, until the context ends."""
         try:
             for file, content in changed.items():
-                self.put(file, content)
+                self.write_file(file, content)
             yield
         finally:
             for file in changed:
-                self.put(file, self.files.get(file))
+                self.write_file(file, self.files.get(file))
 
-    def put(self, file: str, content: bytes | None) -> None:
+    def write_file(self, file: str, content: bytes | None) -> None:
         path = self.cache / file
         if path.is_symlink() or path.is_fifo():
             path.unlink()
@@ -73,10 +73,10 @@ class World:
         else:
             path.write_bytes(content)
 
-    def with_manifest(self, tree: Any) -> bytes:
+    def manifest_bytes(self, tree: Any) -> bytes:
         return forge.manifest_text(tree).encode(errors="replace")
 
-    def _columns(self) -> dict[str, np.ndarray]:
+    def _read_columns(self) -> dict[str, np.ndarray]:
         table = Table.open(self.cache)
         return {name: table.column(name) for name in columns_of(table)}
 
@@ -85,7 +85,7 @@ def columns_of(table: Table) -> list[str]:
     return ["key", "split", "draw", "k", "s", "class", *(f"feature_{block}" for block in table.blocks)]
 
 
-def truth(cache: Path, split: str) -> list[Record]:
+def read_shards_directly(cache: Path, split: str) -> list[Record]:
     """The records of a split, cut out of the shards as the manifest says and decoded one by one."""
     found = []
     for shard in json.loads((cache / "manifest.json").read_bytes())["shards"]:
@@ -96,43 +96,45 @@ def truth(cache: Path, split: str) -> list[Record]:
     return found
 
 
-def use(cache: Path) -> dict[str, list[tuple[bytes, bytes]]]:
+def read_everything(cache: Path) -> dict[str, list[tuple[bytes, bytes]]]:
     """Read a cache in every way that training does, and check each row against `truth`."""
     found = {}
     for split in SPLITS:
-        if not Manifest.open(cache).of(split):
+        if not Manifest.open(cache).shards_of(split):
             continue
         for budget in (1 << 30, 0):
             reader = Reader(cache, split, batch_size=1, workers=0, memory_budget_bytes=budget)
             batch = reader.batch(np.arange(min(32, reader.samples_per_epoch)))
-            wanted = truth(cache, split)
+            wanted = read_shards_directly(cache, split)
             for row in range(len(batch)):
-                if not any(_row_is(batch, row, record) for record in wanted if record.key == batch.keys[row]):
-                    raise Misread(f"row {row} of {split} is not draw {int(batch.draw[row])} of {batch.keys[row]}")
+                if not any(_row_equals(batch, row, record) for record in wanted if record.key == batch.keys[row]):
+                    raise Misread(
+                        f"row {row} of {split} is not draw {int(batch.state_index[row])} of {batch.keys[row]}"
+                    )
         found[split] = [encode(record) for record in reader.records()]
         if found[split] != [encode(record) for record in wanted]:
             raise Misread(f"records of {split}")
     return found
 
 
-def _row_is(batch: Any, row: int, record: Record) -> bool:
+def _row_equals(batch: Any, row: int, record: Record) -> bool:
     draw = int(batch.draw[row])
-    if draw >= len(record.draws) or (batch.texts[row], batch.class_names[row]) != (record.text, record.class_name):
+    if draw >= len(record.states) or (batch.texts[row], batch.class_names[row]) != (record.text, record.class_name):
         return False
     pairs = [(batch.cond[row], record.cond)]
     pairs += [
-        (getattr(batch, name)[row], getattr(record.draws, name)[draw])
+        (getattr(batch, name)[row], getattr(record.states, name)[draw])
         for name in ("x_t", "v_cond", "v_uncond", "s", "k")
     ]
     pairs += [(batch.features[block][row], values[draw]) for block, values in record.features.by_block.items()]
-    return list(batch.features) == list(record.features.by_block) and all(_alike(a, b) for a, b in pairs)
+    return list(batch.features) == list(record.features.by_block) and all(_bits_equal(a, b) for a, b in pairs)
 
 
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
 
 
-def refused(act: Callable[[], Any], *names: str) -> tuple[bool, Any]:
+def catch_refusal(act: Callable[[], Any], *names: str) -> tuple[bool, Any]:
     """Whether an act is refused, and else what it returns; a refusal must name one of these."""
     try:
         return False, act()
@@ -142,21 +144,21 @@ def refused(act: Callable[[], Any], *names: str) -> tuple[bool, Any]:
         return True, None
 
 
-def codec_damaged(rng: Random, world: World) -> str:
+def damage_codec(rng: Random, world: FuzzCache) -> str:
     """The bytes of a record, damaged."""
     members = list(encode(forge.record(rng.randrange(4))))
     which = rng.randrange(2)
-    members[which] = forge.damaged(rng, members[which])
-    return _decoded(members[0], members[1])
+    members[which] = forge.damage_bytes(rng, members[which])
+    return _check_decoding(members[0], members[1])
 
 
-def codec_forged(rng: Random, world: World) -> str:
+def forge_codec(rng: Random, world: FuzzCache) -> str:
     """The bytes of a record that agree with themselves."""
-    return _decoded(*forge.forged_record(rng, rng.randrange(4)))
+    return _check_decoding(*forge.forge_record(rng, rng.randrange(4)))
 
 
-def _decoded(said: bytes, tensors: bytes) -> str:
-    no, record = refused(lambda: decode(said, tensors), "record")
+def _check_decoding(said: bytes, tensors: bytes) -> str:
+    no, record = catch_refusal(lambda: decode(said, tensors), "record")
     if no:
         return REFUSED
     if encode(record) != (said, tensors):
@@ -167,14 +169,16 @@ def _decoded(said: bytes, tensors: bytes) -> str:
 ORIGINAL = {encode(forge.record(number)) for number in range(4)}
 
 
-def files_damaged(rng: Random, world: World) -> str:
+def damage_file(rng: Random, world: FuzzCache) -> str:
     """One file of the cache, damaged: found by reading everything, and by verify."""
     file = rng.choice([file for file in world.files if "journal" not in file])
-    bad = forge.damaged(rng, world.files[file])
+    bad = forge.damage_bytes(rng, world.files[file])
     if bad == world.files[file]:
         return SAME
-    with world.holding({file: bad}):
-        no, _ = refused(lambda: (use(world.cache), _all_columns(world)), file, "manifest.json", "table.zarr")
+    with world.replace_files({file: bad}):
+        no, _ = catch_refusal(
+            lambda: (read_everything(world.cache), _read_columns(world)), file, "manifest.json", "table.zarr"
+        )
         try:
             found = bool(list(inspect(world.cache, Manifest.open(world.cache))))
         except Refused:
@@ -184,12 +188,12 @@ def files_damaged(rng: Random, world: World) -> str:
     return REFUSED
 
 
-def _all_columns(world: World) -> dict[str, np.ndarray]:
+def _read_columns(world: FuzzCache) -> dict[str, np.ndarray]:
     table = Table.open(world.cache)
     return {name: table.column(name) for name in columns_of(table)}
 
 
-def shard_forged(rng: Random, world: World) -> str:
+def forge_shard(rng: Random, world: FuzzCache) -> str:
     """A shard with odd records, or a tar with odd headers, and a manifest that agrees with it."""
     at = rng.randrange(len(world.manifest["shards"]))
     entry = world.manifest["shards"][at]
@@ -198,41 +202,44 @@ def shard_forged(rng: Random, world: World) -> str:
     members: list[tuple[str, bytes]] = []
     for number in range(first, first + entry["records"]):
         odd = not odd_tar and (rng.random() < 0.6 or number == first)
-        said, tensors = forge.forged_record(rng, number) if odd else encode(forge.record(number))
+        said, tensors = forge.forge_record(rng, number) if odd else encode(forge.record(number))
         members += [(f"{number:09d}.json", said), (f"{number:09d}.safetensors", tensors)]
-    tar, starts = forge.tar_of(rng if odd_tar else None, members)
+    tar, starts = forge.forge_tar(rng if odd_tar else None, members)
     tree = {**world.manifest, "shards": list(world.manifest["shards"])}
-    tree["shards"][at] = forge.entry_of(entry, tar, starts, members)
+    tree["shards"][at] = forge.forge_entry(entry, tar, starts, members)
     if rng.random() < 0.3:
         tree["shards"][at]["draws"] = entry["records"] * rng.choice((1, 3, 7, 2**20, 2**40))
-    with world.holding({entry["file"]: tar, "manifest.json": world.with_manifest(tree)}):
-        return _used(world)
+    with world.replace_files({entry["file"]: tar, "manifest.json": world.manifest_bytes(tree)}):
+        return _read_and_verify(world)
 
 
-def manifest_forged(rng: Random, world: World) -> str:
+def forge_manifest(rng: Random, world: FuzzCache) -> str:
     """A manifest with odd values and a good seal."""
-    tree = forge.changed(rng, world.manifest, rng.choice((1, 1, 2)))
-    with world.holding({"manifest.json": world.with_manifest(tree)}):
-        return _used(world)
+    tree = forge.mutate_tree(rng, world.manifest, rng.choice((1, 1, 2)))
+    with world.replace_files({"manifest.json": world.manifest_bytes(tree)}):
+        return _read_and_verify(world)
 
 
-def _used(world: World) -> str:
+def _read_and_verify(world: FuzzCache) -> str:
     """Read a forged cache in every way, and verify it: no way may crash, and each tells what is there."""
-    no, read = refused(lambda: use(world.cache), "data/", "manifest.json", "record", "holds no record")
-    refused(
-        lambda: [fault.told(world.cache) for fault in inspect(world.cache, Manifest.open(world.cache))], "manifest.json"
+    no, read = catch_refusal(
+        lambda: read_everything(world.cache), "data/", "manifest.json", "record", "holds no record"
     )
-    refused(lambda: _all_columns(world), "table.zarr", "manifest.json")
-    return REFUSED if no else SAME if read == WHOLE else FORGED
+    catch_refusal(
+        lambda: [fault.message(world.cache) for fault in inspect(world.cache, Manifest.open(world.cache))],
+        "manifest.json",
+    )
+    catch_refusal(lambda: _read_columns(world), "table.zarr", "manifest.json")
+    return REFUSED if no else SAME if read == EXPECTED else FORGED
 
 
-WHOLE = {
+EXPECTED = {
     "train": [encode(forge.record(number)) for number in range(4)],
     "validation": [encode(forge.record(100))],
 }
 
 
-def tar_damaged(rng: Random, world: World) -> str:
+def damage_tar(rng: Random, world: FuzzCache) -> str:
     """A tar alone: the places found in it are those of whole members, as Python's own tarfile sees them."""
     import tarfile  # the oracle alone
 
@@ -241,13 +248,13 @@ def tar_damaged(rng: Random, world: World) -> str:
         for n in range(3)
         for kind, body in zip(("json", "safetensors"), encode(forge.record(n)), strict=True)
     ]
-    tar, _ = forge.tar_of(rng, members)
+    tar, _ = forge.forge_tar(rng, members)
     if rng.random() < 0.5:
-        tar = forge.damaged(rng, tar)
+        tar = forge.damage_bytes(rng, tar)
     path = world.cache / "data" / "odd.tar"
     path.write_bytes(tar)
     try:
-        found = places(path)
+        found = record_spans(path)
         for key, place in found.items():
             for extension, first, size in (
                 ("json", place.json_offset, place.json_size),
@@ -263,37 +270,39 @@ def tar_damaged(rng: Random, world: World) -> str:
     return SAME if len(found) == 3 else REFUSED
 
 
-def table_forged(rng: Random, world: World) -> str:
+def forge_table(rng: Random, world: FuzzCache) -> str:
     """A description or a file of the table with odd content, and a manifest that agrees with it."""
     described = rng.random() < 0.5
     ending = "zarr.json" if described else "/0"
     file = rng.choice([file for file in world.files if file.startswith("table.zarr") and file.endswith(ending)])
     name = file.split("/")[1]
     if described:
-        text = forge.written(forge.changed(rng, json.loads(world.files[file]), rng.choice((1, 1, 2))), rng, indent=2)
+        text = forge.to_json(
+            forge.mutate_tree(rng, json.loads(world.files[file]), rng.choice((1, 1, 2))), rng, indent=2
+        )
         content: bytes | None = text.encode(errors="replace")
     else:
-        content = forge.forged_file(rng, world.files[file], 1024 * world.table[name][0].nbytes)
+        content = forge.forge_table_file(rng, world.files[file], 1024 * world.table[name][0].nbytes)
         content = None if rng.random() < 0.05 else content
     tree = {**world.manifest, "table": [dict(part) for part in world.manifest["table"]]}
     tree["table"] = [part for part in tree["table"] if part["file"] != file or content is not None]
     for part in tree["table"]:
         if part["file"] == file and content is not None:
             part["bytes"], part["sha256"] = len(content), forge.hashlib.sha256(content).hexdigest()
-    with world.holding({file: content, "manifest.json": world.with_manifest(tree)}):
-        no, read = refused(lambda: _all_columns(world), "table.zarr", "manifest.json")
-        refused(lambda: list(inspect(world.cache, Manifest.open(world.cache))), "manifest.json")
+    with world.replace_files({file: content, "manifest.json": world.manifest_bytes(tree)}):
+        no, read = catch_refusal(lambda: _read_columns(world), "table.zarr", "manifest.json")
+        catch_refusal(lambda: list(inspect(world.cache, Manifest.open(world.cache))), "manifest.json")
     if no:
         return REFUSED
     wanted = dict(world.table)
     if not described:
-        wanted[name] = _unpacked(content, world.table[name])
+        wanted[name] = _unpack_rows(content, world.table[name])
     if any(not np.array_equal(read[one].view("B"), values.view("B")) for one, values in wanted.items()):
         raise Misread(f"{file}: other values than are written")
     return SAME if described else FORGED
 
 
-def _unpacked(content: bytes | None, like: np.ndarray) -> np.ndarray:
+def _unpack_rows(content: bytes | None, like: np.ndarray) -> np.ndarray:
     """The first rows of a file of the table, unpacked without zarr."""
     first, size = (2**64 - 1,) * 2 if content is None else forge.struct.unpack_from("<QQ", content[-260:])
     if content is None or first == 2**64 - 1:
@@ -304,17 +313,17 @@ def _unpacked(content: bytes | None, like: np.ndarray) -> np.ndarray:
     return np.frombuffer(Zstd().decode(frame), like.dtype)[: like.size].reshape(like.shape)
 
 
-def journal_forged(rng: Random, world: World) -> str:
+def forge_journal(rng: Random, world: FuzzCache) -> str:
     """An entry of the journal, damaged or odd."""
     file = rng.choice([file for file in world.files if file.startswith("journal/")])
     tree = json.loads(world.files[file])
     if rng.random() < 0.5:
-        bad = forge.damaged(rng, world.files[file])
+        bad = forge.damage_bytes(rng, world.files[file])
     else:
-        bad = (forge.written(forge.changed(rng, tree), rng, separators=(",", ":")) + "\n").encode(errors="replace")
+        bad = (forge.to_json(forge.mutate_tree(rng, tree), rng, separators=(",", ":")) + "\n").encode(errors="replace")
     fingerprint = Manifest.open(world.cache).recipe.fingerprint()
-    with world.holding({file: bad}):
-        no, found = refused(lambda: Journal(world.cache, fingerprint).entries(), file)
+    with world.replace_files({file: bad}):
+        no, found = catch_refusal(lambda: ShardJournal(world.cache, fingerprint).entries(), file)
     if no:
         return REFUSED
     entry = found.get(tree["shard"]["file"])
@@ -323,11 +332,11 @@ def journal_forged(rng: Random, world: World) -> str:
     return "left out" if entry is None else SAME if json.loads(entry.model_dump_json()) == tree else FORGED
 
 
-def files_odd(rng: Random, world: World) -> str:
+def replace_with_odd_file(rng: Random, world: FuzzCache) -> str:
     """A file that is no file: a link, a pipe, a folder, a device, missing, another's, or of another size."""
     file = rng.choice([file for file in world.files if "journal" not in file])
     path, way = world.cache / file, rng.randrange(8)
-    with world.holding({file: None}):
+    with world.replace_files({file: None}):
         if way == 0:
             path.symlink_to(rng.choice(("/dev/zero", "/dev/urandom", "/etc/passwd", "/nowhere")))
         elif way == 1:
@@ -345,7 +354,9 @@ def files_odd(rng: Random, world: World) -> str:
             path.symlink_to(elsewhere)
         elif way == 6:
             path.write_bytes(world.files[file] + bytes(rng.choice((1, 512, 10240))))
-        no, _ = refused(lambda: (use(world.cache), _all_columns(world)), file, "manifest.json", "table.zarr")
+        no, _ = catch_refusal(
+            lambda: (read_everything(world.cache), _read_columns(world)), file, "manifest.json", "table.zarr"
+        )
         try:
             faults = list(inspect(world.cache, Manifest.open(world.cache)))
         except Refused:
@@ -355,15 +366,15 @@ def files_odd(rng: Random, world: World) -> str:
     return REFUSED
 
 
-KINDS: dict[str, tuple[Callable[[Random, World], str], int]] = {
-    "record, damaged": (codec_damaged, 32),
-    "record, forged": (codec_forged, 32),
-    "tar, odd headers": (tar_damaged, 14),
-    "any file, damaged": (files_damaged, 4),
-    "shard, forged": (shard_forged, 5),
-    "manifest, forged": (manifest_forged, 6),
-    "table, forged": (table_forged, 3),
-    "journal, forged": (journal_forged, 2),
-    "link, pipe, device, ...": (files_odd, 2),
+KINDS: dict[str, tuple[Callable[[Random, FuzzCache], str], int]] = {
+    "record, damaged": (damage_codec, 32),
+    "record, forged": (forge_codec, 32),
+    "tar, odd headers": (damage_tar, 14),
+    "any file, damaged": (damage_file, 4),
+    "shard, forged": (forge_shard, 5),
+    "manifest, forged": (forge_manifest, 6),
+    "table, forged": (forge_table, 3),
+    "journal, forged": (forge_journal, 2),
+    "link, pipe, device, ...": (replace_with_odd_file, 2),
 }
 """Kind -> the case, and how many of a hundred are of it."""

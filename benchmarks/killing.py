@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import forge
-from shards.manifest import Manifest
-from shards.recipe import Recipe
+from shards.manifest import Manifest, Recipe
 from shards.record import Record
 from shards.table import write_table
 from shards.writer import CacheWriter
-from stages.cluster import fill, tasks_of
+from stages.cache.fill import fill, tasks_of
 from stages.prompts import Prompt
 
 STEPS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 """Events of Python's audit that change a folder, beside an `open` for writing; each is raised before it happens."""
 
 
-def small_job(cache: Path, prompts: int = 8) -> None:
+def fill_small_cache(cache: Path, prompts: int = 8) -> None:
     """Fill a cache as cache-teacher does, with records that cost nothing."""
 
     def make(asked: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
@@ -33,7 +32,7 @@ def small_job(cache: Path, prompts: int = 8) -> None:
     write_table(cache)
 
 
-def forked(job: Callable[[], None]) -> int:
+def fork_job(job: Callable[[], None]) -> int:
     """The process that does a job, with all that is imported here already."""
     pid = os.fork()
     if pid:
@@ -47,20 +46,20 @@ def forked(job: Callable[[], None]) -> int:
         os._exit(code)
 
 
-def ended(pid: int) -> int:
+def wait_for_exit(pid: int) -> int:
     """How a process ended: its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def killed_after(job: Callable[[], None], seconds: float) -> bool:
+def kill_after(job: Callable[[], None], seconds: float) -> bool:
     """Do a job, and kill it after a time; False when it was done before."""
-    pid = forked(job)
+    pid = fork_job(job)
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
-    return ended(pid) == -signal.SIGKILL
+    return wait_for_exit(pid) == -signal.SIGKILL
 
 
-def killed_before(job: Callable[[], None], step: int) -> bool:
+def kill_before_step(job: Callable[[], None], step: int) -> bool:
     """Do a job, and kill it before its step on the disk with this number, from 0; False when it takes fewer."""
 
     def until_then() -> None:
@@ -76,36 +75,36 @@ def killed_before(job: Callable[[], None], step: int) -> bool:
         sys.addaudithook(watch)
         job()
 
-    code = ended(forked(until_then))
+    code = wait_for_exit(fork_job(until_then))
     if code not in (0, -signal.SIGKILL):
         raise RuntimeError(f"the job failed by itself: {code}")
     return code != 0
 
 
-def content(cache: Path) -> dict[str, bytes]:
+def read_files(cache: Path) -> dict[str, bytes]:
     """Every file of a cache under its final name, with its bytes; what was moved aside does not count."""
     files = {str(path.relative_to(cache)): path for path in cache.rglob("*") if path.is_file()}
     hidden = {file for file in files if any(part.startswith(".") or part == "quarantine" for part in Path(file).parts)}
     return {file: files[file].read_bytes() for file in sorted(files.keys() - hidden)}
 
 
-def half_done(cache: Path, whole: dict[str, bytes]) -> list[str]:
+def incomplete_files(cache: Path, expected_files: dict[str, bytes]) -> list[str]:
     """Each file under its final name that is not what an uninterrupted run leaves there.
 
     The manifest grows: it must name shards of the whole one only, and each of those must be there.
     """
-    found = content(cache)
-    slips = [file for file in found if file != "manifest.json" and found[file] != whole.get(file)]
-    tables = [{file for file in files if file.startswith("table.zarr")} for files in (found, whole)]
+    found = read_files(cache)
+    slips = [file for file in found if file != "manifest.json" and found[file] != expected_files.get(file)]
+    tables = [{file for file in files if file.startswith("table.zarr")} for files in (found, expected_files)]
     slips += ["table.zarr"] * (tables[0] not in (set(), tables[1]))
     if "manifest.json" in found:
-        shards = set(Manifest.parse(whole["manifest.json"], cache).shards)
+        shards = set(Manifest.parse(expected_files["manifest.json"], cache).shards)
         here = Manifest.open(cache).shards
         slips += [shard.file for shard in here if shard not in shards or shard.file not in found]
     return slips
 
 
-def left(cache: Path) -> str:
+def leftovers_text(cache: Path) -> str:
     """What a killed process left, in words."""
     names = [path.name for path in (*cache.glob("*"), *cache.glob("*/.*"), *cache.glob("data/*.tar"))]
     shards, partial = sum(name.endswith(".tar") for name in names), sum(name.endswith(".partial") for name in names)

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from loader_peers import DRAWS, LOADERS, ROWS
 
-from shards.recipe import Recipe
-from shards.record import BLOCKS, BlockFeatures, Draws, Record
+from shards.manifest import Recipe
+from shards.record import BLOCKS, BlockFeatures, Record, States
 from shards.writer import CacheWriter
 
 WIDTHS = dict(zip(BLOCKS, (320, 640, 1280, 1280, 1280, 1280, 1280, 640, 320), strict=True))
@@ -50,7 +50,7 @@ def record(number: int) -> Record:
 
     x_t, v_cond, v_uncond = (half(DRAWS, 4, 64, 64) for _ in range(3))
     times = torch.rand(DRAWS, generator=generator)
-    draws = Draws((times * 999).long(), times, x_t, v_cond, v_uncond, torch.arange(DRAWS) < 4)
+    draws = States((times * 999).long(), times, x_t, v_cond, v_uncond, torch.arange(DRAWS) < 4)
     features = BlockFeatures({block: half(DRAWS, width) for block, width in WIDTHS.items()})
     return Record(
         f"{number:09d}", f"number {number}", "none", number, 5.0, half(77, 768), half(4, 64, 64), draws, features
@@ -61,11 +61,11 @@ def make_cache(folder: Path, records: int) -> None:
     """A cache of `records` records, SHARD of them in each shard."""
     writer = CacheWriter(folder, Recipe(identity={"benchmark": "loader"}))
     for index, first in enumerate(range(0, records, SHARD)):
-        if not writer.has("train", index, min(SHARD, records - first)):
+        if not writer.is_intact("train", index, min(SHARD, records - first)):
             writer.add("train", index, map(record, range(first, min(first + SHARD, records))))
 
 
-def forget(folder: Path) -> None:
+def drop_page_cache(folder: Path) -> None:
     """Ask the system to drop what it holds of these files."""
     os.sync()
     for path in (path for path in folder.rglob("*") if path.is_file()):
@@ -112,15 +112,15 @@ def resume(name: str, cache: Path, folder: Path, workers: int) -> dict[str, Any]
     }
 
 
-def one(name: str, cache: Path, folder: Path, workers: int, what: str) -> dict[str, Any]:
+def measure_loader(name: str, cache: Path, folder: Path, workers: int, what: str) -> dict[str, Any]:
     """What a child process measures."""
     if what == "convert":
         LOADERS[name].convert(cache, folder)
         return {}
     if what == "resume":
         return resume(name, cache, folder, workers)
-    forget(cache)
-    forget(folder)
+    drop_page_cache(cache)
+    drop_page_cache(folder)
     return {"cold": epoch(name, cache, folder, workers), "warm": epoch(name, cache, folder, workers)}
 
 
@@ -162,7 +162,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.one:
         name, cache, folder, workers, what = asked.one
-        print("RESULT " + json.dumps(one(name, Path(cache), Path(folder), int(workers), what)), flush=True)
+        print("RESULT " + json.dumps(measure_loader(name, Path(cache), Path(folder), int(workers), what)), flush=True)
         return
     cache = asked.folder / "cache"
     make_cache(cache, asked.records)

@@ -22,9 +22,9 @@ CONTENT = ("cond", "x0", "x_t", "v_cond", "v_uncond", "k", "s")
 Batch = tuple[list[str], dict[str, torch.Tensor]]
 
 
-def flat(record: Record) -> dict[str, torch.Tensor]:
+def flatten_record(record: Record) -> dict[str, torch.Tensor]:
     """A record as named tensors."""
-    draws, features = record.draws, record.features.by_block
+    draws, features = record.states, record.features.by_block
     drawn = {name: getattr(draws, name) for name in CONTENT[2:]}
     return {"cond": record.cond, "x0": record.x0, **drawn, **{f"features.{b}": v for b, v in features.items()}}
 
@@ -104,7 +104,7 @@ class Mosaic:
 
         writer = None
         for record in Reader(cache).records():
-            tensors = {name: values.numpy() for name, values in flat(record).items()}
+            tensors = {name: values.numpy() for name, values in flatten_record(record).items()}
             if writer is None:
                 kinds = {n: f"ndarray:{v.dtype}:{','.join(map(str, v.shape))}" for n, v in tensors.items()}
                 writer = MDSWriter(out=str(folder), columns={"key": "str", **kinds}, size_limit=1 << 26)
@@ -154,8 +154,8 @@ class LitData(Mosaic):
 
 
 def _numbered(cache: str, number: int) -> dict[str, Any]:
-    record = Reader(Path(cache)).number(number)
-    return {"key": record.key, **flat(record)}
+    record = Reader(Path(cache)).record_at(number)
+    return {"key": record.key, **flatten_record(record)}
 
 
 class Energon:
@@ -187,7 +187,7 @@ class Energon:
         from megatron.energon.task_encoder.cooking import Cooker
 
         class Encoder(DefaultTaskEncoder):
-            cookers = (Cooker(stateless(_cook)),)
+            cookers = (Cooker(stateless(_cook_sample)),)
             decoder = None
 
             @stateless
@@ -221,7 +221,7 @@ class Energon:
         return loader.save_state_rank()
 
 
-def _cook(sample: dict[str, Any]) -> dict[str, Any]:
+def _cook_sample(sample: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import load
 
     return {

@@ -22,8 +22,8 @@ from benchmarks.full_size import CONTEXT, text_encoder, unet, vae
 from configs.load import load
 from stages.distill import Config
 from stages.nets.student import Student
-from stages.train.config import TrainConfig
-from stages.train.optim import is_matrix
+from stages.train.optim import uses_muon
+from stages.train.setup import TrainConfig
 
 GIB = 2**30
 SENTENCE, LATENT = (77, CONTEXT), (4, 64, 64)
@@ -32,36 +32,36 @@ QUANTISED_FROM, QUANTISED_BLOCK = 4096, 256
 """bitsandbytes: a smaller tensor keeps 32-bit moments; each block of numbers has one scale of 4 bytes."""
 
 
-class Live(TorchDispatchMode):
+class StorageCounter(TorchDispatchMode):
     """Counts the bytes of the storages that were made while the mode was on and are still held."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now, self.most = 0, 0
+        self.current_bytes, self.peak_bytes = 0, 0
         self._held: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What the function gives, with its storages counted in."""
         made = function(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self.see, made)
-        self.most = max(self.most, self.now)
+        tree_map_only(Tensor, self.count_storage, made)
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
         return made
 
-    def see(self, tensor: Tensor) -> None:
+    def count_storage(self, tensor: Tensor) -> None:
         """Count a tensor's storage in, unless it is known."""
         storage = tensor.untyped_storage()
         place, size = storage._cdata, storage.nbytes()
         if place not in self._held:
-            self._held[place] = weakref.ref(storage, lambda _: self._gone(place, size))
-            self.now += size
+            self._held[place] = weakref.ref(storage, lambda _: self._release(place, size))
+            self.current_bytes += size
 
-    def _gone(self, place: int, size: int) -> None:
+    def _release(self, place: int, size: int) -> None:
         del self._held[place]
-        self.now -= size
+        self.current_bytes -= size
 
 
 @dataclass(frozen=True)
-class Needed:
+class MemoryUse:
     """Bytes on the card, all of them at the same moment: the fullest one of a step."""
 
     weights: int
@@ -74,12 +74,12 @@ class Needed:
     """in fp32, for the pictures beside: unet, vae and text encoder"""
 
     @property
-    def sum(self) -> int:
+    def total(self) -> int:
         """All of it."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def needed(config: TrainConfig) -> Needed:
+def memory_use(config: TrainConfig) -> MemoryUse:
     """The parts for one process with a card of its own."""
     with FakeTensorMode():
         student = Student(unet()).train()
@@ -87,7 +87,7 @@ def needed(config: TrainConfig) -> Needed:
         working = working_bytes(student, config)
         teacher = weights + size_of(vae()) + size_of(text_encoder())
         moments = sum(moment_bytes(name, p, config.optimizer.kind) for name, p in student.named_parameters())
-    return Needed(weights, weights, moments, weights, working, teacher)
+    return MemoryUse(weights, weights, moments, weights, working, teacher)
 
 
 def size_of(module: nn.Module) -> int:
@@ -98,7 +98,7 @@ def size_of(module: nn.Module) -> int:
 def moment_bytes(name: str, parameter: nn.Parameter, kind: str) -> int:
     """AdamW's two moments of a parameter, or the one of a matrix that Muon moves."""
     numbers = parameter.numel()
-    if kind == "muon" and is_matrix(name, parameter):
+    if kind == "muon" and uses_muon(name, parameter):
         return 4 * numbers
     if kind == "adamw_8bit" and numbers >= QUANTISED_FROM:
         return 2 * (numbers + 4 * -(-numbers // QUANTISED_BLOCK))
@@ -112,17 +112,17 @@ def working_bytes(student: Student, config: TrainConfig) -> int:
     if config.precision != "fp32":
         compute_norms_as_a_gpu_does(student)
     rows = config.batch_size // config.accumulate
-    with Live() as live:
+    with StorageCounter() as live:
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)
-            live.see(parameter)
-        there = live.now
+            live.count_storage(parameter)
+        there = live.current_bytes
         x, s, cond = torch.zeros(rows, *LATENT), torch.zeros(rows), torch.zeros(rows, *SENTENCE)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision != "fp32"):
             output = student(x, s, cond, torch.zeros(1, *SENTENCE))
         parts = [output.v_cond, output.v_uncond, *output.features.values()]
         torch.stack([part.square().mean() for part in parts]).sum().backward()
-    return live.most - there
+    return live.peak_bytes - there
 
 
 def compute_norms_as_a_gpu_does(module: nn.Module) -> None:
@@ -134,11 +134,11 @@ def compute_norms_as_a_gpu_does(module: nn.Module) -> None:
 
 def row(name: str, config: TrainConfig) -> str:
     """A line of the table."""
-    found = needed(config)
+    found = memory_use(config)
     how = [config.precision, config.optimizer.kind, "checkpointing" if config.gradient_checkpointing else "plain"]
     batch = f"{config.accumulate} x {config.batch_size // config.accumulate}"
     parts = [f"{getattr(found, field.name) / GIB:.1f}" for field in fields(found)]
-    return f"| {name} | {', '.join(how)} | {batch} | " + " | ".join(parts) + f" | **{found.sum / GIB:.1f}** |"
+    return f"| {name} | {', '.join(how)} | {batch} | " + " | ".join(parts) + f" | **{found.total / GIB:.1f}** |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     said = parser.parse_args(argv)
     asked = [said.config] if said.config else [[BASE, card] for card in sorted(CARDS.glob("*.yaml"))]
     print("GiB of a card, SD1.5's size, one process\n")
-    print(f"| configuration | how | batch | {' | '.join(field.name for field in fields(Needed))} | sum |")
-    print("|---|---|---|" + "---|" * (len(fields(Needed)) + 1))
+    print(f"| configuration | how | batch | {' | '.join(field.name for field in fields(MemoryUse))} | sum |")
+    print("|---|---|---|" + "---|" * (len(fields(MemoryUse)) + 1))
     for files in asked:
         print(row(files[-1].stem, load(Config, "distill", files, said.options).train), flush=True)
 

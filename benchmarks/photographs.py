@@ -22,20 +22,20 @@ import torch
 import yaml
 from PIL import Image
 
-from benchmarks.classes import exam_words, options, prepare
-from configs.atomic import atomic_write
+from benchmarks.classes import exam_options, options, prepare
 from configs.load import load
 from stages import finetune_classes
-from stages.classes import OUTSIDE, load_classes, outside_prompts
-from stages.cluster import device_of
+from stages.classes import OUTSIDE_LABEL, load_classes, outside_prompts
+from stages.classes.exam import ALL_SHOWN, Exam
 from stages.evaluate.metrics import Scorer
-from stages.evaluate.per_class import ALL, Exam
-from stages.nets.saved import load_student, load_teacher_parts, open_run
+from stages.nets.saved import load_run_teacher, load_student, open_run
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, derived_seed
+from stages.system.atomic import atomic_write
+from stages.system.device import device_of
 from stages.tiny import score, world
 
-LEARNT, MOST_LOST = 0.9, 0.02
+MIN_LEARNT, MOST_LOST = 0.9, 0.02
 WORD, LOOK = "a zork", "a large purple star on a green background"
 
 
@@ -43,15 +43,15 @@ WORD, LOOK = "a zork", "a large purple star on a green background"
 class Case:
     """Classes of photographs, and what is asked of each."""
 
-    shown: Mapping[str, Sequence[Prompt]]
+    training_prompts: Mapping[str, Sequence[Prompt]]
     """class -> what its pictures show: a sentence of the world each"""
     captions: Mapping[str, str]
     """class -> the caption in place of these sentences"""
-    asked: Mapping[str, Sequence[Prompt]]
+    test_prompts: Mapping[str, Sequence[Prompt]]
 
     def scorer(self) -> Scorer:
         """The judge, who is told what a caption means."""
-        meant = {caption: self.shown[name][0].text for name, caption in self.captions.items()}
+        meant = {caption: self.training_prompts[name][0].text for name, caption in self.captions.items()}
 
         def judged(texts: Sequence[str], pictures: torch.Tensor) -> Mapping[str, torch.Tensor]:
             return score.score([meant.get(text, text) for text in texts], pictures)
@@ -61,19 +61,19 @@ class Case:
 
 def sentences(colour: str, shape: str, rng: random.Random) -> Iterator[str]:
     """Endless sentences of the world about this pair."""
-    grammar = world.grammar()
+    grammar = world.world_grammar()
     while True:
         chosen = {phrase.name: rng.choice(phrase.words) for phrase in grammar.phrases}
         chosen |= {"colour": colour, "shape": shape}
-        unsaid = grammar.unsaid(rng)
-        yield grammar.say({name: word for name, word in chosen.items() if name not in unsaid})
+        unsaid = grammar.sample_omissions(rng)
+        yield grammar.compose({name: word for name, word in chosen.items() if name not in unsaid})
 
 
 def pairs(pictures: int, questions: int) -> Case:
     """Every pair that the world never shows."""
     shown: dict[str, list[Prompt]] = {}
     asked: dict[str, list[Prompt]] = {}
-    for pair in world.grammar().never:
+    for pair in world.world_grammar().never:
         colour, shape = pair["colour"], pair["shape"]
         name, rng = f"{shape}/{colour}", random.Random(derived_seed("photographs", colour, shape))
         said = sentences(colour, shape, rng)
@@ -92,14 +92,14 @@ def token(pictures: int, questions: int) -> Case:
 CASES = {"pairs": pairs, "token": token}
 
 
-def photograph(case: Case, home: Path) -> Path:
+def write_photographs(case: Case, home: Path) -> Path:
     """Draw the pictures of a case with their captions, and write its class file."""
     classes = []
-    for name, prompts in case.shown.items():
+    for name, prompts in case.training_prompts.items():
         folder = home / "images" / name.replace("/", "-").replace(" ", "-")
         folder.mkdir(parents=True, exist_ok=True)
         for number, prompt in enumerate(prompts):
-            picture, _ = world.draw(*world.scene_of(prompt))
+            picture, _ = world.draw_scene(*world.sample_scene(prompt))
             Image.fromarray(picture).save(folder / f"{number:03d}.png")
             (folder / f"{number:03d}.txt").write_text(case.captions.get(name, prompt.text) + "\n")
         classes.append({"name": name, "images": str(folder.resolve()), "priority": "top"})
@@ -111,26 +111,26 @@ def photograph(case: Case, home: Path) -> Path:
 def measure(case: Case, home: Path, config: finetune_classes.Config) -> dict[str, dict[str, float]]:
     """Row -> before and after."""
     runs = {"before": open_run(home / "distill"), "after": open_run(home / "classes")}
-    parts = load_teacher_parts(runs["before"].origin, device_of(config.device), torch.float32)
+    parts = load_run_teacher(runs["before"].origin, device_of(config.device), torch.float32)
     teacher = Teacher(parts, runs["before"].origin.tail)
     classes, count = load_classes(config.classes), config.exam.pictures
     rest = outside_prompts(config.prompts, config.seed, "validation", classes, count)
-    exam = Exam(teacher, {**case.asked, OUTSIDE: rest}, case.scorer(), config.exam)
+    exam = Exam(teacher, {**case.test_prompts, OUTSIDE_LABEL: rest}, case.scorer(), config.exam)
     found = {when: exam(load_student(run, parts)) for when, run in runs.items()}
-    return {name: {when: found[when][name][ALL] for when in found} for name in exam.texts}
+    return {name: {when: found[when][name][ALL_SHOWN] for when in found} for name in exam.texts}
 
 
 def report(found: Mapping[str, Mapping[str, float]]) -> str:
     """The table in Markdown, and whether it is as it should be."""
     lines = ["| all at once | before | after |", "|---|---|---|"]
     lines += [f"| {name} | {100 * one['before']:.1f} % | {100 * one['after']:.1f} % |" for name, one in found.items()]
-    missed = [name for name, one in found.items() if name != OUTSIDE and one["after"] < LEARNT]
-    lost = found[OUTSIDE]["before"] - found[OUTSIDE]["after"]
+    missed = [name for name, one in found.items() if name != OUTSIDE_LABEL and one["after"] < MIN_LEARNT]
+    lost = found[OUTSIDE_LABEL]["before"] - found[OUTSIDE_LABEL]["after"]
     return "\n".join(
         [
             *lines,
             "",
-            f"below {LEARNT:.0%} after: {', '.join(missed) or 'none'}",
+            f"below {MIN_LEARNT:.0%} after: {', '.join(missed) or 'none'}",
             f"the rest lost {100 * lost:.1f} points of the {100 * MOST_LOST:.0f} that it may",
         ]
     )
@@ -145,7 +145,7 @@ def main() -> int:
     for name in [asked.only] if asked.only else list(CASES):
         case, home = CASES[name](asked.photographs, asked.pictures), (asked.folder or asked.run / "photographs") / name
         prepare(home, asked.run)
-        words = ["--run", str(home), "--classes", str(photograph(case, home)), *exam_words(asked), *rest]
+        words = ["--run", str(home), "--classes", str(write_photographs(case, home)), *exam_options(asked), *rest]
         config = load(finetune_classes.Config, "finetune_classes", asked.config, words)
         finetune_classes.run(config)
         print(f"\n{name}: {asked.photographs} photographs a class, {asked.pictures} pictures asked, ", end="")

@@ -12,7 +12,7 @@ def main() -> int:
     """0 when all prompts are distinct and came in time."""
     began = time.perf_counter()
     source = SymbolicSource()
-    found: list[Prompt] = list(islice(source.endless(SEED), COUNT))
+    found: list[Prompt] = list(islice(source.iter_prompts(SEED), COUNT))
     seconds = time.perf_counter() - began
     distinct = len({prompt.text for prompt in found})
     print(f"{COUNT} prompts at seed {SEED} in {seconds:.1f} s (limit {LIMIT_SECONDS} s), {distinct} distinct")

@@ -30,31 +30,31 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from benchmarks import full_size, training_peer
-from benchmarks.cache import Clock, now
+from benchmarks.cache import CallTimer, now
 from configs.load import load
 from shards.batch import Batch
+from shards.manifest import Recipe
 from shards.reader import Reader
-from shards.recipe import Recipe
-from shards.record import BlockFeatures, Draws, Record
+from shards.record import BlockFeatures, Record, States
 from shards.writer import CacheWriter
-from stages.cluster import device_of
 from stages.distill import Config
-from stages.flow.bridge import Schedule
+from stages.flow.schedule import NoiseSchedule
 from stages.nets.components import Components
-from stages.nets.features import widths
+from stages.nets.features import feature_widths
 from stages.nets.files import read_json
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
+from stages.system.device import device_of
 from stages.train.checkpoint import Checkpoints
-from stages.train.config import TrainConfig
 from stages.train.loop import Batches, fit
 from stages.train.losses import FeatureScale
-from stages.train.machine import Machine
 from stages.train.objective import Objective, ObjectiveConfig
-from stages.train.step import Stepper
+from stages.train.runtime import Runtime
+from stages.train.setup import TrainConfig
+from stages.train.step import TrainingStep
 
 EMBEDDED = Path("stages/tiny/model")
-DRAWS, LIMIT = 6, 0.02
+STATES_PER_RECORD, LIMIT = 6, 0.02
 NAMES = ("shards", "online", "example")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": now, "cpu": time.process_time}
 
@@ -84,14 +84,14 @@ class Setup:
 
 
 @dataclass
-class Measured:
+class LoopTiming:
     """One contender's steps, in seconds; shares of all the time, and the most memory held, in bytes."""
 
     steps: list[float]
-    waiting: float = 0.0
-    bookkeeping: float = 0.0
+    waiting_share: float = 0.0
+    bookkeeping_share: float = 0.0
     checkpoint: float = 0.0
-    peak: int = field(default_factory=lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    peak_bytes: int = field(default_factory=lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def records(setup: Setup, unet: UNet2DConditionModel, count: int) -> Iterator[Record]:
@@ -99,10 +99,12 @@ def records(setup: Setup, unet: UNet2DConditionModel, count: int) -> Iterator[Re
     latent, width = unet.config["sample_size"], unet.config["cross_attention_dim"]
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
-        x_t, v_cond, v_uncond = torch.randn(3, DRAWS, 4, latent, latent, generator=generator).half()
-        k = torch.randint(1000, (DRAWS,), generator=generator)
-        draws = Draws(k, k / 1000, x_t, v_cond, v_uncond, torch.ones(DRAWS, dtype=torch.bool))
-        features = {b: torch.randn(DRAWS, n, generator=generator).half() for b, n in widths(unet).items()}
+        x_t, v_cond, v_uncond = torch.randn(3, STATES_PER_RECORD, 4, latent, latent, generator=generator).half()
+        k = torch.randint(1000, (STATES_PER_RECORD,), generator=generator)
+        draws = States(k, k / 1000, x_t, v_cond, v_uncond, torch.ones(STATES_PER_RECORD, dtype=torch.bool))
+        features = {
+            b: torch.randn(STATES_PER_RECORD, n, generator=generator).half() for b, n in feature_widths(unet).items()
+        }
         cond = torch.randn(setup.tokens, width, generator=generator).half()
         yield Record(f"{number:09d}", "a", "none", number, 5.0, cond, x_t[0], draws, BlockFeatures(features))
 
@@ -114,35 +116,35 @@ def reader_of(setup: Setup, unet: UNet2DConditionModel, folder: Path) -> Reader:
     return Reader(folder, "train", 0, setup.config.batch_size)
 
 
-def from_shards(setup: Setup, device: torch.device) -> Measured:
+def from_shards(setup: Setup, device: torch.device) -> LoopTiming:
     """The loop as it is."""
-    return learn(setup, device, lambda reader: reader.batches)
+    return measure_fit(setup, device, lambda reader: reader.batches)
 
 
-def online(setup: Setup, device: torch.device) -> Measured:
+def online(setup: Setup, device: torch.device) -> LoopTiming:
     """The loop with a teacher in it; at full size the teacher alone, one answer for each step."""
     unet = setup.unet().eval().requires_grad_(False).to(device)
-    schedule = Schedule.from_config(read_json(EMBEDDED / "scheduler" / "scheduler_config.json"))
+    schedule = NoiseSchedule.from_config(read_json(EMBEDDED / "scheduler" / "scheduler_config.json"))
     absent: Any = None
     teacher = Teacher(Components("", Path(), unet, absent, absent, absent, schedule), "hold")
 
     def answered(batch: Batch) -> Batch:
         given = batch.to(device, torch.float32)
-        said = teacher.answer(given.x_t, given.s, given.k, given.cond, torch.zeros_like(given.cond[:1]))
+        said = teacher.predict(given.x_t, given.s, given.k, given.cond, torch.zeros_like(given.cond[:1]))
         return replace(given, v_cond=said.v_cond, v_uncond=said.v_uncond, features=said.features)
 
     if not setup.full:
-        return learn(setup, device, lambda reader: lambda start: map(answered, reader.batches(start)))
+        return measure_fit(setup, device, lambda reader: lambda start: map(answered, reader.batches(start)))
     with tempfile.TemporaryDirectory() as folder:
         batches, seconds = reader_of(setup, unet, Path(folder)).batches(0), []
         for _ in range(setup.steps):
             batch, began = next(batches), setup.now()
             answered(batch)
             seconds.append(setup.now() - began)
-    return Measured(seconds)
+    return LoopTiming(seconds)
 
 
-def example(setup: Setup, device: torch.device) -> Measured:
+def example(setup: Setup, device: torch.device) -> LoopTiming:
     """The loop of diffusers' training example."""
     unet = setup.unet().to(device)
     latent, width = unet.config["sample_size"], unet.config["cross_attention_dim"]
@@ -152,16 +154,16 @@ def example(setup: Setup, device: torch.device) -> Measured:
         while True:
             yield torch.randn(rows, 4, latent, latent), torch.randn(rows, setup.tokens, width)
 
-    return Measured(training_peer.step_seconds(unet, batches(), setup.steps, device, setup.now))
+    return LoopTiming(training_peer.step_seconds(unet, batches(), setup.steps, device, setup.now))
 
 
-def learn(setup: Setup, device: torch.device, batches_of: Callable[[Reader], Batches]) -> Measured:
+def measure_fit(setup: Setup, device: torch.device, batches_of: Callable[[Reader], Batches]) -> LoopTiming:
     """`fit` over the batches, timed from the first one's arrival to the end of the last step."""
     unet, config = setup.unet(), setup.config
     student = Student(unet)
-    deviations = {block: torch.ones(1, n) for block, n in widths(unet).items()}
+    deviations = {block: torch.ones(1, n) for block, n in feature_widths(unet).items()}
     objective = Objective(ObjectiveConfig(), student.blocks, FeatureScale(deviations))
-    stepping, saving, arrived, waits = Clock(setup.now), Clock(setup.now), [], []
+    stepping, saving, arrived, waits = CallTimer(setup.now), CallTimer(setup.now), [], []
 
     def timed(batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
@@ -173,10 +175,10 @@ def learn(setup: Setup, device: torch.device, batches_of: Callable[[Reader], Bat
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as clocks:
         batches = batches_of(reader_of(setup, unet, Path(folder) / "cache"))
-        clocks.enter_context(stepping.around(Stepper, "__call__"))
+        clocks.enter_context(stepping.time_calls(TrainingStep, "__call__"))
         if setup.full:
             clocks.enter_context(patch.object(Checkpoints, "save"))
-        clocks.enter_context(saving.around(Checkpoints, "save"))
+        clocks.enter_context(saving.time_calls(Checkpoints, "save"))
         uncond = torch.zeros(1, setup.tokens, unet.config["cross_attention_dim"])
         fit(
             student,
@@ -185,31 +187,31 @@ def learn(setup: Setup, device: torch.device, batches_of: Callable[[Reader], Bat
             uncond,
             config,
             Path(folder) / "distill",
-            machine=Machine(device, config.precision),
+            runtime=Runtime(device, config.precision),
             identity={},
         )
     last = stepping.spans[-1]
     whole, waiting = last[1] - arrived[0], sum(waits[1 : setup.steps])
     steps = [after - before for before, after in pairwise(arrived[: setup.steps])]
     bookkeeping = whole - waiting - stepping.seconds
-    return Measured([*steps, last[1] - last[0]], waiting / whole, bookkeeping / whole, saving.seconds)
+    return LoopTiming([*steps, last[1] - last[0]], waiting / whole, bookkeeping / whole, saving.seconds)
 
 
-CONTENDERS: dict[str, Callable[[Setup, torch.device], Measured]] = dict(
+CONTENDERS: dict[str, Callable[[Setup, torch.device], LoopTiming]] = dict(
     zip(NAMES, (from_shards, online, example), strict=True)
 )
 
 
-def measured(name: str, setup: Setup, device: str) -> Measured:
+def measure_contender(name: str, setup: Setup, device: str) -> LoopTiming:
     """One contender's turn; at full size in a process of its own."""
     if not setup.full:
         return CONTENDERS[name](setup, device_of(device))
     # spawned, so that nothing of this process counts in its memory
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as one:
-        return one.submit(turn, name, setup, device).result()
+        return one.submit(measure_in_process, name, setup, device).result()
 
 
-def turn(name: str, setup: Setup, device: str) -> Measured:
+def measure_in_process(name: str, setup: Setup, device: str) -> LoopTiming:
     """A contender in a process of its own."""
     return CONTENDERS[name](setup, device_of(device))
 
@@ -222,7 +224,7 @@ def setup_of(full: bool, steps: int, batch_size: int, clock: str, optimizer: str
     return Setup(full, steps, 77 if full else 24, train.model_copy(update=changes), clock)
 
 
-def table(found: dict[str, list[Measured]], setup: Setup) -> list[str]:
+def table(found: dict[str, list[LoopTiming]], setup: Setup) -> list[str]:
     """Medians over the rounds; ratios are taken round by round."""
     lines = ["| loop | step | over ours | data wait | bookkeeping |", "|---|---|---|---|---|"]
     steps = {name: [statistics.median(one.steps) for one in rounds] for name, rounds in found.items()}
@@ -234,13 +236,13 @@ def table(found: dict[str, list[Measured]], setup: Setup) -> list[str]:
             ratios = [a / b for a, b in zip(seconds, steps["shards"], strict=True)]
             cells[1] = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         if name == "shards":
-            cells[2] = f"{statistics.median(one.waiting for one in found[name]):.2%}"
-            cells[3] = f"{statistics.median(one.bookkeeping for one in found[name]):.2%}"
+            cells[2] = f"{statistics.median(one.waiting_share for one in found[name]):.2%}"
+            cells[3] = f"{statistics.median(one.bookkeeping_share for one in found[name]):.2%}"
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
-def checkpoint_line(found: list[Measured], setup: Setup) -> str:
+def checkpoint_line(found: list[LoopTiming], setup: Setup) -> str:
     """What checkpoints cost, as often as the configuration writes them."""
     seconds = statistics.median(one.checkpoint for one in found)
     between = setup.config.checkpoint_every_samples / setup.config.batch_size
@@ -264,13 +266,13 @@ def main() -> int:
     setup = setup_of(
         full, said.steps or (2 if full else 41), said.batch_size or (1 if full else 32), said.clock, said.optimizer
     )
-    found: dict[str, list[Measured]] = {name: [] for name in said.only or NAMES}
+    found: dict[str, list[LoopTiming]] = {name: [] for name in said.only or NAMES}
     for _ in range(said.rounds or (1 if full else 5)):
         for name, rounds in found.items():
-            rounds.append(measured(name, setup, said.device))
+            rounds.append(measure_contender(name, setup, said.device))
             if full:
                 each = ", ".join(f"{seconds:.1f}" for seconds in rounds[-1].steps)
-                print(f"{name}: steps of {each} s, at most {rounds[-1].peak / 1e9:.2f} GB in memory", flush=True)
+                print(f"{name}: steps of {each} s, at most {rounds[-1].peak_bytes / 1e9:.2f} GB in memory", flush=True)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     turns = f"{setup.steps} steps a turn, {len(next(iter(found.values())))} rounds, {where}, {said.clock} clock"
     print(f"\n{said.size}, {setup.config.batch_size} states a step, {turns}\n")
@@ -280,7 +282,10 @@ def main() -> int:
     if not full:
         print(f"\n{checkpoint_line(found['shards'], setup)}")
     ours = found["shards"]
-    shares = [statistics.median(one.waiting for one in ours), statistics.median(one.bookkeeping for one in ours)]
+    shares = [
+        statistics.median(one.waiting_share for one in ours),
+        statistics.median(one.bookkeeping_share for one in ours),
+    ]
     print(f"\nlimit of each share {LIMIT:.0%}")
     return 0 if max(shares) <= LIMIT else 1
 

@@ -10,87 +10,88 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from configs.refusal import Refused, did_you_mean
-from configs.schema import Leaf, Room
-from configs.words import SEQUENCES, metavar, value_of
+from configs.schema import SEQUENCES, Option, OptionGroup, metavar, parse_value
+from stages.system.refusal import Refused, did_you_mean
 
-ABSENT = ("\0absent",)
-COMMON = {
-    "config": Leaf(tuple[Path, ...], "YAML files laid over each other, later over earlier; options lie on top"),
-    "print_config": Leaf(Literal[""], "print the resolved configuration and stop"),
+UNSET = ("\0absent",)
+COMMON_OPTIONS = {
+    "config": Option(tuple[Path, ...], "YAML files laid over each other, later over earlier; options lie on top"),
+    "print_config": Option(Literal[""], "print the resolved configuration and stop"),
 }
 
 
-def overrides(room: Room, words: Sequence[str], shown: Mapping[str, Any], prog: str) -> dict[str, Any]:
+def parse_options(
+    options: OptionGroup, argv: Sequence[str], current_values: Mapping[str, Any], prog: str
+) -> dict[str, Any]:
     """The nested mapping that `words` spell; `--help` prints every leaf with its value in `shown` and exits with 0."""
-    framed = Room({**COMMON, **room.entries}, room.meaning)
-    draft = _draft(framed, {"config": (), "print_config": "no", **shown})
-    parsed, unknown = tyro.cli(draft, prog=prog, args=list(words), return_unknown_args=True)
+    framed = OptionGroup({**COMMON_OPTIONS, **options.entries}, options.description)
+    draft = _arguments_class(framed, {"config": (), "print_config": "no", **current_values})
+    parsed, unknown = tyro.cli(draft, prog=prog, args=list(argv), return_unknown_args=True)
     if unknown:
-        raise Refused(_not_understood(unknown, room))
-    return _said(room, parsed, ())
+        raise Refused(_unknown_option_message(unknown, options))
+    return _set_values(options, parsed, ())
 
 
-def flag(path: Sequence[str]) -> str:
+def option_name(path: Sequence[str]) -> str:
     """The option that sets the leaf at `path`."""
     return "--" + ".".join(path).replace("_", "-")
 
 
-def _draft(room: Room, shown: Any) -> Any:
+def _arguments_class(options: OptionGroup, current_values: Any) -> Any:
     """A dataclass of words in the shape of `room`, for tyro to fill; `shown` holds the values that `--help` tells."""
     fields: list[tuple[str, Any, Any]] = []
-    for name, entry in room.entries.items():
-        now = shown.get(name, ABSENT) if isinstance(shown, Mapping) else ABSENT
-        if isinstance(entry, Leaf):
+    for name, entry in options.entries.items():
+        now = current_values.get(name, UNSET) if isinstance(current_values, Mapping) else UNSET
+        if isinstance(entry, Option):
             hint = tyro.conf.arg(
-                metavar=metavar(entry.annotation), help=_help(entry), help_behavior_hint=_hint(now, entry)
+                metavar=metavar(entry.annotation), help=_help_text(entry), help_behavior_hint=_default_text(now, entry)
             )
-            fields.append((name, Annotated[tuple[str, ...], hint], field(default=ABSENT)))
+            fields.append((name, Annotated[tuple[str, ...], hint], field(default=UNSET)))
         else:
-            inner = _draft(entry, {**entry.defaults, **(now if isinstance(now, Mapping) else {})})
-            fields.append((name, Annotated[inner, tyro.conf.arg(help=entry.meaning)], field(default_factory=inner)))
-    return make_dataclass("Draft", fields, namespace={"__doc__": room.meaning}, frozen=True)
+            inner = _arguments_class(entry, {**entry.defaults, **(now if isinstance(now, Mapping) else {})})
+            fields.append((name, Annotated[inner, tyro.conf.arg(help=entry.description)], field(default_factory=inner)))
+    return make_dataclass("Draft", fields, namespace={"__doc__": options.description}, frozen=True)
 
 
-def _help(leaf: Leaf) -> str:
-    return f"{leaf.meaning} [{leaf.condition}]" if leaf.condition else leaf.meaning
+def _help_text(option: Option) -> str:
+    return f"{option.description} [{option.condition}]" if option.condition else option.description
 
 
-def _hint(value: Any, leaf: Leaf) -> str:
+def _default_text(value: Any, option: Option) -> str:
     """The default in the words that would set it."""
-    if value is ABSENT:
-        return "" if leaf.condition else "(required)"
+    if value is UNSET:
+        return "" if option.condition else "(required)"
     if isinstance(value, Mapping):
         value = [f"{name}={item}" for name, item in value.items()]
     words = " ".join(map(str, value)) if isinstance(value, SEQUENCES) and not isinstance(value, str) else str(value)
     return f"(default: {words or 'nothing'})"
 
 
-def _said(room: Room, parsed: Any, path: tuple[str, ...]) -> dict[str, Any]:
+def _set_values(options: OptionGroup, parsed: Any, path: tuple[str, ...]) -> dict[str, Any]:
     """What the words set, as a nested mapping without the rest."""
     said: dict[str, Any] = {}
-    for name, entry in room.entries.items():
+    for name, entry in options.entries.items():
         words, here = getattr(parsed, name), (*path, name)
-        if isinstance(entry, Room):
-            inner = _said(entry, words, here)
+        if isinstance(entry, OptionGroup):
+            inner = _set_values(entry, words, here)
             said |= {name: inner} if inner else {}
-        elif words != ABSENT:
-            said[name] = value_of(words, entry.annotation, flag(here))
+        elif words != UNSET:
+            said[name] = parse_value(words, entry.annotation, option_name(here))
     return said
 
 
-def _not_understood(unknown: Sequence[str], room: Room) -> str:
+def _unknown_option_message(unknown: Sequence[str], options: OptionGroup) -> str:
     """The refusal of the first word that no option took."""
     word = next((word for word in unknown if word.startswith("-")), unknown[0])
     if not word.startswith("-"):
         return f"{word}: not expected here - options look like --name value"
     name = word.partition("=")[0]
-    return f"{name}: unknown option - {did_you_mean(name, list(_flags(room, ())))}"
+    return f"{name}: unknown option - {did_you_mean(name, list(_option_names(options, ())))}"
 
 
-def _flags(room: Room, path: tuple[str, ...]) -> Iterator[str]:
-    for name, entry in room.entries.items():
-        if isinstance(entry, Room):
-            yield from _flags(entry, (*path, name))
+def _option_names(options: OptionGroup, path: tuple[str, ...]) -> Iterator[str]:
+    for name, entry in options.entries.items():
+        if isinstance(entry, OptionGroup):
+            yield from _option_names(entry, (*path, name))
         else:
-            yield flag((*path, name))
+            yield option_name((*path, name))

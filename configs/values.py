@@ -1,67 +1,71 @@
-"""Values as users write them: text is text, numbers have a measure, and `~` is a home folder wherever a path stands."""
+"""Values as users write them: text is text, numbers have a measure, and `~` is a home folder wherever a path stands.
+
+The ground under every model: what users write, and what the program wrote for itself.
+"""
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from configs.characters import fault_of, faulty_character, printable
-from configs.refusal import Refused
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
 
-LARGEST = (1 << 63) - 1
-LONGEST_NAME, LONGEST_PATH = 255, 4095
+from stages.system.refusal import Refused, first_invalid_character, format_value, invalid_character_reason
+
+MAX_INTEGER = (1 << 63) - 1
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """In bytes, as Linux has them."""
 
 
 def expand_home(path: Path) -> Path:
     """The path with a leading `~` or `~user` opened; raises `ValueError` for what can name no file."""
-    if fault := fault_of(str(path)):
-        raise ValueError(f"a file name {fault} ({faulty_character(str(path))}) - rename it")
+    if fault := invalid_character_reason(str(path)):
+        raise ValueError(f"a file name {fault} ({first_invalid_character(str(path))}) - rename it")
     if "\n" in str(path) or "\r" in str(path):
         raise ValueError("a file name of several lines - rename it")
     try:
         path = path.expanduser()
     except RuntimeError as error:
         raise ValueError(f"there is no user {path.parts[0][1:]!r} here - write the whole path") from error
-    if len(os.fsencode(path)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
-        raise ValueError(f"a file name of more than {LONGEST_NAME} bytes - take a shorter one")
+    if len(os.fsencode(path)) > MAX_PATH_BYTES or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in path.parts):
+        raise ValueError(f"a file name of more than {MAX_NAME_BYTES} bytes - take a shorter one")
     return path
 
 
-def expand_location(words: str) -> str:
+def expand_location(location: str) -> str:
     """A folder or a hub id, the folder's `~` opened: no hub id begins with one, nor is as long as no name can be."""
-    return str(expand_home(Path(words))) if words.startswith("~") or len(words) > LONGEST_NAME else words
+    return str(expand_home(Path(location))) if location.startswith("~") or len(location) > MAX_NAME_BYTES else location
 
 
-def place(word: str) -> Path:
+def path_argument(text: str) -> Path:
     """A path of the command line; raises `Refused` for what can name no file."""
     try:
-        return expand_home(Path(word))
+        return expand_home(Path(text))
     except ValueError as error:
-        raise Refused(f"{printable(word)}: {error}") from error
+        raise Refused(f"{format_value(text)}: {error}") from error
 
 
-def location(word: str) -> str:
+def location_argument(text: str) -> str:
     """A folder or hub id of the command line; raises `Refused` for what can name none."""
-    return str(place(word)) if word.startswith("~") else word
+    return str(path_argument(text)) if text.startswith("~") else text
 
 
-def plain(value: Any) -> Any:
+def normalize_value(value: Any) -> Any:
     """The value with every path in it opened; raises `ValueError` for what no user can mean."""
     match value:
         case Path():
             return expand_home(value)
-        case str() if fault := fault_of(value):
-            raise ValueError(f"text {fault} ({faulty_character(value)}) - remove them")
+        case str() if fault := invalid_character_reason(value):
+            raise ValueError(f"text {fault} ({first_invalid_character(value)}) - remove them")
         case bool() | str():
             return value
-        case int() if abs(value) > LARGEST:
+        case int() if abs(value) > MAX_INTEGER:
             raise ValueError("should fit 64 bits - take a smaller number")
         case tuple() if type(value) is tuple:
-            return tuple(map(plain, value))
+            return tuple(map(normalize_value, value))
         case list():
-            return [plain(one) for one in value]
+            return [normalize_value(one) for one in value]
         case dict():
-            return {plain(key): plain(one) for key, one in value.items()}
+            return {normalize_value(key): normalize_value(one) for key, one in value.items()}
     return value
 
 
@@ -70,3 +74,29 @@ def refuse_blank(value: str) -> str:
     if not value.strip():
         raise ValueError("should be a word or more")
     return value
+
+
+Location = Annotated[str, AfterValidator(expand_location)]
+"""A folder or a hub id."""
+NonEmpty = Annotated[str, AfterValidator(refuse_blank)]
+"""Words: not nothing."""
+
+
+class Stored(BaseModel):
+    """A frozen model that refuses unknown keys and checks its own defaults.
+
+    A field's meaning, with its unit, is `Field(description=...)` or the string below the attribute; `--help` prints it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class Strict(Stored):
+    """A model of what users write: floats are finite, integers fit 64 bits, text is text, `~` in a path is opened."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _normalize(cls, value: Any) -> Any:
+        return normalize_value(value)

@@ -1,6 +1,8 @@
 """A shard's tar seen from outside: which bytes hold which record, their checksums, and the sha256 of all of them.
 
 The headers are read here and not by tarfile, which believes what a stranger's header says of sizes and extensions.
+
+What the manifest says of each file: a tar of records, a prompt that gave none, a file of the table.
 """
 
 import hashlib
@@ -8,23 +10,28 @@ import os
 import re
 import zlib
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Annotated, BinaryIO, NamedTuple
 
-from shards.damage import plainly
+from pydantic import Field, model_validator
 
-BLOCK = 512
-PIECE = 1 << 20
+from configs.values import Stored
+from shards.codec import MAX_JSON_BYTES
+from shards.integrity import checked_path, open_plain_file
+from shards.record import MAX_RECORD_BYTES, MIN_STATE_BYTES, Split
+
+TAR_BLOCK_BYTES = 512
+READ_BYTES = 1 << 20
 MAGIC, PLAIN_FILE = b"ustar\x0000", b"0"
 OCTAL = re.compile(rb"[0-7]{11}\0")
 CHECKSUM = re.compile(rb"[0-7]{6}\0 ")
-NAME = re.compile(rb"([0-9]{9})\.(json|safetensors)\0+")
-PREFIX, LINK = slice(345, BLOCK), slice(157, 257)
+MEMBER_NAME = re.compile(rb"([0-9]{9})\.(json|safetensors)\0+")
+PREFIX_FIELD, LINK_FIELD = slice(345, TAR_BLOCK_BYTES), slice(157, 257)
 """Of a header: what would be put before the name, and another name; both are empty."""
-END_BLOCKS, RECORD = 2, 20 * BLOCK
+END_BLOCKS, TAR_RECORD_BYTES = 2, 20 * TAR_BLOCK_BYTES
 """A tar ends with two empty blocks, and its size is a multiple of twenty."""
 
 
-class Place(NamedTuple):
+class RecordSpan(NamedTuple):
     """Where the two members of a record lie in their tar, in bytes, and the checksum of all that is between."""
 
     json_offset: int
@@ -37,15 +44,15 @@ class Place(NamedTuple):
     @property
     def first(self) -> int:
         """The first byte of the record, its tar header."""
-        return self.json_offset - BLOCK
+        return self.json_offset - TAR_BLOCK_BYTES
 
     @property
     def last(self) -> int:
         """One past the last byte of the record, with its padding."""
-        return _padded(self.st_offset + self.st_size)
+        return _pad_to_block(self.st_offset + self.st_size)
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """A file in a tar."""
 
     key: str
@@ -56,33 +63,33 @@ class Member(NamedTuple):
     @property
     def end(self) -> int:
         """Where the next header begins."""
-        return _padded(self.offset + self.size)
+        return _pad_to_block(self.offset + self.size)
 
 
-def places(tar: Path) -> dict[str, Place]:
+def record_spans(tar: Path) -> dict[str, RecordSpan]:
     """Key -> place of every record from the first on that is whole.
 
     A tar cut between two members is a good tar to every reader, and shorter: only a count tells.
     """
-    found, at = dict[str, Place](), 0
-    with open(tar, "rb", opener=plainly) as content:
+    found, at = dict[str, RecordSpan](), 0
+    with open(tar, "rb", opener=open_plain_file) as content:
         size = os.fstat(content.fileno()).st_size
         while True:
-            first = _member(content, at, size)
-            second = _member(content, first.end, size) if first else None
+            first = _read_member(content, at, size)
+            second = _read_member(content, first.end, size) if first else None
             if not first or not second or (second.key, "json") != (first.key, first.extension) or first.key in found:
                 return found
             if second.extension != "safetensors" or second.end > size:
                 return found
             crc32 = _crc32(content, at, second.end)
-            found[first.key] = Place(first.offset, first.size, second.offset, second.size, crc32)
+            found[first.key] = RecordSpan(first.offset, first.size, second.offset, second.size, crc32)
             at = second.end
 
 
-def spoilt(tar: Path, listed: tuple[Place, ...]) -> int | None:
+def first_damaged(tar: Path, spans: tuple[RecordSpan, ...]) -> int | None:
     """The number of the first record whose bytes are not what they were; None when the damage lies behind them all."""
-    with open(tar, "rb", opener=plainly) as content:
-        for number, place in enumerate(listed):
+    with open(tar, "rb", opener=open_plain_file) as content:
+        for number, place in enumerate(spans):
             if _crc32(content, place.first, place.last) != place.crc32:
                 return number
     return None
@@ -90,39 +97,155 @@ def spoilt(tar: Path, listed: tuple[Place, ...]) -> int | None:
 
 def tar_bytes(end: int) -> int:
     """The size of a tar whose last member ends, with its padding, at this byte."""
-    return -(-(end + END_BLOCKS * BLOCK) // RECORD) * RECORD
+    return -(-(end + END_BLOCKS * TAR_BLOCK_BYTES) // TAR_RECORD_BYTES) * TAR_RECORD_BYTES
 
 
 def sha256_of(file: Path) -> str:
     """The sha256 of a file's content, in hex."""
-    with open(file, "rb", opener=plainly) as content:
+    with open(file, "rb", opener=open_plain_file) as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _member(content: BinaryIO, at: int, size: int) -> Member | None:
+def _read_member(content: BinaryIO, offset: int, size: int) -> TarMember | None:
     """The member whose header is at this byte, if it is whole and of the only kind that is ever written."""
-    content.seek(at)
-    header = content.read(BLOCK)
-    if len(header) < BLOCK or header[257:265] != MAGIC or header[156:157] != PLAIN_FILE:
+    content.seek(offset)
+    header = content.read(TAR_BLOCK_BYTES)
+    if len(header) < TAR_BLOCK_BYTES or header[257:265] != MAGIC or header[156:157] != PLAIN_FILE:
         return None
-    name, length, told = NAME.fullmatch(header[:100]), header[124:136], header[148:156]
+    name, length, told = MEMBER_NAME.fullmatch(header[:100]), header[124:136], header[148:156]
     if not name or not OCTAL.fullmatch(length) or not CHECKSUM.fullmatch(told):
         return None
-    if any(header[PREFIX]) or any(header[LINK]):
+    if any(header[PREFIX_FIELD]) or any(header[LINK_FIELD]):
         return None
     if int(told[:6], 8) != sum(header[:148]) + sum(b"        ") + sum(header[156:]):
         return None
-    member = Member(name[1].decode(), name[2].decode(), at + BLOCK, int(length[:11], 8))
+    member = TarMember(name[1].decode(), name[2].decode(), offset + TAR_BLOCK_BYTES, int(length[:11], 8))
     return member if member.offset + member.size <= size else None
 
 
 def _crc32(content: BinaryIO, first: int, last: int) -> int:
     content.seek(first)
     crc32, left = 0, last - first
-    while left > 0 and (piece := content.read(min(PIECE, left))):
+    while left > 0 and (piece := content.read(min(READ_BYTES, left))):
         crc32, left = zlib.crc32(piece, crc32), left - len(piece)
     return crc32
 
 
-def _padded(at: int) -> int:
-    return -(-at // BLOCK) * BLOCK
+def _pad_to_block(offset: int) -> int:
+    return -(-offset // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+
+
+Count = Annotated[int, Field(ge=1, lt=1 << 48)]
+Key = Annotated[str, Field(pattern=r"^[0-9]{9}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ShardFile = Annotated[str, Field(pattern=r"^data/(train|validation)-[0-9]{6}\.tar$")]
+TableFile = Annotated[str, Field(pattern=r"^table\.zarr/([a-z0-9_]+/)*(zarr\.json|[0-9]+)$")]
+
+
+class Shard(Stored):
+    """One tar of the cache, as it was when it was finished; all its records have the same number of draws."""
+
+    file: ShardFile
+    """path inside the cache folder: these names and no others, so that none leads out of it"""
+    split: Split
+    records: Count
+    draws: Count
+    bytes: Count
+    sha256: Sha256
+    first_key: Key
+    last_key: Key
+    offsets: tuple[RecordSpan, ...]
+    """where each record lies, in bytes, in the order of the tar"""
+
+    @model_validator(mode="after")
+    def _check_consistency(self) -> "Shard":
+        if not self.file.startswith(f"data/{self.split}-"):
+            raise ValueError(f"{self.file} is not of split {self.split}")
+        if self.draws % self.records or len(self.offsets) != self.records or self.last_key < self.first_key:
+            raise ValueError(f"{self.file}: its counts do not agree")
+        end = 0
+        for place in self.offsets:
+            gap = place.st_offset - place.json_offset - place.json_size
+            if place.first != end or not 512 <= gap < 1024 or min(place.json_size, place.st_size) < 1:
+                raise ValueError(f"{self.file}: places a record at byte {place.json_offset}, where none can lie")
+            if place.json_size > MAX_JSON_BYTES or place.st_size > MAX_RECORD_BYTES:
+                raise ValueError(f"{self.file}: places a record of {place.st_size} bytes at byte {place.json_offset}")
+            if self.states_per_record * MIN_STATE_BYTES > place.st_size:
+                raise ValueError(f"{self.file}: {self.states_per_record} draws in a record of {place.st_size} bytes")
+            end = place.last
+        if self.bytes != tar_bytes(end):
+            raise ValueError(f"{self.file}: its records end at byte {end} of {self.bytes}")
+        return self
+
+    @property
+    def states_per_record(self) -> int:
+        """K of every record in this shard."""
+        return self.draws // self.records
+
+    def size_fault(self, folder: Path) -> str | None:
+        """What is wrong, as far as the file's size tells."""
+        path = folder / self.file
+        if not path.is_file() and not path.is_symlink():
+            return "missing"
+        checked_path(folder, self.file)
+        if path.stat().st_size == self.bytes:
+            return None
+        found = len(record_spans(path))
+        if found != self.records:
+            return f"{found} records, manifest says {self.records}"
+        return f"{path.stat().st_size} bytes, manifest says {self.bytes}"
+
+    def fault(self, folder: Path) -> str | None:
+        """What is wrong with the file's content; reads all of it."""
+        glance = self.size_fault(folder)
+        if glance:
+            return glance
+        found = sha256_of(folder / self.file)
+        return None if found == self.sha256 else f"sha256 {found[:12]}..., manifest says {self.sha256[:12]}..."
+
+    def first_damaged_key(self, folder: Path) -> str | None:
+        """The key of the first record of a damaged tar that is not what it was, where that can be told."""
+        if not (folder / self.file).is_file():
+            return None
+        number = first_damaged(folder / self.file, self.offsets)
+        if number is None:
+            return None
+        gapless = int(self.last_key) - int(self.first_key) + 1 == self.records
+        name = f"{int(self.first_key) + number:09d}" if gapless else f"number {number}"
+        return f"{name} at byte {self.offsets[number].json_offset}"
+
+    def offsets_fault(self, folder: Path) -> str | None:
+        """What the manifest says wrongly about a tar whose content is right."""
+        found = record_spans(folder / self.file)
+        if len(found) != self.records or len(self.offsets) != self.records:
+            return f"{len(found)} records, manifest says {self.records} and places {len(self.offsets)}"
+        if (min(found), max(found)) != (self.first_key, self.last_key) or tuple(found.values()) != self.offsets:
+            return "its records lie elsewhere than the manifest says"
+        return None
+
+
+class Failure(Stored):
+    """A prompt that could not be rendered, and why: it is told, never silently left out."""
+
+    file: ShardFile
+    """the shard that should hold it"""
+    key: Key
+    reason: str
+
+
+class TableEntry(Stored):
+    """One file of the table as it was written."""
+
+    file: TableFile
+    bytes: Count
+    sha256: Sha256
+
+    def fault(self, folder: Path) -> str | None:
+        """What is wrong with the file; reads all of it."""
+        if not (folder / self.file).exists() and not (folder / self.file).is_symlink():
+            return "missing"
+        path = checked_path(folder, self.file)
+        if path.stat().st_size != self.bytes:
+            return f"{path.stat().st_size} bytes, manifest says {self.bytes}"
+        found = sha256_of(path)
+        return None if found == self.sha256 else f"sha256 {found[:12]}..., manifest says {self.sha256[:12]}..."

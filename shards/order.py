@@ -12,12 +12,12 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from configs.refusal import Refused, did_you_mean
+from stages.system.refusal import Refused, did_you_mean
 
-BLOCK = 4096
+SAMPLES_PER_BLOCK = 4096
 WINDOW = 16
 """Shards open at a time; a part of the order, so it is the same on every machine."""
-UNIFORM, WEIGHTED, SHARDS = 0, 1, 2
+UNIFORM_STREAM, WEIGHTED_STREAM, SHARDS_STREAM = 0, 1, 2
 
 Indices = Int[np.ndarray, " n"]
 
@@ -35,24 +35,24 @@ class Pairs:
 
     def __init__(
         self,
-        draws_per_record: Indices,
+        states_per_record: Indices,
         records_per_shard: Sequence[int] | None = None,
-        wanted: Bool[np.ndarray, " n"] | None = None,
+        mask: Bool[np.ndarray, " n"] | None = None,
     ) -> None:
         """All records lie in one shard unless told, and all pairs are wanted; `wanted` has a place for each pair."""
-        self.starts = np.concatenate([[0], np.cumsum(draws_per_record)])
-        self.chosen = None if wanted is None or wanted.all() else np.flatnonzero(wanted)
-        ends = self.starts[np.cumsum([len(draws_per_record)] if records_per_shard is None else records_per_shard)]
-        if self.chosen is not None:
-            ends = np.searchsorted(self.chosen, ends)
+        self.starts = np.concatenate([[0], np.cumsum(states_per_record)])
+        self.selected = None if mask is None or mask.all() else np.flatnonzero(mask)
+        ends = self.starts[np.cumsum([len(states_per_record)] if records_per_shard is None else records_per_shard)]
+        if self.selected is not None:
+            ends = np.searchsorted(self.selected, ends)
         self.per_shard = tuple(np.diff(ends, prepend=0).tolist())
 
     def __len__(self) -> int:
         return sum(self.per_shard)
 
-    def split(self, numbers: Indices) -> tuple[Indices, Indices]:
+    def locate(self, numbers: Indices) -> tuple[Indices, Indices]:
         """The record of each pair, and the draw within it."""
-        numbers = numbers if self.chosen is None else self.chosen[numbers]
+        numbers = numbers if self.selected is None else self.selected[numbers]
         records = np.searchsorted(self.starts, numbers, side="right") - 1
         return records, numbers - self.starts[records]
 
@@ -69,8 +69,8 @@ class ShuffledOrder:
         numbers = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            numbers[here] = order(self.seed, int(epoch), self.pairs.per_shard).at(places[here])
-        return self.pairs.split(numbers)
+            numbers[here] = epoch_order(self.seed, int(epoch), self.pairs.per_shard).at(places[here])
+        return self.pairs.locate(numbers)
 
 
 class Epoch:
@@ -81,7 +81,7 @@ class Epoch:
         ends = np.cumsum(per_shard)
         self._spans = np.stack([ends - per_shard, ends], axis=1)
         filled = np.flatnonzero(per_shard)
-        shuffled = filled[permutation((SHARDS, seed, epoch), len(filled))]
+        shuffled = filled[permutation((SHARDS_STREAM, seed, epoch), len(filled))]
         self._windows = [np.sort(shards) for shards in np.array_split(shuffled, -(-len(filled) // WINDOW))]
         self.starts = np.cumsum([0, *(sum(per_shard[shard] for shard in shards) for shards in self._windows)])
 
@@ -99,21 +99,23 @@ class Epoch:
         return numbers
 
     def _window(self, window: int) -> Indices:
-        return _window(self._seed, self._epoch, window, tuple(map(tuple, self._spans[self._windows[window]].tolist())))
+        return _window_numbers(
+            self._seed, self._epoch, window, tuple(map(tuple, self._spans[self._windows[window]].tolist()))
+        )
 
 
 @lru_cache(maxsize=4)
-def order(seed: int, epoch: int, per_shard: tuple[int, ...]) -> Epoch:
+def epoch_order(seed: int, epoch: int, per_shard: tuple[int, ...]) -> Epoch:
     """The order of an epoch over shards that hold so many things each."""
     return Epoch(seed, epoch, per_shard)
 
 
 @lru_cache(maxsize=4)
-def _window(seed: int, epoch: int, window: int, spans: tuple[tuple[int, int], ...]) -> Indices:
+def _window_numbers(seed: int, epoch: int, window: int, spans: tuple[tuple[int, int], ...]) -> Indices:
     """The numbers of these spans, permuted together."""
     numbers: Indices = np.concatenate([np.arange(first, last) for first, last in spans])
     # The first window has the epoch's own key, so that what fits into one keeps the order it had before windows.
-    key = (UNIFORM, seed, epoch) if window == 0 else (UNIFORM, seed, epoch, window)
+    key = (UNIFORM_STREAM, seed, epoch) if window == 0 else (UNIFORM_STREAM, seed, epoch, window)
     return np.take(numbers, permutation(key, len(numbers)))
 
 
@@ -128,20 +130,20 @@ class GroupedOrder:
             raise ValueError("every share should be 0, or positive with pairs to draw from")
         # Groups of share 0 have no place of their own: the last place takes what rounding leaves over.
         drawn = np.flatnonzero(shares)
-        self._until = (np.cumsum(shares) / shares.sum())[drawn]
-        self._by_group = np.argsort(group_of_pair, kind="stable")
+        self._upper_bounds = (np.cumsum(shares) / shares.sum())[drawn]
+        self._pairs_by_group = np.argsort(group_of_pair, kind="stable")
         self._sizes, self._starts = sizes[drawn], (np.cumsum(sizes) - sizes)[drawn]
 
     def at(self, samples: Indices) -> tuple[Indices, Indices]:
         """The records and draws at these places of the stream."""
         chance = np.empty((len(samples), 2))
-        for block in np.unique(samples // BLOCK):
-            here = samples // BLOCK == block
-            chance[here] = chances(self.seed, int(block))[samples[here] % BLOCK]
+        for block in np.unique(samples // SAMPLES_PER_BLOCK):
+            here = samples // SAMPLES_PER_BLOCK == block
+            chance[here] = chances(self.seed, int(block))[samples[here] % SAMPLES_PER_BLOCK]
         # Rounding can leave the last boundary a hair below 1, and a product a hair below a whole number at it.
-        chosen = np.searchsorted(self._until[:-1], chance[:, 0], side="right")
+        chosen = np.searchsorted(self._upper_bounds[:-1], chance[:, 0], side="right")
         within = np.minimum((chance[:, 1] * self._sizes[chosen]).astype(np.int64), self._sizes[chosen] - 1)
-        return self.pairs.split(self._by_group[self._starts[chosen] + within])
+        return self.pairs.locate(self._pairs_by_group[self._starts[chosen] + within])
 
 
 class WeightedOrder(GroupedOrder):
@@ -152,14 +154,14 @@ class WeightedOrder(GroupedOrder):
 
     def __init__(self, seed: int, pairs: Pairs, class_names: Sequence[str], weights: Mapping[str, float]) -> None:
         """`class_names` has one name for each record; raises `Refused` unless weights and wanted classes match."""
-        record_of_pair, _ = pairs.split(np.arange(len(pairs)))
-        names = _checked([class_names[record] for record in np.unique(record_of_pair)], weights)
+        record_of_pair, _ = pairs.locate(np.arange(len(pairs)))
+        names = _ordered_classes([class_names[record] for record in np.unique(record_of_pair)], weights)
         number = {name: i for i, name in enumerate(names)}
         class_of_pair = np.array([number.get(name, -1) for name in class_names])[record_of_pair]
         super().__init__(seed, pairs, class_of_pair, np.array([weights[name] for name in names], dtype=np.float64))
 
 
-def _checked(class_names: Sequence[str], weights: Mapping[str, float]) -> list[str]:
+def _ordered_classes(class_names: Sequence[str], weights: Mapping[str, float]) -> list[str]:
     """The classes in the order in which they share the unit interval."""
     present = sorted(set(class_names))
     for name, weight in weights.items():
@@ -184,4 +186,4 @@ def permutation(key: tuple[int, ...], n: int) -> Indices:
 @lru_cache(maxsize=4)
 def chances(seed: int, block: int) -> Float[np.ndarray, "BLOCK 2"]:
     """Two uniform numbers for each sample of a block, so that any sample is found without those before it."""
-    return np.random.Generator(np.random.PCG64([WEIGHTED, seed, block])).random((BLOCK, 2))
+    return np.random.Generator(np.random.PCG64([WEIGHTED_STREAM, seed, block])).random((SAMPLES_PER_BLOCK, 2))

@@ -1,9 +1,14 @@
-"""The table beside the shards: one row for each draw, to look things up without reading records.
+"""Makes the table of a cache: one row for each draw, in the order of the shards, all or nothing.
+
+The table beside the shards: one row for each draw, to look things up without reading records.
 
 Rows lie in the order of the shards. Names that repeat (splits, classes) are numbers here and words in the attributes.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,18 +18,151 @@ import torch
 import zarr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from configs.refusal import Refused, did_you_mean, in_one_line
-from shards.damage import Damaged
-from shards.entries import Part
-from shards.manifest import Manifest, find_cache, way_out
-from shards.moments import Statistics
-from shards.record import SPLITS, Split
-from shards.table_chunks import Packing, fault_of_chunks
-from shards.table_layout import FEATURE, NAME, check_files, check_layout
-from shards.tabulate import ROWS_PER_CHUNK, made_from
-from shards.tabulate import is_tabulated as is_tabulated
-from shards.tabulate import write_table as write_table
+from shards.archive import TableEntry, sha256_of
+from shards.integrity import Damaged, repair_hint
+from shards.manifest import Manifest, find_cache
+from shards.reader import Reader
+from shards.record import SCHEMA, SPLITS, Record, Split
+from shards.stats import Statistics
+from shards.table_check import (
+    COLUMNS,
+    FEATURE_PREFIX,
+    FEATURE_TYPE,
+    TABLE_FOLDER,
+    ChunkLayout,
+    check_files,
+    check_layout,
+    chunk_fault,
+)
+from stages.system.atomic import fsync_folder, temporary_path
+from stages.system.disk import refuse_write_errors
+from stages.system.refusal import Refused, did_you_mean, in_one_line
+
+ROWS_PER_CHUNK, ROWS_PER_FILE = 1024, 16384
+
+
+def write_table(folder: Path) -> None:
+    """Make the table of a finished cache, all or nothing; the same shards always give the same bytes."""
+    target = folder / TABLE_FOLDER
+    temporary = temporary_path(target)
+    replaced = temporary_path(target.with_name(f"old.{TABLE_FOLDER}"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with refuse_write_errors(target):
+            _write_arrays(temporary, folder)
+            _make_durable(temporary)
+            if os.path.lexists(target):  # its name goes at once, its files one by one
+                target.rename(replaced)
+            temporary.rename(target)
+            fsync_folder(folder)
+            Manifest.open(folder).model_copy(update={"table": table_files(folder)}).save(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def is_tabulated(folder: Path) -> bool:
+    """Whether the table of these very shards is there, byte for byte."""
+    table = Manifest.open(folder).table
+    return bool(table) and table == table_files(folder)
+
+
+def table_files(folder: Path) -> tuple[TableEntry, ...]:
+    """Every file of the table, as the manifest names it."""
+    files = sorted(str(path.relative_to(folder)) for path in (folder / TABLE_FOLDER).rglob("*") if not path.is_dir())
+    return tuple(
+        TableEntry(file=file, bytes=(folder / file).stat().st_size, sha256=sha256_of(folder / file)) for file in files
+    )
+
+
+def source_attributes(manifest: Manifest) -> dict[str, str | int]:
+    """What a table belongs to: a recipe, and these shards with this content."""
+    listed = "".join(f"{shard.file} {shard.sha256}\n" for shard in manifest.shards)
+    shards = hashlib.sha256(listed.encode()).hexdigest()
+    return {"schema_version": SCHEMA, "recipe_sha256": manifest.recipe.fingerprint(), "shards_sha256": shards}
+
+
+def _write_arrays(path: Path, folder: Path) -> None:
+    reader = Reader(folder)
+    classes = sorted({name for split in SPLITS for name in reader.class_names(split)})
+    rows = sum(shard.draws for shard in reader.manifest.shards)
+    widths = {block: values.shape[1] for block, values in next(reader.records()).features.by_block.items()}
+    group = zarr.open_group(path, mode="w-", zarr_format=3)
+    group.attrs.update(
+        {
+            **source_attributes(reader.manifest),
+            "blocks": list(widths),
+            "class_names": classes,
+            "splits": list(SPLITS),
+            "units": {
+                "s": "path time, 1 is noise",
+                "k": "teacher's timestep",
+                "feature": "spatial mean of activations",
+            },
+        }
+    )
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {name: ((rows,), kind) for name, kind in COLUMNS.items()}
+    shapes |= {f"{FEATURE_PREFIX}{block}": ((rows, width), FEATURE_TYPE) for block, width in widths.items()}
+    arrays = {name: _array(group, name, shape, kind) for name, (shape, kind) in shapes.items()}
+    first = 0
+    for block in _row_blocks(reader, classes):
+        last = first + len(block["key"])
+        for name, values in block.items():
+            arrays[name][first:last] = values
+        first = last
+
+
+def _array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str) -> zarr.Array[Any]:
+    return group.create_array(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=(ROWS_PER_CHUNK, *shape[1:]),
+        shards=(ROWS_PER_FILE, *shape[1:]),
+        compressors=[ZstdCodec(level=3), Crc32cCodec()],
+    )
+
+
+def _row_blocks(reader: Reader, classes: list[str]) -> Iterator[dict[str, np.ndarray]]:
+    """The rows of all records, exactly ROWS_PER_FILE at a time, so that every file of the table is written once."""
+    waiting: list[dict[str, np.ndarray]] = []
+    count = 0
+    for split in SPLITS:
+        for record in reader.records(split):
+            waiting.append(table_rows(record, split, classes.index(record.class_name)))
+            count += len(record.states)
+            if count >= ROWS_PER_FILE:
+                joined = _concatenate(waiting)
+                yield {name: values[:ROWS_PER_FILE] for name, values in joined.items()}
+                waiting = [{name: values[ROWS_PER_FILE:] for name, values in joined.items()}]
+                count -= ROWS_PER_FILE
+    if count:
+        yield _concatenate(waiting)
+
+
+def _concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def table_rows(record: Record, split: Split, class_number: int) -> dict[str, np.ndarray]:
+    """The rows of one record, column by column."""
+    draws = record.states
+    alike = {"key": int(record.key), "split": SPLITS.index(split), "class": class_number}
+    columns = {name: np.full(len(draws), value, dtype=COLUMNS[name]) for name, value in alike.items()}
+    columns |= {"draw": np.arange(len(draws), dtype=COLUMNS["draw"]), "k": draws.k.numpy(), "s": draws.s.numpy()}
+    return columns | {f"{FEATURE_PREFIX}{block}": values.numpy() for block, values in record.features.by_block.items()}
+
+
+def _make_durable(folder: Path) -> None:
+    for file in sorted(folder.rglob("*")):
+        if file.is_dir():
+            fsync_folder(file)
+        else:
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+
 
 ROWS_AT_ONCE = 4 * ROWS_PER_CHUNK
 
@@ -32,9 +170,11 @@ ROWS_AT_ONCE = 4 * ROWS_PER_CHUNK
 class Table:
     """The table of a cache, read as it is asked for."""
 
-    def __init__(self, group: zarr.Group, folder: Path, parts: Sequence[Part], packings: Mapping[str, Packing]) -> None:
-        self._group, self._folder, self._parts, self._packings = group, folder, parts, packings
-        self._checked: set[str] = set()
+    def __init__(
+        self, group: zarr.Group, folder: Path, files: Sequence[TableEntry], chunk_layouts: Mapping[str, ChunkLayout]
+    ) -> None:
+        self._group, self._folder, self._files, self._chunk_layouts = group, folder, files, chunk_layouts
+        self._verified_columns: set[str] = set()
         said: Mapping[str, Any] = group.attrs.asdict()
         self.blocks: tuple[str, ...] = tuple(said["blocks"])
         self.class_names: tuple[str, ...] = tuple(said["class_names"])
@@ -43,12 +183,12 @@ class Table:
     def open(cls, folder: Path) -> "Table":
         """The table of a cache or run folder; raises `Refused` when it is missing or was made from other shards."""
         cache = find_cache(folder)
-        path, manifest = cache / NAME, Manifest.open(cache)
+        path, manifest = cache / TABLE_FOLDER, Manifest.open(cache)
         if not (path / "zarr.json").is_file():
-            raise Refused(f"{path}: not there - {way_out(cache)}")
+            raise Refused(f"{path}: not there - {repair_hint(cache)}")
         if not manifest.table:
-            raise Refused(f"{path}: was made from other shards than {cache}/manifest.json names - {way_out(cache)}")
-        packings = check_layout(cache, manifest, made_from(manifest))
+            raise Refused(f"{path}: was made from other shards than {cache}/manifest.json names - {repair_hint(cache)}")
+        packings = check_layout(cache, manifest, source_attributes(manifest))
         return cls(
             zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False), cache, manifest.table, packings
         )
@@ -62,7 +202,7 @@ class Table:
         return self.column("key")
 
     @cached_property
-    def draw(self) -> Int[np.ndarray, " n"]:
+    def state_index(self) -> Int[np.ndarray, " n"]:
         """The row's place among the draws of its record."""
         return self.column("draw")
 
@@ -93,21 +233,21 @@ class Table:
         """Pooled features of a block at these rows, float16."""
         if block not in self.blocks:
             raise Refused(f"block {block}: not in the table - {did_you_mean(block, self.blocks)}")
-        return torch.from_numpy(self.column(f"{FEATURE}{block}", rows))
+        return torch.from_numpy(self.column(f"{FEATURE_PREFIX}{block}", rows))
 
     def statistics(self, bins: int = 10, split: Split = "train") -> dict[str, Statistics]:
         """Mean and deviation of each channel of each block in each bin of s, in one pass over the table.
 
         Bin i holds i/bins <= s < (i+1)/bins, and the last one s = 1 too.
         """
-        found = {block: Statistics.none(bins, self._width(block)) for block in self.blocks}
+        found = {block: Statistics.empty(bins, self._width(block)) for block in self.blocks}
         bin_of_row = torch.from_numpy(self.s * np.float32(bins)).floor().long().clamp(0, bins - 1)
         wanted = torch.from_numpy(self.column("split") == SPLITS.index(split))
         for first in range(0, len(self), ROWS_AT_ONCE):
             here = slice(first, first + ROWS_AT_ONCE)
             for block in self.blocks:
                 values = self.features(block, here)[wanted[here]]
-                found[block] = found[block].joined(Statistics.of(values, bin_of_row[here][wanted[here]], bins))
+                found[block] = found[block].merge(Statistics.from_values(values, bin_of_row[here][wanted[here]], bins))
         return found
 
     def _width(self, block: str) -> int:
@@ -115,24 +255,25 @@ class Table:
 
     def column(self, name: str, rows: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
         """A column at these rows; its files are checked against the manifest when it is first asked for."""
-        if name not in self._packings:
-            raise Refused(f"column {name}: not in the table - {did_you_mean(name, [*self._packings])}")
-        if name not in self._checked:
+        if name not in self._chunk_layouts:
+            raise Refused(f"column {name}: not in the table - {did_you_mean(name, [*self._chunk_layouts])}")
+        if name not in self._verified_columns:
             self._check(name)
         array: Any = self._group[name]
         try:
             return np.asarray(array.oindex[rows])
         except (ValueError, RuntimeError, OSError) as error:  # the codecs' words for bytes of a stranger
             raise Damaged(
-                f"{self._folder / NAME / name}: cannot be unpacked ({in_one_line(error)}) - {way_out(self._folder)}"
+                f"{self._folder / TABLE_FOLDER / name}: cannot be unpacked ({in_one_line(error)}) - "
+                f"{repair_hint(self._folder)}"
             ) from error
 
     def _check(self, name: str) -> None:
-        parts = [part for part in self._parts if part.file.startswith(f"{NAME}/{name}/")]
+        parts = [part for part in self._files if part.file.startswith(f"{TABLE_FOLDER}/{name}/")]
         check_files(self._folder, parts)
         for part in parts:
             path = self._folder / part.file
-            fault = None if path.name == "zarr.json" else fault_of_chunks(path, self._packings[name])
+            fault = None if path.name == "zarr.json" else chunk_fault(path, self._chunk_layouts[name])
             if fault:
-                raise Damaged(f"{path}: {fault} - {way_out(self._folder)}")
-        self._checked.add(name)
+                raise Damaged(f"{path}: {fault} - {repair_hint(self._folder)}")
+        self._verified_columns.add(name)

@@ -6,18 +6,16 @@ from pathlib import Path
 
 from webdataset import TarWriter
 
-from configs.atomic import PARTIAL, atomic_path, is_left_over
-from configs.disk import refuse_unwritable
-from configs.refusal import Refused
-from shards.archive import places, sha256_of
+from shards.archive import Failure, Shard, record_spans, sha256_of
 from shards.codec import encode
-from shards.entries import Failure, Shard
-from shards.journal import Entry, Journal
-from shards.manifest import NAME, Manifest
-from shards.recipe import Recipe
+from shards.journal import JournalEntry, ShardJournal
+from shards.manifest import MANIFEST_FILE, Manifest, Recipe
 from shards.record import Record, Split
+from stages.system.atomic import PARTIAL_SUFFIX, atomic_path, is_abandoned
+from stages.system.disk import refuse_unwritable
+from stages.system.refusal import Refused
 
-OWNER = "sollune"
+TAR_OWNER = "sollune"
 
 
 def shard_file(split: Split, index: int) -> str:
@@ -30,7 +28,7 @@ def write_shard(
     split: Split,
     index: int,
     records: Iterable[Record],
-    before: Callable[[Shard], None] = lambda _: None,
+    before_rename: Callable[[Shard], None] = lambda _: None,
     failures: Sequence[tuple[str, str]] = (),
 ) -> Shard:
     """Write one shard, all or nothing; the same records always give the same bytes.
@@ -48,8 +46,8 @@ def write_shard(
                 f"{path}: none of its {len(failures)} prompts gave a record ({why[:300]}) - "
                 "mend what the reason names, then run the same command again"
             )
-        shard = _entry(temporary, split, index, shapes)
-        before(shard)
+        shard = _describe_shard(temporary, split, index, shapes)
+        before_rename(shard)
         return shard
 
 
@@ -58,67 +56,67 @@ class CacheWriter:
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         """Go on with the cache in `folder`, or begin one; raises `Refused` when it was made by another recipe."""
-        refuse_unwritable(folder / NAME)
+        refuse_unwritable(folder / MANIFEST_FILE)
         self.folder = folder
         self.manifest = Manifest(recipe=recipe)
-        if (folder / NAME).exists():
+        if (folder / MANIFEST_FILE).exists():
             self.manifest = Manifest.open(folder)
             self.manifest.check_recipe(recipe, folder)
         said = self.manifest
-        self._journal = Journal(folder, recipe.fingerprint())
-        self._entered: dict[str, Entry] = {}
-        sweep(folder)
+        self._journal = ShardJournal(folder, recipe.fingerprint())
+        self._known_entries: dict[str, JournalEntry] = {}
+        remove_leftovers(folder)
         self.refresh()
         if self.manifest is not said:
             # The journal outlives a manifest that was moved aside, and a process that was killed between the two.
-            self.assemble()
+            self.rebuild_manifest()
 
     def refresh(self) -> None:
         """Learn what other processes have finished, or found to be unfinished, since."""
         entries = self._journal.entries()
-        for file in self._entered.keys() - entries.keys():
-            self.manifest = self.manifest.without(file)
+        for file in self._known_entries.keys() - entries.keys():
+            self.manifest = self.manifest.without_shard(file)
         for file, entry in entries.items():
-            if self._entered.get(file) is not entry:
-                self.manifest = self.manifest.entered(entry.shard, entry.failures)
-        self._entered = entries
+            if self._known_entries.get(file) is not entry:
+                self.manifest = self.manifest.with_shard(entry.shard, entry.failures)
+        self._known_entries = entries
 
-    def answered(self, split: Split, index: int, records: int) -> bool:
+    def is_finished_now(self, split: Split, index: int, records: int) -> bool:
         """The same as `finished`, looked up this moment; it touches nothing that another thread of ours may change."""
         entry = self._journal.entry(shard_file(split, index))
         return bool(
             entry
             and entry.shard.records + len(entry.failures) == records
-            and entry.shard.fault_at_a_glance(self.folder) is None
+            and entry.shard.size_fault(self.folder) is None
         )
 
-    def finished(self, split: Split, index: int, records: int) -> bool:
+    def is_finished(self, split: Split, index: int, records: int) -> bool:
         """Whether this shard answers for each of `records` prompts, as far as its size tells; see `refresh`."""
-        shard = self._shard(split, index)
-        return bool(shard and self._answers(shard) == records and shard.fault_at_a_glance(self.folder) is None)
+        shard = self._find_shard(split, index)
+        return bool(shard and self._answered_prompts(shard) == records and shard.size_fault(self.folder) is None)
 
-    def has(self, split: Split, index: int, records: int) -> bool:
+    def is_intact(self, split: Split, index: int, records: int) -> bool:
         """Whether this shard is finished: its bytes are right, and it answers for each of `records` prompts."""
-        shard = self._shard(split, index)
-        return bool(shard and self._answers(shard) == records and shard.fault(self.folder) is None)
+        shard = self._find_shard(split, index)
+        return bool(shard and self._answered_prompts(shard) == records and shard.fault(self.folder) is None)
 
-    def prompts(self, split: Split) -> int:
+    def prompt_count(self, split: Split) -> int:
         """How many prompts of a split this cache is for, as far as its shards tell; some before may be missing yet."""
-        keys = [shard.last_key for shard in self.manifest.of(split)]
+        keys = [shard.last_key for shard in self.manifest.shards_of(split)]
         keys += [one.key for one in self.manifest.failures if one.file.startswith(f"data/{split}-")]
         return max((int(key) + 1 for key in keys), default=0)
 
     def forget(self, split: Split, index: int) -> None:
         """Make every process know that this shard is to be made (again)."""
         file = shard_file(split, index)
-        if self._shard(split, index):
+        if self._find_shard(split, index):
             self._journal.forget(file)
-            self.manifest = self.manifest.without(file)
-            self.assemble()
+            self.manifest = self.manifest.without_shard(file)
+            self.rebuild_manifest()
 
     def forget_damaged(self, split: Split, index: int) -> None:
         """Forget this shard unless its bytes are right."""
-        shard = self._shard(split, index)
+        shard = self._find_shard(split, index)
         if shard and shard.fault(self.folder):
             self.forget(split, index)
 
@@ -134,7 +132,7 @@ class CacheWriter:
 
         def retire(shard: Shard) -> None:
             self.refresh()
-            if self._shard(split, index) not in (None, shard):
+            if self._find_shard(split, index) not in (None, shard):
                 self.forget(split, index)
 
         shard = write_shard(self.folder, split, index, records, retire, failures)
@@ -145,9 +143,9 @@ class CacheWriter:
         """Enter a shard that `write_shard` finished, here or in another process."""
         told = tuple(Failure(file=shard.file, key=key, reason=reason) for key, reason in failures)
         self._journal.write(shard, told)
-        self.assemble()
+        self.rebuild_manifest()
 
-    def assemble(self) -> None:
+    def rebuild_manifest(self) -> None:
         """Put manifest.json together from the journal.
 
         Two processes may do so at once, and the slower one may know less: whoever wrote looks into the journal again,
@@ -161,18 +159,18 @@ class CacheWriter:
             if self.manifest is written:
                 return
 
-    def _shard(self, split: Split, index: int) -> Shard | None:
+    def _find_shard(self, split: Split, index: int) -> Shard | None:
         file = shard_file(split, index)
         return next((shard for shard in self.manifest.shards if shard.file == file), None)
 
-    def _answers(self, shard: Shard) -> int:
+    def _answered_prompts(self, shard: Shard) -> int:
         return shard.records + sum(failure.file == shard.file for failure in self.manifest.failures)
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left half-written, and nothing that a living one is writing."""
-    for leftover in [*folder.glob(f".*{PARTIAL}"), *folder.glob(f"*/.*{PARTIAL}")]:
-        if not is_left_over(leftover):
+    for leftover in [*folder.glob(f".*{PARTIAL_SUFFIX}"), *folder.glob(f"*/.*{PARTIAL_SUFFIX}")]:
+        if not is_abandoned(leftover):
             continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -183,22 +181,22 @@ def sweep(folder: Path) -> None:
 def _write_tar(path: Path, records: Iterable[Record]) -> list[tuple[str, int]]:
     """Write the records; returns key and number of draws of each."""
     written: list[tuple[str, int]] = []
-    with open(path, "wb") as stream, TarWriter(stream, user=OWNER, group=OWNER, mtime=0, encoder=False) as tar:
+    with open(path, "wb") as stream, TarWriter(stream, user=TAR_OWNER, group=TAR_OWNER, mtime=0, encoder=False) as tar:
         for record in records:
             if written and record.key <= written[-1][0]:
                 raise ValueError(f"{path.name}: key {record.key} after {written[-1][0]}: keys must rise")
-            if written and len(record.draws) != written[0][1]:
+            if written and len(record.states) != written[0][1]:
                 raise ValueError(
-                    f"{path.name}: {record.key} has {len(record.draws)} draws, others have {written[0][1]}"
+                    f"{path.name}: {record.key} has {len(record.states)} draws, others have {written[0][1]}"
                 )
             json_bytes, st_bytes = encode(record)
             tar.write({"__key__": record.key, "json": json_bytes, "safetensors": st_bytes})
-            written.append((record.key, len(record.draws)))
+            written.append((record.key, len(record.states)))
     return written
 
 
-def _entry(tar: Path, split: Split, index: int, written: Sequence[tuple[str, int]]) -> Shard:
-    found = places(tar)
+def _describe_shard(tar: Path, split: Split, index: int, written: Sequence[tuple[str, int]]) -> Shard:
+    found = record_spans(tar)
     if list(found) != [key for key, _ in written]:
         raise RuntimeError(f"{tar}: wrote {len(written)} records and found {len(found)}")
     return Shard(

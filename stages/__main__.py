@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.ending import ended
-from configs.refusal import Refused, did_you_mean
-from configs.terminal import prepare, quiet
+from stages.system.ending import run_to_exit_code
+from stages.system.refusal import Refused, did_you_mean
+from stages.system.terminal import prepare_streams, quiet_libraries
 
 RUN_MARKS = ("origin.json", "cache.yaml", "config.yaml", "cache")
 """Each lies in a run folder, and in no model's."""
@@ -41,12 +41,12 @@ COMMANDS = (
     Command("distill", "stages.distill", "story", "teach a velocity model from the cache, and export it"),
     Command("finetune-classes", "stages.finetune_classes", "story", "fine-tune it by class priorities, and export it"),
     Command("evaluate", "stages.evaluate.measure", "tool", "measure a run against its teacher"),
-    Command("classes", "stages.evaluate.classes", "tool", "see what a class file means, or which classes need it"),
+    Command("classes", "stages.classes.command", "tool", "see what a class file means, or which classes need it"),
     Command("david", "stages.evaluate.david", "tool", "see what David sees in a run's student (show RUN)"),
-    Command("sample", "stages.evaluate.pictures", "tool", "make pictures of a run, an export or a teacher"),
+    Command("sample", "stages.sampling.command", "tool", "make pictures of a run, an export or a teacher"),
     Command("import", "stages.import_original", "tool", "make a run of the original experiment's checkpoint"),
     Command("export", "stages.export", "tool", "write a run's model for other programs"),
-    Command("publish", "stages.export.publish", "tool", "send a run's export and newest checkpoint to the hub"),
+    Command("publish", "stages.hub.publish", "tool", "send a run's export and newest checkpoint to the hub"),
     Command("prompts", "stages.prompts.__main__", "tool", "look at prompts before they are asked (show|sample|stats)"),
     Command("shards", "stages.upkeep", "tool", "verify, mend, show, count or publish a cache"),
 )
@@ -55,12 +55,12 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for bad input, 130 when interrupted, 1 for what nobody foresaw.
 
-    One line on standard error says why (see `configs.ending`).
+    One line on standard error says why (see `stages.system.ending`).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     runs: list[Path] = []
-    prepare()
-    return ended(lambda: dispatch(words, runs), words, lambda: run_folder(words, runs))
+    prepare_streams()
+    return run_to_exit_code(lambda: dispatch(words, runs), words, lambda: run_folder(words, runs))
 
 
 def dispatch(words: list[str], runs: list[Path]) -> int:
@@ -75,19 +75,19 @@ def dispatch(words: list[str], runs: list[Path]) -> int:
     names = [command.name for command in COMMANDS]
     if words[0] not in names:
         raise Refused(f"{words[0]}: unknown command - {did_you_mean(words[0], names)}")
-    return call(COMMANDS[names.index(words[0])], words[1:], runs)
+    return run_command(COMMANDS[names.index(words[0])], words[1:], runs)
 
 
-def call(command: Command, words: list[str], runs: list[Path]) -> int:
+def run_command(command: Command, words: list[str], runs: list[Path]) -> int:
     """Import the command's module and hand it its configuration, or its words."""
-    quiet()
+    quiet_libraries()
     module: Any = importlib.import_module(command.module)
-    quiet_after_import()
+    silence_diffusers()
     if command.kind == "tool":
         return module.main(words) or 0
-    from configs.load import asked_for  # here, so that `sollune --help` does without pydantic
+    from configs.load import config_from_arguments
 
-    config = asked_for(module.Config, command.section, words)
+    config = config_from_arguments(module.Config, command.section, words)
     if config is not None:
         runs.append(config.run)
         module.run(config)
@@ -121,7 +121,7 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def quiet_after_import() -> None:
+def silence_diffusers() -> None:
     """Switch off the bars of diffusers, which reads no environment variable, if the command has imported it."""
     logging: Any = sys.modules.get("diffusers.utils.logging")
     if logging is not None:

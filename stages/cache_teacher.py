@@ -10,38 +10,32 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from configs.atomic import atomic_write
 from configs.load import save_resolved
-from configs.refusal import Refused
-from configs.strict import Location, Strict
-from shards.claims import Claims
-from shards.recipe import Recipe, differences
+from configs.values import Location, Strict
+from shards.manifest import Recipe, differences
 from shards.table import is_tabulated, write_table
 from shards.writer import CacheWriter
-from stages.cluster import (
-    HERE,
-    WHERE,
-    Job,
-    Make,
-    Task,
-    device_of,
-    fill,
-    fill_by_many,
-    ranges,
-    refuse_ray_without_library,
-    refuse_surplus,
-    starter,
-    stopping,
-    tasks_in,
-    tasks_of,
+from stages.cache.claims import Claims
+from stages.cache.engines import CLUSTER_PATTERN, HERE, refuse_ray_without_library, worker_starter
+from stages.cache.fill import FillJob, RecordMaker, ShardTask, fill, ranges, refuse_surplus, tasks_in, tasks_of
+from stages.cache.fleet import fill_by_many
+from stages.cache.plan import (
+    blank_record,
+    estimate_cost,
+    record_bytes,
+    refuse_small_disk,
+    with_disk_check,
+    worker_capacity,
 )
-from stages.memory import refuse_too_many
+from stages.cache.targets import RenderConfig, make_records, recipe_in, recipe_of
 from stages.nets.components import load_components
 from stages.nets.teacher import Teacher
-from stages.plan import blank_record, forecast, places_here, record_bytes, refuse_small_disk, watching
-from stages.prompts import Prompt, PromptSource, Split, prompts, report, source_identity
-from stages.targets import RenderConfig, make_records, recipe_in, recipe_of
-from stages.threads import one_thread
+from stages.prompts import Prompt, PromptSource, Split, prompts, source_identity, source_report
+from stages.system.atomic import atomic_write
+from stages.system.device import device_of, one_thread
+from stages.system.memory import refuse_too_many
+from stages.system.refusal import Refused
+from stages.system.signals import interrupt_on
 
 MARK = "COMPLETE"
 POLL_SECONDS = 0.5
@@ -63,7 +57,7 @@ class Config(Strict):
     )
     cluster: str = Field(
         HERE,
-        pattern=WHERE,
+        pattern=CLUSTER_PATTERN,
         description="where they run: here, ray (a Ray of this machine) or ray:ADDRESS; all see RUN under the same path",
     )
     shard_range: str | None = Field(
@@ -79,7 +73,7 @@ class Config(Strict):
     compile: bool = Field(False, description="compile the teacher first: minutes at the start, faster from then on")
 
     @property
-    def alone(self) -> bool:
+    def in_process(self) -> bool:
         """Whether this very process makes the shards."""
         return self.workers == 1 and self.cluster == HERE
 
@@ -94,8 +88,8 @@ def run(config: Config) -> None:
     whole = tasks_of(asked, config.render.records_per_shard)
     tasks = tasks_in(whole, config.shard_range)
     # Many workers load a teacher each; the one here is then only looked at, and takes no room on a GPU.
-    teacher = load_teacher(config, device_of(config.device if config.alone or config.plan else "cpu"))
-    told = report(config.prompts, [*asked["train"], *asked["validation"]], teacher.parts.tokenizer)
+    teacher = load_teacher(config, device_of(config.device if config.in_process or config.plan else "cpu"))
+    told = source_report(config.prompts, [*asked["train"], *asked["validation"]], teacher.components.tokenizer)
     print("\n".join(told.lines()))
 
     source = source_identity(config.prompts, config.seed)
@@ -104,11 +98,11 @@ def run(config: Config) -> None:
     writer = CacheWriter(config.run / "cache", recipe)
     refuse_surplus(writer, whole)
     if config.plan:
-        tell_cost(config, writer, tasks, teacher, asked["train"][: config.render.batch_size])
+        print_cost(config, writer, tasks, teacher, asked["train"][: config.render.batch_size])
         return
     if config.cluster == HERE and config.workers > 1:
         refuse_too_many("workers", config.workers, teacher_bytes(teacher), device_of(config.device))
-    with stopping(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    with interrupt_on(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         made = make_shards(config, writer, tasks, teacher)
         finish(config, writer, whole, made)
 
@@ -119,41 +113,41 @@ def load_teacher(config: Config, device: torch.device) -> Teacher:
     return Teacher(parts, config.render.tail, getattr(torch, config.dtype), compiled=config.compile)
 
 
-def tell_cost(
-    config: Config, writer: CacheWriter, tasks: Sequence[Task], teacher: Teacher, sample: Sequence[Prompt]
+def print_cost(
+    config: Config, writer: CacheWriter, tasks: Sequence[ShardTask], teacher: Teacher, sample: Sequence[Prompt]
 ) -> None:
     """Print what the missing shards will take; raises `Refused` when the disk cannot hold it."""
     make = partial(make_records, teacher, config=config.render.states)
-    sizes = [len(task.prompts) for task in unfinished(writer, tasks)]
-    places = places_here() if config.cluster == HERE else config.workers
+    sizes = [len(task.prompts) for task in unfinished_tasks(writer, tasks)]
+    places = worker_capacity() if config.cluster == HERE else config.workers
     with one_thread():
-        cost = forecast(make, sample, sizes, config.workers, places)
+        cost = estimate_cost(make, sample, sizes, config.workers, places)
     print("\n".join(cost.lines(writer.folder)))
     refuse_small_disk(writer.folder, cost.bytes)
 
 
 def teacher_bytes(teacher: Teacher) -> int:
     """What the teacher's parts take of memory."""
-    parts = (teacher.parts.unet, teacher.parts.vae, teacher.parts.text_encoder)
+    parts = (teacher.components.unet, teacher.components.vae, teacher.components.text_encoder)
     return sum(value.nbytes for part in parts for value in part.parameters())
 
 
-def make_shards(config: Config, writer: CacheWriter, tasks: Sequence[Task], teacher: Teacher) -> int:
+def make_shards(config: Config, writer: CacheWriter, tasks: Sequence[ShardTask], teacher: Teacher) -> int:
     """Make the missing shards, here or by workers; returns how many were made."""
-    to_make = sum(len(task.prompts) for task in unfinished(writer, tasks))
-    each = record_bytes(blank_record(teacher, config.render.states.draws))
+    to_make = sum(len(task.prompts) for task in unfinished_tasks(writer, tasks))
+    each = record_bytes(blank_record(teacher, config.render.states.states_per_prompt))
     if not config.no_disk_check:
         refuse_small_disk(writer.folder, each * to_make)
-    start = starter(config.cluster, config.workers)  # raises `Refused` where it cannot reach them
+    start = worker_starter(config.cluster, config.workers)  # raises `Refused` where it cannot reach them
     if to_make:
         (writer.folder / MARK).unlink(missing_ok=True)
-    if config.alone:
-        return fill(writer, tasks, config.render.batch_size, maker(config, teacher, each))
-    opened = partial(open_worker, from_anywhere(config), writer.manifest.recipe, each)
-    return fill_by_many(writer, Job(opened, tasks, config.render.batch_size), each, start)
+    if config.in_process:
+        return fill(writer, tasks, config.render.batch_size, record_maker(config, teacher, each))
+    opened = partial(open_worker, with_absolute_paths(config), writer.manifest.recipe, each)
+    return fill_by_many(writer, FillJob(opened, tasks, config.render.batch_size), each, start)
 
 
-def from_anywhere(config: Config) -> Config:
+def with_absolute_paths(config: Config) -> Config:
     """The same in words that do not depend on the folder where a process was started."""
     places: dict[str, Path | str] = {"run": config.run.absolute()}
     if Path(config.teacher).is_dir():
@@ -161,38 +155,38 @@ def from_anywhere(config: Config) -> Config:
     return config.model_copy(update=places)
 
 
-def maker(config: Config, teacher: Teacher, record_bytes: int) -> Make:
+def record_maker(config: Config, teacher: Teacher, bytes_per_record: int) -> RecordMaker:
     """What makes records, and keeps an eye on the disk."""
     make = partial(make_records, teacher, config=config.render.states)
     if config.no_disk_check:
         return make
-    return watching(make, config.run / "cache", record_bytes * config.render.records_per_shard)
+    return with_disk_check(make, config.run / "cache", bytes_per_record * config.render.records_per_shard)
 
 
-def open_worker(config: Config, recipe: Recipe, record_bytes: int, number: int) -> tuple[CacheWriter, Make]:
+def open_worker(config: Config, recipe: Recipe, bytes_per_record: int, number: int) -> tuple[CacheWriter, RecordMaker]:
     """The cache and the teacher, opened by worker `number`; raises `Refused` when it finds another teacher there."""
     teacher = load_teacher(config, device_of(config.device, number))
     source = recipe.identity["prompts"]
-    found = recipe_of(teacher, config.render, source if isinstance(source, dict) else {}, before=recipe)
+    found = recipe_of(teacher, config.render, source if isinstance(source, dict) else {}, existing=recipe)
     if slips := differences(recipe, found):
         raise Refused(f"worker {number} would make another cache: {'; '.join(slips)} - give it the same files")
-    return CacheWriter(config.run / "cache", recipe), maker(config, teacher, record_bytes)
+    return CacheWriter(config.run / "cache", recipe), record_maker(config, teacher, bytes_per_record)
 
 
-def finish(config: Config, writer: CacheWriter, whole: Sequence[Task], made: int) -> None:
+def finish(config: Config, writer: CacheWriter, all_tasks: Sequence[ShardTask], made_count: int) -> None:
     """Write the table and the mark if every shard is there; else say what is missing."""
     writer.refresh()
     folder, held = writer.folder, writer.manifest
-    missing = {task.name for task in unfinished(writer, whole)}
-    left = [number for number, task in enumerate(whole) if task.name in missing]
+    missing = {task.name for task in unfinished_tasks(writer, all_tasks)}
+    left = [number for number, task in enumerate(all_tasks) if task.name in missing]
     if left:
         print(
-            f"{folder}: {made} shards made, {len(left)} of {len(whole)} are still missing: {ranges(left)} - "
+            f"{folder}: {made_count} shards made, {len(left)} of {len(all_tasks)} are still missing: {ranges(left)} - "
             "the same command makes them with such a --shard-range, or all without one"
         )
         return
     with Claims(folder) as claims:  # others may have found it finished at the same moment
-        while not claims.take("table"):
+        while not claims.acquire("table"):
             time.sleep(POLL_SECONDS)
         if not is_tabulated(folder):
             write_table(folder)
@@ -200,9 +194,9 @@ def finish(config: Config, writer: CacheWriter, whole: Sequence[Task], made: int
         made_so = config.model_copy(update={"workers": 1, "cluster": HERE, "shard_range": None})
         save_resolved(made_so, config.run / "cache.yaml", "cache_teacher")
         atomic_write(folder / MARK, f"{config.count + config.validation_count}\n")
-    print(f"{folder}: {made} shards made, {len(held.shards)} in all, {len(held.failures)} prompts failed")
+    print(f"{folder}: {made_count} shards made, {len(held.shards)} in all, {len(held.failures)} prompts failed")
 
 
-def unfinished(writer: CacheWriter, tasks: Sequence[Task]) -> list[Task]:
+def unfinished_tasks(writer: CacheWriter, tasks: Sequence[ShardTask]) -> list[ShardTask]:
     """The tasks that are still to be done, as far as the sizes of the files tell."""
-    return [task for task in tasks if not writer.finished(task.split, task.index, len(task.prompts))]
+    return [task for task in tasks if not writer.is_finished(task.split, task.index, len(task.prompts))]

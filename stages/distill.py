@@ -8,33 +8,28 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from configs.atomic import atomic_write
-from configs.claim import refuse_claimed
 from configs.load import save_resolved
-from configs.strict import Location, Strict
+from configs.values import Location, Strict
 from shards.manifest import Manifest
-from shards.reader import Reader
-from shards.view import View
-from stages.cluster import device_of
-from stages.evaluate.beside import GridConfig, grids_beside
-from stages.export import export_all, files_of
-from stages.export.courier import HubConfig, courier_of, sending
+from shards.reader import Reader, View
+from stages.export import export_all, export_paths
 from stages.export.existing import refuse_occupied
-from stages.nets.files import find
+from stages.hub.uploader import HubConfig, make_uploader, with_upload_hooks
+from stages.nets.files import find_teacher
 from stages.nets.graft import graft_time_embedding
-from stages.nets.saved import Origin, load_teacher_parts
-from stages.nets.student import Student, Target, vp_of
+from stages.nets.saved import Origin, load_run_teacher
+from stages.nets.student import Student, Target, make_vp_bridge
 from stages.nets.teacher import Teacher
-from stages.train.capacity import refuse_launch
+from stages.sampling.grids import GridConfig, comparison_grid_hook
+from stages.system.atomic import atomic_write
+from stages.system.device import device_of
+from stages.system.ownership import refuse_claimed
+from stages.train.assessor import DavidConfig, make_block_weighter
 from stages.train.checkpoint import Resume
-from stages.train.david import DavidConfig, judge_of
-from stages.train.hooks import Hooks
-from stages.train.launch import is_launched, launch
-from stages.train.loop import TrainConfig, fit
-from stages.train.machine import Machine
-from stages.train.objective import Objective, ObjectiveConfig
-from stages.train.start import PURPOSE, claimed_by_main, fetch_checkpoint, refuse_start
-from stages.train.statistics import feature_scale
+from stages.train.loop import Hooks, fit
+from stages.train.objective import Objective, ObjectiveConfig, feature_scale
+from stages.train.runtime import Runtime, is_launched, launch
+from stages.train.setup import CLAIM_PURPOSE, TrainConfig, claim_on_main, fetch_checkpoint, refuse_launch, refuse_start
 from stages.train.validation import Validation, ValidationConfig
 
 
@@ -65,7 +60,7 @@ class Config(Strict):
     processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
 
     @model_validator(mode="after")
-    def _graft_fits(self) -> "Config":
+    def _check_graft_target(self) -> "Config":
         if self.graft and self.target != "velocity":
             raise ValueError("graft is for target velocity: a vp_v student is told the teacher's own steps")
         return self
@@ -74,32 +69,38 @@ class Config(Strict):
 def run(config: Config) -> None:
     """Train from wherever the run was left, then export, in as many processes as asked for; nothing is done twice."""
     if config.processes == 1 or is_launched():
-        machine = Machine(device_of(config.device), config.train.precision)
-        with machine.one_refusal():
+        machine = Runtime(device_of(config.device), config.train.precision)
+        with machine.report_refusal_once():
             distill(config, machine)
         return
-    refuse_claimed(config.run / "distill", PURPOSE)
-    _, teacher = find(Origin.of(Manifest.open(config.run / "cache"), config.teacher).places())
+    refuse_claimed(config.run / "distill", CLAIM_PURPOSE)
+    _, teacher = find_teacher(
+        Origin.from_manifest(Manifest.open(config.run / "cache"), config.teacher).teacher_locations()
+    )
     refuse_launch(config.train, config.processes, device_of(config.device), teacher, config.run / "cache")
     launch(config, "distill", config.processes)
 
 
-def distill(config: Config, machine: Machine) -> None:
+def distill(config: Config, runtime: Runtime) -> None:
     """What each process does: refuse what cannot be done; then train, and export."""
-    cache, folder, device = config.run / "cache", config.run / "distill", machine.device
-    seed, rank, world = config.train.seed, machine.rank, machine.world
-    rows = machine.rows(config.train.batch_size, config.train.accumulate)
-    machine.on_main(refuse_claimed, folder, PURPOSE)
+    cache, folder, device = config.run / "cache", config.run / "distill", runtime.device
+    seed, rank, world = config.train.seed, runtime.rank, runtime.world
+    rows = runtime.local_batch_size(config.train.batch_size, config.train.accumulate)
+    runtime.on_main(refuse_claimed, folder, CLAIM_PURPOSE)
     manifest = Manifest.open(cache)
     reader = Reader(cache, "train", seed, rows, view=config.view, rank=rank, world=world)
     held_out = Reader(cache, "validation", seed)
-    origin = Origin.of(manifest, config.teacher, config.target)
-    teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
+    origin = Origin.from_manifest(manifest, config.teacher, config.target)
+    teacher = Teacher(load_run_teacher(origin, device, torch.float32), origin.tail)
 
-    machine.on_main(refuse_occupied, folder / "export", files_of(origin, origin.facts(teacher.parts, 0)))
-    student = Student.from_teacher(teacher.parts.unet, vp_of(config.target, teacher.parts.schedule, origin.tail))
+    runtime.on_main(
+        refuse_occupied, folder / "export", export_paths(origin, origin.export_facts(teacher.components, 0))
+    )
+    student = Student.from_teacher(
+        teacher.components.unet, make_vp_bridge(config.target, teacher.components.schedule, origin.tail)
+    )
     left = graft_time_embedding(student.unet, teacher.bridge) if config.graft else None
-    machine.say(
+    runtime.print_on_main(
         f"student: time embedding grafted, relative error {left:.3f}" if config.graft else "student: a plain copy"
     )
     objective = Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins))
@@ -110,18 +111,22 @@ def distill(config: Config, machine: Machine) -> None:
         "view": config.view.model_dump(mode="json"),
         "david": config.david.model_dump(mode="json"),
     }
-    machine.on_main(refuse_start, student, objective, config.train, folder, machine, identity, config.resume)
+    runtime.on_main(refuse_start, student, objective, config.train, folder, runtime, identity, config.resume)
     reader.batch(np.arange(1))  # a shard is read, and its content checked, when the first of it is asked for
 
     validation = Validation(config.validation, held_out, reader, teacher)
-    machine.on_main(lambda: print(validation.announced(), flush=True))
-    steps = teacher.parts.schedule.steps
-    grids = grids_beside(teacher, config.grid, folder / "grids")
-    hooks = Hooks(begin=partial(remember, config, origin), validate=validation, at_checkpoint=grids)
-    with courier_of(config.hub, folder, machine.is_main) as courier, claimed_by_main(folder, machine):
+    runtime.on_main(lambda: print(validation.summary(), flush=True))
+    steps = teacher.components.schedule.steps
+    grids = comparison_grid_hook(teacher, config.grid, folder / "grids")
+    hooks = Hooks(on_start=partial(save_settings, config, origin), validate=validation, on_checkpoint=grids)
+    with make_uploader(config.hub, folder, runtime.is_main) as courier, claim_on_main(folder, runtime):
         # Before David is fitted, for it may be another run's.
-        machine.on_main(fetch_checkpoint, objective, config.train, folder, identity, config.resume, courier.fetch)
-        judge = machine.main_first(judge_of, config.david, reader, student.blocks, folder, seed, device, steps)
+        runtime.on_main(
+            fetch_checkpoint, objective, config.train, folder, identity, config.resume, courier.fetch_checkpoint
+        )
+        judge = runtime.main_first(
+            make_block_weighter, config.david, reader, student.blocks, folder, seed, device, steps
+        )
         student = fit(
             student,
             objective,
@@ -129,30 +134,30 @@ def distill(config: Config, machine: Machine) -> None:
             teacher.uncond,
             config.train,
             folder,
-            machine=machine,
+            runtime=runtime,
             identity=identity,
-            hooks=replace(sending(hooks, courier), elsewhere=None),
-            judge=judge,
+            hooks=replace(with_upload_hooks(hooks, courier), fetch_checkpoint=None),
+            block_weighter=judge,
             samples_per_epoch=reader.samples_per_epoch,
             resume=config.resume,
         )
-        machine.say(judge.verdict())
-        machine.on_main(finish, config, origin, teacher, student)
+        runtime.print_on_main(judge.summary())
+        runtime.on_main(export_student, config, origin, teacher, student)
         courier.send_export(folder / "export")
-        machine.close()
+        runtime.close()
 
 
-def remember(config: Config, origin: Origin) -> None:
+def save_settings(config: Config, origin: Origin) -> None:
     """Leave in the run folder all that it takes to do it again."""
     folder = config.run / "distill"
     save_resolved(config, folder / "config.yaml", "distill")
     origin.save(folder)
 
 
-def finish(config: Config, origin: Origin, teacher: Teacher, student: Student) -> None:
+def export_student(config: Config, origin: Origin, teacher: Teacher, student: Student) -> None:
     """Export the student, verified."""
     folder = config.run / "distill"
-    facts = origin.facts(teacher.parts, config.train.samples)
-    exported = export_all(student, teacher.parts.folder, folder / "export", facts)
+    facts = origin.export_facts(teacher.components, config.train.samples)
+    exported = export_all(student, teacher.components.folder, folder / "export", facts)
     atomic_write(folder / "COMPLETE", f"{config.train.samples}\n")
     print(f"{', '.join(map(str, exported))}: written and verified; pictures in {folder / 'grids'}")

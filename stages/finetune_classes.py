@@ -11,52 +11,46 @@ import numpy as np
 import torch
 from pydantic import Field, ImportString, JsonValue, model_validator
 
-from configs.atomic import atomic_write
-from configs.claim import refuse_claimed
 from configs.load import save_resolved
-from configs.strict import Location, Strict
-from shards.manifest import Manifest
+from configs.values import Location, Strict
+from shards.manifest import Manifest, Recipe
 from shards.reader import Reader
-from shards.recipe import Recipe
 from shards.writer import CacheWriter
+from stages.cache.fill import ShardTask, fill, refuse_surplus, tasks_of
+from stages.cache.targets import RenderConfig, recipe_in, recipe_of
 from stages.classes import (
-    PICTURES,
+    DEFAULT_PICTURES,
     ClassFile,
-    draw_weights,
-    identity,
     load_classes,
-    prior_weights,
+    prior_sampling_weights,
+    prompts_identity,
+    sampling_weights,
 )
-from stages.cluster import Task, device_of, fill, refuse_surplus, tasks_of
-from stages.evaluate.asked import exam_prompts
-from stages.evaluate.gate import GateConfig, judge, scorer_of, told
+from stages.classes.exam import ExamConfig, exam_prompts, save_table, show_table
+from stages.classes.gate import GateConfig, apply_gate, select_scorer, summary_line
+from stages.classes.ledger import Ledger
+from stages.classes.mixture import DEFAULT_PRIOR_SHARE, DataTarget, Groups, Mixture, split_batch_size
+from stages.classes.monitor import ClassMonitor, StopConfig
+from stages.classes.pictures import PicturePlan, PicturesConfig, picture_record_maker, plan_pictures
 from stages.evaluate.metrics import Scorer
-from stages.evaluate.per_class import ExamConfig, save_table, show_table
-from stages.evaluate.watch import Watch
-from stages.export import export_all, export_lora, files_of
-from stages.export.courier import HubConfig, courier_of, sending
+from stages.export import export_all, export_lora, export_paths
 from stages.export.existing import refuse_occupied
-from stages.nets.files import find
-from stages.nets.lora import LoraConfig, merged, with_adapters
-from stages.nets.saved import Origin, keep_base, load_student, load_teacher_parts, open_run, refuse_other_base
+from stages.hub.uploader import HubConfig, make_uploader, with_upload_hooks
+from stages.nets.files import find_teacher
+from stages.nets.lora import LoraConfig, add_adapters, merge_adapters
+from stages.nets.saved import Origin, load_run_teacher, load_student, open_run, refuse_other_base, save_base
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
-from stages.pictures import Ledger, PicturesConfig, Wanted, make_pictures, wanted
 from stages.prompts import PromptSource
-from stages.targets import RenderConfig, recipe_in, recipe_of
-from stages.train.capacity import refuse_launch
+from stages.system.atomic import atomic_write
+from stages.system.device import device_of
+from stages.system.ownership import refuse_claimed
 from stages.train.checkpoint import Resume
-from stages.train.data_target import DataTarget
-from stages.train.hooks import Hooks
-from stages.train.launch import is_launched, launch
-from stages.train.loop import TrainConfig, fit
-from stages.train.machine import Machine
-from stages.train.mixture import PRIOR_SHARE, Groups, Mixture, rows_of
-from stages.train.objective import Objective, ObjectiveConfig
-from stages.train.start import PURPOSE, claimed_by_main, refuse_start
-from stages.train.statement import sha256
-from stages.train.statistics import feature_scale
-from stages.train.stop import StopConfig
+from stages.train.checkpoint_store import sha256
+from stages.train.loop import Hooks, fit
+from stages.train.objective import Objective, ObjectiveConfig, feature_scale
+from stages.train.runtime import Runtime, is_launched, launch
+from stages.train.setup import CLAIM_PURPOSE, TrainConfig, claim_on_main, refuse_launch, refuse_start
 
 
 class Config(Strict):
@@ -69,12 +63,12 @@ class Config(Strict):
     classes: Path = Field(description="YAML file of the classes; `sollune classes show FILE` tells what it means")
     prompts: PromptSource = Field(description="where the sentences of the classes come from")
     seed: int = Field(1, description="seed of the prompts and of their pictures")
-    count: int = Field(PICTURES, ge=1, description="pictures in all, shared among the classes by priority")
+    count: int = Field(DEFAULT_PICTURES, ge=1, description="pictures in all, shared among the classes by priority")
     render: RenderConfig = Field(RenderConfig(), description="how prompts become records")
     pictures: PicturesConfig = Field(PicturesConfig(), description="where they come from, and what they teach")
     gate: GateConfig = Field(GateConfig(), description="which pictures are set aside")
     prior_share: float = Field(
-        PRIOR_SHARE, gt=0, lt=1, description="share of each batch that comes from the distillation cache"
+        DEFAULT_PRIOR_SHARE, gt=0, lt=1, description="share of each batch that comes from the distillation cache"
     )
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(block_weight=0), description="terms of the loss")
@@ -94,140 +88,152 @@ class Config(Strict):
     processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
 
     @model_validator(mode="after")
-    def _can_be_measured_and_taught(self) -> "Config":
+    def _check_scorer_and_guidance(self) -> "Config":
         if self.stop is not None and self.stop.most_lost is not None and self.scorer is None:
             raise ValueError("stop.most_lost counts right pictures - name a scorer, or set it to null")
-        self.pictures.refuse_hardly_guided(self.render.states.guidance_min)
+        self.pictures.refuse_low_guidance(self.render.states.guidance_min)
         return self
 
 
 def run(config: Config) -> None:
     """Paint, study, measure and export, in as many processes as asked for; what is finished already is kept."""
     if config.processes == 1 or is_launched():
-        machine = Machine(device_of(config.device), config.train.precision)
-        with machine.one_refusal():
+        machine = Runtime(device_of(config.device), config.train.precision)
+        with machine.report_refusal_once():
             finetune(config, machine)
         return
-    refuse_claimed(config.run / "classes", PURPOSE)
-    _, teacher = find(open_run(config.run / "distill").origin.at(config.teacher).places())
+    refuse_claimed(config.run / "classes", CLAIM_PURPOSE)
+    _, teacher = find_teacher(open_run(config.run / "distill").origin.with_teacher(config.teacher).teacher_locations())
     few, device = config.lora is not None, device_of(config.device)
     refuse_launch(config.train, config.processes, device, teacher, config.run / "cache", adapters_only=few)
     launch(config, "finetune_classes", config.processes)
 
 
-def finetune(config: Config, machine: Machine) -> None:
+def finetune(config: Config, runtime: Runtime) -> None:
     """What each process does: refuse what cannot be done; then paint, train, measure and export."""
-    machine.rows(config.train.batch_size, config.train.accumulate)
-    rows_of(config.train.batch_size, config.prior_share)
-    folder, device = config.run / "classes", machine.device
-    machine.on_main(refuse_claimed, folder, PURPOSE)
+    runtime.local_batch_size(config.train.batch_size, config.train.accumulate)
+    split_batch_size(config.train.batch_size, config.prior_share)
+    folder, device = config.run / "classes", runtime.device
+    runtime.on_main(refuse_claimed, folder, CLAIM_PURPOSE)
     saved = open_run(config.run / "distill")
-    origin = saved.origin.at(config.teacher).adapted(config.lora)
-    teacher = Teacher(load_teacher_parts(origin, device, torch.float32), origin.tail)
+    origin = saved.origin.with_teacher(config.teacher).with_lora(config.lora)
+    teacher = Teacher(load_run_teacher(origin, device, torch.float32), origin.tail)
     classes, class_file = load_classes(config.classes), config.classes.read_bytes()
 
-    facts = origin.facts(teacher.parts, 0) | {"classes": [spec.name for spec in classes.classes]}
-    machine.on_main(refuse_occupied, folder / "export", files_of(origin, facts))
-    distilled = partial(load_student, saved, teacher.parts)
-    asked = machine.on_main(exam_prompts, config.prompts, config.seed, classes, config.exam.pictures)
+    facts = origin.export_facts(teacher.components, 0) | {"classes": [spec.name for spec in classes.classes]}
+    runtime.on_main(refuse_occupied, folder / "export", export_paths(origin, facts))
+    distilled = partial(load_student, saved, teacher.components)
+    asked = runtime.on_main(exam_prompts, config.prompts, config.seed, classes, config.exam.pictures)
     student = distilled()
-    machine.on_main(refuse_other_base, folder, origin, student)
-    student = with_adapters(student, config.lora) if config.lora else student.requires_grad_(True)
+    runtime.on_main(refuse_other_base, folder, origin, student)
+    student = add_adapters(student, config.lora) if config.lora else student.requires_grad_(True)
     cache = config.run / "cache"
     objective = Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins))
-    listed = machine.on_main(listing, config, teacher, classes)
+    listed = runtime.on_main(plan_class_pictures, config, teacher, classes)
     Reader(cache, "train").batch(np.arange(1))  # a shard's content is checked when it is first read
 
     def refuse_run(ledger: Ledger | None) -> None:
         """What an earlier run in the folder was may not change; what pictures decide is known once they are judged."""
-        known = identity_of(config, listed.recipe, saved.weights, ledger)
+        known = classes_run_identity(config, listed.recipe, saved.weights, ledger)
         unsettled = () if ledger else ("pictures", "guidance")
-        refuse_start(student, objective, config.train, folder, machine, known, config.resume, unsettled)
+        refuse_start(student, objective, config.train, folder, runtime, known, config.resume, unsettled)
 
-    machine.on_main(refuse_run, None)
+    runtime.on_main(refuse_run, None)
     # Without a scorer all is measured against the teacher, who cannot draw what photographs alone show.
-    weights = {spec.name: classes.weight(spec) for spec in classes.classes if config.scorer or spec.is_painted}
-    watch = Watch(teacher, distilled, asked, weights, config.scorer, config.exam, config.stop, folder)
+    weights = {spec.name: classes.sampling_share(spec) for spec in classes.classes if config.scorer or spec.has_prompts}
+    watch = ClassMonitor(teacher, distilled, asked, weights, config.scorer, config.exam, config.stop, folder)
     scorers: list[Scorer | None] = []
-    machine.on_main(lambda: scorers.append(scorer_of(config.gate, config.scorer, device)))
+    runtime.on_main(lambda: scorers.append(select_scorer(config.gate, config.scorer, device)))
 
     def begin() -> None:
         """What the run leaves of itself before its first step."""
         if config.lora:
-            keep_base(folder, origin, distilled())
-        remember(config, origin, class_file)
+            save_base(folder, origin, distilled())
+        save_settings(config, origin, class_file)
 
-    with courier_of(config.hub, folder, machine.is_main) as courier, claimed_by_main(folder, machine):
-        machine.on_main(lambda: prepare(config, teacher, listed, scorers[0], refuse_run))
-        hooks = replace(sending(watch.hooks(), courier), begin=begin)
-        student = merged(study(config, machine, teacher, classes, student, objective, saved.weights, hooks))
-        machine.on_main(finish, config, origin, teacher, classes, watch, student)
+    with make_uploader(config.hub, folder, runtime.is_main) as courier, claim_on_main(folder, runtime):
+        runtime.on_main(lambda: make_and_filter_pictures(config, teacher, listed, scorers[0], refuse_run))
+        hooks = replace(with_upload_hooks(watch.hooks(), courier), on_start=begin)
+        student = merge_adapters(
+            train_student(config, runtime, teacher, classes, student, objective, saved.weights, hooks)
+        )
+        runtime.on_main(export_student, config, origin, teacher, classes, watch, student)
         courier.send_export(folder / "export")
-        machine.close()
+        runtime.close()
 
 
-def finish(
-    config: Config, origin: Origin, teacher: Teacher, classes: ClassFile, watch: Watch, student: Student
+def export_student(
+    config: Config, origin: Origin, teacher: Teacher, classes: ClassFile, monitor: ClassMonitor, student: Student
 ) -> None:
     """Measure each class before and after, and export the student, verified."""
     folder = config.run / "classes"
-    samples = watch.best(config.train.samples)
+    samples = monitor.best_checkpoint(config.train.samples)
     if config.stop is not None:
         print(f"{folder}: its best checkpoint is that after {samples} samples")
-        student = load_student(open_run(folder, samples), teacher.parts)
-    results = watch.results(student)
+        student = load_student(open_run(folder, samples), teacher.components)
+    results = monitor.compare_models(student)
     save_table(classes, results, folder / "per_class.csv")
     show_table(classes, results)
 
-    exported = export_all(student, teacher.parts.folder, folder / "export", origin.facts(teacher.parts, samples))
+    exported = export_all(
+        student, teacher.components.folder, folder / "export", origin.export_facts(teacher.components, samples)
+    )
     exported += export_lora(open_run(folder, samples), folder / "export")
     atomic_write(folder / "COMPLETE", f"{samples}\n")
     print(f"{', '.join(map(str, exported))}: written and verified; table in {folder / 'per_class.csv'}")
 
 
-def listing(config: Config, teacher: Teacher, classes: ClassFile) -> Wanted:
+def plan_class_pictures(config: Config, teacher: Teacher, classes: ClassFile) -> PicturePlan:
     """Which pictures the classes get, and from where; raises `Refused` where that cannot be, and writes nothing."""
     distilled = config.run / "cache"
-    prior_weights(classes, Reader(distilled, "train").class_names)
-    source, cache = identity(config.prompts, config.seed, classes, config.count), config.run / "classes" / "cache"
-    recipe = recipe_of(teacher, config.render, source, before=recipe_in(cache))
-    listed = wanted(classes, config.prompts, config.seed, config.count, config.pictures, distilled, recipe)
-    for line in listed.truncation_lines(teacher.parts.tokenizer):
+    prior_sampling_weights(classes, Reader(distilled, "train").class_names)
+    source, cache = (
+        prompts_identity(config.prompts, config.seed, classes, config.count),
+        config.run / "classes" / "cache",
+    )
+    recipe = recipe_of(teacher, config.render, source, existing=recipe_in(cache))
+    listed = plan_pictures(classes, config.prompts, config.seed, config.count, config.pictures, distilled, recipe)
+    for line in listed.truncation_lines(teacher.components.tokenizer):
         print(line)
-    counts = listed.counts()
+    counts = listed.counts_by_source()
     for spec in classes.classes:
         pictures = ", ".join(f"{count} {source}" for (name, source), count in counts.items() if name == spec.name)
         print(
-            f"class {spec.name}: {spec.priority}, {100 * classes.weight(spec):.0f} % of the draws, pictures: {pictures}"
+            f"class {spec.name}: {spec.priority}, {100 * classes.sampling_share(spec):.0f} % of the draws, "
+            f"pictures: {pictures}"
         )
-    opened(config, listed)
+    open_class_cache(config, listed)
     return listed
 
 
-def opened(config: Config, listed: Wanted) -> tuple[CacheWriter, list[Task]]:
+def open_class_cache(config: Config, plan: PicturePlan) -> tuple[CacheWriter, list[ShardTask]]:
     """The classes' cache and its shards; raises `Refused` where it holds others."""
-    writer = CacheWriter(config.run / "classes" / "cache", listed.recipe)
-    tasks = tasks_of({"train": listed.prompts}, config.render.records_per_shard)
+    writer = CacheWriter(config.run / "classes" / "cache", plan.recipe)
+    tasks = tasks_of({"train": plan.prompts}, config.render.records_per_shard)
     refuse_surplus(writer, tasks)
     return writer, tasks
 
 
-def prepare(
-    config: Config, teacher: Teacher, listed: Wanted, scorer: Scorer | None, accept: Callable[[Ledger], None]
+def make_and_filter_pictures(
+    config: Config, teacher: Teacher, plan: PicturePlan, scorer: Scorer | None, check_ledger: Callable[[Ledger], None]
 ) -> None:
     """Make what is missing of the pictures, and write down which of them are used: pictures.json, set_aside.png."""
-    paint(config, teacher, listed)
-    print(told(judge(config.run / "classes", listed, teacher, scorer, config.gate, config.pictures, accept)))
+    fill_class_cache(config, teacher, plan)
+    print(
+        summary_line(
+            apply_gate(config.run / "classes", plan, teacher, scorer, config.gate, config.pictures, check_ledger)
+        )
+    )
 
 
-def paint(config: Config, teacher: Teacher, listed: Wanted) -> None:
+def fill_class_cache(config: Config, teacher: Teacher, plan: PicturePlan) -> None:
     """Make the records of all pictures of the classes, like those of story one."""
-    writer, tasks = opened(config, listed)
-    make = make_pictures(teacher, config.run / "cache", config.render.states, config.pictures.fit_steps)
+    writer, tasks = open_class_cache(config, plan)
+    make = picture_record_maker(teacher, config.run / "cache", config.render.states, config.pictures.fit_steps)
     fill(writer, tasks, config.render.batch_size, make)
 
 
-def remember(config: Config, origin: Origin, class_file: bytes | None = None) -> None:
+def save_settings(config: Config, origin: Origin, class_file: bytes | None = None) -> None:
     """Leave beside the classes' cache all that it takes to make it again; the class file as it was when it was read."""
     folder = config.run / "classes"
     save_resolved(config, folder / "config.yaml", "finetune_classes")
@@ -235,26 +241,26 @@ def remember(config: Config, origin: Origin, class_file: bytes | None = None) ->
     origin.save(folder)
 
 
-def repaint(config: Config, origin: Origin) -> None:
+def refill_class_cache(config: Config, origin: Origin) -> None:
     """Paint what is missing of the classes' cache, with the teacher that painted the rest."""
-    teacher = Teacher(load_teacher_parts(origin, device_of(config.device), torch.float32), origin.tail)
-    paint(config, teacher, listing(config, teacher, load_classes(config.classes)))
+    teacher = Teacher(load_run_teacher(origin, device_of(config.device), torch.float32), origin.tail)
+    fill_class_cache(config, teacher, plan_class_pictures(config, teacher, load_classes(config.classes)))
 
 
-def study(
+def train_student(
     config: Config,
-    machine: Machine,
+    runtime: Runtime,
     teacher: Teacher,
     classes: ClassFile,
     student: Student,
     objective: Objective,
-    start: Path,
+    start_weights: Path,
     hooks: Hooks,
 ) -> Student:
     """Train on batches of class pictures, weighted by priority, and of the distillation cache."""
     folder = config.run / "classes"
     ledger = Ledger.open(folder)
-    mixture = mixture_of(config, machine, classes, ledger)
+    mixture = make_mixture(config, runtime, classes, ledger)
     return fit(
         student,
         objective,
@@ -262,42 +268,44 @@ def study(
         teacher.uncond,
         config.train,
         folder,
-        machine=machine,
-        identity=identity_of(config, mixture.classes.manifest.recipe, start, ledger),
+        runtime=runtime,
+        identity=classes_run_identity(config, mixture.classes.manifest.recipe, start_weights, ledger),
         groups=mixture.groups.names,
         resume=config.resume,
         hooks=hooks,
     )
 
 
-def identity_of(config: Config, recipe: Recipe, start: Path, ledger: Ledger | None) -> dict[str, JsonValue]:
+def classes_run_identity(
+    config: Config, recipe: Recipe, start_weights: Path, ledger: Ledger | None
+) -> dict[str, JsonValue]:
     """What the weights depend on beyond the training's own settings; without a ledger, as far as it is known."""
     return {
         "recipe": recipe.fingerprint(),
         "pictures": ledger.sha256() if ledger else "",
         "prior": Manifest.open(config.run / "cache").recipe.fingerprint(),
         "prior_share": config.prior_share,
-        "start": sha256(start),
+        "start": sha256(start_weights),
         **({"exam": config.exam.model_dump(mode="json", exclude={"pictures"})} if config.stop else {}),
-        **({"guidance": config.pictures.guidance} if ledger and ledger.kept("data", "photograph") else {}),
+        **({"guidance": config.pictures.guidance} if ledger and ledger.usable_keys("data", "photograph") else {}),
         **({"lora": config.lora.model_dump(mode="json")} if config.lora else {}),
     }
 
 
-def mixture_of(config: Config, machine: Machine, classes: ClassFile, ledger: Ledger) -> Mixture:
+def make_mixture(config: Config, runtime: Runtime, classes: ClassFile, ledger: Ledger) -> Mixture:
     """The stream of the pictures that are kept, and of the distillation cache."""
-    seed, (in_classes, in_prior) = config.train.seed, rows_of(config.train.batch_size, config.prior_share)
+    seed, (in_classes, in_prior) = config.train.seed, split_batch_size(config.train.batch_size, config.prior_share)
     cache, painted = config.run / "classes" / "cache", Reader(config.run / "classes" / "cache", "train")
-    kept, taught = set(ledger.kept()), set(ledger.kept("data"))
-    shown = dict.fromkeys(ledger.kept("data", "photograph"), config.pictures.guidance)
-    records = Counter(head.class_name for head in painted.heads() if head.key in kept)
+    kept, taught = set(ledger.usable_keys()), set(ledger.usable_keys("data"))
+    shown = dict.fromkeys(ledger.usable_keys("data", "photograph"), config.pictures.guidance)
+    records = Counter(head.class_name for head in painted.headers() if head.key in kept)
     own = (record for record in painted.records() if record.key in taught)
-    prior = prior_weights(classes, Reader(config.run / "cache", "train").class_names)
+    prior = prior_sampling_weights(classes, Reader(config.run / "cache", "train").class_names)
     return Mixture(
-        classes=Reader(cache, "train", seed, in_classes, keys=kept, class_weights=draw_weights(classes, records)),
+        classes=Reader(cache, "train", seed, in_classes, keys=kept, class_weights=sampling_weights(classes, records)),
         prior=Reader(config.run / "cache", "train", seed, in_prior, class_weights=prior),
-        groups=Groups.of_classes(classes, records),
-        data=DataTarget.of(own, shown, seed, config.render.states.density) if taught else None,
-        rank=machine.rank,
-        world=machine.world,
+        groups=Groups.from_classes(classes, records),
+        data_target=DataTarget.from_records(own, shown, seed, config.render.states.density) if taught else None,
+        rank=runtime.rank,
+        world=runtime.world,
     )

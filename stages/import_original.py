@@ -10,20 +10,19 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configs.claim import claimed
-from configs.disk import refuse_unwritable
-from configs.load import asked_for
-from configs.refusal import Refused
-from configs.strict import Location, Strict
-from stages.flow.bridge import Tail
+from configs.load import config_from_arguments
+from configs.values import Location, Strict
+from stages.flow.bridge import TailPolicy
 from stages.nets.components import load_components
-from stages.nets.files import absolute
-from stages.nets.identity import identity
-from stages.nets.original import Original, read_original
-from stages.nets.saved import CHECKPOINTS, WEIGHTS, Origin
+from stages.nets.files import absolute_folder, component_digests
+from stages.nets.original import OriginalCheckpoint, read_original
+from stages.nets.saved import CHECKPOINTS_FOLDER, WEIGHTS_FILE, Origin
 from stages.nets.student import Target
-from stages.train.checkpoint import Checkpoints, KeepConfig
-from stages.train.statement import sha256
+from stages.system.disk import refuse_unwritable
+from stages.system.ownership import claim_folder
+from stages.system.refusal import Refused
+from stages.train.checkpoint import Checkpoints
+from stages.train.checkpoint_store import KeepConfig, sha256
 
 USAGE = "usage: sollune import FILE.pt --teacher FOLDER --out RUN [--samples N] [--target vp_v|velocity] [--tail T]"
 
@@ -40,13 +39,13 @@ class Config(Strict):
     target: Target | None = Field(
         None, description="what its network answers with; none takes what cfg says, and vp_v where it says nothing"
     )
-    tail: Tail | None = Field(
+    tail: TailPolicy | None = Field(
         None, description="its velocity at the noisy end; none takes what cfg says, and hold where it says nothing"
     )
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportedWeights:
     """A checkpoint of nothing but weights: no training goes on from it."""
 
     tensors: Mapping[str, Tensor]
@@ -54,9 +53,9 @@ class Imported:
 
     def write(self, folder: Path) -> None:
         """Write the weights as the average that every reader of a run asks for."""
-        save_file({f"unet.{name}": value.contiguous() for name, value in self.tensors.items()}, folder / WEIGHTS)
+        save_file({f"unet.{name}": value.contiguous() for name, value in self.tensors.items()}, folder / WEIGHTS_FILE)
 
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         """What `write` needs."""
         return sum(value.nbytes for value in self.tensors.values())
 
@@ -65,26 +64,26 @@ def run(config: Config) -> Path:
     """Read the file, check every tensor against the teacher's, and write the run folder; returns its checkpoint."""
     if config.out.is_dir() and any(config.out.iterdir()):
         raise Refused(f"{config.out}: holds something already - name a new folder with --out")
-    refuse_unwritable(config.out / CHECKPOINTS)
+    refuse_unwritable(config.out / CHECKPOINTS_FOLDER)
     original = read_original(config.file)
-    samples = config.samples or samples_of(original)
-    target = config.target or said(original, "target", get_args(Target)) or "vp_v"
-    tail = config.tail or said(original, "tail", get_args(Tail)) or "hold"
+    samples = config.samples or samples_seen(original)
+    target = config.target or cfg_choice(original, "target", get_args(Target)) or "vp_v"
+    tail = config.tail or cfg_choice(original, "tail", get_args(TailPolicy)) or "hold"
     parts = load_components(config.teacher, torch.device("cpu"), torch.float32)
-    imported = Imported(original.weights(parts.unet), samples)
+    imported = ImportedWeights(original.weights(parts.unet), samples)
     made_from = {"file": config.file.name, "sha256": sha256(config.file), "gstep": original.gstep}
     batch = max(1, samples // max(1, original.gstep))
     identities = {"imported": made_from, "train": {"batch_size": batch}}
-    path = absolute(config.teacher)
-    origin = Origin(config.teacher, identity(parts.folder), tail, "", target, teacher_path=path)
-    with claimed(config.out, "import into"):
-        folder = Checkpoints(config.out / CHECKPOINTS, identities, KeepConfig()).save(imported)
+    path = absolute_folder(config.teacher)
+    origin = Origin(config.teacher, component_digests(parts.folder), tail, "", target, teacher_path=path)
+    with claim_folder(config.out, "import into"):
+        folder = Checkpoints(config.out / CHECKPOINTS_FOLDER, identities, KeepConfig()).save(imported)
         origin.save(config.out)
     print(f"{folder}: {len(imported.tensors)} tensors after {samples} samples, read as {target}, tail {tail}")
     return folder
 
 
-def samples_of(original: Original) -> int:
+def samples_seen(original: OriginalCheckpoint) -> int:
     """The samples that it saw: what an export of ours wrote down, else steps times batch size."""
     counted = original.cfg.get("samples"), original.cfg.get("batch_size")
     if isinstance(counted[0], int) and counted[0] > 0:
@@ -97,11 +96,11 @@ def samples_of(original: Original) -> int:
     )
 
 
-def said(original: Original, key: str, known: Sequence[str]) -> Any:
+def cfg_choice(original: OriginalCheckpoint, key: str, allowed: Sequence[str]) -> Any:
     """What cfg says of itself, None where it says nothing; raises `Refused` for a word that is unknown."""
     word = original.cfg.get(key)
-    if word is not None and word not in known:
-        raise Refused(f"{original.file}: cfg.{key} is {word!r}, known are {', '.join(known)} - tell it with --{key}")
+    if word is not None and word not in allowed:
+        raise Refused(f"{original.file}: cfg.{key} is {word!r}, known are {', '.join(allowed)} - tell it with --{key}")
     return word
 
 
@@ -110,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
     words = ["--file", *argv] if argv and not argv[0].startswith("-") else list(argv)
     if not words:
         raise Refused(f"import: which file? - {USAGE}")
-    config = asked_for(Config, "import", words)
+    config = config_from_arguments(Config, "import", words)
     if config is not None:
         run(config)
     return 0

@@ -13,13 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from configs.load import load
-from configs.refusal import Refused
 from shards.manifest import Manifest
 from shards.record import Record
 from stages import cache_teacher, finetune_classes, upkeep
-from stages.audit import ROUNDINGS, SINGLE, Audited, Compared, ask_again, sample, teacher_of
+from stages.cache.audit import ROUNDINGS, SINGLE, Comparison, RecordAudit, audit_record, load_recorded_teacher, sample
 from stages.nets.saved import Origin
 from stages.nets.teacher import Teacher
+from stages.system.refusal import Refused
 
 MODEL = Path("stages/tiny/model")
 FEW = ["--count", "8", "--validation-count", "2", "--render.records-per-shard", "4", "--render.states.steps", "6"]
@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(run: Path) -> Teacher:
-    return teacher_of(Manifest.open(run / "cache"), str(MODEL), torch.device("cpu"))
+    return load_recorded_teacher(Manifest.open(run / "cache"), str(MODEL), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def records(run: Path) -> list[tuple[str, Record]]:
     return list(sample(run / "cache", Manifest.open(run / "cache"), 4, 0))
 
 
-def worst(teacher: Teacher, records: list[tuple[str, Record]]) -> Compared:
-    found = [ask_again(teacher, record, file, rough=False).worst() for file, record in records]
-    return max(found, key=lambda one: one.share)
+def worst(teacher: Teacher, records: list[tuple[str, Record]]) -> Comparison:
+    found = [audit_record(teacher, record, file, tf32=False).worst() for file, record in records]
+    return max(found, key=lambda one: one.error_ratio)
 
 
 @contextmanager
@@ -84,26 +84,26 @@ def test_the_same_records_are_sampled_from_a_seed_each_once(run: Path) -> None:
 
 
 def test_a_good_cache_passes_with_room_to_spare(teacher: Teacher, records: list[tuple[str, Record]]) -> None:
-    assert worst(teacher, records).share < 0.5
+    assert worst(teacher, records).error_ratio < 0.5
 
 
 def test_one_weight_of_the_unet_changed_by_a_percent_is_seen_wherever_it_is(
     teacher: Teacher, records: list[tuple[str, Record]]
 ) -> None:
     """All but the queries and keys of the middle block, whose picture is one pixel: attention to one thing is 1."""
-    weights = {name: one for name, one in teacher.parts.unet.named_parameters() if name.endswith("weight")}
+    weights = {name: one for name, one in teacher.components.unet.named_parameters() if name.endswith("weight")}
     for name in random.Random(0).sample(sorted(weights), 12):
         with changed(weights[name]):
-            assert worst(teacher, records[:2]).share > 1, name
-    assert worst(teacher, records).share < 0.5
+            assert worst(teacher, records[:2]).error_ratio > 1, name
+    assert worst(teacher, records).error_ratio < 0.5
 
 
 def test_one_weight_of_the_text_encoder_changed_by_a_percent_is_seen_in_the_sentence(
     teacher: Teacher, records: list[tuple[str, Record]]
 ) -> None:
-    with changed(teacher.parts.text_encoder.get_parameter("encoder.layers.1.mlp.fc1.weight")):
-        bad = {one.quantity for file, record in records for one in ask_again(teacher, record, file, False).compared
-               if one.share > 1}  # fmt: skip
+    with changed(teacher.components.text_encoder.get_parameter("encoder.layers.1.mlp.fc1.weight")):
+        audits = [audit_record(teacher, record, file, False) for file, record in records]
+    bad = {one.quantity for audit in audits for one in audit.comparisons if one.error_ratio > 1}
     assert "cond" in bad
 
 
@@ -111,14 +111,16 @@ def test_a_kernel_that_is_wrong_for_one_channel_is_seen(teacher: Teacher, record
     def broken(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
         return torch.cat([output[:, :1] * 1.001, output[:, 1:]], dim=1)
 
-    hook = teacher.parts.unet.up_blocks[2].resnets[0].conv1.register_forward_hook(broken)
-    assert worst(teacher, records).share > 1
+    hook = teacher.components.unet.up_blocks[2].resnets[0].conv1.register_forward_hook(broken)
+    assert worst(teacher, records).error_ratio > 1
     hook.remove()
 
 
 def test_answers_that_are_no_numbers_are_errors(teacher: Teacher, records: list[tuple[str, Record]]) -> None:
-    hook = teacher.parts.unet.conv_out.register_forward_hook(lambda _module, _inputs, output: output * float("nan"))
-    assert worst(teacher, records).share == float("inf")
+    hook = teacher.components.unet.conv_out.register_forward_hook(
+        lambda _module, _inputs, output: output * float("nan")
+    )
+    assert worst(teacher, records).error_ratio == float("inf")
     hook.remove()
 
 
@@ -127,25 +129,27 @@ def test_what_does_not_belong_to_the_sentence_or_the_step_is_seen(
 ) -> None:
     file, record = records[0]
     other = replace(record, text=records[1][1].text)
-    assert ask_again(teacher, other, file, False).worst().quantity == "cond"
-    draws = replace(record.draws, k=(record.draws.k + 1).clamp_max(999))
+    assert audit_record(teacher, other, file, False).worst().quantity == "cond"
+    draws = replace(record.states, k=(record.states.k + 1).clamp_max(999))
     bad = [
-        one.quantity for one in ask_again(teacher, replace(record, draws=draws), file, False).compared if one.share > 1
+        one.quantity
+        for one in audit_record(teacher, replace(record, draws=draws), file, False).comparisons
+        if one.error_ratio > 1
     ]
     assert "k" in bad
 
 
 def test_errors_are_told_in_tolerances() -> None:
-    one = Compared("v_cond", 0.5, 3e-6, ROUNDINGS * SINGLE)
-    assert one.share == pytest.approx(3e-6 / 7.63e-6, rel=1e-3)
-    assert Compared("k", 0.5, 0.0, 0.0).share == 0
-    assert Audited("a.tar", "000000000", [one, Compared("k", 0.5, 1.0, 0.0)]).worst().quantity == "k"
+    one = Comparison("v_cond", 0.5, 3e-6, ROUNDINGS * SINGLE)
+    assert one.error_ratio == pytest.approx(3e-6 / 7.63e-6, rel=1e-3)
+    assert Comparison("k", 0.5, 0.0, 0.0).error_ratio == 0
+    assert RecordAudit("a.tar", "000000000", [one, Comparison("k", 0.5, 1.0, 0.0)]).worst().quantity == "k"
 
 
 def test_a_teacher_of_another_size_is_refused(teacher: Teacher, records: list[tuple[str, Record]]) -> None:
     file, record = records[0]
     with pytest.raises(Refused, match=rf"record {record.key}: cond has shape \(7, 64\), this teacher's has"):
-        ask_again(teacher, replace(record, cond=record.cond[:7]), file, False)
+        audit_record(teacher, replace(record, cond=record.cond[:7]), file, False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -170,7 +174,7 @@ def test_the_command_fails_on_a_cache_of_another_teacher(
     weights["down_blocks.1.resnets.0.conv1.weight"] *= 1.01
     save_file(weights, file, {"format": "pt"})
     if not named:
-        monkeypatch.setattr("stages.upkeep.deep.other_parts", lambda manifest, teacher: iter(()))
+        monkeypatch.setattr("stages.upkeep.other_parts", lambda manifest, teacher: iter(()))
     assert upkeep.main(["verify", str(run), "--deep", "--sample", "3", "--teacher", str(other)]) == 1
     told = capsys.readouterr()
     assert ("unet is not what the recipe names" in told.err) == named
@@ -225,9 +229,9 @@ def painted(run: Path) -> Path:
     few = ["--count", "6", "--render.records-per-shard", "3", "--render.states.steps", "4"]
     words = ["--run", str(run), "--classes", str(classes), *few]
     config = load(finetune_classes.Config, "finetune_classes", [Path("configs/tiny.yaml")], words)
-    origin = Origin.of(Manifest.open(run / "cache"))
-    finetune_classes.repaint(config, origin)
-    finetune_classes.remember(config, origin)
+    origin = Origin.from_manifest(Manifest.open(run / "cache"))
+    finetune_classes.refill_class_cache(config, origin)
+    finetune_classes.save_settings(config, origin)
     return run / "classes"
 
 

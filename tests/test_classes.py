@@ -8,22 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.refusal import Refused
 from shards.order import Pairs, WeightedOrder
 from stages.classes import (
     ClassFile,
     ClassSpec,
     class_prompts,
-    draw_weights,
-    expected_draws,
+    expected_samples,
     load_classes,
-    prior_weights,
-    quotas,
-    search,
+    picture_quotas,
+    prior_sampling_weights,
+    sampling_weights,
+    search_prompts,
 )
-from stages.classes.finding import owner_of_record
-from stages.classes.pattern import specificity
+from stages.classes.selection import owner_of_record
+from stages.classes.specification import specificity
 from stages.prompts import GrammarSource, split_of
+from stages.system.refusal import Refused
 
 SOURCE = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
 FILE = ClassFile(
@@ -63,7 +63,7 @@ def class_files(draw: st.DrawFn) -> ClassFile:
 
 
 def test_quotas_follow_the_weights() -> None:
-    assert quotas(FILE, 70) == {"stars": 40, "hearts": 20, "rings": 10}
+    assert picture_quotas(FILE, 70) == {"stars": 40, "hearts": 20, "rings": 10}
 
 
 @given(class_files(), st.integers(1, 400))
@@ -71,29 +71,29 @@ def test_quotas_sum_to_the_total_keep_what_is_told_and_lie_within_one_of_the_exa
     classes: ClassFile, total: int
 ) -> None:
     try:
-        found = quotas(classes, total)
+        found = picture_quotas(classes, total)
     except Refused:
         return
     assert sum(found.values()) == total
     told = {spec.name: spec.pictures for spec in classes.classes if spec.pictures}
     assert told.items() <= found.items()
     sharing = [spec for spec in classes.classes if not spec.pictures]
-    whole, left = sum(map(classes.relative, sharing)), total - sum(told.values())
-    assert all(abs(found[spec.name] - left * classes.relative(spec) / whole) < 1 for spec in sharing)
+    whole, left = sum(map(classes.relative_weight, sharing)), total - sum(told.values())
+    assert all(abs(found[spec.name] - left * classes.relative_weight(spec) / whole) < 1 for spec in sharing)
     assert min(found.values()) > 0
 
 
 def test_a_class_without_a_picture_is_refused_by_name() -> None:
     with pytest.raises(Refused, match="'rings' gets none of 2"):
-        quotas(FILE, 2)
+        picture_quotas(FILE, 2)
 
 
 def test_more_pictures_told_than_there_are_is_refused_with_both_numbers() -> None:
     with pytest.raises(Refused, match=r"ask for 20 pictures \(a 10, b 10\), count is 15 - set count to 20"):
-        quotas(of("a", "b", pictures=10), 15)
+        picture_quotas(of("a", "b", pictures=10), 15)
     with pytest.raises(Refused, match="count is 21"):
-        quotas(of("a", "b", pictures=10), 21)
-    assert quotas(of("a", "b", pictures=10), 20) == {"a": 10, "b": 10}
+        picture_quotas(of("a", "b", pictures=10), 21)
+    assert picture_quotas(of("a", "b", pictures=10), 20) == {"a": 10, "b": 10}
 
 
 # Who owns a prompt
@@ -166,20 +166,20 @@ def test_tags_are_what_the_grammar_chose_and_count_as_much_as_parts() -> None:
 
 
 def test_each_class_gets_its_quota_of_prompts_of_its_own_split() -> None:
-    found = class_prompts(SOURCE, 0, "train", FILE, quotas(FILE, 14))
+    found = class_prompts(SOURCE, 0, "train", FILE, picture_quotas(FILE, 14))
     assert {name: len(prompts) for name, prompts in found.items()} == {"stars": 8, "hearts": 4, "rings": 2}
     assert all(prompt.class_name.startswith("star/") for prompt in found["stars"])
     assert all(split_of(prompt.text) == "train" for prompts in found.values() for prompt in prompts)
 
 
 def test_a_larger_quota_begins_with_the_smaller_one() -> None:
-    few, many = (class_prompts(SOURCE, 0, "train", FILE, quotas(FILE, total)) for total in (14, 28))
+    few, many = (class_prompts(SOURCE, 0, "train", FILE, picture_quotas(FILE, total)) for total in (14, 28))
     assert all(many[name][: len(prompts)] == prompts for name, prompts in few.items())
 
 
 def test_an_owned_prompt_counts_for_nobody_else() -> None:
     nested = of("star/*", "star/red")
-    found = search(SOURCE, 0, "train", nested, {"star/*": 5, "star/red": 5})
+    found = search_prompts(SOURCE, 0, "train", nested, {"star/*": 5, "star/red": 5})
     assert {prompt.class_name for prompt in found.prompts["star/red"]} == {"star/red"}
     assert "star/red" not in found.class_names["star/*"]
 
@@ -206,7 +206,7 @@ def test_pictures_of_a_class_told_by_tags_are_still_known_in_the_cache() -> None
 def test_an_empty_class_is_refused_by_name_with_the_reason(
     classes: ClassFile, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.classes.finding.LOOKED_AT", 300)
+    monkeypatch.setattr("stages.classes.selection.BASE_SEARCH_LIMIT", 300)
     with pytest.raises(Refused, match=reason):
         class_prompts(SOURCE, 0, "train", classes, {spec.name: 1 for spec in classes.classes})
 
@@ -216,21 +216,21 @@ def test_an_empty_class_is_refused_by_name_with_the_reason(
 
 @given(class_files(), st.integers(0, 10**6))
 def test_expected_draws_are_exact_and_sum_to_the_draws(classes: ClassFile, draws: int) -> None:
-    found = expected_draws(classes, draws)
+    found = expected_samples(classes, draws)
     assert sum(found.values()) == draws
     assert {n: float(e) for n, e in found.items()} == pytest.approx(
-        {spec.name: draws * classes.weight(spec) for spec in classes.classes}
+        {spec.name: draws * classes.sampling_share(spec) for spec in classes.classes}
     )
 
 
 def test_drawn_shares_are_the_expected_ones_within_three_standard_errors_and_the_order_is_a_function() -> None:
     classes = ClassFile(classes=(*FILE.classes[:2], FILE.classes[2].model_copy(update={"weight": 0.5})))
     names = ["star/red"] * 3 + ["star/blue"] * 40 + ["heart/red"] * 5 + ["ring/red"] * 90 + ["moon/red"] * 7
-    order = WeightedOrder(3, Pairs(np.full(len(names), 2)), names, draw_weights(classes, Counter(names)))
+    order = WeightedOrder(3, Pairs(np.full(len(names), 2)), names, sampling_weights(classes, Counter(names)))
     n = 20_000
     records, draws = order.at(np.arange(n))
     drawn = Counter(owner.name if (owner := classes.owner(names[record])) else "none" for record in records.tolist())
-    for name, expected in expected_draws(classes, n).items():
+    for name, expected in expected_samples(classes, n).items():
         p = float(expected) / n
         assert abs(drawn[name] - n * p) < 3 * (n * p * (1 - p)) ** 0.5
     assert drawn["none"] == 0
@@ -243,13 +243,13 @@ def test_drawn_shares_are_the_expected_ones_within_three_standard_errors_and_the
 
 def test_a_class_without_a_record_is_refused_by_name() -> None:
     with pytest.raises(Refused, match="class 'rings': no record among 2 fits ring"):
-        draw_weights(FILE, Counter(["star/red", "heart/red"]))
+        sampling_weights(FILE, Counter(["star/red", "heart/red"]))
 
 
 def test_a_prior_class_brings_its_share_to_the_records_that_fit_it() -> None:
     names = ["moon/red"] * 3 + ["moon/blue"] + ["ring/red"] * 4
     of_moons = FILE.classes[0].model_copy(update={"prior_class": "moon/*"})
-    weights = prior_weights(ClassFile(classes=(of_moons, *FILE.classes[1:])), lambda: names)
+    weights = prior_sampling_weights(ClassFile(classes=(of_moons, *FILE.classes[1:])), lambda: names)
     stars, rest = 4 / 7, 3 / 7
     assert weights == pytest.approx(
         {
@@ -259,14 +259,14 @@ def test_a_prior_class_brings_its_share_to_the_records_that_fit_it() -> None:
         }
     )
     with pytest.raises(Refused, match=r"'stars': prior_class moon/\* fits no record"):
-        prior_weights(ClassFile(classes=(of_moons,)), lambda: ["ring/red"])
+        prior_sampling_weights(ClassFile(classes=(of_moons,)), lambda: ["ring/red"])
 
 
 def test_without_a_prior_class_the_prior_is_not_even_looked_at() -> None:
     def never() -> list[str]:
         raise AssertionError("asked")
 
-    assert prior_weights(FILE, never) is None
+    assert prior_sampling_weights(FILE, never) is None
 
 
 # The file
@@ -336,11 +336,11 @@ def test_a_class_of_nothing_but_photographs_owns_no_prompt_and_gets_none_painted
     classes = ClassFile(
         classes=(*FILE.classes, ClassSpec(name="zorks", priority="top", images=tmp_path, caption="a zork"))
     )
-    assert quotas(classes, 70) == {"stars": 40, "hearts": 20, "rings": 10, "zorks": 0}
-    assert quotas(ClassFile(classes=classes.classes[-1:]), 70) == {"zorks": 0}
+    assert picture_quotas(classes, 70) == {"stars": 40, "hearts": 20, "rings": 10, "zorks": 0}
+    assert picture_quotas(ClassFile(classes=classes.classes[-1:]), 70) == {"zorks": 0}
     assert not classes.classes[-1].claims("star/red")
     assert owner_of_record(classes, "photograph@zorks") == classes.classes[-1]
-    assert class_prompts(SOURCE, 0, "train", classes, quotas(classes, 7))["zorks"] == []
+    assert class_prompts(SOURCE, 0, "train", classes, picture_quotas(classes, 7))["zorks"] == []
 
 
 def test_where_photographs_lie_does_not_count_and_their_caption_does(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from configs.refusal import Refused
-from shards.manifest import Recipe, verify
-from shards.record import BlockFeatures, Draws, Record
+from shards.manifest import Recipe, open_verified
+from shards.record import BlockFeatures, Record, States
 from shards.writer import CacheWriter
-from stages.cluster import fill, ranges, refuse_surplus, stopping, tasks_in, tasks_of
+from stages.cache.fill import fill, ranges, refuse_surplus, tasks_in, tasks_of
 from stages.prompts import Prompt
+from stages.system.refusal import Refused
+from stages.system.signals import interrupt_on
 
 RECIPE = Recipe(identity={"steps": 2})
 
@@ -29,7 +30,7 @@ def asked(count: int) -> list[Prompt]:
 def record(prompt: Prompt, key: str) -> Record:
     generator = torch.Generator().manual_seed(prompt.seed)
     half = torch.randn(2, 3, 4, 5, generator=generator).half()
-    draws = Draws(torch.arange(2), torch.rand(2, generator=generator), half, half, half, torch.tensor([True, False]))
+    draws = States(torch.arange(2), torch.rand(2, generator=generator), half, half, half, torch.tensor([True, False]))
     features = BlockFeatures({"mid": half.mean(dim=(2, 3))})
     return Record(key, prompt.text, prompt.class_name, prompt.seed, 5.0, half[0, 0], half[0], draws, features)
 
@@ -66,7 +67,7 @@ def test_a_prompt_that_cannot_be_made_is_told_and_the_rest_is_kept(tmp_path: Pat
             raise RuntimeError("no such\nword")
         return make(prompts, keys)
 
-    manifest = verify(filled(tmp_path, 8, fragile))
+    manifest = open_verified(filled(tmp_path, 8, fragile))
     assert [(one.key, one.reason) for one in manifest.failures] == [("000000005", "RuntimeError: no such word")]
     assert [shard.records for shard in manifest.shards] == [4, 3]
 
@@ -74,10 +75,10 @@ def test_a_prompt_that_cannot_be_made_is_told_and_the_rest_is_kept(tmp_path: Pat
 def test_an_answer_that_is_not_finite_is_told(tmp_path: Path) -> None:
     def wild(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
         records = make(prompts, keys)
-        bad = records[0].draws.v_cond.clone().fill_(float("inf"))
-        return [replace(records[0], draws=replace(records[0].draws, v_cond=bad)), *records[1:]]
+        bad = records[0].states.v_cond.clone().fill_(float("inf"))
+        return [replace(records[0], draws=replace(records[0].states, v_cond=bad)), *records[1:]]
 
-    manifest = verify(filled(tmp_path, 2, wild))
+    manifest = open_verified(filled(tmp_path, 2, wild))
     assert [(one.key, one.reason) for one in manifest.failures] == [("000000000", "v_cond is not finite")]
 
 
@@ -101,7 +102,7 @@ def test_a_prompt_alone_in_its_batch_fails_like_any_other(tmp_path: Path) -> Non
             raise RuntimeError("no such word")
         return make(prompts, keys)
 
-    manifest = verify(filled(tmp_path, 3, fragile))
+    manifest = open_verified(filled(tmp_path, 3, fragile))
     assert [one.key for one in manifest.failures] == ["000000002"]
 
 
@@ -129,7 +130,7 @@ def test_fewer_prompts_than_are_held_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="holds 8 train prompts, 6 are asked for"):
         filled(tmp_path, 6)
     assert content(tmp_path) == whole
-    assert verify(filled(tmp_path, 10)).shards[-1].records == 2
+    assert open_verified(filled(tmp_path, 10)).shards[-1].records == 2
 
 
 def test_a_record_is_asked_in_the_same_company_whenever_it_is_made(tmp_path: Path) -> None:
@@ -155,12 +156,12 @@ def test_a_short_shard_stays_listed_until_its_longer_successor_is_there(tmp_path
     listed = []
 
     def looking(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
-        listed.append([shard.records for shard in verify(tmp_path).shards])
+        listed.append([shard.records for shard in open_verified(tmp_path).shards])
         return make(prompts, keys)
 
     filled(tmp_path, 8, looking)
     assert listed == [[4, 2], [4, 2]]
-    assert [shard.records for shard in verify(tmp_path).shards] == [4, 4]
+    assert [shard.records for shard in open_verified(tmp_path).shards] == [4, 4]
 
 
 def test_a_process_that_ends_as_a_shard_gets_longer_leaves_a_manifest_that_is_right(
@@ -171,7 +172,7 @@ def test_a_process_that_ends_as_a_shard_gets_longer_leaves_a_manifest_that_is_ri
         patched.setattr(CacheWriter, "enter", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             filled(tmp_path / "killed", 8)
-    assert [shard.records for shard in verify(tmp_path / "killed").shards] == [4]
+    assert [shard.records for shard in open_verified(tmp_path / "killed").shards] == [4]
     assert content(filled(tmp_path / "killed", 8)) == content(filled(tmp_path / "whole", 8))
 
 
@@ -188,7 +189,7 @@ def test_the_next_batch_is_made_while_the_last_one_is_written(tmp_path: Path, mo
         return make(prompts, keys)
 
     monkeypatch.setattr(CacheWriter, "enter", slow)
-    assert len(verify(filled(tmp_path, 8, noting)).shards) == 2
+    assert len(open_verified(filled(tmp_path, 8, noting)).shards) == 2
 
 
 def test_a_disk_that_fills_behind_the_teacher_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +215,7 @@ def test_an_interrupted_shard_leaves_nothing_and_the_others_stay(tmp_path: Path)
             os.kill(os.getpid(), signal.SIGTERM)
         return make(prompts, keys)
 
-    with pytest.raises(KeyboardInterrupt), stopping(signal.SIGTERM):
+    with pytest.raises(KeyboardInterrupt), interrupt_on(signal.SIGTERM):
         filled(tmp_path / "stopped", 8, interrupted)
     assert sorted(content(tmp_path / "stopped")) == [
         "data/train-000000.tar",

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from configs.refusal import Refused
 from stages import __main__ as program
 from stages.prompts import __main__ as prompts_command
+from stages.system.refusal import Refused
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(

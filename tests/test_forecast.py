@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.forecast import MEASURED_STEPS, Forecast, duration
+from stages.system.forecast import MEASURED_STEPS, Forecast, duration
 
 
 class Work:

@@ -10,13 +10,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from configs.refusal import Refused
 from stages import export
 from stages.__main__ import main
-from stages.evaluate.painter import open_painter
 from stages.nets.components import load_components
-from stages.nets.original import Original, read_original
-from stages.nets.saved import Origin, load_student, load_teacher_parts, open_run
+from stages.nets.original import OriginalCheckpoint, read_original
+from stages.nets.saved import Origin, load_run_teacher, load_student, open_run
+from stages.sampling.models import load_model
+from stages.system.refusal import Refused
 
 TEACHER = "stages/tiny/model"
 CPU = torch.device("cpu")
@@ -52,10 +52,10 @@ def test_an_original_becomes_a_run_that_paints_and_exports(tmp_path: Path, weigh
     assert main(["import", str(file), "--teacher", TEACHER, "--out", str(run)]) == 0
     saved = open_run(run)
     assert (saved.samples, saved.origin.target, saved.origin.tail) == (192, "vp_v", "hold")
-    student = load_student(saved, load_teacher_parts(saved.origin, CPU, torch.float32))
-    assert student.vp is not None
+    student = load_student(saved, load_run_teacher(saved.origin, CPU, torch.float32))
+    assert student.vp_bridge is not None
     assert all(torch.equal(value, weights[name]) for name, value in student.unet.state_dict().items())
-    assert open_painter(str(run), "cpu").latent_shape == (4, 8, 8)
+    assert load_model(str(run), "cpu").latent_shape == (4, 8, 8)
     (folder,) = export.run(export.Config(run=run, out=tmp_path / "out", dtype="float32"))
     assert torch.equal(
         load_file(folder / "unet/diffusion_pytorch_model.safetensors")["conv_in.bias"], weights["conv_in.bias"]
@@ -142,7 +142,7 @@ def test_the_first_tensor_that_does_not_fit_is_named(unet: UNet2DConditionModel,
 
     def refused(student: dict[str, object], *words: str) -> None:
         with pytest.raises(Refused) as refusal:
-            Original(Path("e.pt"), {}, student, 1).weights(unet)  # type: ignore[arg-type]
+            OriginalCheckpoint(Path("e.pt"), {}, student, 1).weights(unet)  # type: ignore[arg-type]
         assert all(word in str(refusal.value) for word in words)
 
     refused({**weights, "local_heads.mid.weight": torch.zeros(1)}, "local_heads.mid.weight is none of the UNet's")

@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from configs.load import load
-from configs.refusal import Refused
-from shards.manifest import Manifest, verify
+from shards.manifest import Manifest, open_verified
 from stages import cache_teacher, distill, finetune_classes
 from stages.evaluate import david as david_tool
 from stages.nets.saved import open_run
+from stages.system.refusal import Refused
 
 TINY = [Path("configs/tiny.yaml")]
 CACHE = ["--count", "8", "--validation-count", "2", "--render.records-per-shard", "4", "--render.states.steps", "4"]
@@ -65,7 +65,7 @@ def test_every_story_ends_with_its_mark(journey: Path) -> None:
 
 
 def test_the_cache_is_whole(journey: Path) -> None:
-    manifest = verify(journey / "cache")
+    manifest = open_verified(journey / "cache")
     assert [shard.records for shard in manifest.shards] == [4, 4, 2]
     assert [shard.draws for shard in manifest.shards] == [24, 24, 12]
 
@@ -156,7 +156,7 @@ def test_more_prompts_only_add_shards(journey: Path, tmp_path: Path) -> None:
     old = {path: path.read_bytes() for path in (tmp_path / "cache" / "data").iterdir()}
     cache_teacher.run(cache_config(tmp_path, "--count", "12"))
     assert {path: path.read_bytes() for path in old} == old
-    assert [shard.records for shard in verify(tmp_path / "cache").shards] == [4, 4, 4, 2]
+    assert [shard.records for shard in open_verified(tmp_path / "cache").shards] == [4, 4, 4, 2]
 
 
 def test_another_recipe_is_refused_with_the_field_and_both_values(journey: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_v_predicting_teacher_is_cached_by_its_own_scheduler_config(tmp_path: 
     path = tmp_path / "v" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
     cache_teacher.run(cache_config(tmp_path, "--teacher", str(tmp_path / "v"), "--count", "4"))
-    assert Manifest.open(tmp_path / "cache").of("train")[0].records == 4
+    assert Manifest.open(tmp_path / "cache").shards_of("train")[0].records == 4
 
 
 def test_distillation_killed_in_mid_epoch_ends_on_the_same_bits(journey: Path, tmp_path: Path) -> None:

@@ -9,8 +9,16 @@ from random import Random
 
 import pytest
 
-from benchmarks.killing import content, ended, forked, half_done, killed_after, killed_before, small_job
-from shards import claims
+from benchmarks.killing import (
+    fill_small_cache,
+    fork_job,
+    incomplete_files,
+    kill_after,
+    kill_before_step,
+    read_files,
+    wait_for_exit,
+)
+from stages.cache import claims
 
 COMMAND = [sys.executable, "-m", "stages", "cache-teacher", "--config", "configs/tiny.yaml", "--count", "120"]
 COMMAND += ["--validation-count", "2", "--render.records-per-shard", "10", "--render.states.steps", "4"]
@@ -45,15 +53,15 @@ def test_a_killed_cache_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 def whole(tmp_path: Path) -> tuple[dict[str, bytes], float]:
     """What a job that nobody stops leaves, and the seconds that it takes."""
     began = time.monotonic()
-    assert ended(forked(lambda: small_job(tmp_path / "whole"))) == 0
-    return content(tmp_path / "whole"), time.monotonic() - began
+    assert wait_for_exit(fork_job(lambda: fill_small_cache(tmp_path / "whole"))) == 0
+    return read_files(tmp_path / "whole"), time.monotonic() - began
 
 
 def goes_on(cache: Path, prompts: int = 8) -> dict[str, bytes]:
     """What the job leaves when it is begun again; nothing hidden stays behind."""
-    assert ended(forked(lambda: small_job(cache, prompts))) == 0
+    assert wait_for_exit(fork_job(lambda: fill_small_cache(cache, prompts))) == 0
     assert not list(cache.rglob(".*"))
-    return content(cache)
+    return read_files(cache)
 
 
 def test_five_random_moments_are_survived_one_by_one_and_in_one_life(
@@ -64,9 +72,9 @@ def test_five_random_moments_are_survived_one_by_one_and_in_one_life(
     killed = 0
     for moment in (rng.uniform(0, seconds) for _ in range(5)):
         cache = tmp_path / f"{moment}"
-        killed += killed_after(lambda cache=cache: small_job(cache), moment)  # type: ignore[misc]
-        killed_after(lambda: small_job(one_life), moment)
-        assert half_done(cache, found) == half_done(one_life, found) == []
+        killed += kill_after(lambda cache=cache: fill_small_cache(cache), moment)  # type: ignore[misc]
+        kill_after(lambda: fill_small_cache(one_life), moment)
+        assert incomplete_files(cache, found) == incomplete_files(one_life, found) == []
         assert goes_on(cache) == found
     assert killed >= 1  # a moment may lie behind the end
     assert goes_on(one_life) == found
@@ -76,14 +84,14 @@ def test_a_kill_before_any_step_on_the_disk_leaves_nothing_half_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(claims, "BEAT_SECONDS", 0.1)  # how long a claim that nobody signed is respected
-    assert ended(forked(lambda: small_job(tmp_path / "whole", 4))) == 0
-    found = content(tmp_path / "whole")
+    assert wait_for_exit(fork_job(lambda: fill_small_cache(tmp_path / "whole", 4))) == 0
+    found = read_files(tmp_path / "whole")
     met: set[str] = set()
     for step in (15, 47, *range(5, 190, 11)):  # a manifest and the last one; records, journal, table
         cache = tmp_path / f"killed{step}"
-        if not killed_before(lambda cache=cache: small_job(cache, 4), step):  # type: ignore[misc]
+        if not kill_before_step(lambda cache=cache: fill_small_cache(cache, 4), step):  # type: ignore[misc]
             break
         met |= {path.name.split(".")[1] for path in cache.rglob(".*.partial")}
-        assert half_done(cache, found) == []
+        assert incomplete_files(cache, found) == []
         assert goes_on(cache, 4) == found
     assert {"table", "manifest"} <= met

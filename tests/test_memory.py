@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.refusal import Refused
-from stages import memory
-from stages.memory import available_bytes, refuse_too_many
-from stages.train.capacity import parameters
+from stages.system import memory
+from stages.system.memory import available_bytes, refuse_too_many
+from stages.system.refusal import Refused
+from stages.train.setup import count_parameters
 
 CPU = torch.device("cpu")
 
@@ -55,4 +55,4 @@ def test_a_containers_limit_counts_without_the_files_that_it_has_read(
 
 
 def test_a_networks_size_follows_from_its_config_alone() -> None:
-    assert 10**6 < parameters(Path("stages/tiny/model")) < 10**7
+    assert 10**6 < count_parameters(Path("stages/tiny/model")) < 10**7

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from configs.load import load
-from configs.refusal import Refused
-from shards.manifest import Manifest
-from shards.recipe import Recipe
-from stages import cache_teacher, targets
-from stages.nets.identity import digest
-from stages.nets.saved import Origin, load_teacher_parts
-from stages.upkeep.made import made
+from shards.manifest import Manifest, Recipe
+from stages import cache_teacher
+from stages.cache import targets
+from stages.nets.files import digest_files
+from stages.nets.saved import Origin, load_run_teacher
+from stages.system.refusal import Refused
+from stages.upkeep import find_origin
 
 CPU = torch.device("cpu")
 FEW = ["--count", "4", "--validation-count", "2", "--render.records-per-shard", "2", "--render.states.steps", "4"]
@@ -39,9 +39,9 @@ def test_a_teacher_named_relative_is_opened_from_another_folder(home: Path, monk
     assert manifest.recipe.information["teacher_location"] == "models/tiny"
     assert manifest.recipe.information["teacher_path"] == str(home / "models/tiny")
     monkeypatch.chdir(home.parent)
-    origin = Origin.of(manifest)
-    assert load_teacher_parts(origin, CPU, torch.float32).folder == home / "models/tiny"
-    assert made(home / "run" / "cache").lies_at() == str(home / "models/tiny")
+    origin = Origin.from_manifest(manifest)
+    assert load_run_teacher(origin, CPU, torch.float32).folder == home / "models/tiny"
+    assert find_origin(home / "run" / "cache").teacher_location() == str(home / "models/tiny")
     origin.save(home / "run")
     assert Origin.open(home / "run") == origin
 
@@ -51,19 +51,24 @@ def test_where_it_was_named_comes_before_where_that_was(home: Path, monkeypatch:
     moved = home.parent / "elsewhere"
     shutil.copytree(home, moved)
     monkeypatch.chdir(moved)
-    assert load_teacher_parts(Origin.of(manifest), CPU, torch.float32).folder.absolute() == moved / "models/tiny"
+    assert (
+        load_run_teacher(Origin.from_manifest(manifest), CPU, torch.float32).folder.absolute() == moved / "models/tiny"
+    )
 
 
 def test_a_teacher_that_lies_nowhere_any_more_is_refused_with_both_places_and_the_option(home: Path) -> None:
     manifest = cache(home / "run", "models/tiny")
     shutil.move(home / "models", home / "moved")
-    for ask in (lambda: load_teacher_parts(Origin.of(manifest), CPU, torch.float32), made(home / "run/cache").lies_at):
+    for ask in (
+        lambda: load_run_teacher(Origin.from_manifest(manifest), CPU, torch.float32),
+        find_origin(home / "run/cache").teacher_location,
+    ):
         with pytest.raises(Refused) as refusal:
             ask()
         for name in ("'models/tiny'", repr(str(home / "models/tiny")), "--teacher"):
             assert name in str(refusal.value)
-    there = Origin.of(manifest, "moved/tiny")
-    assert load_teacher_parts(there, CPU, torch.float32).name == {"teacher": "tiny"}
+    there = Origin.from_manifest(manifest, "moved/tiny")
+    assert load_run_teacher(there, CPU, torch.float32).name_facts == {"teacher": "tiny"}
     assert there.teacher_path == str(home / "moved/tiny")
 
 
@@ -79,7 +84,7 @@ def test_an_origin_of_before_names_one_place(home: Path) -> None:
 def by_the_earlier_rule(_before: object, folder: Path) -> dict[str, str]:
     counted = {".json", ".txt", ".safetensors"}
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    return {part: digest([one for one in (folder / part).iterdir() if one.suffix in counted]) for part in parts}
+    return {part: digest_files([one for one in (folder / part).iterdir() if one.suffix in counted]) for part in parts}
 
 
 @pytest.fixture
@@ -93,9 +98,9 @@ def old(home: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 def test_a_cache_of_before_is_gone_on_with_and_its_teacher_opened(home: Path, old: Recipe) -> None:
     longer = cache(home / "run", "models/tiny", "--count", "6")
-    assert sum(shard.records for shard in longer.of("train")) == 6
+    assert sum(shard.records for shard in longer.shards_of("train")) == 6
     assert longer.recipe.fingerprint() == old.fingerprint()
-    assert load_teacher_parts(Origin.of(longer), CPU, torch.float32).name == {"teacher": "tiny"}
+    assert load_run_teacher(Origin.from_manifest(longer), CPU, torch.float32).name_facts == {"teacher": "tiny"}
 
 
 def test_a_cache_of_before_is_not_gone_on_with_by_other_weights(home: Path, old: Recipe) -> None:
@@ -104,4 +109,4 @@ def test_a_cache_of_before_is_not_gone_on_with_by_other_weights(home: Path, old:
     with pytest.raises(Refused, match=r"another recipe: teacher\.vae"):
         cache(home / "run", "models/tiny")
     with pytest.raises(Refused, match=r"vae changed since the cache was made .* --teacher"):
-        load_teacher_parts(Origin.of(Manifest.open(home / "run/cache")), CPU, torch.float32)
+        load_run_teacher(Origin.from_manifest(Manifest.open(home / "run/cache")), CPU, torch.float32)

@@ -12,8 +12,8 @@ from shards.manifest import Manifest
 from shards.reader import Reader
 from shards.table import Table
 from stages import cache_teacher, distill
-from stages.audit import ask_again, sample, teacher_of
-from stages.david.states import States
+from stages.cache.audit import audit_record, load_recorded_teacher, sample
+from stages.david.patterns import BlockStates
 from stages.nets.saved import open_run
 
 TINY = [Path("configs/tiny.yaml")]
@@ -43,18 +43,18 @@ def test_a_teacher_of_other_than_a_thousand_steps_is_cached_and_learnt_from(
 
     table = Table.open(run / "cache")
     rows = table.rows("train")
-    states = States.of(table, "mid", rows, 10, steps)
+    states = BlockStates.from_table(table, "mid", rows, 10, steps)
     assert int(table.k[rows].max()) == steps - 1
     assert sorted({0, 9} & set(states.bins.tolist())) == [0, 9]
     torch.testing.assert_close(states.bins, (10 * torch.from_numpy(table.k[rows]) // steps))
 
     manifest = Manifest.open(run / "cache")
-    again = teacher_of(manifest, str(teacher), torch.device("cpu"))
+    again = load_recorded_teacher(manifest, str(teacher), torch.device("cpu"))
     for file, record in sample(run / "cache", manifest, 3, 0):
-        assert ask_again(again, record, file, rough=False).worst().share <= 1
+        assert audit_record(again, record, file, tf32=False).worst().error_ratio <= 1
 
     if dtype == "float32":
         distill.run(load(distill.Config, "distill", TINY, [*place, *SHORT, *DAVID]))
         assert json.loads((run / "distill/david/config.json").read_text())["steps"] == steps
         assert open_run(run / "distill").samples == 4
-        assert len(Reader(run / "cache").steps) == 12 * 6
+        assert len(Reader(run / "cache").timesteps) == 12 * 6

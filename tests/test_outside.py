@@ -15,7 +15,7 @@ def classes(pattern: str) -> ClassFile:
 
 def test_they_are_the_first_of_their_split_that_no_class_claims() -> None:
     found = outside_prompts(SOURCE, 3, "validation", classes("[!s]*"), 20)
-    listed = islice(SOURCE.endless(3), 5000)
+    listed = islice(SOURCE.iter_prompts(3), 5000)
     expected = [prompt for prompt in listed if prompt.class_name[0] == "s" and split_of(prompt.text) == "validation"]
     assert found == expected[:20]
 

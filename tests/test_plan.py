@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from configs.load import load
-from configs.refusal import Refused
 from shards.manifest import Manifest
-from stages import cache_teacher, plan
+from stages import cache_teacher
+from stages.cache import plan
+from stages.system.refusal import Refused
 
 FEW = ["--count", "20", "--validation-count", "2", "--render.records-per-shard", "10", "--render.states.steps", "4"]
 Usage = namedtuple("Usage", "total used free")

@@ -8,19 +8,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from configs.refusal import Refused
 from stages.prompts import (
     FileSource,
     GrammarSource,
     HubSource,
     MixtureSource,
-    Part,
     Prompt,
     SymbolicSource,
     TableSource,
-    report,
+    WeightedSource,
+    source_report,
 )
 from stages.prompts.__main__ import main, tokenizer_of
+from stages.system.refusal import Refused
 
 TEXTS = ["a cat", "a dog, asleep", "an owl"]
 MODEL = Path("stages/tiny/model")
@@ -42,14 +42,14 @@ def table(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def texts_of(source: TableSource | HubSource | FileSource, count: int) -> list[str]:
-    return [prompt.text for prompt in islice(source.endless(0), count)]
+    return [prompt.text for prompt in islice(source.iter_prompts(0), count)]
 
 
 def test_a_column_gives_its_sentences_and_counts_the_empty_ones(table: Path) -> None:
     source = TableSource(path=table, column="caption")
     assert texts_of(source, 4) == [*TEXTS, TEXTS[0]]
-    assert [len(places) for places in source.faults(100).values()] == [1]
-    assert next(source.endless(0, 4)) == list(islice(source.endless(0), 5))[4]
+    assert [len(places) for places in source.unusable_rows(100).values()] == [1]
+    assert next(source.iter_prompts(0, 4)) == list(islice(source.iter_prompts(0), 5))[4]
 
 
 def test_a_column_that_is_not_there_is_refused_with_the_nearest(table: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_column_of_numbers_is_refused(tmp_path: Path) -> None:
 def test_classes_come_from_their_column(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_text("text,kind\na cat,animal/cat\na thing,\n")
-    found = list(islice(TableSource(path=file, class_column="kind").endless(0), 2))
+    found = list(islice(TableSource(path=file, class_column="kind").iter_prompts(0), 2))
     assert [prompt.class_name for prompt in found] == ["animal/cat", "prompt"]
 
 
@@ -105,7 +105,7 @@ def test_bytes_that_are_not_utf8_are_counted_with_their_place(tmp_path: Path, na
     file.write_bytes(lines[name[6:]])
     source = FileSource(path=file) if name.endswith("txt") else TableSource(path=file)
     assert texts_of(source, 2) == ["a cat", "a cat"]
-    assert source.faults(100)["not UTF-8"][0].startswith(f"{file}:")
+    assert source.unusable_rows(100)["not UTF-8"][0].startswith(f"{file}:")
 
 
 def test_a_local_dataset_folder_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,15 +139,15 @@ def mixture(tmp_path: Path) -> MixtureSource:
     grammar = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
     return MixtureSource(
         parts=(
-            Part(weight=3, prompts=FileSource(path=file)),
-            Part(weight=2, prompts=grammar),
-            Part(prompts=SymbolicSource()),
+            WeightedSource(weight=3, prompts=FileSource(path=file)),
+            WeightedSource(weight=2, prompts=grammar),
+            WeightedSource(prompts=SymbolicSource()),
         )
     )
 
 
 def test_a_mixture_keeps_its_proportions_and_skips_nothing(tmp_path: Path) -> None:
-    found = list(islice(mixture(tmp_path).endless(5), 60))
+    found = list(islice(mixture(tmp_path).iter_prompts(5), 60))
     parts = [dict(prompt.derivation)["part"][0] for prompt in found]
     assert [parts.count(part) for part in "123"] == [30, 20, 10]
     assert [p.text for p in found if p.text.startswith("line")][:8] == [f"line {i % 7}" for i in range(8)]
@@ -155,31 +155,31 @@ def test_a_mixture_keeps_its_proportions_and_skips_nothing(tmp_path: Path) -> No
 
 def test_prompt_i_of_a_mixture_is_a_function_of_seed_and_i(tmp_path: Path) -> None:
     source = mixture(tmp_path)
-    found = list(islice(source.endless(5), 60))
+    found = list(islice(source.iter_prompts(5), 60))
     for start in (0, 1, 7, 31, 59):
-        assert next(source.endless(5, start)) == found[start]
-    assert next(source.endless(6, 31)) != found[31]
+        assert next(source.iter_prompts(5, start)) == found[start]
+    assert next(source.iter_prompts(6, 31)) != found[31]
 
 
 def test_a_report_names_what_was_left_out_repeated_and_cut(tmp_path: Path) -> None:
     file = tmp_path / "lines.txt"
     file.write_bytes(b"a small red star\n\na small red star\n\xff\n" + b"star " * 90)
     source = FileSource(path=file)
-    said = report(source, list(islice(source.endless(0), 3)), tokenizer_of(MODEL))
-    assert {fault: len(places) for fault, places in said.left_out.items()} == {"empty": 1, "not UTF-8": 1}
-    assert (len(said.repeated), len(said.too_long)) == (1, 1)
+    said = source_report(source, list(islice(source.iter_prompts(0), 3)), tokenizer_of(MODEL))
+    assert {fault: len(places) for fault, places in said.omitted.items()} == {"empty": 1, "not UTF-8": 1}
+    assert (len(said.repeated), len(said.truncated)) == (1, 1)
     assert f"the first: {file}:2" in "\n".join(said.lines())
 
 
 def test_a_report_on_good_prompts_is_one_line() -> None:
     grammar = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
-    assert report(grammar, [Prompt("a red star", "star/red", 0)], tokenizer_of(MODEL)).lines() == ["prompts: 1"]
+    assert source_report(grammar, [Prompt("a red star", "star/red", 0)], tokenizer_of(MODEL)).lines() == ["prompts: 1"]
 
 
 def test_the_command_shows_a_tree_a_sample_and_statistics(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "17", "--tree", "--seed", "42"]) == 0
     told = capsys.readouterr().out
-    assert next(SymbolicSource().endless(42, 17)).text in told
+    assert next(SymbolicSource().iter_prompts(42, 17)).text in told
     assert "family: " in told
     assert main(["sample", "--count", "3", "--config", "configs/tiny.yaml"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
@@ -231,7 +231,7 @@ def test_well_formed_files_keep_their_prompts_and_the_identity_that_caches_carry
     for mark in (b"", b"\xef\xbb\xbf"):
         source = source_of(tmp_path / name, mark + content)
         assert source.identity() == identity
-        found = islice(source.endless(0), len(expected))
+        found = islice(source.iter_prompts(0), len(expected))
         assert [(prompt.text, prompt.class_name) for prompt in found] == expected
 
 
@@ -265,7 +265,7 @@ def test_an_unusable_row_is_counted_by_reason_and_place_and_makes_no_prompt(name
     content, expected = UNUSABLE[name]
     source = source_of(tmp_path / name, content.encode())
     assert set(texts_of(source, 9)) == {"good"}
-    faults = source.faults(100)
+    faults = source.unusable_rows(100)
     assert {reason: len(places) for reason, places in faults.items()} == {
         reason: len(lines) for reason, lines in expected.items()
     }
@@ -281,15 +281,15 @@ def test_a_line_separator_stays_inside_its_sentence(tmp_path: Path) -> None:
 
 def test_a_far_number_is_counted_and_not_read_up_to(tmp_path: Path) -> None:
     source = source_of(tmp_path / "l.txt", b"a\nb\nc\n")
-    near, far = list(islice(source.endless(0), 40)), next(source.endless(0, 10**15 + 1))
+    near, far = list(islice(source.iter_prompts(0), 40)), next(source.iter_prompts(0, 10**15 + 1))
     for start in (0, 1, 3, 17, 39):
-        assert next(source.endless(0, start)) == near[start]
+        assert next(source.iter_prompts(0, start)) == near[start]
     assert (far.text, dict(far.derivation)["reading"]) == ("c", str((10**15 + 1) // 3 + 1))
 
 
 def test_a_report_says_what_was_read_as_what(tmp_path: Path) -> None:
     table = source_of(tmp_path / "t.TSV", b'\xef\xbb\xbftext\tkind\n"a\nb"\tx\n')
-    lines = report(table, list(islice(table.endless(0), 1))).lines()
+    lines = source_report(table, list(islice(table.iter_prompts(0), 1))).lines()
     how = "read as rows of cells parted by tabs in UTF-8 without its byte-order mark, sentences from column 'text'"
     assert lines[1] == f"prompts: {tmp_path / 't.TSV'} {how}, classes from column 'kind'"
     assert lines[2] == f"prompts: 1 rows over several lines, kept (the first: {tmp_path / 't.TSV'}:2)"

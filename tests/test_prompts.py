@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from configs.refusal import Refused
 from stages.prompts import FileSource, GrammarSource, derived_seed, prompts, split_of
-from stages.tiny.world import grammar
+from stages.system.refusal import Refused
+from stages.tiny.world import world_grammar
 
 SOURCE = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
 
 
 def test_prompt_i_is_a_function_of_seed_and_i() -> None:
-    first = list(islice(SOURCE.endless(3), 40))
+    first = list(islice(SOURCE.iter_prompts(3), 40))
     assert first[17] == SOURCE.load().prompt(3, 17)
-    assert first != list(islice(SOURCE.endless(4), 40))
+    assert first != list(islice(SOURCE.iter_prompts(4), 40))
 
 
 def test_a_longer_list_begins_with_the_shorter_one() -> None:
@@ -30,26 +30,26 @@ def test_no_sentence_is_in_both_splits() -> None:
 
 
 def test_forbidden_combinations_are_never_chosen() -> None:
-    pairs = {tuple(pair.values()) for pair in grammar().never}
-    chosen = {tuple(reversed(grammar().prompt(0, i).class_name.split("/"))) for i in range(5000)}
+    pairs = {tuple(pair.values()) for pair in world_grammar().never}
+    chosen = {tuple(reversed(world_grammar().prompt(0, i).class_name.split("/"))) for i in range(5000)}
     assert len(chosen) == 100 - len(pairs)
     assert not chosen & pairs
 
 
 def test_about_a_third_of_the_sentences_leave_something_unsaid() -> None:
-    complete = sum(len(grammar().prompt(0, i).text.split()) == 11 for i in range(3000))
+    complete = sum(len(world_grammar().prompt(0, i).text.split()) == 11 for i in range(3000))
     assert 0.62 < complete / 3000 < 0.72
 
 
 def test_the_article_fits_the_word_after_it() -> None:
-    assert grammar().say({"colour": "orange", "shape": "star"}) == "an orange star"
-    assert grammar().say({"size": "small", "colour": "orange", "shape": "star"}) == "a small orange star"
+    assert world_grammar().compose({"colour": "orange", "shape": "star"}) == "an orange star"
+    assert world_grammar().compose({"size": "small", "colour": "orange", "shape": "star"}) == "a small orange star"
 
 
 def test_a_prompt_file_gives_classes_and_goes_round_with_fresh_seeds(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("cat\ta cat on a mat\n\na plain house\n")
-    first, second, again = islice(FileSource(path=file).endless(0), 3)
+    first, second, again = islice(FileSource(path=file).iter_prompts(0), 3)
     assert (first.text, first.class_name) == ("a cat on a mat", "cat")
     assert (second.text, second.class_name) == ("a plain house", "prompt")
     assert again.text == first.text
@@ -65,7 +65,7 @@ def test_missing_sources_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_source_without_sentences_of_a_split_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "one.txt"
-    file.write_text(next(p.text for p in SOURCE.endless(0) if split_of(p.text) == "train"))
+    file.write_text(next(p.text for p in SOURCE.iter_prompts(0) if split_of(p.text) == "train"))
     with pytest.raises(Refused, match="too few sentences"):
         prompts(FileSource(path=file), 0, "validation", 1)
 
@@ -94,7 +94,7 @@ def test_a_source_without_sentences_of_a_split_is_refused(tmp_path: Path) -> Non
 def test_a_grammar_that_could_not_speak_is_refused(content: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text(content)
     with pytest.raises(Refused, match=reason) as refusal:
-        next(GrammarSource(grammar=tmp_path / "g.yaml").endless(0))
+        next(GrammarSource(grammar=tmp_path / "g.yaml").iter_prompts(0))
     assert "\n" not in str(refusal.value)
 
 

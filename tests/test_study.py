@@ -9,16 +9,15 @@ import pytest
 import torch
 
 from configs.load import load
-from configs.refusal import Refused
+from shards.manifest import Recipe
 from shards.reader import Reader
-from shards.recipe import Recipe
-from shards.record import BlockFeatures, Draws, Record
+from shards.record import BlockFeatures, Record, States
 from shards.writer import CacheWriter
-from stages.classes import ClassFile, ClassSpec, draw_weights
+from stages.classes import ClassFile, ClassSpec, sampling_weights
+from stages.classes.mixture import DataTarget, Groups, Mixture, split_batch_size
 from stages.finetune_classes import Config
 from stages.flow.timesteps import TimestepDensity
-from stages.train.data_target import DataTarget
-from stages.train.mixture import Groups, Mixture, rows_of
+from stages.system.refusal import Refused
 
 FILE = ClassFile(
     classes=(
@@ -30,7 +29,7 @@ FILE = ClassFile(
 
 def record(number: int, class_name: str) -> Record:
     state = torch.full((2, 3, 4, 5), float(number)).half()
-    draws = Draws(torch.tensor([1, 2]), torch.tensor([0.1, 0.2]), state, state, state, torch.tensor([True, False]))
+    draws = States(torch.tensor([1, 2]), torch.tensor([0.1, 0.2]), state, state, state, torch.tensor([True, False]))
     features = BlockFeatures({"mid": torch.zeros(2, 3).half()})
     cond, x0 = torch.zeros(6, 7).half(), torch.zeros(3, 4, 5).half()
     return Record(f"{number:09d}", "a picture", class_name, number, 5.0, cond, x0, draws, features)
@@ -45,16 +44,16 @@ def cache(folder: Path, class_names: list[str]) -> Path:
 @pytest.fixture
 def mixture(tmp_path: Path) -> Mixture:
     names = ["star/red", "star/red", "star/blue", "ring/red"]
-    weights = draw_weights(FILE, Counter(names))
+    weights = sampling_weights(FILE, Counter(names))
     return Mixture(
         classes=Reader(cache(tmp_path / "classes", names), "train", 0, 6, class_weights=weights),
         prior=Reader(cache(tmp_path / "prior", ["heart/red", "moon/red", "moon/blue"]), "train", 0, 2),
-        groups=Groups.of_classes(FILE, names),
+        groups=Groups.from_classes(FILE, names),
     )
 
 
 def test_a_class_keeps_its_share_however_its_records_are_spread_over_names() -> None:
-    weights = draw_weights(FILE, Counter({"star/red": 3, "star/blue": 1, "ring/red": 9, "moon/red": 5}))
+    weights = sampling_weights(FILE, Counter({"star/red": 3, "star/blue": 1, "ring/red": 9, "moon/red": 5}))
     assert weights == pytest.approx({"star/red": 0.6, "star/blue": 0.2, "ring/red": 0.2, "moon/red": 0.0})
 
 
@@ -89,16 +88,16 @@ def test_the_ranks_share_the_rows_of_each_batch(mixture: Mixture, world: int) ->
 
 @pytest.mark.parametrize("share", [0.01, 0.99])
 def test_a_share_that_leaves_a_stream_without_rows_is_refused(share: float) -> None:
-    assert rows_of(32, 0.3) == (22, 10)
+    assert split_batch_size(32, 0.3) == (22, 10)
     with pytest.raises(Refused, match=f"prior_share = {share}"):
-        rows_of(32, share)
+        split_batch_size(32, share)
 
 
 @pytest.fixture
 def told_apart(mixture: Mixture) -> Mixture:
     """The third star teaches itself; each row says which class it is of, or that it is of the prior."""
     reader = mixture.classes
-    data = DataTarget.of([reader.record("000000002")], {"000000002": 3.0}, seed=0, density=TimestepDensity())
+    data = DataTarget.from_records([reader.record("000000002")], {"000000002": 3.0}, seed=0, density=TimestepDensity())
     return replace(mixture, data=data)
 
 
@@ -133,7 +132,7 @@ def test_pictures_that_are_hardly_guided_may_not_teach_themselves() -> None:
     config, words = [Path("configs/tiny.yaml")], ["--render.states.guidance-min", "0.5", "--pictures.painted"]
     with pytest.raises(Refused, match=r"pictures\.painted = data, but they are painted at guidance 0\.5"):
         load(Config, "finetune_classes", config, [*words, "data"])
-    assert load(Config, "finetune_classes", config, [*words, "teacher"]).pictures.target("painted") == "teacher"
+    assert load(Config, "finetune_classes", config, [*words, "teacher"]).pictures.target_for("painted") == "teacher"
 
 
 def test_an_end_by_lost_pictures_needs_somebody_who_counts_them() -> None:

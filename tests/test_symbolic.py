@@ -9,15 +9,14 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from configs.refusal import Refused
 from stages.classes import load_classes
 from stages.prompts import SymbolicSource, prompts
-from stages.prompts.lexicon import CLASS_NAME, PACKAGED, Word, load_lexicon, plural, two_readings
-from stages.prompts.permutation import even_stride, shuffled
-from stages.prompts.space import Choice, Option, choice, chosen
+from stages.prompts.lexicon import CLASS_NAME, PACKAGED, Word, find_ambiguities, load_lexicon, plural
+from stages.prompts.space import Choice, Option, even_stride, make_choice, options_at, permute
+from stages.system.refusal import Refused
 
 SOURCE = SymbolicSource()
-MANY = list(islice(SOURCE.endless(42), 20_000))
+MANY = list(islice(SOURCE.iter_prompts(42), 20_000))
 FORBIDDEN = re.compile(
     r"\b(nude|naked|sexy|child|children|boy|girl|teen\w*|kill\w*|dead|blood\w*|gun|rifle|weapon|knife|corpse|swastika)\b"
 )
@@ -25,29 +24,29 @@ FORBIDDEN = re.compile(
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000])
 def test_a_shuffle_is_a_bijection(size: int) -> None:
-    assert sorted(shuffled(i, size, 5) for i in range(size)) == list(range(size))
+    assert sorted(permute(i, size, 5) for i in range(size)) == list(range(size))
     assert sorted(i * even_stride(size) % size for i in range(size)) == list(range(size))
 
 
 def test_shuffles_of_different_keys_differ() -> None:
-    assert [shuffled(i, 100, 1) for i in range(100)] != [shuffled(i, 100, 2) for i in range(100)]
+    assert [permute(i, 100, 1) for i in range(100)] != [permute(i, 100, 2) for i in range(100)]
 
 
 def test_the_numbers_of_a_space_are_its_derivations_one_to_one() -> None:
     def level(names: str, rest: Choice[str], heaviest: int) -> Choice[str]:
-        return choice(Option(name, 1 + i % heaviest, rest) for i, name in enumerate(names))
+        return make_choice(Option(name, 1 + i % heaviest, rest) for i, name in enumerate(names))
 
     for heaviest, least in ((1, 24), (2, 12), (3, 8)):
         space = level("ab", level("cde", level("fghi", Choice(), heaviest), heaviest), heaviest)
-        found = {"".join(chosen(space, number)) for number in range(space.size)}
+        found = {"".join(options_at(space, number)) for number in range(space.size)}
         assert least <= len(found) == space.size <= 24
 
 
 def test_weights_hold_where_there_is_room() -> None:
-    rest = choice(Option(f"x{i}", 1, Choice()) for i in range(90))
+    rest = make_choice(Option(f"x{i}", 1, Choice()) for i in range(90))
     counts = Counter(
-        next(chosen(space, n))
-        for space in [choice([Option("a", 3, rest), Option("b", 1, rest)])]
+        next(options_at(space, n))
+        for space in [make_choice([Option("a", 3, rest), Option("b", 1, rest)])]
         for n in range(space.size)
     )
     assert counts == {"a": 90, "b": 30}
@@ -58,8 +57,8 @@ def test_prompts_are_distinct() -> None:
 
 
 def test_prompt_i_is_a_function_of_seed_and_i() -> None:
-    assert next(SOURCE.endless(42, 12_345)) == MANY[12_345]
-    assert next(SOURCE.endless(43, 12_345)) != MANY[12_345]
+    assert next(SOURCE.iter_prompts(42, 12_345)) == MANY[12_345]
+    assert next(SOURCE.iter_prompts(43, 12_345)) != MANY[12_345]
     assert prompts(SOURCE, 42, "validation", 30)[:7] == prompts(SOURCE, 42, "validation", 7)
 
 
@@ -80,7 +79,7 @@ def test_the_shares_of_complexity_hold_and_complexity_counts_clauses() -> None:
 
 def test_only_the_levels_asked_for_are_said() -> None:
     asked = SymbolicSource(complexity=(1, 0))
-    assert {dict(p.derivation)["complexity"] for p in islice(asked.endless(0), 200)} == {"1"}
+    assert {dict(p.derivation)["complexity"] for p in islice(asked.iter_prompts(0), 200)} == {"1"}
 
 
 def test_class_names_are_families_and_subjects() -> None:
@@ -97,7 +96,7 @@ def test_the_example_classes_are_found_and_disjoint() -> None:
 
 def test_every_word_can_be_said_and_nearly_all_are() -> None:
     said = {(name, text) for prompt in MANY for name, text in prompt.derivation}
-    words = {(word.slot, word.text) for word in load_lexicon(PACKAGED).every_word()}
+    words = {(word.slot, word.text) for word in load_lexicon(PACKAGED).all_words()}
     assert len(words - said) / len(words) < 0.01
     assert not SOURCE.load().unreachable()
 
@@ -131,7 +130,7 @@ def test_incompatible_things_are_not_said_together() -> None:
 
 
 def test_nothing_forbidden_is_in_the_lexicon() -> None:
-    texts = [word.text for word in load_lexicon(PACKAGED).every_word()]
+    texts = [word.text for word in load_lexicon(PACKAGED).all_words()]
     assert not [text for text in texts if FORBIDDEN.search(text)]
     assert not [text for text in texts if re.search(r"[A-Z]", text.replace("3D", ""))], (
         "names of persons begin with capitals"
@@ -140,13 +139,13 @@ def test_nothing_forbidden_is_in_the_lexicon() -> None:
 
 def test_words_that_can_be_read_in_two_ways_are_found() -> None:
     def slips(*texts: str) -> list[str]:
-        return list(two_readings(Word("slot", text) for text in texts))
+        return list(find_ambiguities(Word("slot", text) for text in texts))
 
     assert slips("red", "panda", "red panda")
     assert slips("a", "b c", "a b", "c")
     assert slips("red", "panda", "red brick", "brick red panda"), "red brick|red|panda is red|brick red panda"
     assert not slips("red", "panda", "red brick", "brick panda bear")
-    assert list(two_readings([Word("one", "red"), Word("other", "red")]))
+    assert list(find_ambiguities([Word("one", "red"), Word("other", "red")]))
 
 
 SMALL = {
@@ -171,7 +170,7 @@ def changed(tmp_path: Path, where: str, value: object) -> SymbolicSource:
 def test_a_lexicon_of_ones_own_speaks(tmp_path: Path) -> None:
     source = changed(tmp_path, "families.animal.weight", 2)
     assert source.load().size == 4
-    found = [prompt.text for prompt in islice(source.endless(0), 4)]
+    found = [prompt.text for prompt in islice(source.iter_prompts(0), 4)]
     assert sorted(found) == ["a red fox at home", "a red owl at home", "an old fox at home", "an old owl at home"]
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from configs.owner import lives
-from configs.tied import tie
+from stages.system.ownership import is_alive
+from stages.system.tied import tie_to_parent
 
 SLOW_START = """
 import pathlib, sys, time
-from configs.owner import owner
+from stages.system.ownership import process_token
 pathlib.Path(sys.argv[1], f"{owner()}.up").touch()
 time.sleep(300)  # as if it still imported something
 """
@@ -32,15 +32,15 @@ def await_workers(folder: Path, count: int, seconds: float = 90) -> list[str]:
 
 def end(workers: list[str]) -> None:
     for worker in workers:
-        if lives(worker):
+        if is_alive(worker):
             os.kill(int(worker.partition("-")[0]), signal.SIGKILL)
 
 
 def gone(workers: list[str], seconds: float = 5) -> bool:
     deadline = time.monotonic() + seconds
-    while any(lives(worker) for worker in workers) and time.monotonic() < deadline:
+    while any(is_alive(worker) for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return not any(lives(worker) for worker in workers)
+    return not any(is_alive(worker) for worker in workers)
 
 
 def killed_launcher_takes_along(tmp_path: Path, program: str, count: int) -> bool:
@@ -61,20 +61,21 @@ def killed_launcher_takes_along(tmp_path: Path, program: str, count: int) -> boo
 
 def test_a_launcher_that_is_killed_during_the_start_takes_its_processes_along(tmp_path: Path) -> None:
     (tmp_path / "slow_start.py").write_text(SLOW_START)
-    program = f"from stages.train.launch import tied, together; f = {str(tmp_path)!r}; "
-    assert killed_launcher_takes_along(tmp_path, program + "together(tied('slow_start', f), 2, f)", 2)
+    program = f"from stages.train.runtime import run_processes, tied_command; f = {str(tmp_path)!r}; "
+    assert killed_launcher_takes_along(tmp_path, program + "run_processes(tied_command('slow_start', f), 2, f)", 2)
 
 
 def test_workers_of_a_cache_end_with_a_parent_that_is_killed_while_they_start(tmp_path: Path) -> None:
     """The job is read after the tie: reading it is what takes long here."""
     (tmp_path / "slow_start.py").write_text(
-        "import multiprocessing, pathlib, time\nfrom configs.owner import owner\n"
-        f"if multiprocessing.parent_process():\n    pathlib.Path({str(tmp_path)!r}, f'{{owner()}}.up').touch()\n"
+        "import multiprocessing, pathlib, time\nfrom stages.system.ownership import process_token\n"
+        "if multiprocessing.parent_process():\n"
+        f"    pathlib.Path({str(tmp_path)!r}, f'{{process_token()}}.up').touch()\n"
         "    time.sleep(300)\ndef opened(number): ...\n"
     )
     program = (
-        "import slow_start, time; from stages.cluster import Job, local\n"
-        "crew = local.start(Job(slow_start.opened, [], 1), 2); time.sleep(300)"
+        "import slow_start, time; from stages.cache import local; from stages.cache.fill import FillJob\n"
+        "crew = local.start_workers(FillJob(slow_start.opened, [], 1), 2); time.sleep(300)"
     )
     assert killed_launcher_takes_along(tmp_path, program, 2)
 
@@ -95,22 +96,22 @@ def forked() -> Callable[[Callable[[], None]], int]:
 
 
 def test_a_parent_that_died_before_the_tie_is_noticed(forked: Callable[[Callable[[], None]], int]) -> None:
-    assert forked(lambda: tie(1 << 22)) == 128 + signal.SIGTERM
+    assert forked(lambda: tie_to_parent(1 << 22)) == 128 + signal.SIGTERM
     parent = os.getpid()
-    assert forked(lambda: tie(parent)) == 0
+    assert forked(lambda: tie_to_parent(parent)) == 0
 
 
 def test_where_the_kernel_says_nothing_the_parent_is_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("configs.tied._ask_kernel", lambda _number: False)
+    monkeypatch.setattr("stages.system.tied._ask_kernel", lambda _number: False)
     parent = os.fork()
     if parent == 0:
         if os.fork() == 0:
-            tie(os.getppid())
-            from configs.owner import owner
+            tie_to_parent(os.getppid())
+            from stages.system.ownership import process_token
 
-            (tmp_path / f"{owner()}.up").touch()
+            (tmp_path / f"{process_token()}.up").touch()
             time.sleep(300)
         time.sleep(300)
     workers = await_workers(tmp_path, 1)

@@ -14,14 +14,16 @@ import pytest
 import torch
 
 from configs.load import load
-from configs.owner import lives, owner
-from configs.refusal import Refused
-from shards.manifest import Manifest, Recipe, verify
-from shards.record import BlockFeatures, Draws, Record
+from shards.manifest import Manifest, Recipe, open_verified
+from shards.record import BlockFeatures, Record, States
 from shards.writer import CacheWriter
 from stages import cache_teacher
-from stages.cluster import Job, Make, fill_by_many, local, tasks_of
+from stages.cache import local
+from stages.cache.fill import FillJob, RecordMaker, tasks_of
+from stages.cache.fleet import fill_by_many
 from stages.prompts import Prompt
+from stages.system.ownership import is_alive, process_token
+from stages.system.refusal import Refused
 
 RECIPE = Recipe(identity={"steps": 2})
 COUNT = 40
@@ -37,33 +39,33 @@ def make(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
 
     def one(prompt: Prompt, key: str) -> Record:
         half = torch.full((2, 3, 4, 5), float(prompt.seed)).half()
-        draws = Draws(torch.arange(2), torch.ones(2), half, half, half, torch.tensor([True, False]))
+        draws = States(torch.arange(2), torch.ones(2), half, half, half, torch.tensor([True, False]))
         features = BlockFeatures({"mid": half.mean(dim=(2, 3))})
         return Record(key, prompt.text, prompt.class_name, prompt.seed, 5.0, half[0, 0], half[0], draws, features)
 
     return [one(prompt, key) for prompt, key in zip(prompts, keys, strict=True)]
 
 
-MAKER: list[Make] = [make]
+MAKER: list[RecordMaker] = [make]
 """What a forked worker makes records with: it finds here what lay here when it began."""
 
 
-def opened(folder: Path, number: int) -> tuple[CacheWriter, Make]:
+def opened(folder: Path, number: int) -> tuple[CacheWriter, RecordMaker]:
     return CacheWriter(folder, RECIPE), MAKER[0]
 
 
-def filled(folder: Path, workers: int, maker: Make = make) -> Path:
+def filled(folder: Path, workers: int, maker: RecordMaker = make) -> Path:
     MAKER[0] = maker
     tasks = tasks_of({"train": [Prompt(f"star {i}", "star", i) for i in range(COUNT)]}, 4)
-    job = Job(partial(opened, folder), tasks, 2)
-    fill_by_many(CacheWriter(folder, RECIPE), job, 1000, partial(local.start, count=workers, method="fork"))
+    job = FillJob(partial(opened, folder), tasks, 2)
+    fill_by_many(CacheWriter(folder, RECIPE), job, 1000, partial(local.start_workers, count=workers, method="fork"))
     return folder
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_any_number_of_workers_gives_the_bytes_of_one(tmp_path: Path, workers: int) -> None:
     assert content(filled(tmp_path / "many", workers)) == content(filled(tmp_path / "one", 1))
-    assert len(verify(tmp_path / "many").shards) == 10
+    assert len(open_verified(tmp_path / "many").shards) == 10
 
 
 def test_a_worker_that_is_killed_is_told_and_its_shard_is_made_by_another(
@@ -96,7 +98,7 @@ def test_an_error_of_every_worker_is_told_with_their_names(tmp_path: Path, capsy
     ):
         filled(tmp_path, 2, broken)
     assert "in broken" in capsys.readouterr().err
-    assert len(verify(tmp_path).shards) == 9
+    assert len(open_verified(tmp_path).shards) == 9
 
 
 def test_an_interruption_ends_every_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,8 +112,8 @@ def test_an_interruption_ends_every_worker(tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
         return 0
 
-    monkeypatch.setattr("stages.cluster.fleet.prompts_made", ctrl_c)
-    monkeypatch.setattr("stages.cluster.fleet.GLANCE_SECONDS", 0.05)
+    monkeypatch.setattr("stages.cache.fleet.prompts_made", ctrl_c)
+    monkeypatch.setattr("stages.cache.fleet.GLANCE_SECONDS", 0.05)
     with pytest.raises(KeyboardInterrupt):
         filled(tmp_path / "cache", 2, endless)
     deadline = time.monotonic() + 30
@@ -123,7 +125,7 @@ def test_an_interruption_ends_every_worker(tmp_path: Path, monkeypatch: pytest.M
 
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     def endless(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
-        (tmp_path / f"{owner()}.worker").touch()
+        (tmp_path / f"{process_token()}.worker").touch()
         time.sleep(60)
         return []
 
@@ -135,9 +137,9 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     parent.kill()
     workers = [path.stem for path in tmp_path.glob("*.worker")]
     assert len(workers) == 2
-    while any(lives(worker) for worker in workers) and time.monotonic() < deadline:
+    while any(is_alive(worker) for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not any(lives(worker) for worker in workers)
+    assert not any(is_alive(worker) for worker in workers)
 
 
 def config(run: Path, *options: str) -> cache_teacher.Config:
@@ -177,6 +179,6 @@ def test_a_ray_cluster_gives_the_bytes_of_one(alone: Path, tmp_path: Path) -> No
 
 
 def test_ray_is_refused_by_name_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.cluster.where.find_spec", lambda _: None)
+    monkeypatch.setattr("stages.cache.engines.find_spec", lambda _: None)
     with pytest.raises(Refused, match=r"ray is not installed - pip install 'sollune\[ray\]'"):
         cache_teacher.run(config(tmp_path, "--cluster", "ray:auto"))

@@ -1,27 +1,38 @@
 """Classes to care about: which prompts belong to one, how many pictures it earns, and how often it is drawn."""
 
-from stages.classes.draws import draw_weights, expected_draws, prior_weights
-from stages.classes.finding import MARK, Found, class_prompts, identity, owner_of_record, search
-from stages.classes.outside import OUTSIDE, outside_prompts
-from stages.classes.sharing import PICTURES, quotas
-from stages.classes.spec import ClassFile, ClassSpec, Priority, load_classes
+from stages.classes.selection import (
+    CLASS_MARK,
+    DEFAULT_PICTURES,
+    OUTSIDE_LABEL,
+    PromptSearch,
+    class_prompts,
+    expected_samples,
+    outside_prompts,
+    owner_of_record,
+    picture_quotas,
+    prior_sampling_weights,
+    prompts_identity,
+    sampling_weights,
+    search_prompts,
+)
+from stages.classes.specification import ClassFile, ClassSpec, Priority, load_classes
 
 __all__ = [
-    "MARK",
-    "OUTSIDE",
-    "PICTURES",
+    "CLASS_MARK",
+    "DEFAULT_PICTURES",
+    "OUTSIDE_LABEL",
     "ClassFile",
     "ClassSpec",
-    "Found",
     "Priority",
+    "PromptSearch",
     "class_prompts",
-    "draw_weights",
-    "expected_draws",
-    "identity",
+    "expected_samples",
     "load_classes",
     "outside_prompts",
     "owner_of_record",
-    "prior_weights",
-    "quotas",
-    "search",
+    "picture_quotas",
+    "prior_sampling_weights",
+    "prompts_identity",
+    "sampling_weights",
+    "search_prompts",
 ]

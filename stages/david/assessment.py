@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages.flow.timesteps import bin_of_step
 
-BLUR = 0.75
+BLUR_BINS = 0.75
 """Deviation of q in bins. At 1 the mass within two bins falls short of how often the truth lies there, by up to .06."""
 
 
@@ -71,22 +71,24 @@ def bins_of(k: Int[Tensor, " b"], assessor: Assessor) -> Int[Tensor, " b"]:
     return bin_of_step(k, assessor.bins, assessor.steps)
 
 
-def soft_targets(bins: Int[Tensor, " b"], count: int) -> Float[Tensor, "b T"]:
+def soft_targets(bins: Int[Tensor, " b"], bin_count: int) -> Float[Tensor, "b T"]:
     """q, a Gaussian over the bins, since neighbours look alike: q_j ~ exp(-((j - bin) / blur)^2 / 2)."""
-    away = (torch.arange(count, device=bins.device) - bins[:, None]) / BLUR
+    away = (torch.arange(bin_count, device=bins.device) - bins[:, None]) / BLUR_BINS
     return torch.softmax(-away.square() / 2, dim=1)
 
 
-def divergence(log_p: Float[Tensor, "b P"], log_q: Float[Tensor, "b P"]) -> Float[Tensor, " b"]:
+def js_divergence(log_p: Float[Tensor, "b P"], log_q: Float[Tensor, "b P"]) -> Float[Tensor, " b"]:
     """Jensen-Shannon divergence over ln 2, in [0, 1], and exactly 0 for equal posteriors.
 
     JS = 1/2 sum_i [p_i log(2 p_i / (p_i + q_i)) + q_i log(2 q_i / (p_i + q_i))]
     """
-    twice = (_to_middle(log_p.double(), log_q.double()) + _to_middle(log_q.double(), log_p.double())).sum(dim=1)
+    twice = (
+        _kl_terms_to_mixture(log_p.double(), log_q.double()) + _kl_terms_to_mixture(log_q.double(), log_p.double())
+    ).sum(dim=1)
     return (twice / (2 * math.log(2))).clamp(0, 1).float()
 
 
-def _to_middle(log_p: Float[Tensor, "b P"], log_q: Float[Tensor, "b P"]) -> Float[Tensor, "b P"]:
+def _kl_terms_to_mixture(log_p: Float[Tensor, "b P"], log_q: Float[Tensor, "b P"]) -> Float[Tensor, "b P"]:
     """p log(2 p / (p + q)); where p is near q it is p log(1 + d), d = (p - q) / (p + q), which loses no digits."""
     p, q = log_p.exp(), log_q.exp()
     d = (p - q) / (p + q).clamp_min(torch.finfo(p.dtype).tiny)
@@ -104,7 +106,7 @@ def assess_block(
     entropy = -(student.log_patterns.exp() * student.log_patterns).sum(dim=1)
     return BlockAssessment(
         excess=(target * (teacher.log_bins - student.log_bins)).sum(dim=1),
-        divergence=divergence(student.log_patterns, teacher.log_patterns),
+        divergence=js_divergence(student.log_patterns, teacher.log_patterns),
         coherence=(student.inclusion / teacher.inclusion).clamp(0, 1),
         cross_entropy=-student.log_bins.gather(1, bins[:, None]).squeeze(1),
         entropy=(entropy / math.log(student.log_patterns.shape[1])).clamp(0, 1),

@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from configs.refusal import Refused, did_you_mean
-from shards.recipe import Recipe
+from shards.manifest import Recipe
 from stages.david.assessment import Posterior
-from stages.david.companion import Companion, FitConfig
-from stages.david.trial import Trial
+from stages.david.block_model import BlockModel, FitConfig
+from stages.david.trial import FitMetrics
+from stages.system.refusal import Refused, did_you_mean
 
 
-class Fitted:
+class FittedAssessor:
     """David fitted to the teacher's own features; he assesses and carries no gradient.
 
     `identity` says which cache, teacher, hook point and configuration he was fitted to, `trials` how well he reads,
@@ -22,19 +22,19 @@ class Fitted:
 
     def __init__(
         self,
-        companions: Mapping[str, Companion],
+        block_models: Mapping[str, BlockModel],
         identity: Recipe,
         config: FitConfig,
-        trials: Mapping[str, Trial],
+        fit_metrics: Mapping[str, FitMetrics],
         steps: int,
     ) -> None:
-        self._companions, self.identity, self.config, self.trials = companions, identity, config, trials
-        self.bins, self.steps, self.patterns, self.blocks = config.bins, steps, config.patterns, tuple(companions)
+        self._block_models, self.identity, self.config, self.fit_metrics = block_models, identity, config, fit_metrics
+        self.bins, self.steps, self.patterns, self.blocks = config.bins, steps, config.patterns, tuple(block_models)
 
     @torch.no_grad()
     def posterior(self, block: str, features: Float[Tensor, "b n"], bins: Int[Tensor, " b"]) -> Posterior:
         """What these features say, given the true bin of each sample; raises `Refused` for a block of another width."""
-        companion = self.companion(block)
+        companion = self.block_model(block)
         if features.shape[1] != len(companion.mean):
             raise Refused(
                 f"block {block}: {features.shape[1]} channels, David was fitted to {len(companion.mean)} - fit again"
@@ -42,21 +42,21 @@ class Fitted:
         said: Posterior = companion(features, bins)
         return said
 
-    def companion(self, block: str) -> Companion:
+    def block_model(self, block: str) -> BlockModel:
         """The network of one block."""
-        if block not in self._companions:
+        if block not in self._block_models:
             raise Refused(f"block {block}: David was not fitted to it - {did_you_mean(block, self.blocks)}")
-        return self._companions[block]
+        return self._block_models[block]
 
-    def reliable(self, block: str, bins: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
+    def is_reliable(self, block: str, bins: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
         """Whether he can tell the teacher's features of these bins apart, so that his word counts there."""
-        return self.companion(block).reliability[bins] >= self.config.reliability_threshold
+        return self.block_model(block).reliability[bins] >= self.config.reliability_threshold
 
     def reference(self, block: str) -> Float[Tensor, "3"]:
         """Timestep error, pattern error and 1 - coherence under noise of half a deviation."""
-        return self.companion(block).reference
+        return self.block_model(block).reference
 
-    def to(self, device: torch.device) -> "Fitted":
+    def to(self, device: torch.device) -> "FittedAssessor":
         """The same David on another device."""
-        moved = {block: companion.to(device) for block, companion in self._companions.items()}
-        return Fitted(moved, self.identity, self.config, self.trials, self.steps)
+        moved = {block: companion.to(device) for block, companion in self._block_models.items()}
+        return FittedAssessor(moved, self.identity, self.config, self.fit_metrics, self.steps)

@@ -10,33 +10,30 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from configs.refusal import Refused
-from shards.manifest import Manifest, find_cache
-from shards.recipe import Recipe
+from shards.manifest import Manifest, Recipe, find_cache
 from shards.table import Table
 from stages.david.assessment import Posterior, soft_targets
-from stages.david.assessor import Fitted
-from stages.david.companion import Companion, Crystals, FitConfig
-from stages.david.geometry import cayley_menger_volume, edges
-from stages.david.patterns import PatternSpace
-from stages.david.states import States, split_rows
-from stages.david.trial import HEADING, Trial, try_out
-from stages.david.tuning import tune
-from stages.forecast import Forecast
-from stages.threads import one_thread
+from stages.david.assessor import FittedAssessor
+from stages.david.block_model import BlockModel, FitConfig, PentachoronClassifier
+from stages.david.geometry import cayley_menger_volume, edge_lengths
+from stages.david.patterns import BlockStates, PatternSpace, split_rows
+from stages.david.trial import TABLE_HEADER, FitMetrics, evaluate_fit, tune
+from stages.system.device import one_thread
+from stages.system.forecast import Forecast
+from stages.system.refusal import Refused
 
-BELONGS = ("hook_point", "teacher", "blocks")
+IDENTITY_FIELDS = ("hook_point", "teacher", "blocks")
 DEVIATION_FLOOR = 0.01
 """Of the block's mean deviation: a channel that hardly moves would outweigh all others."""
-MOST_CLUSTERED = 10_000
+MAX_CLUSTERED_STATES = 10_000
 """States that decide the patterns: more move no centre, and their covariance would take longer than all else."""
-LEAST_VOLUME = 1e-3
-SHARPEST, BLUNTEST = 0.02, 1.0
-WARM_UP = 20
+MIN_VOLUME = 1e-3
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.02, 1.0
+WARMUP_STEPS = 20
 WEIGHT_DECAY = 1e-4
 
 
-def fit(folder: Path, config: FitConfig, steps: int, say: Callable[[str], None] = print) -> Fitted:
+def fit(folder: Path, config: FitConfig, steps: int, print_line: Callable[[str], None] = print) -> FittedAssessor:
     """David, fitted to each block of a cache or run folder, tried on its validation prompts; tells how he did.
 
     `steps` is how many the cache's teacher has. Raises `Refused` for more bins than that.
@@ -45,46 +42,50 @@ def fit(folder: Path, config: FitConfig, steps: int, say: Callable[[str], None] 
         raise Refused(f"david.fit.bins = {config.bins}: the teacher has {steps} steps - take as many bins or fewer")
     table, cache = Table.open(folder), Manifest.open(find_cache(folder)).recipe
     rows = split_rows(table, config.held_out, config.most_states, config.seed)
-    companions: dict[str, Companion] = {}
-    trials: dict[str, Trial] = {}
-    say(f"david: {len(rows.teaching)} states teach, {len(rows.tuning)} tune, {len(rows.judging)} judge\n{HEADING}")
-    forecast = Forecast("david", "steps of the fit", len(table.blocks) * config.steps, say)
+    companions: dict[str, BlockModel] = {}
+    trials: dict[str, FitMetrics] = {}
+    print_line(
+        f"david: {len(rows.training)} states teach, {len(rows.tuning)} tune, {len(rows.validation)} "
+        f"judge\n{TABLE_HEADER}"
+    )
+    forecast = Forecast("david", "steps of the fit", len(table.blocks) * config.steps, print_line)
     for number, block in enumerate(table.blocks):
         begun = time.perf_counter()
         teaching, tuning, judging = (
-            States.of(table, block, part, config.bins, steps) for part in (rows.teaching, rows.tuning, rows.judging)
+            BlockStates.from_table(table, block, part, config.bins, steps)
+            for part in (rows.training, rows.tuning, rows.validation)
         )
         with one_thread():
             companion, space = fit_block(teaching, config, forecast, number * config.steps)
             tune(companion, tuning, space, config.seed)
-            trials[block] = try_out(companion, judging, space, config.seed)
+            trials[block] = evaluate_fit(companion, judging, space, config.seed)
         companions[block] = companion
-        say(trials[block].line(block, time.perf_counter() - begun))
-    return Fitted(companions, identity_of(cache, config), config, trials, steps)
+        print_line(trials[block].table_row(block, time.perf_counter() - begun))
+    return FittedAssessor(companions, fit_identity(cache, config), config, trials, steps)
 
 
-def identity_of(cache: Recipe, config: FitConfig) -> Recipe:
+def fit_identity(cache: Recipe, config: FitConfig) -> Recipe:
     """What decides a fit: the cache, what its recipe says of its features, and the fit's configuration.
 
     Raises `Refused` when the recipe does not say where its features were taken.
     """
-    for name in BELONGS:
+    for name in IDENTITY_FIELDS:
         if name not in cache.identity:
             raise Refused(f"cache: its recipe has no {name}, so David cannot tell what he sees - make the cache again")
-    said = {name: cache.identity[name] for name in BELONGS}
+    said = {name: cache.identity[name] for name in IDENTITY_FIELDS}
     return Recipe(identity={**said, "cache": cache.fingerprint(), "fit": config.model_dump(mode="json")})
 
 
 def fit_block(
-    states: States, config: FitConfig, forecast: Forecast | None = None, steps_before: int = 0
-) -> tuple[Companion, PatternSpace]:
+    states: BlockStates, config: FitConfig, forecast: Forecast | None = None, previous_steps: int = 0
+) -> tuple[BlockModel, PatternSpace]:
     """A companion that tells these states' bins and patterns, and the patterns; the forecast counts the steps."""
     generator = torch.Generator().manual_seed(config.seed)
     width = states.features.shape[1]
-    companion = Companion(width, config.bins, config.patterns, config.dimensions, generator)
-    standardise_by(companion, states.features)
+    companion = BlockModel(width, config.bins, config.patterns, config.dimensions, generator)
+    set_standardisation(companion, states.features)
     features = companion.standardise(states.features)
-    some = torch.randperm(len(features), generator=generator)[:MOST_CLUSTERED]
+    some = torch.randperm(len(features), generator=generator)[:MAX_CLUSTERED_STATES]
     space = PatternSpace.fit(features[some], states.s[some], config.patterns, generator)
     labels = space.label(features, states.s)
 
@@ -95,40 +96,40 @@ def fit_block(
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
     for step in range(config.steps):
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * schedule(step, config.steps)
+            group["lr"] = config.learning_rate * learning_rate_factor(step, config.steps)
         rows = torch.randint(len(labels), (config.batch_size,), generator=generator)
         bins = states.bins[rows]
         optimizer.zero_grad()
-        seen = blurred(companion, states.features[rows], config.noise, generator)
-        loss(companion, seen, bins, labels[rows], targets[bins]).backward()
+        seen = augment_with_noise(companion, states.features[rows], config.noise, generator)
+        fit_loss(companion, seen, bins, labels[rows], targets[bins]).backward()
         optimizer.step()
-        hold_temperatures(companion)
+        clamp_temperatures(companion)
         if forecast:
-            forecast.progress(steps_before + step + 1)
+            forecast.progress(previous_steps + step + 1)
     return companion.requires_grad_(False).eval(), space
 
 
-def blurred(
-    companion: Companion, features: Float[Tensor, "b n"], most: float, generator: torch.Generator
+def augment_with_noise(
+    block_model: BlockModel, features: Float[Tensor, "b n"], max_noise: float, generator: torch.Generator
 ) -> Float[Tensor, "b n"]:
     """Half of the features under noise of 0 to `most` deviations.
 
     The teacher's channels are correlated, and the directions in which they hardly vary tell the time well; a companion
     that never saw noise relies on them, and the least error of a student is as bad to him as any other.
     """
-    size = most * (2 * torch.rand(len(features), 1, generator=generator) - 1).clamp_min(0)
-    return features + size * companion.deviation * torch.randn(features.shape, generator=generator)
+    size = max_noise * (2 * torch.rand(len(features), 1, generator=generator) - 1).clamp_min(0)
+    return features + size * block_model.deviation * torch.randn(features.shape, generator=generator)
 
 
-def standardise_by(companion: Companion, features: Float[Tensor, "m n"]) -> None:
+def set_standardisation(block_model: BlockModel, features: Float[Tensor, "m n"]) -> None:
     """Give a companion the mean and deviation of each channel."""
     deviation = features.std(dim=0)
-    companion.mean.copy_(features.mean(dim=0))
-    companion.deviation.copy_(deviation.clamp_min(max(DEVIATION_FLOOR * float(deviation.mean()), 1e-6)))
+    block_model.mean.copy_(features.mean(dim=0))
+    block_model.deviation.copy_(deviation.clamp_min(max(DEVIATION_FLOOR * float(deviation.mean()), 1e-6)))
 
 
-def loss(
-    companion: Companion,
+def fit_loss(
+    block_model: BlockModel,
     features: Float[Tensor, "b n"],
     bins: Int[Tensor, " b"],
     labels: Int[Tensor, " b"],
@@ -139,28 +140,30 @@ def loss(
     L = CE(q, bins) + 1/2 CE(label, patterns) - 1/10 mean log c + 1/20 mean (deviation / mean of the ten edges)
         + mean relu(1e-3 - volume)
     """
-    said: Posterior = companion(features, bins)
+    said: Posterior = block_model(features, bins)
     of_bins = -(targets * said.log_bins).sum(dim=1).mean()
     of_patterns = F.nll_loss(said.log_patterns, labels)
     within = -said.inclusion.log().mean()
-    return of_bins + of_patterns / 2 + within / 10 + shape(companion.bins) + shape(companion.patterns)
+    return (
+        of_bins + of_patterns / 2 + within / 10 + shape_penalty(block_model.bins) + shape_penalty(block_model.patterns)
+    )
 
 
-def shape(crystals: Crystals) -> Float[Tensor, ""]:
+def shape_penalty(classifier: PentachoronClassifier) -> Float[Tensor, ""]:
     """How uneven the edges of the pentachora are, and how flat those that are all but flat."""
-    vertices = crystals.unit()
-    lengths = edges(vertices)
+    vertices = classifier.unit_vertices()
+    lengths = edge_lengths(vertices)
     uneven = (lengths.std(dim=-1) / lengths.mean(dim=-1)).mean()
-    return uneven / 20 + F.relu(LEAST_VOLUME - cayley_menger_volume(vertices)).mean().float()
+    return uneven / 20 + F.relu(MIN_VOLUME - cayley_menger_volume(vertices)).mean().float()
 
 
-def schedule(step: int, steps: int) -> float:
+def learning_rate_factor(step: int, steps: int) -> float:
     """A short straight rise, then half a cosine down to 0."""
-    return min((step + 1) / WARM_UP, 1.0) * (1 + math.cos(math.pi * step / steps)) / 2
+    return min((step + 1) / WARMUP_STEPS, 1.0) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def hold_temperatures(companion: Companion) -> None:
+def clamp_temperatures(block_model: BlockModel) -> None:
     """Keep both temperatures where a posterior is neither one spike nor flat."""
     with torch.no_grad():
-        companion.bins.temperature.clamp_(SHARPEST, BLUNTEST)
-        companion.patterns.temperature.clamp_(SHARPEST, BLUNTEST)
+        block_model.bins.temperature.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
+        block_model.patterns.temperature.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)

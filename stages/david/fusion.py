@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from configs.refusal import Refused
-from configs.strict import Strict
+from configs.values import Strict
+from stages.system.refusal import Refused
 
-W = {"down_0": 0.7, "down_1": 0.9, "down_2": 1.0, "down_3": 1.1, "mid": 1.2}
-W |= {"up_0": 1.1, "up_1": 1.0, "up_2": 0.9, "up_3": 0.7}
+DEFAULT_BLOCK_WEIGHTS = {"down_0": 0.7, "down_1": 0.9, "down_2": 1.0, "down_3": 1.1, "mid": 1.2}
+DEFAULT_BLOCK_WEIGHTS |= {"up_0": 1.1, "up_1": 1.0, "up_2": 0.9, "up_3": 0.7}
 """The original's w_b (david.md 4.1)."""
 
 PerBlock: TypeAlias = Float[Tensor, " n_blocks"]
@@ -35,7 +35,7 @@ class FusionConfig(Strict):
     delta: float = Field(0.25, ge=0, description="weight of lost coherence")
     bounds: tuple[float, float] = Field((0.5, 3.0), description="lowest and highest lambda of the formula")
     block_weights: Mapping[str, Annotated[float, Field(gt=0)]] = Field(
-        W, description="w_b, the lambda of a faultless block; 1 for a block not named"
+        DEFAULT_BLOCK_WEIGHTS, description="w_b, the lambda of a faultless block; 1 for a block not named"
     )
     seed_coherence: float = Field(
         0.5, description="coherence that the seed formula reads where David brings no alpha: what alpha starts from"
@@ -47,7 +47,7 @@ class FusionConfig(Strict):
     placebo_seed: int = Field(0, description="seed of the permutation of the blocks")
 
     @model_validator(mode="after")
-    def _ordered(self) -> "FusionConfig":
+    def _check_bounds(self) -> "FusionConfig":
         lowest, highest = self.bounds
         if not 0 <= lowest <= highest:
             raise ValueError(f"bounds {lowest} {highest} should rise from a number not below 0")
@@ -55,7 +55,7 @@ class FusionConfig(Strict):
 
 
 @dataclass(frozen=True)
-class Heard:
+class RawAssessment:
     """What David says of each block; the first three lie in [0, 1], the last two are the original's raw quantities."""
 
     timestep_error: PerBlock
@@ -65,21 +65,21 @@ class Heard:
     entropy: PerBlock
 
     @classmethod
-    def faultless(cls, w: PerBlock) -> "Heard":
+    def zero_error(cls, w: PerBlock) -> "RawAssessment":
         """What he says when the student's features are the teacher's."""
         nothing, all_of_it = torch.zeros_like(w), torch.ones_like(w)
         return cls(nothing, nothing, all_of_it, nothing, nothing)
 
 
 @dataclass(frozen=True)
-class Known:
+class FormulaParameters:
     """What a formula knows besides; everything in the order of the blocks."""
 
     config: FusionConfig
     w: PerBlock
-    alphas: PerBlock
+    cantor_alphas: PerBlock
     """what the seed formula takes for coherence: a parameter of the assessor, no function of the features"""
-    other: Int[Tensor, " n_blocks"]
+    permutation: Int[Tensor, " n_blocks"]
     """the block whose place each block takes in the placebo"""
     references: tuple[PerBlock, ...] | None
     """responses of e_t, e_p and 1 - coherence to noise of half a deviation"""
@@ -91,43 +91,47 @@ def seed_formula(w: Tensor, e_t: Tensor, e_p: Tensor, coherence: Tensor, config:
     return (w * emphasis).clamp(*config.bounds)
 
 
-def _absolute(said: Heard, known: Known) -> Tensor:
-    return seed_formula(known.w, said.timestep_error, said.pattern_error, said.coherence, known.config)
+def _absolute(assessment: RawAssessment, parameters: FormulaParameters) -> Tensor:
+    return seed_formula(
+        parameters.w, assessment.timestep_error, assessment.pattern_error, assessment.coherence, parameters.config
+    )
 
 
-def _relative(said: Heard, known: Known) -> Tensor:
-    if known.references is None:
+def _relative(assessment: RawAssessment, parameters: FormulaParameters) -> Tensor:
+    if parameters.references is None:
         raise Refused(
-            f"fusion.formula = {known.config.formula}: this David brings no reference response - choose absolute"
+            f"fusion.formula = {parameters.config.formula}: this David brings no reference response - choose absolute"
         )
-    errors = (said.timestep_error, said.pattern_error, 1 - said.coherence)
-    e_t, e_p, lost = (e / (e + e_ref) for e, e_ref in zip(errors, known.references, strict=True))
-    return seed_formula(known.w, e_t, e_p, 1 - lost, known.config)
+    errors = (assessment.timestep_error, assessment.pattern_error, 1 - assessment.coherence)
+    e_t, e_p, lost = (e / (e + e_ref) for e, e_ref in zip(errors, parameters.references, strict=True))
+    return seed_formula(parameters.w, e_t, e_p, 1 - lost, parameters.config)
 
 
-def _mean_kept(said: Heard, known: Known) -> Tensor:
+def _mean_kept(assessment: RawAssessment, parameters: FormulaParameters) -> Tensor:
     """David shifts emphasis and not the learning rate; scaled last, so the bounds hold before the scaling."""
-    free = _relative(said, known)
-    return free * (known.w.mean() / free.mean())
+    free = _relative(assessment, parameters)
+    return free * (parameters.w.mean() / free.mean())
 
 
-def _softmax(said: Heard, known: Known) -> Tensor:
+def _softmax(assessment: RawAssessment, parameters: FormulaParameters) -> Tensor:
     """w_b n softmax_b(emphasis): blocks compete, and equally wrong ones count w_b however wrong they are."""
-    risen = (_relative(said, known) / known.w - 1).exp()
-    return (known.w * risen / risen.mean()).clamp(*known.config.bounds)
+    risen = (_relative(assessment, parameters) / parameters.w - 1).exp()
+    return (parameters.w * risen / risen.mean()).clamp(*parameters.config.bounds)
 
 
-def _seed(said: Heard, known: Known) -> Tensor:
-    return seed_formula(known.w, said.cross_entropy, said.entropy, known.alphas, known.config)
+def _seed(assessment: RawAssessment, parameters: FormulaParameters) -> Tensor:
+    return seed_formula(
+        parameters.w, assessment.cross_entropy, assessment.entropy, parameters.cantor_alphas, parameters.config
+    )
 
 
-def _permuted(said: Heard, known: Known) -> Tensor:
+def _permuted(assessment: RawAssessment, parameters: FormulaParameters) -> Tensor:
     """Each block keeps its w_b and gets another's emphasis, so that only the information is lost."""
-    emphasis = _relative(said, known) / known.w
-    return (known.w * emphasis[known.other]).clamp(*known.config.bounds)
+    emphasis = _relative(assessment, parameters) / parameters.w
+    return (parameters.w * emphasis[parameters.permutation]).clamp(*parameters.config.bounds)
 
 
-Formula: TypeAlias = Callable[[Heard, Known], Tensor]
+Formula: TypeAlias = Callable[[RawAssessment, FormulaParameters], Tensor]
 FORMULAS: Mapping[str, Formula] = {
     "static": lambda _said, known: known.w,
     "uniform": lambda _said, known: known.w.mean().expand_as(known.w),
@@ -140,6 +144,6 @@ FORMULAS: Mapping[str, Formula] = {
 }
 
 
-def lambdas(said: Heard, known: Known) -> PerBlock:
+def compute_lambdas(assessment: RawAssessment, parameters: FormulaParameters) -> PerBlock:
     """The weight of each block's loss by the configured formula."""
-    return FORMULAS[known.config.formula](said, known)
+    return FORMULAS[parameters.config.formula](assessment, parameters)

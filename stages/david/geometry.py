@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ROLES = (1.0, -0.75, 0.75, 0.75, -0.75)
+ROLE_WEIGHTS = (1.0, -0.75, 0.75, 0.75, -0.75)
 """Weights of a pentachoron's five vertices: anchor, need, relation, purpose, observer; they sum to one."""
 
-FLAT = 1e-13
+FLAT_BELOW = 1e-13
 """A squared volume below this, at a mean squared edge of one, is rounding: the simplex is flat."""
 
 
@@ -22,10 +22,10 @@ def squared_distances(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "... 
     return (vertices[..., :, None, :] - vertices[..., None, :, :]).square().sum(-1)
 
 
-def edges(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "... e"]:
+def edge_lengths(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "... e"]:
     """The lengths of the m (m - 1) / 2 edges."""
     rows, columns = torch.triu_indices(vertices.shape[-2], vertices.shape[-2], offset=1)
-    return _root((vertices[..., rows, :] - vertices[..., columns, :]).square().sum(-1))
+    return _safe_sqrt((vertices[..., rows, :] - vertices[..., columns, :]).square().sum(-1))
 
 
 def cayley_menger_volume(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "..."]:
@@ -34,13 +34,13 @@ def cayley_menger_volume(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, ".
     V^2 = (-1)^(k+1) / (2^k (k!)^2) det [[0, 1], [1, D]],  D_ij = |v_i - v_j|^2
     """
     m = vertices.shape[-2]
-    distances, scale = _unit_distances(vertices.double())
+    distances, scale = _normalised_distances(vertices.double())
     bordered = F.pad(distances, (1, 0, 1, 0), value=1.0)
     bordered[..., 0, 0] = 0
     factor = (-1) ** m / (2 ** (m - 1) * math.factorial(m - 1) ** 2)
 
     # The determinant of a singular matrix has no gradient that can be trusted: flat ones are replaced before.
-    flat = factor * torch.linalg.det(bordered.detach()) < FLAT
+    flat = factor * torch.linalg.det(bordered.detach()) < FLAT_BELOW
     regular = 1 - torch.eye(m + 1, dtype=bordered.dtype, device=bordered.device)
     squared = factor * torch.linalg.det(torch.where(flat[..., None, None], regular, bordered))
     return torch.where(flat, 0.0, squared.sqrt() * scale ** ((m - 1) / 2))
@@ -49,10 +49,10 @@ def cayley_menger_volume(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, ".
 def gram_volume(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "..."]:
     """The same volume from the k = m - 1 edges at the first vertex: V = sqrt(det(E E^T)) / k!."""
     spokes = (vertices[..., 1:, :] - vertices[..., :1, :]).double()
-    return _root(torch.linalg.det(spokes @ spokes.mT)) / math.factorial(spokes.shape[-2])
+    return _safe_sqrt(torch.linalg.det(spokes @ spokes.mT)) / math.factorial(spokes.shape[-2])
 
 
-def inclusion_by_volumes(z: Float[Tensor, "... d"], vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "..."]:
+def inclusion_ratio_by_volumes(z: Float[Tensor, "... d"], vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "..."]:
     """Inclusion ratio of a point by its definition: c(z) = V / sum_i V_i, with vertex i replaced by z in V_i.
 
     In (0, 1]: 1 just where z lies in the simplex, 0 far away, the same for any rigid motion and scale.
@@ -64,14 +64,14 @@ def inclusion_by_volumes(z: Float[Tensor, "... d"], vertices: Float[Tensor, "...
     return cayley_menger_volume(vertices) / cayley_menger_volume(replaced).sum(-1)
 
 
-def duals(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "... m d"]:
+def barycentric_gradients(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "... m d"]:
     """Gradients g_i of the barycentric coordinates within the simplex: rows of (E E^T)^-1 E, and g_0 = -sum_i g_i."""
     spokes = (vertices[..., 1:, :] - vertices[..., :1, :]).double()
     rows = torch.linalg.solve(spokes @ spokes.mT, spokes)
     return torch.cat([-rows.sum(-2, keepdim=True), rows], dim=-2)
 
 
-def inclusion(
+def inclusion_ratio(
     z: Float[Tensor, "... d"], vertices: Float[Tensor, "... m d"], gradients: Float[Tensor, "... m d"]
 ) -> Float[Tensor, "..."]:
     """The same ratio in closed form, without a determinant for each point; `gradients` are the simplex's `duals`.
@@ -86,7 +86,7 @@ def inclusion(
     spokes = vertices[..., 1:, :] - vertices[..., :1, :]
     off = from_first - (b[..., 1:, None] * spokes).sum(-2)
     distance_squared = off.square().sum(-1, keepdim=True)
-    return 1 / _root(b.square() + distance_squared * gradients.square().sum(-1)).sum(-1).clamp_min(1)
+    return 1 / _safe_sqrt(b.square() + distance_squared * gradients.square().sum(-1)).sum(-1).clamp_min(1)
 
 
 def cantor_staircase(x: Float[Tensor, "..."], alpha: float = 0.5, levels: int = 20) -> Float[Tensor, "..."]:
@@ -116,7 +116,7 @@ def cantor_position(
 
 def role_directions(vertices: Float[Tensor, "K 5 d"]) -> Float[Tensor, "K d"]:
     """u_k = sum_v r_v v_kv / |v_kv|: the role-weighted (Rose) score sum_v r_v cos(z, v_kv) is z.u_k for a unit z."""
-    roles = torch.tensor(ROLES, dtype=vertices.dtype, device=vertices.device)
+    roles = torch.tensor(ROLE_WEIGHTS, dtype=vertices.dtype, device=vertices.device)
     return (roles[:, None] * F.normalize(vertices, dim=-1)).sum(-2)
 
 
@@ -125,7 +125,7 @@ def rose_score(z: Float[Tensor, "b d"], vertices: Float[Tensor, "K 5 d"]) -> Flo
     return z @ role_directions(vertices).mT
 
 
-def _unit_distances(vertices: Float[Tensor, "... m d"]) -> tuple[Float[Tensor, "... m m"], Float[Tensor, "..."]]:
+def _normalised_distances(vertices: Float[Tensor, "... m d"]) -> tuple[Float[Tensor, "... m m"], Float[Tensor, "..."]]:
     """Squared distances over their mean, which is the scale; so no size of a simplex is small or large."""
     distances = squared_distances(vertices)
     m = vertices.shape[-2]
@@ -134,7 +134,7 @@ def _unit_distances(vertices: Float[Tensor, "... m d"]) -> tuple[Float[Tensor, "
     return distances / scale[..., None, None], scale
 
 
-def _root(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def _safe_sqrt(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Square root, with the gradient 0 where it is 0 instead of an infinite one."""
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)

@@ -1,14 +1,72 @@
-"""What the teacher's features say apart from the time: content patterns, found by clustering."""
+"""Which states of a cache teach David, which tune him and which judge him: whole prompts each, never rows of one.
+
+What the teacher's features say apart from the time: content patterns, found by clustering.
+"""
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-COSINES, COMPONENTS, ROUNDS = 12, 16, 20
-RIDGE, LEAST_VARIANCE = 1e-3, 1e-3
+from shards.table import Table
+from stages.flow.timesteps import bin_of_step
+from stages.system.refusal import Refused
+
+
+@dataclass(frozen=True)
+class BlockStates:
+    """m states of the teacher, as one block saw them."""
+
+    features: Float[Tensor, "m n"]
+    s: Float[Tensor, " m"]
+    bins: Int[Tensor, " m"]
+    key: Int[Tensor, " m"]
+    """the prompt that each belongs to"""
+
+    @classmethod
+    def from_table(cls, table: Table, block: str, rows: Int[np.ndarray, " m"], bins: int, steps: int) -> "BlockStates":
+        """Rows of a table of a teacher with so many `steps`; raises `Refused` when a feature is not finite."""
+        features = table.features(block, rows).float()
+        if not features.isfinite().all():
+            raise Refused(f"block {block}: the cache holds features that are not finite - make the cache again")
+        k, s, key = (torch.from_numpy(column[rows]) for column in (table.k, table.s, table.key))
+        return cls(features, s, bin_of_step(k, bins, steps), key)
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """Rows of a table."""
+
+    training: Int[np.ndarray, " m"]
+    tuning: Int[np.ndarray, " h"]
+    """for temperatures, reliability and reference responses"""
+    validation: Int[np.ndarray, " v"]
+    """for nothing but the report"""
+
+
+def split_rows(table: Table, held_out: float, max_states: int, seed: int) -> RowSplit:
+    """The training prompts in a random order: a share `held_out` of them tunes, the others teach; the validation split
+    judges. No part has more than about `most` states. Raises `Refused` when one of the three is empty.
+    """
+    train, judging = table.rows("train"), table.rows("validation")
+    keys = np.unique(table.key[train])
+    prompts = max(1, max_states * len(keys) // max(1, len(train)))
+    order = keys[torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed)).numpy()]
+    tuned, taught = np.split(order, [round(held_out * len(order))])
+    teaching, tuning = (train[np.isin(table.key[train], chosen[:prompts])] for chosen in (taught, tuned))
+    for split, rows in (("train", teaching), ("train", tuning), ("validation", judging)):
+        if not len(rows):
+            raise Refused(
+                f"david: too few prompts in the {split} split ({len(keys)} for training) - make a larger cache"
+            )
+    return RowSplit(teaching, tuning, judging[:max_states])
+
+
+COSINES, COMPONENTS, KMEANS_ITERATIONS = 12, 16, 20
+RIDGE, MIN_VARIANCE = 1e-3, 1e-3
 
 
 @dataclass(frozen=True)
@@ -31,7 +89,7 @@ class PatternSpace:
         """Two ridge regressions on cosines of s, principal components, then `count` centres (after david.md 7.2)."""
         mean = _regress(s, features.double())
         variance = _regress(s, (features - cosines(s) @ mean).square())
-        content = _freed(features, s, mean, variance)
+        content = _remove_time_dependence(features, s, mean, variance)
         _, axes = torch.linalg.eigh(content.T @ content / len(content))
         axes = axes[:, -COMPONENTS:].flip(1)
         axes = axes * torch.where(axes.sum(0) < 0, -1.0, 1.0)  # eigenvectors come with either sign
@@ -39,7 +97,7 @@ class PatternSpace:
 
     def label(self, features: Float[Tensor, "m n"], s: Float[Tensor, " m"]) -> Int[Tensor, " m"]:
         """The pattern of each sample, from 0."""
-        content = _freed(features, s, self.mean_of_time, self.variance_of_time)
+        content = _remove_time_dependence(features, s, self.mean_of_time, self.variance_of_time)
         return torch.cdist(content @ self.axes, self.centres).argmin(dim=1)
 
 
@@ -55,20 +113,20 @@ def _regress(s: Float[Tensor, " m"], values: Float[Tensor, "m n"]) -> Float[Tens
     return coefficients
 
 
-def _freed(
+def _remove_time_dependence(
     features: Float[Tensor, "m n"],
     s: Float[Tensor, " m"],
     mean: Float[Tensor, "cosines n"],
     variance: Float[Tensor, "cosines n"],
 ) -> Float[Tensor, "m n"]:
     basis = cosines(s)
-    return (features - basis @ mean) / (basis @ variance).clamp_min(LEAST_VARIANCE).sqrt()
+    return (features - basis @ mean) / (basis @ variance).clamp_min(MIN_VARIANCE).sqrt()
 
 
 def k_means(points: Float[Tensor, "m d"], count: int, generator: torch.Generator) -> Float[Tensor, "count d"]:
     """Centres by Lloyd's rounds from k-means++ seeds; a centre with no point of its own moves to the farthest point."""
-    centres = _seeds(points, count, generator)
-    for _ in range(ROUNDS):
+    centres = _kmeans_plus_plus(points, count, generator)
+    for _ in range(KMEANS_ITERATIONS):
         distance, nearest = torch.cdist(points, centres).min(dim=1)
         sizes = torch.bincount(nearest, minlength=count)
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
@@ -76,7 +134,7 @@ def k_means(points: Float[Tensor, "m d"], count: int, generator: torch.Generator
     return centres
 
 
-def _seeds(points: Float[Tensor, "m d"], count: int, generator: torch.Generator) -> Float[Tensor, "count d"]:
+def _kmeans_plus_plus(points: Float[Tensor, "m d"], count: int, generator: torch.Generator) -> Float[Tensor, "count d"]:
     """k-means++: each next seed is drawn with a probability that grows with its squared distance to those before."""
     chosen = points[torch.randint(len(points), (1,), generator=generator)]
     for _ in range(count - 1):

@@ -1,8 +1,13 @@
-"""David as the original published him: a GeoDavidCollective checkpoint, judged by its raw logits (david.md 7.7)."""
+"""What a GeoDavidCollective checkpoint must hold: sizes read off its shapes, then each tensor compared (david.md 2).
+
+David as the original published him: a GeoDavidCollective checkpoint, judged by its raw logits (david.md 7.7).
+"""
 
 import json
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -12,36 +17,166 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from configs.refusal import Refused, did_you_mean
 from stages.david.assessment import Posterior
-from stages.david.geometry import duals, inclusion
-from stages.david.heads import Companion, Sizes
-from stages.david.published_layout import PREFIX, Header, on_meta, sizes_of_blocks
+from stages.david.geometry import barycentric_gradients, inclusion_ratio
+from stages.david.published_heads import ATTENTION_HEADS, BlockSizes, HeadSizes, PublishedBlockModel
+from stages.system.refusal import Refused, did_you_mean
+
+PREFIX = "companions."
+IGNORED_PREFIX = "loss_calculator."
+"""buffers of the training loss, there or not depending on when the checkpoint was saved"""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """The tensors of a file by name, without their values."""
+
+    file: str
+    shapes: Mapping[str, Shape]
+
+    def size(self, name: str, axis: int, rank: int) -> int:
+        """One size of a tensor; raises `Refused` when it is missing or has another number of axes."""
+        if name not in self.shapes:
+            raise Refused(f"{self.file}: tensor {name} is missing - fetch the checkpoint again")
+        shape = self.shapes[name]
+        if len(shape) != rank:
+            raise Refused(f"{self.file}: tensor {name} has shape {list(shape)}, it should have {rank} axes")
+        return shape[axis]
+
+    def count(self, stem: str) -> int:
+        """How many modules are listed under `stem`, at least one."""
+        found = [re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in self.shapes]
+        return max((int(match[1]) for match in found if match), default=0) + 1
+
+
+def infer_block_sizes(header: TensorHeader, config: Mapping[str, Any]) -> dict[str, BlockSizes]:
+    """The sizes of every block, in the order of the configuration.
+
+    Raises `Refused` for another model, for any tensor that is missing, too many or of another shape, and where
+    config.json says something else; each by its name.
+    """
+    shapes = {name: shape for name, shape in header.shapes.items() if not name.startswith(IGNORED_PREFIX)}
+    blocks = {name.split(".")[1] for name in shapes if name.startswith(PREFIX)}
+    if not blocks or "block_configs" not in config:
+        first = min(shapes, default="none")
+        raise Refused(
+            f"{header.file}: no GeoDavidCollective (block_configs {'' if 'block_configs' in config else 'not '}in "
+            f"config.json, first tensor {first}) - other models of that name, such as gated-david, cannot judge a UNet"
+        )
+    wanted = tuple(config["block_configs"])
+    if set(wanted) != blocks:
+        raise Refused(f"{header.file}: blocks {sorted(blocks)}, config.json names {sorted(wanted)}")
+    sizes = {block: _infer_sizes(header, f"{PREFIX}{block}.") for block in wanted}
+    for block in wanted:
+        _refuse_other_config(header, block, sizes[block], config)
+    expected = {
+        f"{PREFIX}{block}.{name}": tuple(tensor.shape)
+        for block in wanted
+        for name, tensor in meta_block_model(sizes[block]).state_dict().items()
+    }
+    _refuse_other_tensors(header.file, shapes, expected)
+    return sizes
+
+
+def meta_block_model(sizes: BlockSizes) -> PublishedBlockModel:
+    """A companion that takes no memory."""
+    with torch.device("meta"):
+        return PublishedBlockModel(sizes)
+
+
+def _infer_sizes(header: TensorHeader, prefix: str) -> BlockSizes:
+    """Sizes are read off vectors where there are any, so that a transposed matrix is found to be the wrong one."""
+    flat = f"{prefix}projection.weight" in header.shapes
+    timestep_head, pattern_head = (
+        _infer_head_sizes(header, f"{prefix}timestep_head"),
+        _infer_head_sizes(header, f"{prefix}pattern_head"),
+    )
+    patterns, left = divmod(pattern_head.classes, timestep_head.classes)
+    if left:
+        raise Refused(
+            f"{header.file}: {prefix}pattern_head has {pattern_head.classes} classes, no multiple of "
+            f"{timestep_head.classes} bins"
+        )
+    return BlockSizes(
+        n=header.size(f"{prefix}projection.{'' if flat else '0.'}weight", 1, rank=2),
+        hidden_width=None if flat else header.size(f"{prefix}projection.0.bias", 0, rank=1),
+        d=header.size(f"{prefix}crystal_pentachora", 3, rank=4),
+        bins=timestep_head.classes,
+        patterns=patterns,
+        timestep_head=timestep_head,
+        pattern_head=pattern_head,
+    )
+
+
+def _infer_head_sizes(header: TensorHeader, prefix: str) -> HeadSizes:
+    if f"{prefix}.weight" in header.shapes:
+        return HeadSizes(header.size(f"{prefix}.bias", 0, rank=1))
+    bottleneck = header.size(f"{prefix}.experts.0.0.bias", 0, rank=1)
+    if bottleneck % ATTENTION_HEADS:
+        raise Refused(
+            f"{header.file}: tensor {prefix}.experts.0.0.bias: {bottleneck} does not divide by {ATTENTION_HEADS}"
+        )
+    return HeadSizes(
+        classes=header.size(f"{prefix}.class_bias", 0, rank=1),
+        bottleneck=bottleneck,
+        experts=header.count(f"{prefix}.experts"),
+        gates=header.size(f"{prefix}.head_weights", 0, rank=1),
+    )
+
+
+def _refuse_other_config(header: TensorHeader, block: str, sizes: BlockSizes, config: Mapping[str, Any]) -> None:
+    """config.json may leave things out, but not contradict."""
+    said = config["block_configs"][block]
+    for name, there, told in (
+        ("num_timestep_bins", sizes.bins, config.get("num_timestep_bins")),
+        ("num_patterns_per_bin", sizes.patterns, config.get("num_patterns_per_bin")),
+        (f"block_configs.{block}.input_dim", sizes.n, said.get("input_dim")),
+        (f"block_configs.{block}.scale_dim", sizes.d, said.get("scale_dim")),
+    ):
+        if told is not None and told != there:
+            raise Refused(f"{header.file}: block {block} has {there}, config.json says {name} = {told}")
+
+
+def _refuse_other_tensors(file: str, shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    for name in sorted(expected.keys() - shapes.keys()):
+        raise Refused(f"{file}: tensor {name} is missing - fetch the checkpoint again")
+    for name in sorted(shapes.keys() - expected.keys()):
+        raise Refused(f"{file}: tensor {name} has no place in a GeoDavidCollective of these sizes")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise Refused(f"{file}: tensor {name} has shape {list(shapes[name])}, it should be {list(shape)}")
+
 
 HOOK_POINT = "last resnet of each block, spatial mean, fp32"
 """Where the published David was trained; he refuses features from anywhere else."""
-FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 
-Patterns: TypeAlias = Literal["unread", "in_bin", "joint"]
+PatternMode: TypeAlias = Literal["unread", "in_bin", "joint"]
 """unread: pattern heads stay on the disk and patterns have a neutral vote (a fiftieth of the memory); in_bin: the
 patterns of the true bin, of which only the first was ever trained; joint: all classes of the pattern head."""
 
 
-class Published:
+class PublishedAssessor:
     """The companions of a checkpoint, on raw features."""
 
     def __init__(
-        self, companions: Mapping[str, Companion], sizes: Mapping[str, Sizes], patterns: Patterns, steps: int
+        self,
+        block_models: Mapping[str, PublishedBlockModel],
+        sizes: Mapping[str, BlockSizes],
+        pattern_mode: PatternMode,
+        steps: int,
     ) -> None:
         first = next(iter(sizes.values()))
-        self.blocks, self.bins, self.steps = tuple(companions), first.bins, steps
-        self.patterns = first.patterns * (first.bins if patterns == "joint" else 1)
-        self.alphas = {block: float(companion.cantor_stairs.alpha) for block, companion in companions.items()}
+        self.blocks, self.bins, self.steps = tuple(block_models), first.bins, steps
+        self.patterns = first.patterns * (first.bins if pattern_mode == "joint" else 1)
+        self.cantor_alphas = {block: float(companion.cantor_stairs.alpha) for block, companion in block_models.items()}
         """what the original took for coherence: a frozen number for each block"""
-        self._companions, self._sizes, self._read = companions, sizes, patterns
+        self._block_models, self._sizes, self._pattern_mode = block_models, sizes, pattern_mode
         # Patterns beyond the first were never trained, and neither were their crystals.
-        self._crystals = {b: F.normalize(c.crystal_pentachora[:, 0], dim=2) for b, c in companions.items()}
-        self._duals = {block: duals(crystals) for block, crystals in self._crystals.items()}
+        self._pentachora = {b: F.normalize(c.crystal_pentachora[:, 0], dim=2) for b, c in block_models.items()}
+        self._gradients = {block: barycentric_gradients(crystals) for block, crystals in self._pentachora.items()}
 
     @classmethod
     def open(
@@ -50,9 +185,9 @@ class Published:
         hook_point: str,
         widths: Mapping[str, int],
         steps: int,
-        patterns: Patterns = "unread",
+        pattern_mode: PatternMode = "unread",
         device: torch.device | str = "cpu",
-    ) -> "Published":
+    ) -> "PublishedAssessor":
         """Read `config.json` and `model.safetensors` of a folder.
 
         `hook_point` and `widths` (block -> channels) are those of the cache, `steps` its teacher's. Raises `Refused`
@@ -64,48 +199,50 @@ class Published:
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             with safe_open(weights, "pt", device=str(device)) as file:
-                sizes = sizes_of_blocks(_header(weights, file), config)
+                sizes = infer_block_sizes(_read_header(weights, file), config)
                 _refuse_other_widths(folder, sizes, widths)
-                companions = {block: _companion(file, weights, block, sizes[block], patterns) for block in sizes}
+                companions = {
+                    block: _load_block_model(file, weights, block, sizes[block], pattern_mode) for block in sizes
+                }
         except (OSError, ValueError, SafetensorError) as error:
             raise Refused(f"{folder}: cannot be read as a published David ({error}) - fetch it again") from error
-        if any(_is_linear(one) for one in sizes.values()):
+        if any(_has_linear_head(one) for one in sizes.values()):
             print(
                 f"{folder}: the older generation, with an untrained timestep head; bins are read off its pattern head"
             )
-        return cls(companions, sizes, patterns, steps)
+        return cls(companions, sizes, pattern_mode, steps)
 
     def posterior(self, block: str, features: Float[Tensor, "b n"], bins: Int[Tensor, " b"]) -> Posterior:
         """What these features say, given the true bin of each sample; patterns that stay unread are all alike."""
-        companion, sizes = self._companions[block], self._sizes[block]
+        companion, sizes = self._block_models[block], self._sizes[block]
         z = companion(features.float())
         log_patterns = features.new_full((len(z), self.patterns), -math.log(self.patterns), dtype=torch.float32)
-        if self._read != "unread" or _is_linear(sizes):
+        if self._pattern_mode != "unread" or _has_linear_head(sizes):
             joint = companion.pattern_head(z).log_softmax(dim=1)
             by_bin = joint.unflatten(1, (sizes.bins, sizes.patterns))
-            if self._read == "joint":
+            if self._pattern_mode == "joint":
                 log_patterns = joint
-            elif self._read == "in_bin":
+            elif self._pattern_mode == "in_bin":
                 log_patterns = by_bin[torch.arange(len(z), device=z.device), bins].log_softmax(dim=1)
-        log_bins = by_bin.logsumexp(dim=2) if _is_linear(sizes) else companion.timestep_head(z).log_softmax(dim=1)
-        included = inclusion(z, self._crystals[block][bins], self._duals[block][bins])
+        log_bins = by_bin.logsumexp(dim=2) if _has_linear_head(sizes) else companion.timestep_head(z).log_softmax(dim=1)
+        included = inclusion_ratio(z, self._pentachora[block][bins], self._gradients[block][bins])
         return Posterior(log_bins, log_patterns, included.float())
 
 
-def _is_linear(sizes: Sizes) -> bool:
+def _has_linear_head(sizes: BlockSizes) -> bool:
     return not sizes.timestep_head.experts
 
 
-def _header(path: Path, file: Any) -> Header:
+def _read_header(path: Path, file: Any) -> TensorHeader:
     """Names and shapes; raises `Refused` for a tensor that holds no real numbers."""
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - a file is no mapping
     for name, part in slices.items():
-        if name.startswith(PREFIX) and part.get_dtype() not in FLOATS:
+        if name.startswith(PREFIX) and part.get_dtype() not in FLOAT_DTYPES:
             raise Refused(f"{path}: tensor {name} has type {part.get_dtype()}, it should be a float")
-    return Header(str(path), {name: tuple(part.get_shape()) for name, part in slices.items()})
+    return TensorHeader(str(path), {name: tuple(part.get_shape()) for name, part in slices.items()})
 
 
-def _refuse_other_widths(folder: Path, sizes: Mapping[str, Sizes], widths: Mapping[str, int]) -> None:
+def _refuse_other_widths(folder: Path, sizes: Mapping[str, BlockSizes], widths: Mapping[str, int]) -> None:
     for block, one in sizes.items():
         if block not in widths:
             raise Refused(f"{folder}: judges block {block}, the cache has none - {did_you_mean(block, tuple(widths))}")
@@ -113,10 +250,12 @@ def _refuse_other_widths(folder: Path, sizes: Mapping[str, Sizes], widths: Mappi
             raise Refused(f"{folder}: block {block} takes {one.n} channels, this cache has {widths[block]}")
 
 
-def _companion(file: Any, path: Path, block: str, sizes: Sizes, patterns: Patterns) -> Companion:
+def _load_block_model(
+    file: Any, path: Path, block: str, sizes: BlockSizes, pattern_mode: PatternMode
+) -> PublishedBlockModel:
     """One block's weights in fp32, frozen; the pattern head stays on the disk unless it is asked for."""
-    companion = on_meta(sizes)
-    if patterns == "unread" and not _is_linear(sizes):
+    companion = meta_block_model(sizes)
+    if pattern_mode == "unread" and not _has_linear_head(sizes):
         del companion.pattern_head
     tensors = {name: file.get_tensor(f"{PREFIX}{block}.{name}").float() for name in companion.state_dict()}
     for name, tensor in tensors.items():

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
-from configs.refusal import Refused
-from stages.nets.loading import incomplete, infinite
+from stages.nets.loading import incomplete_reason, non_finite_reason
+from stages.system.refusal import Refused
 
-FILES = ("*.json", "*.txt", "*.safetensors")
-UNREACHABLE = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)
-BROKEN = (*UNREACHABLE, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
+CLIP_PATTERNS = ("*.json", "*.txt", "*.safetensors")
+HUB_ERRORS = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)
+LOAD_ERRORS = (*HUB_ERRORS, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
 """What the libraries raise at a folder that is no model, or a broken one."""
 
 
@@ -27,15 +27,17 @@ class ClipScorer:
     def __init__(self, location: str, device: torch.device) -> None:
         """`location` is a folder or a hub id; raises `Refused` when no CLIP model can be loaded from it."""
         try:
-            folder = location if Path(location).is_dir() else snapshot_download(location, allow_patterns=list(FILES))
+            folder = (
+                location if Path(location).is_dir() else snapshot_download(location, allow_patterns=list(CLIP_PATTERNS))
+            )
             loaded: Any = CLIPModel.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
             model, said = loaded
-            if reason := incomplete(said) or infinite(model):
+            if reason := incomplete_reason(said) or non_finite_reason(model):
                 raise ValueError(reason)  # it would be filled up with random numbers
             self._processor = CLIPProcessor.from_pretrained(folder)
-        except BROKEN as error:
+        except LOAD_ERRORS as error:
             reason = " ".join(str(error).split())[:120]
             raise Refused(
                 f"clip: {location!r}: no CLIP model can be loaded from there ({reason}) - "

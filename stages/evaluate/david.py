@@ -1,30 +1,101 @@
-"""`sollune david show RUN`: a picture of what David sees in a run's student, at its start and now."""
+"""What David sees in a student, block by block and along the time: the three numbers, and the lambda that follows.
 
-from collections.abc import Sequence
+`sollune david show RUN`: a picture of what David sees in a run's student, at its start and now.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float, Int
 from pydantic import ValidationError
 from torch import Tensor
 
-from configs.atomic import atomic_path
-from configs.disk import refuse_unwritable
-from configs.parser import Parser
-from configs.refusal import Refused, in_one_line
-from configs.strict import Strict
-from configs.values import place
+from configs.values import Strict, path_argument
 from configs.yaml_text import read_yaml
+from shards.batch import Batch
 from shards.reader import Reader
-from stages.david.assessment import Assessor
-from stages.evaluate.sight import Sight, features_of, see
+from stages.david.assessment import Assessor, BlockAssessment, assess, bins_of, reduce
+from stages.david.fusion import RawAssessment, compute_lambdas
+from stages.david.running import RunningAssessment
+from stages.flow.timesteps import bin_of_step
 from stages.nets.graft import graft_time_embedding
-from stages.nets.saved import SavedRun, cache_of, load_student, load_teacher_parts, open_run
-from stages.nets.student import Student, vp_of
+from stages.nets.saved import SavedRun, cache_folder, load_run_teacher, load_student, open_run
+from stages.nets.student import Student, make_vp_bridge
 from stages.nets.teacher import Teacher
-from stages.train.david import DavidConfig, assessor_of, voice_of
-from stages.train.journal import steps_told
-from stages.train.velocity import held_out
+from stages.system.atomic import atomic_path
+from stages.system.disk import refuse_unwritable
+from stages.system.refusal import Parser, Refused, in_one_line
+from stages.train.assessor import DavidConfig, load_or_fit_assessor, make_running_assessment
+from stages.train.journal import read_step_lines
+from stages.train.validation import read_first_states
+
+MAX_COLUMNS = 20
+"""Equal parts of the teacher's steps in a map; fewer where David has fewer bins."""
+
+
+@dataclass(frozen=True)
+class AssessmentMaps:
+    """Maps of nblocks rows and as many columns as parts of the time; a part without a state is nan."""
+
+    timestep_error: Float[Tensor, "n_blocks parts"]
+    pattern_error: Float[Tensor, "n_blocks parts"]
+    coherence: Float[Tensor, "n_blocks parts"]
+    lambdas: Float[Tensor, "n_blocks parts"]
+
+
+@torch.no_grad()
+def student_features(student: Student, batches: Iterator[Batch], uncond: Tensor) -> dict[str, Float[Tensor, "m n"]]:
+    """What each block says at the states of these batches."""
+    said: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        batch = batch.to(uncond.device, torch.float32)
+        for block, feature in student(batch.x_t, batch.s, batch.cond, uncond).features.items():
+            said.setdefault(block, []).append(feature)
+    return {block: torch.cat(parts) for block, parts in said.items()}
+
+
+def assessment_maps(
+    assessor: Assessor,
+    running_assessment: RunningAssessment,
+    student_features: Mapping[str, Float[Tensor, "m n"]],
+    teacher_features: Mapping[str, Float[Tensor, "m n"]],
+    k: Int[Tensor, " m"],
+) -> AssessmentMaps:
+    """The maps of a student's features against the teacher's at the same states, at the teacher's steps k."""
+    bins = bins_of(k, assessor)
+    assessed = assess(assessor, student_features, teacher_features, bins)
+    count = min(MAX_COLUMNS, assessor.bins)
+    part = bin_of_step(k, count, assessor.steps)
+    columns = [masked_assessment(assessed, part == i, assessor.bins, running_assessment) for i in range(count)]
+    maps = (torch.stack(maps, dim=1) for maps in zip(*columns, strict=True))
+    return AssessmentMaps(*maps)
+
+
+def masked_assessment(
+    assessments: Mapping[str, BlockAssessment], mask: Tensor, bins: int, running_assessment: RunningAssessment
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Timestep error, pattern error, coherence and lambda of every block over the states that lie here."""
+    if not mask.any():
+        nothing = torch.full((len(assessments),), float("nan"))
+        return nothing, nothing, nothing, nothing
+    found = reduce({block: _select_rows(one, mask) for block, one in assessments.items()}, bins)
+    three = [torch.stack(list(of.values())) for of in (found.timestep_error, found.pattern_error, found.coherence)]
+    raw = [torch.stack([getattr(one, name)[mask].mean() for one in assessments.values()]) for name in RAW_FIELDS]
+    spoken = compute_lambdas(RawAssessment(*three, *raw), running_assessment.formula_parameters)
+    e_t, e_p, coherence, weight = (values.cpu() for values in (*three, spoken))
+    return e_t, e_p, coherence, weight
+
+
+RAW_FIELDS = ("cross_entropy", "entropy")
+
+
+def _select_rows(assessment: BlockAssessment, mask: Tensor) -> BlockAssessment:
+    fields = ("excess", "divergence", "coherence", *RAW_FIELDS)
+    return BlockAssessment(**{name: getattr(assessment, name)[mask] for name in fields})
+
 
 C = TypeVar("C", bound=Strict)
 
@@ -37,36 +108,38 @@ PANELS = (
 )
 
 
-def show(run: SavedRun, out: Path, states: int) -> Path:
+def show(run: SavedRun, out: Path, state_count: int) -> Path:
     """Draw teacher, student at start and student now, on states of prompts that no training saw."""
-    told = said_by(run)
-    config, journal = settings_of(run, told, "david", DavidConfig), told_lambdas(run.folder)
+    told = read_distill_config(run)
+    config, journal = config_section(run, told, "david", DavidConfig), lambda_history(run.folder)
     refuse_unwritable(out)
-    parts = load_teacher_parts(run.origin, CPU, torch.float32)
+    parts = load_run_teacher(run.origin, CPU, torch.float32)
     teacher = Teacher(parts, run.origin.tail)
-    assessor = assessor_of(config, cache_of(run.folder), run.folder, CPU, parts.schedule.steps)
-    voice = voice_of(assessor, config.fusion, CPU)
+    assessor = load_or_fit_assessor(config, cache_folder(run.folder), run.folder, CPU, parts.schedule.steps)
+    voice = make_running_assessment(assessor, config.fusion, CPU)
 
-    held = list(held_out(Reader(cache_of(run.folder), "validation"), states))
+    held = list(read_first_states(Reader(cache_folder(run.folder), "validation"), state_count))
     k = torch.cat([batch.k for batch in held])
     target = {b: torch.cat([batch.features[b].float() for batch in held]) for b in assessor.blocks}
 
-    start = Student.from_teacher(parts.unet, vp_of(run.origin.target, parts.schedule, run.origin.tail)).eval()
+    start = Student.from_teacher(parts.unet, make_vp_bridge(run.origin.target, parts.schedule, run.origin.tail)).eval()
     if told.get("graft", True):
         graft_time_embedding(start.unet, teacher.bridge)
-    rows = {"teacher": see(assessor, voice, target, target, k)}
+    rows = {"teacher": assessment_maps(assessor, voice, target, target, k)}
     for name, student in (("at start", start), (f"after {run.samples}", load_student(run, parts))):
-        rows[name] = see(assessor, voice, features_of(student, iter(held), teacher.uncond), target, k)
-    draw(rows, assessor, journal, out)
+        rows[name] = assessment_maps(assessor, voice, student_features(student, iter(held), teacher.uncond), target, k)
+    plot(rows, assessor, journal, out)
     return out
 
 
-def told_lambdas(folder: Path) -> dict[int, dict[str, float]]:
+def lambda_history(folder: Path) -> dict[int, dict[str, float]]:
     """Samples seen -> what David's word made of each block's weight, as the journal tells it."""
-    return {line["samples"]: line["lambdas"] for line in steps_told(folder) if isinstance(line.get("lambdas"), dict)}
+    return {
+        line["samples"]: line["lambdas"] for line in read_step_lines(folder) if isinstance(line.get("lambdas"), dict)
+    }
 
 
-def said_by(run: SavedRun) -> dict[str, Any]:
+def read_distill_config(run: SavedRun) -> dict[str, Any]:
     """The configuration that a run of distillation left beside its checkpoints."""
     path = run.folder / "config.yaml"
     try:
@@ -80,10 +153,10 @@ def said_by(run: SavedRun) -> dict[str, Any]:
     return said
 
 
-def settings_of(run: SavedRun, told: dict[str, Any], section: str, kind: type[C]) -> C:
+def config_section(run: SavedRun, distill_config: dict[str, Any], section: str, kind: type[C]) -> C:
     """One section of the configuration that a run left, its defaults where it is silent."""
     try:
-        return kind.model_validate(told.get(section, {}))
+        return kind.model_validate(distill_config.get(section, {}))
     except ValidationError as error:
         slip = error.errors(include_url=False)[0]
         where = ".".join(map(str, ("distill", section, *slip["loc"])))
@@ -92,7 +165,7 @@ def settings_of(run: SavedRun, told: dict[str, Any], section: str, kind: type[C]
         ) from error
 
 
-def draw(rows: dict[str, Sight], assessor: Assessor, told: dict[int, dict[str, float]], out: Path) -> None:
+def plot(rows: dict[str, AssessmentMaps], assessor: Assessor, history: dict[int, dict[str, float]], out: Path) -> None:
     """A row of heat maps for each network, blocks downwards and time to the right; below, lambda over the training."""
     import matplotlib as mpl
 
@@ -118,7 +191,7 @@ def draw(rows: dict[str, Sight], assessor: Assessor, told: dict[int, dict[str, f
             figure.colorbar(image, ax=axis)
     axis = figure.add_subplot(grid[len(rows), :])
     for block in blocks:
-        axis.plot(list(told), [lambdas.get(block, torch.nan) for lambdas in told.values()], label=block)
+        axis.plot(list(history), [lambdas.get(block, torch.nan) for lambdas in history.values()], label=block)
     axis.set_title("lambda of each block's loss over the training, as it was used", fontsize=9)
     axis.set_xlabel("samples", fontsize=8)
     axis.legend(fontsize=7, ncols=3)
@@ -132,12 +205,14 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="sollune david", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="show")
     words = commands.add_parser("show", help="draw what David sees in a run's student", allow_abbrev=False)
-    words.add_argument("run", type=place, metavar="RUN", help="folder of a distillation, such as runs/tiny/distill")
+    words.add_argument(
+        "run", type=path_argument, metavar="RUN", help="folder of a distillation, such as runs/tiny/distill"
+    )
     words.add_argument(
         "--checkpoint", type=int, help="in samples seen (default: the one it ended with, else its newest)"
     )
     words.add_argument("--states", type=int, default=600, help="states of held-out prompts (default: 600)")
-    words.add_argument("--out", type=place, help="picture (default: RUN/david/seen.png)")
+    words.add_argument("--out", type=path_argument, help="picture (default: RUN/david/seen.png)")
     asked = parser.parse_args(argv)
     if asked.states < 1:
         raise Refused(f"--states {asked.states}: should be 1 or more")

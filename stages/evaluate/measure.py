@@ -9,28 +9,37 @@ import torch
 from pydantic import Field, ImportString
 from torch import Tensor
 
-from configs.atomic import atomic_write
-from configs.disk import refuse_unwritable
-from configs.load import asked_for
-from configs.refusal import Refused
-from configs.strict import Strict
-from configs.terminal import console
+from configs.load import config_from_arguments
+from configs.values import Strict
 from shards.reader import Reader
-from stages.cluster import device_of
-from stages.evaluate.fields import student_field, teacher_field
-from stages.evaluate.grid import fixed_noises, save_sheet, sheet
-from stages.evaluate.metrics import Fidelity, Scorer, fidelity
-from stages.evaluate.paired import PairedError, Task, make_reference, paired_error
-from stages.evaluate.report import AS_NOISE, STUDENT, TEACHER, Evaluation, Gates, as_json, show, verdicts
-from stages.evaluate.sample import Sampler
-from stages.evaluate.stock import open_stock, paint, use_ddim
+from stages.evaluate.metrics import Fidelity, Scorer, compute_fidelity
+from stages.evaluate.paired import PairedError, PairedInputs, make_reference, paired_error
+from stages.evaluate.report import (
+    STUDENT,
+    STUDENT_AS_NOISE_MODEL,
+    TEACHER,
+    Evaluation,
+    Gates,
+    check_gates,
+    print_report,
+    to_json,
+)
 from stages.nets.files import read_json
 from stages.nets.graft import graft_time_embedding
-from stages.nets.saved import SavedRun, cache_of, load_student, load_teacher_parts, open_run
+from stages.nets.saved import SavedRun, cache_folder, load_run_teacher, load_student, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import PromptSource, derived_seed, prompts
-from stages.train.velocity import VelocityErrors, held_out, velocity_errors
+from stages.sampling.fields import student_field, teacher_field
+from stages.sampling.grids import fixed_noises, make_sheet, save_sheet
+from stages.sampling.sampler import Sampler
+from stages.sampling.single_file import generate_pictures, load_pipeline, use_ddim_scheduler
+from stages.system.atomic import atomic_write
+from stages.system.device import device_of
+from stages.system.disk import refuse_unwritable
+from stages.system.refusal import Refused
+from stages.system.terminal import console
+from stages.train.validation import VelocityErrors, read_first_states, velocity_errors
 
 GRID_ROWS = 6
 
@@ -75,7 +84,7 @@ class Config(Strict):
 
 
 @dataclass(frozen=True)
-class Bench:
+class EvaluationSetup:
     """What every measurement needs: the run, both models, and fixed lists of prompts and noises."""
 
     run: SavedRun
@@ -83,7 +92,7 @@ class Bench:
     student: Student
     texts: Sequence[str]
     noise: Tensor
-    held_out: Reader | None
+    held_out_reader: Reader | None
     """The cache's validation split, where states of it are measured."""
 
     @property
@@ -94,9 +103,9 @@ class Bench:
 
 def evaluate(config: Config) -> Evaluation:
     """Every measurement of one run."""
-    bench = set_up(config)
+    bench = prepare_evaluation(config)
     if config.scorer:
-        exported(bench)
+        verified_export(bench)
     # The pictures come last, for they are shown in a file, and nothing may be refused after that.
     paired, velocity = measure_paired(bench, config), measure_velocity(bench, config)
     return Evaluation(
@@ -110,74 +119,74 @@ def evaluate(config: Config) -> Evaluation:
     )
 
 
-def set_up(config: Config) -> Bench:
+def prepare_evaluation(config: Config) -> EvaluationSetup:
     """Open the run and fix the lists; raises `Refused` for what cannot be measured, the export among it."""
     saved = open_run(config.run)
-    parts = load_teacher_parts(saved.origin, device_of(config.device), torch.float32)
-    texts = distinct(config.prompts, config.seed, max(config.fidelity.prompts, config.paired.prompts))
+    parts = load_run_teacher(saved.origin, device_of(config.device), torch.float32)
+    texts = distinct_texts(config.prompts, config.seed, max(config.fidelity.prompts, config.paired.prompts))
     noise = fixed_noises(config.seed, len(texts), parts.latent_shape).to(parts.unet.device)
-    reader = Reader(cache_of(saved.folder), "validation", config.seed) if config.velocity_states else None
-    return Bench(saved, Teacher(parts, saved.origin.tail), load_student(saved, parts), texts, noise, reader)
+    reader = Reader(cache_folder(saved.folder), "validation", config.seed) if config.velocity_states else None
+    return EvaluationSetup(saved, Teacher(parts, saved.origin.tail), load_student(saved, parts), texts, noise, reader)
 
 
-def distinct(source: PromptSource, seed: int, count: int) -> list[str]:
+def distinct_texts(source: PromptSource, seed: int, count: int) -> list[str]:
     """Validation sentences, each once as far as the source has them; a longer list begins with the shorter one."""
     found = [prompt.text for prompt in prompts(source, seed, "validation", 4 * count)]
     once = list(dict.fromkeys(found))
     return [once[i % len(once)] for i in range(count)]
 
 
-def measure_fidelity(bench: Bench, scorer: Scorer, config: Config) -> Mapping[str, Fidelity]:
+def measure_fidelity(setup: EvaluationSetup, scorer: Scorer, config: Config) -> Mapping[str, Fidelity]:
     """Teacher by DDIM, student by its exported folder, and the student sampled as the noise model that it is not."""
     asked = config.fidelity
-    texts, noise = bench.texts[: asked.prompts], bench.noise[: asked.prompts]
-    teacher = open_stock(bench.teacher.parts.folder, bench.device)
-    use_ddim(teacher, bench.teacher.parts.folder)
-    student = open_stock(exported(bench), bench.device)
+    texts, noise = setup.texts[: asked.prompts], setup.noise[: asked.prompts]
+    teacher = load_pipeline(setup.teacher.components.folder, setup.device)
+    use_ddim_scheduler(teacher, setup.teacher.components.folder)
+    student = load_pipeline(verified_export(setup), setup.device)
     pictures = {
-        TEACHER: paint(teacher, texts, noise, asked.steps, asked.guidance),
-        STUDENT: paint(student, texts, noise, asked.steps, asked.guidance),
+        TEACHER: generate_pictures(teacher, texts, noise, asked.steps, asked.guidance),
+        STUDENT: generate_pictures(student, texts, noise, asked.steps, asked.guidance),
     }
-    use_ddim(student, bench.teacher.parts.folder)
+    use_ddim_scheduler(student, setup.teacher.components.folder)
     few = slice(asked.control_prompts)
-    pictures[AS_NOISE] = paint(student, texts[few], noise[few], asked.steps, asked.guidance)
-    rows = min(GRID_ROWS, len(pictures[AS_NOISE]))
+    pictures[STUDENT_AS_NOISE_MODEL] = generate_pictures(student, texts[few], noise[few], asked.steps, asked.guidance)
+    rows = min(GRID_ROWS, len(pictures[STUDENT_AS_NOISE_MODEL]))
     columns = [painted[:rows] for painted in pictures.values()]
-    image = sheet(texts[:rows], list(pictures), columns)
-    save_sheet(image, bench.run.folder / "evaluation.png", {"seed": config.seed, **asked.model_dump()})
-    return {who: fidelity(scorer, texts[: len(painted)], painted) for who, painted in pictures.items()}
+    image = make_sheet(texts[:rows], list(pictures), columns)
+    save_sheet(image, setup.run.folder / "evaluation.png", {"seed": config.seed, **asked.model_dump()})
+    return {who: compute_fidelity(scorer, texts[: len(painted)], painted) for who, painted in pictures.items()}
 
 
-def exported(bench: Bench) -> Path:
+def verified_export(setup: EvaluationSetup) -> Path:
     """The run's exported folder; raises `Refused` unless it holds the very weights that are measured."""
-    folder = bench.run.folder / "export" / "diffusers"
-    again = f"run sollune export {bench.run.folder}"
+    folder = setup.run.folder / "export" / "diffusers"
+    again = f"run sollune export {setup.run.folder}"
     if not folder.is_dir():
         raise Refused(f"{folder}: not there - {again}")
     dtype = getattr(torch, str(read_json(folder / "sollune.json").get("dtype")), torch.float32)
-    found, expected = open_stock(folder, bench.device).unet.state_dict(), bench.student.unet.state_dict()
+    found, expected = load_pipeline(folder, setup.device).unet.state_dict(), setup.student.unet.state_dict()
     if any(not torch.equal(value.to(dtype), found[name].to(dtype)) for name, value in expected.items()):
-        raise Refused(f"{folder}: is not the export of {bench.run.weights} - {again}")
+        raise Refused(f"{folder}: is not the export of {setup.run.weights} - {again}")
     return folder
 
 
-def measure_paired(bench: Bench, config: Config) -> Mapping[str, Sequence[PairedError]]:
+def measure_paired(setup: EvaluationSetup, config: Config) -> Mapping[str, Sequence[PairedError]]:
     """Paired-noise errors of the student, and of controls that a good measure must tell from it."""
     asked, count = config.paired, config.paired.prompts
-    cond, uncond = bench.teacher.encode(bench.texts[:count]), bench.teacher.uncond
-    other = fixed_noises(derived_seed("other noise", config.seed), count, bench.noise.shape[1:])
-    task = Task(cond, uncond, bench.noise[:count])
+    cond, uncond = setup.teacher.encode_texts(setup.texts[:count]), setup.teacher.uncond
+    other = fixed_noises(derived_seed("other noise", config.seed), count, setup.noise.shape[1:])
+    task = PairedInputs(cond, uncond, setup.noise[:count])
     reference = make_reference(
-        teacher_field(bench.teacher), task, other.to(bench.device), asked.sampler, asked.steps, asked.reference_steps
+        teacher_field(setup.teacher), task, other.to(setup.device), asked.sampler, asked.steps, asked.reference_steps
     )
-    copy = Student.from_teacher(bench.teacher.parts.unet).eval()
-    graft = Student.from_teacher(bench.teacher.parts.unet).eval()
-    graft_time_embedding(graft.unet, bench.teacher.bridge)
+    copy = Student.from_teacher(setup.teacher.components.unet).eval()
+    graft = Student.from_teacher(setup.teacher.components.unet).eval()
+    graft_time_embedding(graft.unet, setup.teacher.bridge)
     measured = {
-        STUDENT: (bench.student, cond),
+        STUDENT: (setup.student, cond),
         "undistilled graft": (graft, cond),
         "undistilled copy": (copy, cond),
-        "wrong prompts": (bench.student, cond.roll(1, 0)),
+        "wrong prompts": (setup.student, cond.roll(1, 0)),
     }
     names = list(measured) if asked.controls else [STUDENT]
     return {
@@ -186,12 +195,12 @@ def measure_paired(bench: Bench, config: Config) -> Mapping[str, Sequence[Paired
     }
 
 
-def measure_velocity(bench: Bench, config: Config) -> VelocityErrors | None:
+def measure_velocity(setup: EvaluationSetup, config: Config) -> VelocityErrors | None:
     """The student's velocities at held-out states of the cache."""
-    if bench.held_out is None:
+    if setup.held_out_reader is None:
         return None
-    states = held_out(bench.held_out, config.velocity_states)
-    return velocity_errors(bench.student, states, bench.teacher.uncond)
+    states = read_first_states(setup.held_out_reader, config.velocity_states)
+    return velocity_errors(setup.student, states, setup.teacher.uncond)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -199,14 +208,14 @@ def main(argv: Sequence[str]) -> int:
     words = ["--run", *argv] if argv and not argv[0].startswith("-") else list(argv)
     if not words:
         raise Refused("evaluate: which run? - usage: sollune evaluate RUN --config configs/tiny.yaml [options]")
-    config = asked_for(Config, "evaluate", words)
+    config = config_from_arguments(Config, "evaluate", words)
     if config is None:
         return 0
     written = config.run / "evaluation.json"
     device_of(config.device)  # refused before the run is read, which takes longer
     refuse_unwritable(written)
     found = evaluate(config)
-    judged = verdicts(found, config.gates)
-    show(found, judged, console())
-    atomic_write(written, as_json(found, judged))
+    judged = check_gates(found, config.gates)
+    print_report(found, judged, console())
+    atomic_write(written, to_json(found, judged))
     return 0 if all(verdict.passed for verdict in judged) else 1

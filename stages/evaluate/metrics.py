@@ -24,13 +24,13 @@ class Fidelity:
     pictures: int
 
 
-def all_shown(scores: Mapping[str, Float[Tensor, " b"]]) -> Bool[Tensor, " b"]:
+def shows_everything(scores: Mapping[str, Float[Tensor, " b"]]) -> Bool[Tensor, " b"]:
     """Whether each picture shows all that was said."""
     return ~torch.stack([value < 1 for value in scores.values()]).any(0)  # nan < 1 is false: unsaid is never wrong
 
 
-def fidelity(scorer: Scorer, texts: Sequence[str], pictures: Float[Tensor, "b 3 H W"]) -> Fidelity:
+def compute_fidelity(scorer: Scorer, texts: Sequence[str], pictures: Float[Tensor, "b 3 H W"]) -> Fidelity:
     """What the scorer says about pictures of these texts."""
     scores = {name: value.float() for name, value in scorer(texts, pictures).items()}
     shares = {name: float(value.nanmean()) for name, value in scores.items()}
-    return Fidelity(shares, float(all_shown(scores).float().mean()), len(texts))
+    return Fidelity(shares, float(shows_everything(scores).float().mean()), len(texts))

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.evaluate.fields import Field
-from stages.evaluate.sample import Sampler
+from stages.sampling.fields import TwoBranchField
+from stages.sampling.sampler import Sampler
 
-RESAMPLES = 2000
+BOOTSTRAP_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -32,49 +32,49 @@ class PairedError:
 
 
 @dataclass(frozen=True)
-class Task:
+class PairedInputs:
     """A fixed list of prompts and noises."""
 
     cond: Float[Tensor, "b l d"]
     uncond: Float[Tensor, "1 l d"]
     noise: Float[Tensor, "b c h w"]
 
-    def draw(self, field: Field, sampler: Sampler) -> Float[Tensor, "b c h w"]:
+    def sample(self, field: TwoBranchField, sampler: Sampler) -> Float[Tensor, "b c h w"]:
         """The field's latents for this list."""
-        return sampler.draw(field, self.cond, self.uncond, self.noise)
+        return sampler.sample(field, self.cond, self.uncond, self.noise)
 
 
 @dataclass(frozen=True)
-class Reference:
+class TeacherReference:
     """What the teacher makes of a task, computed once and compared with many fields; one error for each picture."""
 
-    task: Task
+    inputs: PairedInputs
     sampler: Sampler
     x0: Float[Tensor, "b c h w"]
     ceiling: Float[Tensor, " b"]
     floors: Mapping[int, Float[Tensor, " b"]]
 
-    def judge(self, x0: Float[Tensor, "b c h w"], steps: int) -> PairedError:
+    def compare(self, x0: Float[Tensor, "b c h w"], steps: int) -> PairedError:
         """The figures of latents that were drawn in that many steps."""
         errors = torch.stack([relative_errors(x0, self.x0), self.floors[steps], self.ceiling])
         found, floor, ceiling = errors.mean(1).tolist()
         if floor >= ceiling:
             return PairedError(steps, found, floor, ceiling, None, None)
-        return PairedError(steps, found, floor, ceiling, float(score(errors)), interval(errors))
+        return PairedError(steps, found, floor, ceiling, float(normalised_score(errors)), bootstrap_interval(errors))
 
 
-def score(errors: Float[Tensor, "3 ... b"]) -> Float[Tensor, "..."]:
+def normalised_score(errors: Float[Tensor, "3 ... b"]) -> Float[Tensor, "..."]:
     """(student - floor) / (ceiling - floor) of mean errors."""
     student, floor, ceiling = errors.mean(-1)
     shares: Tensor = (student - floor) / (ceiling - floor)
     return shares
 
 
-def interval(errors: Float[Tensor, "3 b"]) -> tuple[float, float]:
+def bootstrap_interval(errors: Float[Tensor, "3 b"]) -> tuple[float, float]:
     """The bootstrap's 95 % interval of the score: lists of as many pictures, drawn with replacement."""
     count = errors.shape[1]
-    rows = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
-    low, high = score(errors[:, rows]).quantile(torch.tensor([0.025, 0.975], dtype=errors.dtype)).tolist()
+    rows = torch.randint(count, (BOOTSTRAP_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    low, high = normalised_score(errors[:, rows]).quantile(torch.tensor([0.025, 0.975], dtype=errors.dtype)).tolist()
     return low, high
 
 
@@ -85,28 +85,28 @@ def relative_errors(x0: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c 
 
 
 def make_reference(
-    teacher: Field,
-    task: Task,
+    teacher: TwoBranchField,
+    inputs: PairedInputs,
     other_noise: Float[Tensor, "b c h w"],
     sampler: Sampler,
     steps: Sequence[int],
     reference_steps: int = 50,
-) -> Reference:
+) -> TeacherReference:
     """Ask the teacher: at `reference_steps`, again from other noise (the ceiling), and at each of `steps` (the floors).
 
     `sampler` says guidance and shift; the teacher is always sampled by Euler's method at its own states.
     """
     own = sampler.model_copy(update={"solver": "euler"})
     many = own.model_copy(update={"steps": reference_steps})
-    x0 = task.draw(teacher, many)
-    ceiling = relative_errors(Task(task.cond, task.uncond, other_noise).draw(teacher, many), x0)
-    few = {n: task.draw(teacher, own.model_copy(update={"steps": n})) for n in steps}
-    return Reference(task, sampler, x0, ceiling, {n: relative_errors(drawn, x0) for n, drawn in few.items()})
+    x0 = inputs.sample(teacher, many)
+    ceiling = relative_errors(PairedInputs(inputs.cond, inputs.uncond, other_noise).sample(teacher, many), x0)
+    few = {n: inputs.sample(teacher, own.model_copy(update={"steps": n})) for n in steps}
+    return TeacherReference(inputs, sampler, x0, ceiling, {n: relative_errors(drawn, x0) for n, drawn in few.items()})
 
 
 def paired_error(
-    field: Field, reference: Reference, steps: int, cond: Float[Tensor, "b l d"] | None = None
+    field: TwoBranchField, reference: TeacherReference, steps: int, cond: Float[Tensor, "b l d"] | None = None
 ) -> PairedError:
     """The error of any field at one of the reference's numbers of steps; `cond` puts in other prompts."""
-    task = reference.task if cond is None else Task(cond, reference.task.uncond, reference.task.noise)
-    return reference.judge(task.draw(field, reference.sampler.model_copy(update={"steps": steps})), steps)
+    task = reference.inputs if cond is None else PairedInputs(cond, reference.inputs.uncond, reference.inputs.noise)
+    return reference.compare(task.sample(field, reference.sampler.model_copy(update={"steps": steps})), steps)

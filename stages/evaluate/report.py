@@ -10,12 +10,12 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from configs.strict import Strict
+from configs.values import Strict
 from stages.evaluate.metrics import Fidelity
 from stages.evaluate.paired import PairedError
-from stages.train.velocity import RelativeError, VelocityErrors
+from stages.train.validation import RelativeError, VelocityErrors
 
-TEACHER, STUDENT, AS_NOISE = "teacher", "student", "student as a noise model"
+TEACHER, STUDENT, STUDENT_AS_NOISE_MODEL = "teacher", "student", "student as a noise model"
 
 
 class Gates(Strict):
@@ -43,7 +43,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateResult:
     """One gate: what was found and what was asked."""
 
     name: str
@@ -52,71 +52,79 @@ class Verdict:
     passed: bool
 
 
-def verdicts(found: Evaluation, gates: Gates) -> list[Verdict]:
+def check_gates(evaluation: Evaluation, gates: Gates) -> list[GateResult]:
     """Every gate that is set, and whether the controls fail where the student must pass."""
-    return [*_of_fidelity(found, gates), *_of_scores(found, gates), *_of_velocity(found, gates)]
+    return [
+        *_fidelity_results(evaluation, gates),
+        *_score_results(evaluation, gates),
+        *_velocity_results(evaluation, gates),
+    ]
 
 
-def _of_fidelity(found: Evaluation, gates: Gates) -> Iterator[Verdict]:
+def _fidelity_results(evaluation: Evaluation, gates: Gates) -> Iterator[GateResult]:
     most = gates.attribute_loss
-    if most is None or STUDENT not in found.fidelity:
+    if most is None or STUDENT not in evaluation.fidelity:
         return
-    teacher, student = found.fidelity[TEACHER].by_attribute, found.fidelity[STUDENT].by_attribute
+    teacher, student = evaluation.fidelity[TEACHER].by_attribute, evaluation.fidelity[STUDENT].by_attribute
     for name, share in student.items():
         loss = teacher[name] - share
-        yield Verdict(f"{name} lost to the teacher", loss, f"<= {most:g}", loss <= most)
-    loss = found.fidelity[TEACHER].all_at_once - found.fidelity[AS_NOISE].all_at_once
-    yield Verdict(f"control: {AS_NOISE} loses", loss, f"> {most:g}", loss > most)
+        yield GateResult(f"{name} lost to the teacher", loss, f"<= {most:g}", loss <= most)
+    loss = evaluation.fidelity[TEACHER].all_at_once - evaluation.fidelity[STUDENT_AS_NOISE_MODEL].all_at_once
+    yield GateResult(f"control: {STUDENT_AS_NOISE_MODEL} loses", loss, f"> {most:g}", loss > most)
 
 
-def _of_scores(found: Evaluation, gates: Gates) -> Iterator[Verdict]:
-    for name, errors in found.paired.items():
+def _score_results(evaluation: Evaluation, gates: Gates) -> Iterator[GateResult]:
+    for name, errors in evaluation.paired.items():
         for error in errors:
             most = gates.score.get(error.steps)
             if most is None or error.score is None:
                 continue
             if name == STUDENT:
-                yield Verdict(f"paired score at {error.steps}", error.score, f"<= {most:g}", error.score <= most)
+                yield GateResult(f"paired score at {error.steps}", error.score, f"<= {most:g}", error.score <= most)
             else:
                 label = f"control: {name} at {error.steps}"
-                yield Verdict(label, error.score, f"> {most:g}", error.score > most)
+                yield GateResult(label, error.score, f"> {most:g}", error.score > most)
 
 
-def _of_velocity(found: Evaluation, gates: Gates) -> Iterator[Verdict]:
-    if found.velocity is None:
+def _velocity_results(evaluation: Evaluation, gates: Gates) -> Iterator[GateResult]:
+    if evaluation.velocity is None:
         return
-    asked = ((gates.velocity_error, found.velocity.velocity), (gates.guidance_error, found.velocity.guidance))
+    asked = ((gates.velocity_error, evaluation.velocity.velocity), (gates.guidance_error, evaluation.velocity.guidance))
     for name, (most, error) in zip(("velocity error", "guidance error"), asked, strict=True):
         if most is not None:
-            yield Verdict(name, error.overall, f"<= {most:g}", error.overall <= most)
+            yield GateResult(name, error.overall, f"<= {most:g}", error.overall <= most)
 
 
-def as_json(found: Evaluation, judged: Sequence[Verdict]) -> str:
+def to_json(evaluation: Evaluation, gate_results: Sequence[GateResult]) -> str:
     """The same for programs; what is no number is null."""
-    content = _finite({**asdict(found), "gates": [asdict(verdict) for verdict in judged]})
+    content = _replace_non_finite({**asdict(evaluation), "gates": [asdict(verdict) for verdict in gate_results]})
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def _replace_non_finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
+        return {str(key): _replace_non_finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [_replace_non_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def show(found: Evaluation, judged: Sequence[Verdict], console: Console) -> None:
+def print_report(evaluation: Evaluation, gate_results: Sequence[GateResult], console: Console) -> None:
     """Print the tables."""
-    console.print(f"{found.run} at {found.samples} samples, tail policy {found.tail}")
-    tables = [_fidelity_table(found.fidelity), _paired_table(found.paired), _velocity_table(found.velocity)]
-    for table in (*tables, _gate_table(judged)):
+    console.print(f"{evaluation.run} at {evaluation.samples} samples, tail policy {evaluation.tail}")
+    tables = [
+        _fidelity_table(evaluation.fidelity),
+        _paired_table(evaluation.paired),
+        _velocity_table(evaluation.velocity),
+    ]
+    for table in (*tables, _gate_table(gate_results)):
         if table.row_count:
             console.print(table)
 
 
 def _fidelity_table(fidelity: Mapping[str, Fidelity]) -> Table:
     names = list(next(iter(fidelity.values())).by_attribute) if fidelity else []
-    table = _table("pictures that show what was said, %", "", *names, "all", "pictures")
+    table = _make_table("pictures that show what was said, %", "", *names, "all", "pictures")
     for who, shares in fidelity.items():
         cells = [*shares.by_attribute.values(), shares.all_at_once]
         table.add_row(who, *(f"{100 * share:.1f}" for share in cells), str(shares.pictures))
@@ -124,7 +132,7 @@ def _fidelity_table(fidelity: Mapping[str, Fidelity]) -> Table:
 
 
 def _paired_table(paired: Mapping[str, Sequence[PairedError]]) -> Table:
-    table = _table("paired-noise error", "", "steps", "error", "floor", "ceiling", "score", "95 %")
+    table = _make_table("paired-noise error", "", "steps", "error", "floor", "ceiling", "score", "95 %")
     for who, errors in paired.items():
         for e in errors:
             score = "-" if e.score is None else f"{e.score:.3f}"
@@ -136,7 +144,7 @@ def _paired_table(paired: Mapping[str, Sequence[PairedError]]) -> Table:
 def _velocity_table(velocity: VelocityErrors | None) -> Table:
     bins = len(velocity.velocity.by_bin) if velocity else 0
     heads = [f"s {i / bins:.1f}-{(i + 1) / bins:.1f}" for i in range(bins)]
-    table = _table("held-out relative squared error", "", "all", *heads)
+    table = _make_table("held-out relative squared error", "", "all", *heads)
 
     def row(name: str, error: RelativeError) -> None:
         cells = (error.overall, *error.by_bin)
@@ -148,15 +156,15 @@ def _velocity_table(velocity: VelocityErrors | None) -> Table:
     return table
 
 
-def _gate_table(judged: Sequence[Verdict]) -> Table:
-    table = _table("gates", "", "found", "asked", "")
-    for v in judged:
+def _gate_table(gate_results: Sequence[GateResult]) -> Table:
+    table = _make_table("gates", "", "found", "asked", "")
+    for v in gate_results:
         table.add_row(v.name, f"{v.found:.4f}", v.asked, "PASS" if v.passed else "FAIL")
     return table
 
 
-def _table(title: str, *heads: str) -> Table:
+def _make_table(title: str, *column_titles: str) -> Table:
     table = Table(title=title, title_justify="left")
-    for i, head in enumerate(heads):
+    for i, head in enumerate(column_titles):
         table.add_column(head, justify="left" if i == 0 else "right")
     return table

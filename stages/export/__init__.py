@@ -7,20 +7,19 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from configs.claim import claimed
-from configs.load import asked_for
-from configs.refusal import Refused
-from configs.strict import Strict
+from configs.load import config_from_arguments
+from configs.values import Strict
 from stages.export.diffusers import export_diffusers
-from stages.export.existing import refuse_occupied, verify_export
-from stages.export.history import classes_of, history_of
-from stages.export.ldm import WORKFLOW, export_ldm, refuse_other_predictions
+from stages.export.existing import refuse_occupied, remove_stale_files, verify_export
+from stages.export.history import class_facts, read_history
+from stages.export.ldm import WORKFLOW_FILE, export_ldm, refuse_other_predictions
 from stages.export.lora import export_lora, lora_files, verify_lora
-from stages.export.modelspec import file_name
 from stages.export.original import export_original
-from stages.export.stale import remove_stale
-from stages.nets.saved import Origin, load_student, load_teacher_parts, open_run
+from stages.export.tensorfile import single_file_name
+from stages.nets.saved import Origin, load_run_teacher, load_student, open_run
 from stages.nets.student import Student
+from stages.system.ownership import claim_folder
+from stages.system.refusal import Refused
 
 __all__ = [
     "Config",
@@ -28,12 +27,12 @@ __all__ = [
     "export_diffusers",
     "export_ldm",
     "export_lora",
-    "files_of",
+    "export_paths",
     "main",
     "run",
 ]
 
-VOID_FOR_PT = ("verify", "flow_shift", "name", "single_file", "unet_only")
+FOLDER_ONLY_OPTIONS = ("verify", "flow_shift", "name", "single_file", "unet_only")
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "both": torch.float32}
 USAGE = (
     "usage: sollune export RUN [--checkpoint N] [--out DIR] [--dtype float16|float32|both] [--flow-shift S] "
@@ -81,8 +80,8 @@ class Config(Strict):
     )
 
     @model_validator(mode="after")
-    def _asks_of_pt_what_it_has(self) -> "Config":
-        void = [name for name in VOID_FOR_PT if getattr(self, name) != type(self).model_fields[name].default]
+    def _check_pt_options(self) -> "Config":
+        void = [name for name in FOLDER_ONLY_OPTIONS if getattr(self, name) != type(self).model_fields[name].default]
         if self.to == "pt" and void:
             raise ValueError(f"{void[0]} means nothing for a .pt file - leave it out, or leave out to")
         return self
@@ -98,18 +97,18 @@ def run(config: Config) -> tuple[Path, ...]:
         refuse_other_predictions(saved.origin.target)
     if config.unet_only and config.single_file is False:
         raise Refused("export: --unet-only speaks of the single file, --single-file false leaves it out - choose one")
-    parts = load_teacher_parts(saved.origin, torch.device("cpu"), torch.float32)
-    out, facts = config.out or saved.folder / "export", saved.origin.facts(parts, saved.samples)
+    parts = load_run_teacher(saved.origin, torch.device("cpu"), torch.float32)
+    out, facts = config.out or saved.folder / "export", saved.origin.export_facts(parts, saved.samples)
     if config.to == "pt":
-        with claimed(out, "export into"):
+        with claim_folder(out, "export into"):
             return (export_original(saved, parts, out, DTYPES[config.dtype]),)
     student, folder = load_student(saved, parts), parts.folder
     del parts  # 4.3 GB at SD-1.x's size
     if config.verify:
         return verify_export(out, student, folder) + verify_lora(saved, out)
-    facts = {**classes_of(saved.folder), **facts}
+    facts = {**class_facts(saved.folder), **facts}
     lora = lora_files(facts, config.name) if saved.origin.lora else ()
-    with claimed(out, "export into"):
+    with claim_folder(out, "export into"):
         refuse_occupied(out, lora)
         written = export_all(
             student,
@@ -148,27 +147,29 @@ def export_all(
     something that is not ours, or was changed since, would be lost.
     """
     run = run or out.parent
-    facts = {**classes_of(run), **facts}
-    single = student.vp is None if single_file is None else single_file
-    refuse_occupied(out, files_beside(facts, name, unet_only=unet_only) if single else ())
-    history = history_of(run, int(facts.get("samples", 0)))
+    facts = {**class_facts(run), **facts}
+    single = student.vp_bridge is None if single_file is None else single_file
+    refuse_occupied(out, single_file_paths(facts, name, unet_only=unet_only) if single else ())
+    history = read_history(run, int(facts.get("samples", 0)))
     folder = export_diffusers(
         student, teacher_folder, out, facts, dtype, flow_shift, half_variant=half_variant, history=history
     )
     written = (folder, export_ldm(folder, name, unet_only=unet_only)) if single else (folder,)
-    for stale in remove_stale(out):
+    for stale in remove_stale_files(out):
         print(f"{stale}: removed, it was of an earlier student")
     return written
 
 
-def files_beside(facts: Mapping[str, Any], name: str | None = None, *, unet_only: bool = False) -> tuple[Path, ...]:
+def single_file_paths(
+    facts: Mapping[str, Any], name: str | None = None, *, unet_only: bool = False
+) -> tuple[Path, ...]:
     """What lies beside the diffusers folder for a student that answers with velocity."""
-    return Path(file_name(facts, name, unet_only)), Path(WORKFLOW)
+    return Path(single_file_name(facts, name, unet_only)), Path(WORKFLOW_FILE)
 
 
-def files_of(origin: Origin, facts: Mapping[str, Any]) -> tuple[Path, ...]:
+def export_paths(origin: Origin, facts: Mapping[str, Any]) -> tuple[Path, ...]:
     """What a run's export writes beside the diffusers folder at its end."""
-    single = files_beside(facts) if origin.target == "velocity" else ()
+    single = single_file_paths(facts) if origin.target == "velocity" else ()
     return (*single, *(lora_files(facts) if origin.lora else ()))
 
 
@@ -177,7 +178,7 @@ def main(argv: Sequence[str]) -> int:
     words = ["--run", *argv] if argv and not argv[0].startswith("-") else list(argv)
     if not words:
         raise Refused(f"export: which run? - {USAGE}")
-    config = asked_for(Config, "export", words)
+    config = config_from_arguments(Config, "export", words)
     if config is not None:
         for path in run(config):
             print(f"{path}: {'verified' if config.verify else 'written and verified'}")

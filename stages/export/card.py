@@ -1,35 +1,72 @@
-"""The model card: what the folder is, how to run it, how it was made, how good it is, what it may be used for.
+"""What an evaluation found, as Markdown tables and as the hub's `model-index`.
+
+The licence of a student's weights: its teacher's, as the teacher's own card states it.
+
+The model card: what the folder is, how to run it, how it was made, how good it is, what it may be used for.
 
 Every line comes from a fact; what is not known is left out, or said to be unknown.
 """
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from stages.export.figures import results, tables
-from stages.export.history import History
-from stages.export.licence import FIELDS, OPENRAIL, STABLE_DIFFUSION_1
+from stages.export.history import RunHistory, metric_tables, model_index_results
+
+OPENRAIL = "creativeml-openrail-m"
+STABLE_DIFFUSION_1 = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "runwayml/stable-diffusion-v1-5",
+    *(f"CompVis/stable-diffusion-v1-{k}" for k in (1, 2, 3, 4)),
+}
+"""Hub ids whose licence is known without their card."""
+LICENCE_FIELDS = ("license", "license_name", "license_link")
+
+
+def licence_of(teacher_folder: Path, base_model: str | None = None) -> dict[str, str]:
+    """The head's fields of the teacher's card, or what its hub id is known for; empty when nothing states a licence."""
+    stated = _licence_from_card(teacher_folder / "README.md")
+    if "license" in stated:
+        return stated
+    return {"license": OPENRAIL} if base_model in STABLE_DIFFUSION_1 else {}
+
+
+def licence_files(teacher_folder: Path) -> list[Path]:
+    """The teacher's licence texts, which go where its weights go."""
+    return sorted(path for path in teacher_folder.glob("LICENSE*") if path.is_file())
+
+
+def _licence_from_card(file: Path) -> dict[str, str]:
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if not text.startswith("---"):
+        return {}
+    head = ModelCard(text, ignore_metadata_errors=True).data
+    return {key: value for key in LICENCE_FIELDS if isinstance(value := head.get(key), str)}
+
 
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "diffusers-training", "sollune"]
-PROMPT = "a red lighthouse on a cliff"
+DEFAULT_PROMPT = "a red lighthouse on a cliff"
 
-FLOW = """A Stable Diffusion 1.x model that answers with the **velocity** of the straight path
+FLOW_SUMMARY = """A Stable Diffusion 1.x model that answers with the **velocity** of the straight path
 `x_s = (1 - s) x0 + s eps`, `v = eps - x0`, told the time `1000 s`. It was distilled by sollune from a cache of its
 teacher's own answers."""
-KEEP_FLOW = """Keep the scheduler that lies here: UniPC with `use_flow_sigmas`, `prediction_type: flow_prediction` and
+FLOW_SCHEDULER_NOTE = """\
+Keep the scheduler that lies here: UniPC with `use_flow_sigmas`, `prediction_type: flow_prediction` and
 `flow_shift: {flow_shift:g}` (`DPMSolverMultistepScheduler` with the same settings works as well). A scheduler for noise
 prediction makes noise of it; most refuse. The latents are scaled as the teacher's are. In ComfyUI: `ModelSamplingSD3`
 with shift {flow_shift:g} behind the loader, sampler euler, scheduler simple."""
-VP = """A Stable Diffusion 1.x model that answers with **v-prediction** on its teacher's own noise schedule. It was
+VP_SUMMARY = """\
+A Stable Diffusion 1.x model that answers with **v-prediction** on its teacher's own noise schedule. It was
 distilled by sollune from a cache of its teacher's own answers."""
-KEEP_VP = """Keep the scheduler that lies here, or any other with `prediction_type: v_prediction` and the same betas.
+VP_SCHEDULER_NOTE = """\
+Keep the scheduler that lies here, or any other with `prediction_type: v_prediction` and the same betas.
 The latents are scaled as the teacher's are."""
 
-EXAMPLE = """```python
+EXAMPLE_CODE = """```python
 from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained(".")  # this folder, or the place to which it was published
@@ -37,10 +74,12 @@ picture = pipeline({prompt}, num_inference_steps=25, guidance_scale=5.0).images[
 picture.save("picture.png")
 ```"""
 
-LIMITS = """The student learnt from its teacher alone: what the teacher cannot paint, it cannot paint, and the biases
+LIMITS_TEXT = """\
+The student learnt from its teacher alone: what the teacher cannot paint, it cannot paint, and the biases
 and unwanted contents of the teacher's training pictures come along. **There is no safety filter** in this folder:
 whoever shows its pictures to others has to add one."""
-LIMITS_SD1 = """Its teacher is, or descends from, Stable Diffusion 1.x, whose card states: trained on a part of
+SD1_LIMITS_TEXT = """\
+Its teacher is, or descends from, Stable Diffusion 1.x, whose card states: trained on a part of
 LAION-5B, which holds adult content; captions mainly in English, so that other languages work worse and white and
 western cultures are often the default; no legible text; weak at composition, faces and people; a lossy autoencoder."""
 
@@ -49,31 +88,38 @@ CITATION = """sollune repeats, from an offline cache and with measured steps, an
 which went on from it without him, on the latents of `AbstractPhil/sd15-latent-distillation-500k`)."""
 
 
-def card(facts: Mapping[str, Any], history: History | None = None) -> str:
+def model_card(facts: Mapping[str, Any], history: RunHistory | None = None) -> str:
     """README.md with the head that model hubs read.
 
     `facts` are those of `sollune.json`: `title`, `license` with its name and link, and `base_model` (a hub id) are
     taken up where they are there.
     """
     flows = facts.get("prediction") != "v_prediction"
+    scheduler_note = FLOW_SCHEDULER_NOTE if flows else VP_SCHEDULER_NOTE
     sections = {
-        "Use": f"{_example(history)}\n\n{(KEEP_FLOW if flows else KEEP_VP).format(**{'flow_shift': 1.0, **facts})}",
-        "Samples": _samples(history),
-        "Figures": _figures(history),
-        "How it was made": _made(facts, history),
-        "Biases, limits, safety": f"{LIMITS}\n\n{LIMITS_SD1}" if _of_stable_diffusion(facts) else LIMITS,
-        "Licence": _licence(facts),
+        "Use": f"{_example_code(history)}\n\n{scheduler_note.format(**{'flow_shift': 1.0, **facts})}",
+        "Samples": _picture_section(history),
+        "Figures": _evaluation_section(history),
+        "How it was made": _provenance_section(facts, history),
+        "Biases, limits, safety": f"{LIMITS_TEXT}\n\n{SD1_LIMITS_TEXT}"
+        if _is_stable_diffusion_1(facts)
+        else LIMITS_TEXT,
+        "Licence": _licence_section(facts),
         "Citation": CITATION,
     }
     title = facts.get("title", f"{'A velocity model' if flows else 'A v-predicting model'} (sollune)")
-    body = [f"# {title}", FLOW if flows else VP, *(f"## {head}\n\n{text}" for head, text in sections.items() if text)]
-    return str(ModelCard(f"---\n{_head(facts, history, flows).to_yaml()}\n---\n" + "\n\n".join(body) + "\n"))
+    body = [
+        f"# {title}",
+        FLOW_SUMMARY if flows else VP_SUMMARY,
+        *(f"## {head}\n\n{text}" for head, text in sections.items() if text),
+    ]
+    return str(ModelCard(f"---\n{_front_matter(facts, history, flows).to_yaml()}\n---\n" + "\n\n".join(body) + "\n"))
 
 
-def _head(facts: Mapping[str, Any], history: History | None, flows: bool) -> ModelCardData:
-    found = results(history.evaluation) if history else []
+def _front_matter(facts: Mapping[str, Any], history: RunHistory | None, is_flow: bool) -> ModelCardData:
+    found = model_index_results(history.evaluation) if history else []
     base = facts.get("base_model")
-    told: dict[str, Any] = {key: facts[key] for key in FIELDS if key in facts}
+    told: dict[str, Any] = {key: facts[key] for key in LICENCE_FIELDS if key in facts}
     if base:
         told |= {"base_model": base, "base_model_relation": "finetune"}
     if found:
@@ -81,44 +127,44 @@ def _head(facts: Mapping[str, Any], history: History | None, flows: bool) -> Mod
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=[*TAGS, *(["flow-matching"] if flows else [])],
-        language="en" if _of_stable_diffusion(facts) else None,
+        tags=[*TAGS, *(["flow-matching"] if is_flow else [])],
+        language="en" if _is_stable_diffusion_1(facts) else None,
         inference=False,
         **told,
     )
 
 
-def _of_stable_diffusion(facts: Mapping[str, Any]) -> bool:
+def _is_stable_diffusion_1(facts: Mapping[str, Any]) -> bool:
     """Whether the teacher says that it is Stable Diffusion 1.x or made from it."""
     return facts.get("license") == OPENRAIL or facts.get("base_model") in STABLE_DIFFUSION_1
 
 
-def _example(history: History | None) -> str:
+def _example_code(history: RunHistory | None) -> str:
     prompts = history.prompts if history else []
-    return EXAMPLE.format(prompt=json.dumps(prompts[0] if prompts else PROMPT))
+    return EXAMPLE_CODE.format(prompt=json.dumps(prompts[0] if prompts else DEFAULT_PROMPT))
 
 
-def _samples(history: History | None) -> str:
+def _picture_section(history: RunHistory | None) -> str:
     """The pictures that lie in the folder."""
     pictures = history.pictures if history else {}
     return "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
 
 
-def _figures(history: History | None) -> str:
-    found = tables(history.evaluation) if history else ""
+def _evaluation_section(history: RunHistory | None) -> str:
+    found = metric_tables(history.evaluation) if history else ""
     return found or "Not measured yet: `sollune evaluate RUN`, then `sollune export RUN` again."
 
 
-def _made(facts: Mapping[str, Any], history: History | None) -> str:
-    cache = {"cache": history.cache} if history and history.cache else {}
-    told = "\n".join(_rows({**facts, **cache}))
-    if not (history and history.recipe):
+def _provenance_section(facts: Mapping[str, Any], history: RunHistory | None) -> str:
+    cache = {"cache": history.cache_facts} if history and history.cache_facts else {}
+    told = "\n".join(_fact_lines({**facts, **cache}))
+    if not (history and history.settings):
         return told
-    recipe = yaml.safe_dump(dict(history.recipe), sort_keys=False, allow_unicode=True, width=120)
+    recipe = yaml.safe_dump(dict(history.settings), sort_keys=False, allow_unicode=True, width=120)
     return f"{told}\n\n<details><summary>The run's settings</summary>\n\n```yaml\n{recipe}```\n\n</details>"
 
 
-def _licence(facts: Mapping[str, Any]) -> str:
+def _licence_section(facts: Mapping[str, Any]) -> str:
     """The weights' licence is the teacher's; never guessed."""
     teacher = facts.get("base_model") or facts.get("teacher") or "its teacher"
     if "license" not in facts:
@@ -134,10 +180,10 @@ def _licence(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _rows(facts: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _fact_lines(facts: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One line for each fact, nested ones by their path."""
     rows: list[str] = []
     for key, value in sorted(facts.items()):
         inner = isinstance(value, Mapping)
-        rows += _rows(value, f"{prefix}{key}.") if inner else [f"- {prefix}{key}: `{value}`"]
+        rows += _fact_lines(value, f"{prefix}{key}.") if inner else [f"- {prefix}{key}: `{value}`"]
     return rows

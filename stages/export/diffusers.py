@@ -11,19 +11,22 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from configs.refusal import Refused
-from stages.export.card import card
-from stages.export.content import Content, fingerprint, nested, types_of, weight_file
-from stages.export.history import History
-from stages.export.licence import licence_files, licence_of
-from stages.export.ours import keep_added, write_facts
-from stages.export.place import replacing
-from stages.export.verify import verify_folder
-from stages.nets.anatomy import check_anatomy
-from stages.nets.files import files_of
-from stages.nets.identity import identity
+from stages.export.card import licence_files, licence_of, model_card
+from stages.export.folder import copy_added_files, replace_folder, write_facts
+from stages.export.history import RunHistory
+from stages.export.verify import (
+    ExportContent,
+    student_digest,
+    variant_dtypes,
+    verify_folder,
+    weight_file,
+    with_text_model_prefix,
+)
+from stages.nets.anatomy import check_sd1_architecture
+from stages.nets.files import component_digests, component_files
 from stages.nets.loading import load_tokenizer
 from stages.nets.student import TIME_SCALE, Student
+from stages.system.refusal import Refused
 
 
 def export_diffusers(
@@ -35,7 +38,7 @@ def export_diffusers(
     flow_shift: float = 1.0,
     *,
     half_variant: bool = False,
-    history: History | None = None,
+    history: RunHistory | None = None,
 ) -> Path:
     """Write `<out>/diffusers`, verify it from the disk, and only then let it replace an earlier export.
 
@@ -44,40 +47,40 @@ def export_diffusers(
     export or was changed stands in the way, and when the disk is full; an earlier export then stays as it was. Files
     that were added to it are kept.
     """
-    check_anatomy(teacher_folder)
-    content = Content(student, teacher_folder, types_of(dtype, half_variant), flow_shift)
-    told = {**facts, **licence_of(teacher_folder, facts.get("base_model")), **_own_facts(content)}
-    with replacing(out / "diffusers") as folder:
-        for variant, stored in content.types.items():
-            _write(folder, content, variant, stored)
-        (folder / "README.md").write_text(card(told, history), encoding="utf-8")
-        _copy_beside(folder, teacher_folder, history)
+    check_sd1_architecture(teacher_folder)
+    content = ExportContent(student, teacher_folder, variant_dtypes(dtype, half_variant), flow_shift)
+    told = {**facts, **licence_of(teacher_folder, facts.get("base_model")), **_student_facts(content)}
+    with replace_folder(out / "diffusers") as folder:
+        for variant, stored in content.dtypes.items():
+            _write_variant(folder, content, variant, stored)
+        (folder / "README.md").write_text(model_card(told, history), encoding="utf-8")
+        _copy_extra_files(folder, teacher_folder, history)
         write_facts(folder, told)
-        keep_added(out / "diffusers", folder)
+        copy_added_files(out / "diffusers", folder)
         verify_folder(folder, content)
     return out / "diffusers"
 
 
-def _own_facts(content: Content) -> dict[str, Any]:
-    velocity = content.student.vp is None
+def _student_facts(content: ExportContent) -> dict[str, Any]:
+    velocity = content.student.vp_bridge is None
     told = {"prediction": "velocity", "path": "linear", "time_scale": TIME_SCALE, "flow_shift": content.flow_shift}
-    variants = [variant for variant in content.types if variant]
+    variants = [variant for variant in content.dtypes if variant]
     return {
         **(told if velocity else {"prediction": "v_prediction", "path": "the teacher's"}),
-        "dtype": str(content.types[""]).removeprefix("torch."),
+        "dtype": str(content.dtypes[""]).removeprefix("torch."),
         **({"variants": variants} if variants else {}),
-        "teacher_sha256": identity(content.teacher_folder),
-        "student_sha256": fingerprint(content.student),
+        "teacher_sha256": component_digests(content.teacher_folder),
+        "student_sha256": student_digest(content.student),
     }
 
 
-def _write(folder: Path, content: Content, variant: str, dtype: torch.dtype) -> None:
+def _write_variant(folder: Path, content: ExportContent, variant: str, dtype: torch.dtype) -> None:
     """Every part in one type; what is not weights comes out the same for each variant."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(
             UNet2DConditionModel.load_config(content.teacher_folder, subfolder="unet")
         )
-    weights = content.unet(dtype)
+    weights = content.unet_tensors(dtype)
     if unet.state_dict().keys() != weights.keys():
         raise Refused(
             f"export: the student's tensors are not those of {content.teacher_folder}/unet - name its own teacher"
@@ -86,22 +89,22 @@ def _write(folder: Path, content: Content, variant: str, dtype: torch.dtype) -> 
     tokenizer = load_tokenizer(content.teacher_folder)
     StableDiffusionPipeline(
         unet=unet,
-        vae=content.vae(dtype),
-        text_encoder=content.text_encoder(dtype),
+        vae=content.load_vae(dtype),
+        text_encoder=content.load_text_encoder(dtype),
         tokenizer=tokenizer,
         scheduler=content.scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder, variant=variant or None)
-    _nest_text_keys(folder / weight_file("text_encoder", variant))
-    _keep_tokenizer(tokenizer, files_of(content.teacher_folder, "tokenizer"), folder / "tokenizer")
+    _prefix_text_encoder_keys(folder / weight_file("text_encoder", variant))
+    _keep_tokenizer(tokenizer, component_files(content.teacher_folder, "tokenizer"), folder / "tokenizer")
     _load_in_float32(folder / "text_encoder" / "config.json")
     for config in (folder / "model_index.json", *folder.glob("*/config.json"), *folder.glob("*/tokenizer_config.json")):
-        _forget_path(config)
+        _remove_local_path(config)
 
 
-def _copy_beside(folder: Path, teacher_folder: Path, history: History | None) -> None:
+def _copy_extra_files(folder: Path, teacher_folder: Path, history: RunHistory | None) -> None:
     """The pictures that the card shows, and the licence that goes where the weights go."""
     for file in licence_files(teacher_folder):
         shutil.copyfile(file, folder / file.name)
@@ -118,8 +121,8 @@ def _load_in_float32(config: Path) -> None:
     config.write_text(json.dumps({**content, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
-def _nest_text_keys(file: Path) -> None:
-    save_file(nested(load_file(file)), file, metadata={"format": "pt"})
+def _prefix_text_encoder_keys(file: Path) -> None:
+    save_file(with_text_model_prefix(load_file(file)), file, metadata={"format": "pt"})
 
 
 def _keep_tokenizer(tokenizer: CLIPTokenizer, files: Sequence[Path], folder: Path) -> None:
@@ -130,7 +133,7 @@ def _keep_tokenizer(tokenizer: CLIPTokenizer, files: Sequence[Path], folder: Pat
         tokenizer.backend_tokenizer.model.save(str(folder))
 
 
-def _forget_path(config: Path) -> None:
+def _remove_local_path(config: Path) -> None:
     """Take out where on this machine a part was loaded from."""
     content = json.loads(config.read_text(encoding="utf-8"))
     kept = {key: value for key, value in content.items() if key not in ("_name_or_path", "name_or_path")}

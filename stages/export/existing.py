@@ -1,21 +1,57 @@
-"""An export that lies there already, held against the student that it should be."""
+"""Single files of an earlier student, which must not stay silently beside the folder of a newer one.
+
+An export that lies there already, held against the student that it should be.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from configs.refusal import Refused
 from stages.export import tensorfile
-from stages.export.content import HALF, Content, types_of
-from stages.export.ldm import open_folder, verify_file
-from stages.export.modelspec import metadata
-from stages.export.ours import FACTS, facts_of, refuse_changed, refuse_foreign_file
-from stages.export.stale import single_files
-from stages.export.verify import verify_folder
+from stages.export.folder import (
+    FACTS_FILE,
+    is_unmodified_export,
+    read_facts,
+    read_header,
+    refuse_changed,
+    refuse_foreign_file,
+)
+from stages.export.ldm import WORKFLOW_FILE, open_export, verify_single_file
+from stages.export.tensorfile import STUDENT_KEY, single_file_metadata
+from stages.export.verify import HALF_VARIANT, ExportContent, variant_dtypes, verify_folder
+from stages.nets.files import read_json
 from stages.nets.student import Student
+from stages.system.refusal import Refused
 
-TYPES = {"float16": torch.float16, "float32": torch.float32}
+
+def own_single_files(out: Path) -> dict[Path, dict[str, str]]:
+    """The single files in `out` that are ours, by what their headers say; a file that says nothing of us is not."""
+    found = {file: read_header(file) for file in sorted(out.glob("*-flow.safetensors"))}
+    return {file: said for file, said in found.items() if "sollune.prediction" in said}
+
+
+def remove_stale_files(out: Path) -> list[Path]:
+    """Remove our files of other students than the one in `<out>/diffusers`, and a workflow that loads one of them.
+
+    What somebody changed since is left alone.
+    """
+    student = read_json(out / "diffusers" / FACTS_FILE)["student_sha256"]
+    others = [file for file, said in own_single_files(out).items() if said.get(f"sollune.{STUDENT_KEY}") != student]
+    stale = [file for file in others if is_unmodified_export(file)]
+    graph = out / WORKFLOW_FILE
+    if (
+        graph.is_file()
+        and is_unmodified_export(graph)
+        and any(file.name in graph.read_text(encoding="utf-8") for file in stale)
+    ):
+        stale.append(graph)
+    for file in stale:
+        file.unlink()
+    return stale
+
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 def verify_export(out: Path, student: Student, teacher_folder: Path) -> tuple[Path, ...]:
@@ -24,14 +60,14 @@ def verify_export(out: Path, student: Student, teacher_folder: Path) -> tuple[Pa
     What type and shift to expect is read from the export. Raises `Refused` as exporting does.
     """
     folder = out / "diffusers"
-    if not (folder / FACTS).is_file():
-        raise Refused(f"{folder}: no export of ours ({FACTS} is missing) - export the run first")
-    facts = facts_of(folder)
-    types = types_of(TYPES[facts["dtype"]], HALF in facts.get("variants", ()))
-    verify_folder(folder, Content(student, teacher_folder, types, facts.get("flow_shift", 1.0)))
-    files = single_files(out)
+    if not (folder / FACTS_FILE).is_file():
+        raise Refused(f"{folder}: no export of ours ({FACTS_FILE} is missing) - export the run first")
+    facts = read_facts(folder)
+    types = variant_dtypes(DTYPES[facts["dtype"]], HALF_VARIANT in facts.get("variants", ()))
+    verify_folder(folder, ExportContent(student, teacher_folder, types, facts.get("flow_shift", 1.0)))
+    files = own_single_files(out)
     for file, said in files.items():
-        _verify_single(file, said, folder)
+        _verify_single_file(file, said, folder)
     return (folder, *files)
 
 
@@ -45,13 +81,15 @@ def refuse_occupied(out: Path, files: Iterable[Path] = ()) -> None:
         refuse_foreign_file(file)
 
 
-def _verify_single(file: Path, said: dict[str, str], folder: Path) -> None:
+def _verify_single_file(file: Path, header: dict[str, str], folder: Path) -> None:
     """A file is held against the folder; its name and its parts are its own choice."""
     unet_only = file.name.endswith("-unet-flow.safetensors")
-    held = open_folder(folder, unet_only)
-    title = said.get("modelspec.title", "")
+    held = open_export(folder, unet_only)
+    title = header.get("modelspec.title", "")
     name = title.removesuffix(" flow (sollune)").removesuffix(" UNet")
-    told = metadata(held.facts, held.pixels, tensorfile.hash_of(held.in_ldm()), name, unet_only)
-    if tensorfile.SEAL in said:  # files from before there were seals are read as well
-        told = tensorfile.sealed(told)
-    verify_file(file, held, told, file.name)
+    told = single_file_metadata(
+        held.facts, held.picture_pixels, tensorfile.hash_tensors(held.ldm_tensors()), name, unet_only
+    )
+    if tensorfile.HEADER_HASH_KEY in header:  # files from before there were seals are read as well
+        told = tensorfile.with_header_hash(told)
+    verify_single_file(file, held, told, file.name)

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from configs.refusal import Refused
+from stages.system.refusal import Refused
 
-PREFIXES = {
+LDM_PREFIXES = {
     "unet": ["model", "diffusion_model"],
     "vae": ["first_stage_model"],
     "text_encoder": ["cond_stage_model", "transformer", "text_model"],
@@ -27,7 +27,7 @@ VAE_RESNET = {
     "conv_shortcut": ["nin_shortcut"],
 }
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v"}
-TEXT = {"embeddings", "encoder", "final_layer_norm"}
+TEXT_ENCODER_ROOTS = {"embeddings", "encoder", "final_layer_norm"}
 
 
 def ldm_names(keys: Iterable[str], layers: int, vae_levels: int) -> dict[str, str]:
@@ -50,16 +50,16 @@ def ldm_name(key: str, layers: int, vae_levels: int) -> str:
     part, *words = key.split(".")
     match part:
         case "unet":
-            found = _unet(words, layers)
+            found = _unet_name(words, layers)
         case "vae":
-            found = _vae(words, vae_levels)
+            found = _vae_name(words, vae_levels)
         case "text_encoder":
-            found = _text(words)
+            found = _text_encoder_name(words)
         case _:
             found = []
     if not found:
         raise Refused(f"export: no SD-1.x model has a tensor {key} - the LDM layout holds SD-1.x models only")
-    return ".".join([*PREFIXES[part], *found])
+    return ".".join([*LDM_PREFIXES[part], *found])
 
 
 def to_ldm(key: str, value: Tensor) -> Tensor:
@@ -76,13 +76,13 @@ def _is_projection(key: str) -> bool:
     return key.startswith("vae.") and ".attentions.0.to_" in key and key.endswith(".weight")
 
 
-def _text(words: list[str]) -> list[str]:
+def _text_encoder_name(words: list[str]) -> list[str]:
     """One tensor of the text encoder, whose names transformers >= 5.6 no longer nests; empty if unknown."""
     inner = words[1:] if words[:1] == ["text_model"] else words
-    return inner if TEXT.intersection(inner[:1]) else []
+    return inner if TEXT_ENCODER_ROOTS.intersection(inner[:1]) else []
 
 
-def _unet(words: list[str], layers: int) -> list[str]:
+def _unet_name(words: list[str], layers: int) -> list[str]:
     """The UNet's ends and middle; an empty list for an unknown name."""
     match words:
         case ["conv_in", kind]:
@@ -98,11 +98,11 @@ def _unet(words: list[str], layers: int) -> list[str]:
         case ["mid_block", "attentions", "0", *inner]:
             return ["middle_block", "1", *inner]
         case [("down_blocks" | "up_blocks") as side, b, *rest]:
-            return _unet_level(side == "down_blocks", int(b), rest, layers)
+            return _unet_block_name(side == "down_blocks", int(b), rest, layers)
     return []
 
 
-def _unet_level(down: bool, b: int, words: list[str], layers: int) -> list[str]:
+def _unet_block_name(down: bool, b: int, words: list[str], layers: int) -> list[str]:
     """One block: diffusers counts within it, LDM through the whole side, where each level takes `layers` + 1 slots.
 
     Down, slot 0 is `conv_in` and a level's last slot its downsampler; up, the upsampler stands in the last slot behind
@@ -121,7 +121,7 @@ def _unet_level(down: bool, b: int, words: list[str], layers: int) -> list[str]:
     return []
 
 
-def _vae(words: list[str], levels: int) -> list[str]:
+def _vae_name(words: list[str], levels: int) -> list[str]:
     """One tensor of the autoencoder, whose LDM decoder counts its resolutions from the finest; empty if unknown."""
     match words:
         case [("quant_conv" | "post_quant_conv"), _] | [("encoder" | "decoder"), ("conv_in" | "conv_out"), _]:
@@ -135,16 +135,16 @@ def _vae(words: list[str], levels: int) -> list[str]:
         case [half, "mid_block", "attentions", "0", inner, kind] if inner in VAE_ATTENTION:
             return [half, "mid", "attn_1", VAE_ATTENTION[inner], kind]
         case ["encoder", "down_blocks", i, *rest]:
-            return _vae_level(["encoder", "down", i], rest)
+            return _vae_block_name(["encoder", "down", i], rest)
         case ["decoder", "up_blocks", i, *rest]:
-            return _vae_level(["decoder", "up", str(levels - 1 - int(i))], rest)
+            return _vae_block_name(["decoder", "up", str(levels - 1 - int(i))], rest)
     return []
 
 
-def _vae_level(place: list[str], words: list[str]) -> list[str]:
+def _vae_block_name(prefix: list[str], words: list[str]) -> list[str]:
     match words:
         case ["resnets", j, inner, kind] if inner in VAE_RESNET:
-            return [*place, "block", j, *VAE_RESNET[inner], kind]
+            return [*prefix, "block", j, *VAE_RESNET[inner], kind]
         case [("downsamplers" | "upsamplers") as sampler, "0", "conv", kind]:
-            return [*place, sampler.removesuffix("rs"), "conv", kind]
+            return [*prefix, sampler.removesuffix("rs"), "conv", kind]
     return []

@@ -8,34 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.atomic import atomic_path
-from configs.refusal import Refused, in_one_line
-from stages.export.modelspec import teacher_name
-from stages.export.ours import AWAY
+from stages.export.folder import MOVE_REMEDY
+from stages.export.tensorfile import teacher_name
 from stages.nets.components import Components
-from stages.nets.original import Original, read_original
+from stages.nets.original import OriginalCheckpoint, read_original
 from stages.nets.saved import SavedRun, load_student
+from stages.system.atomic import atomic_path
+from stages.system.refusal import Refused, in_one_line
 
 
-def export_original(run: SavedRun, parts: Components, out: Path, dtype: torch.dtype) -> Path:
+def export_original(run: SavedRun, components: Components, out: Path, dtype: torch.dtype) -> Path:
     """Write `<out>/<teacher>-flow.pt`, reading it back before it gets this name; returns the file.
 
     `student` holds the averaged weights under the keys of the original's trainer. `opt` and `sched` are empty: the
     optimizer's moments belong to the weights before averaging, and training goes on from a run's own checkpoints.
     Raises `Refused` for a student that is still its teacher, and for weights that are no numbers in `dtype`.
     """
-    state = load_student(run, parts).unet.state_dict()
+    state = load_student(run, components).unet.state_dict()
     student = {f"unet.{name}": value.detach().cpu().to(dtype).contiguous() for name, value in state.items()}
-    cfg = settings(run, parts)
+    cfg = original_cfg(run, components)
     content = {"cfg": cfg, "student": student, "opt": {}, "sched": {}, "gstep": run.samples // cfg["batch_size"]}
-    file = out / f"{teacher_name(parts.name)}-flow.pt"
-    Original(run.weights, cfg, student, run.samples).weights(parts.unet)
+    file = out / f"{teacher_name(components.name_facts)}-flow.pt"
+    OriginalCheckpoint(run.weights, cfg, student, run.samples).weights(components.unet)
     _refuse_foreign(file)
     try:
         with atomic_path(file) as temporary:
             with open(temporary, "wb") as handle:
                 torch.save(content, handle)
-            _read_back(temporary, student)
+            _verify_written(temporary, student)
     except (RuntimeError, pickle.PicklingError) as error:  # torch hides the disk's words in the error before
         reason = str(error.__context__ or error).splitlines()[0]
         raise Refused(f"{file}: cannot be written ({reason}) - free some space or choose another folder") from error
@@ -45,10 +45,10 @@ def export_original(run: SavedRun, parts: Components, out: Path, dtype: torch.dt
 def _refuse_foreign(file: Path) -> None:
     """Raise `Refused` unless the file that would be written over is ours, by what its `cfg` says."""
     if file.exists() and not {"samples", "target", "tail"} <= read_original(file).cfg.keys():
-        raise Refused(f"{file}: is no export of ours, and would be written over - {AWAY}")
+        raise Refused(f"{file}: is no export of ours, and would be written over - {MOVE_REMEDY}")
 
 
-def settings(run: SavedRun, parts: Components) -> dict[str, Any]:
+def original_cfg(run: SavedRun, components: Components) -> dict[str, Any]:
     """`cfg`: the original's names where it has them, and what an import of ours wants to know besides.
 
     Without a recorded batch size `gstep` counts samples.
@@ -60,7 +60,7 @@ def settings(run: SavedRun, parts: Components) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Refused(f"{recorded}: cannot be read ({in_one_line(error)}) - choose another checkpoint") from error
     return {
-        "model_id": next(iter(parts.name.values())),
+        "model_id": next(iter(components.name_facts.values())),
         "batch_size": train.get("batch_size", 1),
         "samples": run.samples,
         "target": run.origin.target,
@@ -68,7 +68,7 @@ def settings(run: SavedRun, parts: Components) -> dict[str, Any]:
     }
 
 
-def _read_back(file: Path, student: dict[str, Tensor]) -> None:
+def _verify_written(file: Path, student: dict[str, Tensor]) -> None:
     """Raise `Refused` unless a reader that runs no code finds these very tensors."""
     found = read_original(file).student
     if found.keys() != student.keys() or not all(torch.equal(found[key], student[key]) for key in student):

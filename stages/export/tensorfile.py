@@ -2,19 +2,24 @@
 
 The library writes metadata in an order that changes from call to call, so the header is written here: eight bytes of
 length, JSON with sorted keys padded to a multiple of eight, the tensors in the order of their names.
+
+What the single file says of itself: ModelSpec 1.0.1 for the programs that read it, `sollune.*` for ourselves.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-TYPES = {torch.float16: "F16", torch.float32: "F32"}
-CHUNK = 1 << 24
-SEAL = "sollune_header_sha256"
+from stages.system.refusal import Refused
+
+SAFETENSORS_TYPES = {torch.float16: "F16", torch.float32: "F32"}
+CHUNK_BYTES = 1 << 24
+HEADER_HASH_KEY = "sollune_header_sha256"
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
@@ -23,7 +28,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
         yield tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def hash_of(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over all that follows the header, in ModelSpec's spelling (formats.md 4.1)."""
     sha = hashlib.sha256()
     for part in tensor_bytes(tensors):
@@ -31,18 +36,18 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
     return f"0x{sha.hexdigest()}"
 
 
-def sealed(metadata: Mapping[str, str]) -> dict[str, str]:
+def with_header_hash(metadata: Mapping[str, str]) -> dict[str, str]:
     """The same with a hash of all it says, so that whoever changes a word of it is noticed."""
-    return {**metadata, SEAL: _seal(metadata)}
+    return {**metadata, HEADER_HASH_KEY: _header_hash(metadata)}
 
 
-def is_sealed(metadata: Mapping[str, str]) -> bool:
+def has_valid_header_hash(metadata: Mapping[str, str]) -> bool:
     """Whether it says what it said when it was sealed, or was written before there were seals."""
-    said = {key: value for key, value in metadata.items() if key != SEAL}
-    return metadata.get(SEAL, _seal(said)) == _seal(said)
+    said = {key: value for key, value in metadata.items() if key != HEADER_HASH_KEY}
+    return metadata.get(HEADER_HASH_KEY, _header_hash(said)) == _header_hash(said)
 
 
-def _seal(metadata: Mapping[str, str]) -> str:
+def _header_hash(metadata: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()
 
 
@@ -53,7 +58,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     for name in sorted(tensors):
         value = tensors[name]
         start, end = end, end + value.nbytes
-        header[name] = {"dtype": TYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": SAFETENSORS_TYPES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
@@ -61,11 +70,79 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         file.writelines(tensor_bytes(tensors))
 
 
-def hash_in(path: Path) -> str:
+def hash_file_tensors(path: Path) -> str:
     """The same hash as `hash_of`, from the bytes of a written file."""
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(CHUNK_BYTES):
             sha.update(chunk)
     return f"0x{sha.hexdigest()}"
+
+
+STUDENT_KEY = "student_sha256"
+FACT_KEYS = {
+    "prediction": "prediction",
+    "path": "path",
+    "time_scale": "time_scale",
+    "flow_shift": "shift",
+    "tail": "tail_policy",
+    "recipe_sha256": "recipe_sha256",
+    "teacher_sha256": "teacher_sha256",
+    "student_sha256": STUDENT_KEY,
+    "samples": "samples_seen",
+}
+"""A fact of `sollune.json` -> its key in the file, behind `sollune.`."""
+
+
+def teacher_name(facts: Mapping[str, Any]) -> str:
+    """The last word of the teacher's hub id or folder; raises `Refused` when the facts name no teacher."""
+    name = str(facts.get("base_model") or facts.get("teacher") or "").rpartition("/")[2]
+    if not name:
+        raise Refused("export: sollune.json names no teacher (base_model or teacher) - export the run again")
+    return name
+
+
+def model_name(facts: Mapping[str, Any]) -> str:
+    """What a student is called unless told: as its teacher, and as its story where it was fine-tuned on classes."""
+    return f"{teacher_name(facts)}-classes" if "classes" in facts else teacher_name(facts)
+
+
+def single_file_name(facts: Mapping[str, Any], name: str | None, unet_only: bool) -> str:
+    """The single file's name, which must hold `flow`: SD.Next goes by it."""
+    stem = (name or model_name(facts)).removesuffix("-flow")
+    return f"{stem}{'-unet' if unet_only else ''}-flow.safetensors"
+
+
+def single_file_metadata(
+    facts: Mapping[str, Any], pixels: int, tensor_hash: str, name: str | None = None, unet_only: bool = False
+) -> dict[str, str]:
+    """The file's metadata; `pixels` is the side of the pictures, `tensor_hash` sha256 over the tensor bytes.
+
+    `sd3` is the one word for a velocity that a program acts on: SwarmUI then samples on the straight path. No date and
+    no author: the same export gives the same bytes (formats.md 4.1).
+    """
+    behind = "UNETLoader" if unet_only else "the loader"
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": f"{name or model_name(facts)} {'UNet ' if unet_only else ''}flow (sollune)",
+        "modelspec.resolution": f"{pixels}x{pixels}",
+        "modelspec.description": "A Stable Diffusion 1.x model that answers with the velocity of the straight path.",
+        "modelspec.hash_sha256": tensor_hash,
+        "modelspec.prediction_type": "sd3",
+        "modelspec.usage_hint": (
+            f"Rectified flow: in ComfyUI put ModelSamplingSD3 with shift {facts['flow_shift']:g} behind {behind}; "
+            f"in SwarmUI set Sigma Shift to {facts['flow_shift']:g}. Sampler euler, scheduler simple."
+        ),
+        **({"modelspec.license": str(facts["license"])} if "license" in facts else {}),
+        **{f"sollune.{key}": _metadata_text(facts[fact]) for fact, key in FACT_KEYS.items() if fact in facts},
+    }
+
+
+def _metadata_text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

@@ -13,22 +13,22 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from configs.refusal import Refused
 from stages.flow.path import per_sample
-from stages.flow.schedule import Schedule as Schedule
+from stages.flow.schedule import NoiseSchedule
+from stages.system.refusal import Refused
 
-Tail: TypeAlias = Literal["hold", "faithful"]
+TailPolicy: TypeAlias = Literal["hold", "faithful"]
 """What the velocity is beyond the teacher's last step; a part of the recipe."""
 
-EDGE = 1e-6
+TIME_TOLERANCE = 1e-6
 """Times this near to the teacher's last one are that one, because s is stored in float32."""
 
 
-class Blend(NamedTuple):
+class LinearCombination(NamedTuple):
     """A sum of_x x + of_answer answer, one pair of float64 numbers for each sample."""
 
-    of_x: Float[Tensor, " b"]
-    of_answer: Float[Tensor, " b"]
+    x_coefficient: Float[Tensor, " b"]
+    output_coefficient: Float[Tensor, " b"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Bridge:
     `faithful` is the straight line from x_1 = eps to eps / g_last: plain DDIM of the teacher, if s_last is on the grid.
     """
 
-    schedule: Schedule
-    tail: Tail = "hold"
+    schedule: NoiseSchedule
+    tail: TailPolicy = "hold"
 
     def __post_init__(self) -> None:
-        if self.tail not in get_args(Tail):
-            raise Refused(f"tail policy {self.tail!r} is not known - choose one of {', '.join(get_args(Tail))}")
+        if self.tail not in get_args(TailPolicy):
+            raise Refused(f"tail policy {self.tail!r} is not known - choose one of {', '.join(get_args(TailPolicy))}")
 
     @cached_property
     def s_table(self) -> Float[Tensor, " K"]:
@@ -80,7 +80,7 @@ class Bridge:
 
     def in_tail(self, s: Float[Tensor, " b"]) -> Bool[Tensor, " b"]:
         """Whether s lies beyond the teacher's last step."""
-        return s.double() > self.s_last + EDGE
+        return s.double() > self.s_last + TIME_TOLERANCE
 
     def nearest_state(self, s: Float[Tensor, " b"]) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
         """The teacher's own state (k, s_k) nearest to s in log-odds; in the tail (k_last, s).
@@ -90,7 +90,7 @@ class Bridge:
         k = self.k_of_s(s).round().long()
         return k, torch.where(self.in_tail(s), s.double(), self.s_of_k(k))
 
-    def snap(self, grid: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
+    def snap_grid(self, grid: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
         """A sampler's grid, its inner times moved to the teacher's states; ends are kept, repeated times dropped."""
         _, inner = self.nearest_state(grid[1:-1])
         times = torch.cat([grid[:1].double(), inner, grid[-1:].double()])
@@ -98,41 +98,49 @@ class Bridge:
 
     def teacher_input(self, x: Float[Tensor, "b ..."], s: Float[Tensor, " b"]) -> Float[Tensor, "b ..."]:
         """What the network is shown for the state x of the linear path: x g(s), of unit variance for unit data."""
-        return per_sample(_g(s.double()), x) * x
+        return per_sample(_variance_scale(s.double()), x) * x
 
     def velocity(
-        self, x: Float[Tensor, "b ..."], s: Float[Tensor, " b"], k: Int[Tensor, " b"], answer: Float[Tensor, "b ..."]
+        self,
+        x: Float[Tensor, "b ..."],
+        s: Float[Tensor, " b"],
+        k: Int[Tensor, " b"],
+        network_output: Float[Tensor, "b ..."],
     ) -> Float[Tensor, "b ..."]:
         """The velocity at (x, s) from the network's raw `answer` to `teacher_input(x, s)` at step k.
 
         A fractional k = k_of_s(s) serves as well.
         """
-        blend = self._blend(s.double(), k)
-        return per_sample(blend.of_x, x) * x + per_sample(blend.of_answer, x) * answer
+        blend = self._velocity_coefficients(s.double(), k)
+        return per_sample(blend.x_coefficient, x) * x + per_sample(blend.output_coefficient, x) * network_output
 
-    def _blend(self, s: Tensor, k: Tensor) -> Blend:
-        x0_hat, eps_hat = self._reading(s, k)
+    def _velocity_coefficients(self, s: Tensor, k: Tensor) -> LinearCombination:
+        x0_hat, eps_hat = self._x0_eps_coefficients(s, k)
         # At s_last both are the same number, and (x - x0_hat) / s is finite even where s_last = 1 (zero terminal SNR).
-        late = s > self.s_last - EDGE
-        of_x = torch.where(late, (1 - x0_hat.of_x) / s, (eps_hat.of_x - 1) / (1 - s))
-        of_answer = torch.where(late, -x0_hat.of_answer / s, eps_hat.of_answer / (1 - s))
+        late = s > self.s_last - TIME_TOLERANCE
+        of_x = torch.where(late, (1 - x0_hat.x_coefficient) / s, (eps_hat.x_coefficient - 1) / (1 - s))
+        of_answer = torch.where(late, -x0_hat.output_coefficient / s, eps_hat.output_coefficient / (1 - s))
         if self.tail == "faithful":
             tail = self.in_tail(s)
-            return Blend(torch.where(tail, self._faithful(s), of_x), of_answer.masked_fill(tail, 0))
-        return Blend(of_x, of_answer)
+            return LinearCombination(
+                torch.where(tail, self._faithful_tail_coefficient(s), of_x), of_answer.masked_fill(tail, 0)
+            )
+        return LinearCombination(of_x, of_answer)
 
-    def _reading(self, s: Tensor, k: Tensor) -> tuple[Blend, Blend]:
+    def _x0_eps_coefficients(self, s: Tensor, k: Tensor) -> tuple[LinearCombination, LinearCombination]:
         """x0_hat and eps_hat, which the teacher means by its answer to x g(s) taken for its state at step k."""
-        s_k, g = self.s_of_k(k), _g(s)
-        alpha, sigma = (1 - s_k) * _g(s_k), s_k * _g(s_k)
+        s_k, g = self.s_of_k(k), _variance_scale(s)
+        alpha, sigma = (1 - s_k) * _variance_scale(s_k), s_k * _variance_scale(s_k)
         if self.schedule.prediction_type == "epsilon":
-            return Blend(g / alpha, -sigma / alpha), Blend(torch.zeros_like(s), torch.ones_like(s))
-        return Blend(alpha * g, -sigma), Blend(sigma * g, alpha)
+            return LinearCombination(g / alpha, -sigma / alpha), LinearCombination(
+                torch.zeros_like(s), torch.ones_like(s)
+            )
+        return LinearCombination(alpha * g, -sigma), LinearCombination(sigma * g, alpha)
 
-    def _faithful(self, s: Tensor) -> Tensor:
+    def _faithful_tail_coefficient(self, s: Tensor) -> Tensor:
         """v / x on the line from x_1 = eps to eps / g_last: the slope over the height."""
         # Slope (1 - foot) / width over height foot + (1 - foot) (s - s_last) / width; width is 0 without a tail.
-        foot, width = 1 / float(_g(self.s_table[-1])), 1 - self.s_last
+        foot, width = 1 / float(_variance_scale(self.s_table[-1])), 1 - self.s_last
         return (1 - foot) / (foot * width + (1 - foot) * (s - self.s_last))
 
 
@@ -150,7 +158,7 @@ def eps_from_velocity(
     return x + per_sample(1 - s, x) * v
 
 
-def _g(s: Tensor) -> Tensor:
+def _variance_scale(s: Tensor) -> Tensor:
     return 1 / torch.sqrt(s**2 + (1 - s) ** 2)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class Path(Protocol):
+class ProbabilityPath(Protocol):
     """What multiplies data and noise at time s, and how fast that changes."""
 
     def alpha(self, s: Tensor) -> Tensor: ...
@@ -25,7 +25,7 @@ class Path(Protocol):
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearPath:
     """The straight path x_s = (1 - s) x0 + s eps: the one coordinate used inside this house."""
 
     def alpha(self, s: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Circular:
+class VariancePreservingPath:
     """The variance-preserving path alpha = cos(pi s / 2), sigma = sin(pi s / 2).
 
     Its velocity is (pi / 2) (alpha eps - sigma x0): the network's v_prediction, times the speed of the angle.
@@ -67,15 +67,15 @@ def per_sample(coefficient: Float[Tensor, " b"], x: Float[Tensor, "b ..."]) -> F
     return coefficient.to(device=x.device, dtype=dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
-def point(
-    path: Path, x0: Float[Tensor, "b ..."], eps: Float[Tensor, "b ..."], s: Float[Tensor, " b"]
+def interpolate(
+    path: ProbabilityPath, x0: Float[Tensor, "b ..."], eps: Float[Tensor, "b ..."], s: Float[Tensor, " b"]
 ) -> Float[Tensor, "b ..."]:
     """The state x_s = alpha(s) x0 + sigma(s) eps."""
     return per_sample(path.alpha(s), x0) * x0 + per_sample(path.sigma(s), eps) * eps
 
 
-def velocity(
-    path: Path, x0: Float[Tensor, "b ..."], eps: Float[Tensor, "b ..."], s: Float[Tensor, " b"]
+def path_velocity(
+    path: ProbabilityPath, x0: Float[Tensor, "b ..."], eps: Float[Tensor, "b ..."], s: Float[Tensor, " b"]
 ) -> Float[Tensor, "b ..."]:
     """The velocity dx/ds = alpha'(s) x0 + sigma'(s) eps; on the linear path eps - x0."""
     return per_sample(path.d_alpha(s), x0) * x0 + per_sample(path.d_sigma(s), eps) * eps

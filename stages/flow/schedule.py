@@ -9,16 +9,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from configs.refusal import Refused
+from stages.system.refusal import Refused
 
-MOST_STEPS = 100_000
+MAX_STEPS = 100_000
 """More than any teacher has: a config that says so is broken."""
 
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction"]
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class NoiseSchedule:
     """Signal share abar_k of each step in float64, falling with k, and what the network answers."""
 
     alpha_bar: Float[Tensor, " K"]
@@ -26,7 +26,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in get_args(PredictionType):
-            _refuse("prediction_type", self.prediction_type, "a teacher must predict epsilon or v_prediction")
+            _refuse_entry("prediction_type", self.prediction_type, "a teacher must predict epsilon or v_prediction")
         abar = self.alpha_bar
         falls = abar.ndim == 1 and len(abar) > 1 and bool((abar.diff() < 0).all())
         if abar.dtype != torch.float64 or not falls or not (float(abar[0]) <= 1 and float(abar[-1]) >= 0):
@@ -45,53 +45,55 @@ class Schedule:
         return len(self.alpha_bar)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
+    def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
         """The schedule of a diffusers scheduler_config.json; a missing or unknown entry is refused by name."""
         abar = torch.cumprod(1 - _betas(config), dim=0)
         # schedulers that cannot rescale do not write this key, so that its absence is an answer
         rescale = config.get("rescale_betas_zero_snr", False)
         if rescale not in (None, False, True):
-            _refuse("rescale_betas_zero_snr", rescale, "it must be true or false")
+            _refuse_entry("rescale_betas_zero_snr", rescale, "it must be true or false")
         if rescale:
-            abar = _without_final_signal(abar)
+            abar = _rescale_zero_terminal_snr(abar)
         return cls(abar, _prediction_type(config))
 
 
 def _prediction_type(config: Mapping[str, Any]) -> PredictionType:
     # Stable Diffusion 1.5's own file was written by diffusers 0.6.0, before the key existed (PNDM got it in 0.10.0)
-    if "prediction_type" not in config and _written_before(config, (0, 10)):
+    if "prediction_type" not in config and _is_older_diffusers(config, (0, 10)):
         return "epsilon"
-    answer: PredictionType = _entry(config, "prediction_type")
+    answer: PredictionType = _require_entry(config, "prediction_type")
     return answer
 
 
-def _written_before(config: Mapping[str, Any], version: tuple[int, int]) -> bool:
+def _is_older_diffusers(config: Mapping[str, Any], version: tuple[int, int]) -> bool:
     numbers = str(config.get("_diffusers_version", "")).split(".")[:2]
     return len(numbers) == 2 and all(n.isdigit() for n in numbers) and tuple(map(int, numbers)) < version
 
 
 def _betas(config: Mapping[str, Any]) -> Float[Tensor, " K"]:
-    steps = _entry(config, "num_train_timesteps")
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 2 <= steps <= MOST_STEPS:
-        _refuse("num_train_timesteps", steps, f"it must be a whole number from 2 to {MOST_STEPS}")
+    steps = _require_entry(config, "num_train_timesteps")
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 2 <= steps <= MAX_STEPS:
+        _refuse_entry("num_train_timesteps", steps, f"it must be a whole number from 2 to {MAX_STEPS}")
     trained = config.get("trained_betas")
     if trained is not None:
         if not isinstance(trained, list) or len(trained) != steps or not all(map(_is_number, trained)):
-            _refuse("trained_betas", trained, f"it must be a list of num_train_timesteps = {steps} numbers")
+            _refuse_entry("trained_betas", trained, f"it must be a list of num_train_timesteps = {steps} numbers")
         return torch.tensor(trained, dtype=torch.float64)
-    name = _entry(config, "beta_schedule")
+    name = _require_entry(config, "beta_schedule")
     if not isinstance(name, str) or name not in _BETA_SCHEDULES:
-        _refuse("beta_schedule", name, f"known are {', '.join(_BETA_SCHEDULES)}")
+        _refuse_entry("beta_schedule", name, f"known are {', '.join(_BETA_SCHEDULES)}")
     return _BETA_SCHEDULES[name](config, steps)
 
 
 def _linear(config: Mapping[str, Any], steps: int) -> Tensor:
-    return torch.linspace(_beta(config, "beta_start"), _beta(config, "beta_end"), steps, dtype=torch.float64)
+    return torch.linspace(
+        _require_beta(config, "beta_start"), _require_beta(config, "beta_end"), steps, dtype=torch.float64
+    )
 
 
 def _scaled_linear(config: Mapping[str, Any], steps: int) -> Tensor:
     """Linear in the square root: latent diffusion's own."""
-    start, end = math.sqrt(_beta(config, "beta_start")), math.sqrt(_beta(config, "beta_end"))
+    start, end = math.sqrt(_require_beta(config, "beta_start")), math.sqrt(_require_beta(config, "beta_end"))
     return torch.linspace(start, end, steps, dtype=torch.float64) ** 2
 
 
@@ -109,13 +111,13 @@ _BETA_SCHEDULES: Mapping[str, Callable[[Mapping[str, Any], int], Tensor]] = {
 }
 
 
-def _without_final_signal(abar: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+def _rescale_zero_terminal_snr(abar: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
     """Shift and scale sqrt(abar) so that the last is zero and the first stays (Lin et al. 2023, algorithm 1)."""
     root = abar.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-def _entry(config: Mapping[str, Any], key: str) -> Any:
+def _require_entry(config: Mapping[str, Any], key: str) -> Any:
     if config.get(key) is None:
         raise Refused(
             f"scheduler config: {key} is missing - add to the teacher's scheduler_config.json what it was trained with"
@@ -123,10 +125,10 @@ def _entry(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
-def _beta(config: Mapping[str, Any], key: str) -> float:
-    value = _entry(config, key)
+def _require_beta(config: Mapping[str, Any], key: str) -> float:
+    value = _require_entry(config, key)
     if not _is_number(value) or not 0 < value < 1:
-        _refuse(key, value, "it must be a number between 0 and 1")
+        _refuse_entry(key, value, "it must be a number between 0 and 1")
     return float(value)
 
 
@@ -134,6 +136,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _refuse(key: str, value: object, reason: str) -> None:
+def _refuse_entry(key: str, value: object, reason: str) -> None:
     shown = repr(value)
     raise Refused(f"scheduler config: {key} is {shown[:80]}{'...' * (len(shown) > 80)} - {reason}")

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.flow.path import per_sample
-from stages.flow.timesteps import shift as shifted
+from stages.flow.timesteps import shift_time as shifted
 
-Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+VelocityField: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """v(x [b ...], s [b] float64) -> [b ...]."""
 
 Callback: TypeAlias = Callable[[float, Tensor], None]
@@ -23,7 +23,7 @@ def uniform_grid(n: int, shift: float = 1.0) -> Float[Tensor, " n+1"]:
     return shifted(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift)
 
 
-def guided(
+def apply_guidance(
     v_cond: Float[Tensor, "b ..."], v_uncond: Float[Tensor, "b ..."], w: float | Float[Tensor, " b"]
 ) -> Float[Tensor, "b ..."]:
     """Classifier-free guidance: v_uncond + w (v_cond - v_uncond); w = 1 is the conditional branch."""
@@ -31,45 +31,45 @@ def guided(
     return v_uncond + scale * (v_cond - v_uncond)
 
 
-def unguided(
+def remove_guidance(
     v_guided: Float[Tensor, "b ..."], v_uncond: Float[Tensor, "b ..."], w: float | Float[Tensor, " b"]
 ) -> Float[Tensor, "b ..."]:
     """The conditional velocity that guidance at scale w makes `v_guided` of: v_uncond + (v_guided - v_uncond) / w."""
-    return guided(v_guided, v_uncond, 1 / w)
+    return apply_guidance(v_guided, v_uncond, 1 / w)
 
 
-def of_each(s: float, x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+def expand_time(s: float, x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
     """The one time s for each sample of x, in float64."""
     return torch.full((x.shape[0],), s, dtype=torch.float64, device=x.device)
 
 
 def euler(
-    velocity: Velocity, x: Float[Tensor, "b ..."], grid: Iterable[float] | Tensor, callback: Callback | None = None
+    velocity: VelocityField, x: Float[Tensor, "b ..."], grid: Iterable[float] | Tensor, callback: Callback | None = None
 ) -> Float[Tensor, "b ..."]:
     """Euler's method, order 1: one call of the velocity a step, along the times of `grid` in their order."""
-    for s, s_next in _steps(grid):
+    for s, s_next in _step_pairs(grid):
         if callback:
             callback(s, x)
-        x = x + (s_next - s) * velocity(x, of_each(s, x))
+        x = x + (s_next - s) * velocity(x, expand_time(s, x))
     if callback:
         callback(s_next, x)
     return x
 
 
 def heun(
-    velocity: Velocity, x: Float[Tensor, "b ..."], grid: Iterable[float] | Tensor, callback: Callback | None = None
+    velocity: VelocityField, x: Float[Tensor, "b ..."], grid: Iterable[float] | Tensor, callback: Callback | None = None
 ) -> Float[Tensor, "b ..."]:
     """Heun's method, order 2: two calls of the velocity a step, along the times of `grid` in their order."""
-    for s, s_next in _steps(grid):
+    for s, s_next in _step_pairs(grid):
         if callback:
             callback(s, x)
-        v = velocity(x, of_each(s, x))
-        v_next = velocity(x + (s_next - s) * v, of_each(s_next, x))
+        v = velocity(x, expand_time(s, x))
+        v_next = velocity(x + (s_next - s) * v, expand_time(s_next, x))
         x = x + (s_next - s) * (v + v_next) / 2
     if callback:
         callback(s_next, x)
     return x
 
 
-def _steps(grid: Iterable[float] | Tensor) -> list[tuple[float, float]]:
+def _step_pairs(grid: Iterable[float] | Tensor) -> list[tuple[float, float]]:
     return list(pairwise(float(s) for s in grid))

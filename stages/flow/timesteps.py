@@ -7,12 +7,12 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from configs.strict import Strict
+from configs.values import Strict
 
 Time = TypeVar("Time", float, Tensor)
 
 
-def shift(s: Time, shift: float) -> Time:
+def shift_time(s: Time, shift: float) -> Time:
     """Move s towards noise for shift > 1, towards data for shift < 1: s' = S s / (1 + (S - 1) s).
 
     The inverse is the shift by 1 / S.
@@ -35,7 +35,7 @@ class TimestepDensity(Strict):
 
     def cdf(self, s: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Probability of a time below s."""
-        return self.uniform_share * s + (1 - self.uniform_share) * shift(s, 1 / self.shift)
+        return self.uniform_share * s + (1 - self.uniform_share) * shift_time(s, 1 / self.shift)
 
     def quantile(self, u: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The time s with cdf(s) = u.
@@ -56,7 +56,7 @@ class TimestepDensity(Strict):
         return self.quantile(u)
 
 
-def bin_of(s: Float[Tensor, " b"], bins: int) -> Int[Tensor, " b"]:
+def bin_of_time(s: Float[Tensor, " b"], bins: int) -> Int[Tensor, " b"]:
     """The bin, 0 to bins - 1, of a path time s in [0, 1]."""
     return (s * bins).floor().long().clamp(0, bins - 1)
 
@@ -71,6 +71,6 @@ def min_snr_weight(s: Float[Tensor, " b"], gamma: float) -> Float[Tensor, " b"]:
     return torch.minimum((1 - s) ** 2, gamma * s**2)
 
 
-def vp_weight(s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+def v_prediction_weight(s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     """What makes of a squared velocity error that of v-prediction: v = g v_vp + ..., so 1 / g^2 = s^2 + (1 - s)^2."""
     return s**2 + (1 - s) ** 2

@@ -17,12 +17,12 @@ def last_resnets(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
     return found | {f"up_{i}": block.resnets[-1] for i, block in enumerate(unet.up_blocks)}
 
 
-def widths(unet: UNet2DConditionModel) -> dict[str, int]:
+def feature_widths(unet: UNet2DConditionModel) -> dict[str, int]:
     """Block name -> number of channels of its pooled feature."""
     return {name: len(resnet.get_parameter("conv2.weight")) for name, resnet in last_resnets(unet).items()}
 
 
-def unheard(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def copy_without_hooks(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """A copy in fp32 on the same device, to which nobody listens yet."""
     clean = UNet2DConditionModel.from_config(unet.config)
     clean.load_state_dict(unet.state_dict())
@@ -37,23 +37,23 @@ class FeatureTap:
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
-        self._latest: dict[str, Tensor] = {}
-        self._listens = False
-        unet.register_forward_pre_hook(self._listen)
+        self._features: dict[str, Tensor] = {}
+        self._recording = False
+        unet.register_forward_pre_hook(self._start_recording)
         for name, resnet in last_resnets(unet).items():
-            resnet.register_forward_hook(self._listener(name))
+            resnet.register_forward_hook(self._make_hook(name))
 
-    def _listen(self, _unet: nn.Module, _inputs: tuple[Tensor, ...]) -> None:
-        self._listens = True
+    def _start_recording(self, _unet: nn.Module, _inputs: tuple[Tensor, ...]) -> None:
+        self._recording = True
 
-    def _listener(self, name: str):  # type: ignore[no-untyped-def]
+    def _make_hook(self, name: str):  # type: ignore[no-untyped-def]
         def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Float[Tensor, "b n h w"]) -> None:
-            if self._listens:
-                self._latest[name] = output.mean(dim=(2, 3), dtype=torch.float32)
+            if self._recording:
+                self._features[name] = output.mean(dim=(2, 3), dtype=torch.float32)
 
         return keep
 
-    def take(self, rows: slice) -> Mapping[str, Float[Tensor, "b n"]]:
+    def pop_features(self, rows: slice) -> Mapping[str, Float[Tensor, "b n"]]:
         """Pooled features of these rows of the latest forward pass, in fp32; the tap is empty afterwards."""
-        taken, self._latest, self._listens = self._latest, {}, False
+        taken, self._features, self._recording = self._features, {}, False
         return {name: feature[rows] for name, feature in taken.items()}

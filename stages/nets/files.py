@@ -1,8 +1,13 @@
-"""Where a model lies, and which files of its folder are read: these and no others make it what it is."""
+"""Where a model lies, and which files of its folder are read: these and no others make it what it is.
 
+What makes a teacher itself: sha256 over exactly the files that are read of it, by component.
+"""
+
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,39 +16,38 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from configs.json_text import parse_json
-from configs.refusal import Refused
-from configs.text import read_bytes, size_of
+from stages.system.refusal import Refused
+from stages.system.text import parse_json, plain_file_bytes, read_bytes
 
-WEIGHTS: Mapping[str, tuple[str, ...]] = {
+WEIGHT_FILES: Mapping[str, tuple[str, ...]] = {
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "text_encoder": ("model.safetensors", "pytorch_model.bin"),
 }
 """Part -> its weights: the first file that is there is read, whole or in the shards that `<name>.index.json` lists."""
-TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
-LEGACY_TOKENS = ("special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+LEGACY_TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json")
 """Read only where tokenizer_config.json does not hold the tokens themselves."""
-INDEX = "model_index.json"
-PARTS = (*WEIGHTS, "tokenizer", "scheduler")
-CONFIGS = ("*.json", "*.txt")
-FILES = (*CONFIGS, "README.md", "LICENSE*", *(f"{part}/*.safetensors" for part in WEIGHTS))
-MOST_CONFIG_BYTES = 1 << 26
+MODEL_INDEX = "model_index.json"
+COMPONENT_NAMES = (*WEIGHT_FILES, "tokenizer", "scheduler")
+CONFIG_PATTERNS = ("*.json", "*.txt")
+MODEL_PATTERNS = (*CONFIG_PATTERNS, "README.md", "LICENSE*", *(f"{part}/*.safetensors" for part in WEIGHT_FILES))
+MAX_CONFIG_BYTES = 1 << 26
 """Of a JSON file: the largest is a vocabulary, of about a megabyte."""
-POINTER = b"version https://git-lfs"
-AGAIN = "fetch the folder again"
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+LFS_POINTER_HEAD = b"version https://git-lfs"
+FETCH_REMEDY = "fetch the folder again"
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """What safetensors calls the types that weights come in."""
 
 
-def locate(location: str, files: Sequence[str] = FILES) -> Path:
+def resolve_folder(location: str, patterns: Sequence[str] = MODEL_PATTERNS) -> Path:
     """The local folder of a model: the folder itself, or a snapshot of these files of the hub repository."""
     if Path(location).is_dir():
         return Path(location)
     try:
-        folder = Path(snapshot_download(location, allow_patterns=list(files)))
-        if pickled := _pickled_patterns(folder) if files is FILES else []:
-            folder = Path(snapshot_download(location, allow_patterns=[*files, *pickled]))
+        folder = Path(snapshot_download(location, allow_patterns=list(patterns)))
+        if pickled := _pickled_patterns(folder) if patterns is MODEL_PATTERNS else []:
+            folder = Path(snapshot_download(location, allow_patterns=[*patterns, *pickled]))
         return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise Refused(
@@ -55,29 +59,29 @@ def locate(location: str, files: Sequence[str] = FILES) -> Path:
 def _pickled_patterns(folder: Path) -> list[str]:
     """Where the older weights of a hub repository lie, of the parts that have no others; what variants are is left."""
     patterns = []
-    for part, names in WEIGHTS.items():
+    for part, names in WEIGHT_FILES.items():
         if not any((folder / part).glob("*.safetensors")):
             patterns += [f"{part}/{names[1]}", f"{part}/{names[1].removesuffix('.bin')}-*-of-*.bin"]
     return patterns
 
 
-def absolute(location: str) -> str | None:
+def absolute_folder(location: str) -> str | None:
     """A folder's place on this machine, from wherever a command is started; None for a hub id."""
     return str(Path(location).absolute()) if Path(location).is_dir() else None
 
 
-def find(places: Sequence[str]) -> tuple[str, Path]:
+def find_teacher(locations: Sequence[str]) -> tuple[str, Path]:
     """Name and folder of a teacher that was named before: the first place where a model lies, or its hub repository.
 
     Raises `Refused` when it lies in none of them any more.
     """
-    for place in places:
-        if (Path(place) / INDEX).is_file():
+    for place in locations:
+        if (Path(place) / MODEL_INDEX).is_file():
             return place, Path(place)
     try:
-        return places[0], locate(places[0])
+        return locations[0], resolve_folder(locations[0])
     except Refused as refusal:
-        gone = " or ".join(map(repr, dict.fromkeys(places)))
+        gone = " or ".join(map(repr, dict.fromkeys(locations)))
         raise Refused(
             f"teacher: {gone}: no model lies there any more, and no hub repository that can be reached is called so - "
             "say where it lies now with --teacher"
@@ -86,33 +90,33 @@ def find(places: Sequence[str]) -> tuple[str, Path]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A component's config; raises `Refused` with the file's name unless it is one JSON object of finite numbers."""
-    if not _lies(path):
+    if not _path_exists(path):
         raise Refused(f"teacher: {path} is missing - the folder must be a whole diffusers model")
     try:
-        content: Any = parse_json(read_bytes(path, f"teacher: {path}", AGAIN, MOST_CONFIG_BYTES).decode("utf-8"))
+        content: Any = parse_json(read_bytes(path, f"teacher: {path}", FETCH_REMEDY, MAX_CONFIG_BYTES).decode("utf-8"))
     except ValueError as error:
-        raise Refused(f"teacher: {path} is not JSON ({error}) - {AGAIN}") from error
+        raise Refused(f"teacher: {path} is not JSON ({error}) - {FETCH_REMEDY}") from error
     if not isinstance(content, dict):
-        raise Refused(f"teacher: {path} holds {_kind(content)}, not the settings of a model - {AGAIN}")
+        raise Refused(f"teacher: {path} holds {_type_text(content)}, not the settings of a model - {FETCH_REMEDY}")
     return content
 
 
-def files_of(folder: Path, part: str) -> list[Path]:
+def component_files(folder: Path, component: str) -> list[Path]:
     """The files of one part that are read; raises `Refused` where one is missing, empty or unreadable."""
-    where = folder / part
-    if part == "scheduler":
+    where = folder / component
+    if component == "scheduler":
         files = [where / "scheduler_config.json"]
-    elif part == "tokenizer":
-        files = _tokenizer(where)
+    elif component == "tokenizer":
+        files = _tokenizer_files(where)
     else:
-        files = [where / "config.json", *_weights(where, WEIGHTS[part])]
+        files = [where / "config.json", *_weight_files(where, WEIGHT_FILES[component])]
     for file in files:
-        _check(file)
+        _check_file(file)
     return files
 
 
 @contextmanager
-def alone(files: Sequence[Path]) -> Iterator[Path]:
+def linked_folder(files: Sequence[Path]) -> Iterator[Path]:
     """A folder of links to these files, so that a library that is given it cannot read any other."""
     with TemporaryDirectory(prefix="sollune-") as folder:
         for file in files:
@@ -120,58 +124,64 @@ def alone(files: Sequence[Path]) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _tokenizer(where: Path) -> list[Path]:
-    present = [where / name for name in TOKENIZER if _lies(where / name)]
+def _tokenizer_files(folder: Path) -> list[Path]:
+    present = [folder / name for name in TOKENIZER_FILES if _path_exists(folder / name)]
     names = {file.name for file in present}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
-        raise Refused(f"teacher: {where}: has no words (tokenizer.json, or vocab.json and merges.txt) - {AGAIN}")
-    config = where / "tokenizer_config.json"
-    if not _lies(config) or "added_tokens_decoder" not in read_json(config):
-        present += [where / name for name in LEGACY_TOKENS if _lies(where / name)]
+        raise Refused(
+            f"teacher: {folder}: has no words (tokenizer.json, or vocab.json and merges.txt) - {FETCH_REMEDY}"
+        )
+    config = folder / "tokenizer_config.json"
+    if not _path_exists(config) or "added_tokens_decoder" not in read_json(config):
+        present += [folder / name for name in LEGACY_TOKENIZER_FILES if _path_exists(folder / name)]
     return present
 
 
-def _weights(where: Path, names: Sequence[str]) -> list[Path]:
+def _weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
     for name in names:
-        whole, index = where / name, where / f"{name}.index.json"
-        if _lies(whole):
+        whole, index = folder / name, folder / f"{name}.index.json"
+        if _path_exists(whole):
             return [whole]
-        if _lies(index):
-            return [index, *_shards(index)]
-    others = sorted(file.name for file in where.glob("*") if file.suffix in {".safetensors", ".bin"})
+        if _path_exists(index):
+            return [index, *_shard_files(index)]
+    others = sorted(file.name for file in folder.glob("*") if file.suffix in {".safetensors", ".bin"})
     beside = f"; there is {', '.join(others)}, which is not read under that name" if others else ""
     rename = "rename the one that is meant, or " if others else ""
-    raise Refused(f"teacher: {where}: no weights ({' or '.join(names)}{beside}) - {rename}{AGAIN}")
+    raise Refused(f"teacher: {folder}: no weights ({' or '.join(names)}{beside}) - {rename}{FETCH_REMEDY}")
 
 
-def _lies(file: Path) -> bool:
+def _path_exists(file: Path) -> bool:
     """Whether something of this name lies there: what is no file, such as a link to nothing, is refused, not passed."""
     return os.path.lexists(file)
 
 
-def _shards(index: Path) -> list[Path]:
+def _shard_files(index: Path) -> list[Path]:
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise Refused(f"teacher: {index}: weight_map is {_kind(listed)}, it should list the shards - {AGAIN}")
+        raise Refused(
+            f"teacher: {index}: weight_map is {_type_text(listed)}, it should list the shards - {FETCH_REMEDY}"
+        )
     names = listed.values()
     if bad := next((name for name in names if not isinstance(name, str) or Path(name).name != name), None):
-        raise Refused(f"teacher: {index}: {bad!r} is no file of this folder - {AGAIN}")
+        raise Refused(f"teacher: {index}: {bad!r} is no file of this folder - {FETCH_REMEDY}")
     return sorted({index.parent / name for name in names})
 
 
-def _check(file: Path) -> None:
+def _check_file(file: Path) -> None:
     """Raise `Refused` unless the file is there and is what its name says, as far as its head tells."""
-    if not _lies(file):
-        raise Refused(f"teacher: {file} is missing - {AGAIN}")
-    size_of(file, f"teacher: {file}", AGAIN)  # which a pipe has not: reading from it would wait for ever
+    if not _path_exists(file):
+        raise Refused(f"teacher: {file} is missing - {FETCH_REMEDY}")
+    plain_file_bytes(
+        file, f"teacher: {file}", FETCH_REMEDY
+    )  # which a pipe has not: reading from it would wait for ever
     try:
         with open(file, "rb") as handle:
-            head = handle.read(len(POINTER))
+            head = handle.read(len(LFS_POINTER_HEAD))
     except OSError as error:
-        raise Refused(f"teacher: {file} cannot be read ({error.strerror}) - {AGAIN}") from error
+        raise Refused(f"teacher: {file} cannot be read ({error.strerror}) - {FETCH_REMEDY}") from error
     if not head:
-        raise Refused(f"teacher: {file} is empty - {AGAIN}")
-    if head == POINTER:
+        raise Refused(f"teacher: {file} is empty - {FETCH_REMEDY}")
+    if head == LFS_POINTER_HEAD:
         raise Refused(f"teacher: {file} is a pointer of Git LFS, not the file itself - run git lfs pull there")
     if file.suffix == ".safetensors":
         _check_header(file)
@@ -182,11 +192,72 @@ def _check_header(file: Path) -> None:
         with safe_open(file, "pt") as tensors:
             types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
-        raise Refused(f"teacher: {file} is not a whole safetensors file ({error}) - {AGAIN}") from error
+        raise Refused(f"teacher: {file} is not a whole safetensors file ({error}) - {FETCH_REMEDY}") from error
     for name, kind in types.items():
-        if kind not in FLOATS and not name.endswith("position_ids"):
-            raise Refused(f"teacher: {file}: tensor {name} is of type {kind}, weights are floating - {AGAIN}")
+        if kind not in FLOAT_TYPES and not name.endswith("position_ids"):
+            raise Refused(f"teacher: {file}: tensor {name} is of type {kind}, weights are floating - {FETCH_REMEDY}")
 
 
-def _kind(value: object) -> str:
+def _type_text(value: object) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+LEGACY_DIGEST_SUFFIXES = {".json", ".txt", ".safetensors"}
+"""Recipes used to hold a digest of every file of a part with one of these endings, read or not."""
+
+
+def component_digests(folder: Path) -> dict[str, str]:
+    """Component -> sha256 over the names and contents of the files that are read, never over the folder's path."""
+    return {part: digest_files(component_files(folder, part)) for part in COMPONENT_NAMES}
+
+
+def digests_as_recorded(recorded: object, folder: Path) -> dict[str, str]:
+    """The identity of a teacher in the words of an earlier recipe, wherever these mean the files that lie here.
+
+    Raises `Refused` where the earlier recipe left out the weights, so that nobody can tell.
+    """
+    now = component_digests(folder)
+    if not isinstance(recorded, Mapping):
+        return now
+    changed = changed_components(recorded, folder)
+    return {part: sha256 if part in changed else recorded.get(part, sha256) for part, sha256 in now.items()}
+
+
+def changed_components(recorded: Mapping[str, str], folder: Path) -> list[str]:
+    """The parts that are not what a recipe says of them, by today's rule or by the earlier one.
+
+    Raises `Refused` where the earlier rule left out the weights that are read.
+    """
+    now = component_digests(folder)
+    differing = [part for part, sha256 in recorded.items() if sha256 != now.get(part)]
+    same = [part for part in differing if part in now and recorded[part] == _legacy_digest(folder / part)]
+    for part in same:
+        if left_out := [file for file in component_files(folder, part) if file.suffix not in LEGACY_DIGEST_SUFFIXES]:
+            raise Refused(
+                f"teacher: {left_out[0]}: was no part of a teacher's identity when this cache was made, so it may be "
+                "another by now - make the cache again in a new run folder"
+            )
+    return [part for part in differing if part not in same]
+
+
+def digest_files(files: Sequence[Path]) -> str:
+    """sha256 over the names and contents of files."""
+    sha = hashlib.sha256()
+    for file in sorted(files):
+        state = file.stat()
+        sha.update(file.name.encode())
+        sha.update(_file_digest(file.resolve(), state.st_size, state.st_mtime_ns, state.st_ino))
+    return sha.hexdigest()
+
+
+def _legacy_digest(component_folder: Path) -> str:
+    return digest_files(
+        [path for path in component_folder.iterdir() if path.suffix in LEGACY_DIGEST_SUFFIXES and path.is_file()]
+    )
+
+
+@lru_cache(maxsize=256)
+def _file_digest(file: Path, _size: int, _mtime_ns: int, _inode: int) -> bytes:
+    """sha256 of a file, read once as long as it stays the same: a teacher's weights are gigabytes."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").digest()

@@ -8,11 +8,11 @@ from torch import Tensor
 from stages.flow.bridge import Bridge
 from stages.nets.student import TIME_SCALE
 
-GRID = 4001
-RIDGE = 1e-6
+GRID_POINTS = 4001
+RIDGE_FACTOR = 1e-6
 
 
-def hidden(unet: UNet2DConditionModel, t: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
+def embedding_activations(unet: UNet2DConditionModel, t: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
     """What reaches the second layer of the time embedding, in float64."""
     embedding = unet.time_embedding
     first = embedding.linear_1(unet.time_proj(t).to(embedding.linear_1.weight))
@@ -27,12 +27,12 @@ def graft_time_embedding(unet: UNet2DConditionModel, bridge: Bridge) -> float:
     Returns the relative error left (mathematics.md section 3). Only `linear_2` changes; names and shapes stay.
     """
     second = unet.time_embedding.linear_2
-    s = torch.linspace(0, 1, GRID, dtype=torch.float64, device=second.weight.device)
-    target = hidden(unet, bridge.k_of_s(s).float()) @ second.weight.double().T + second.bias.double()
-    inputs = hidden(unet, (TIME_SCALE * s).float())
+    s = torch.linspace(0, 1, GRID_POINTS, dtype=torch.float64, device=second.weight.device)
+    target = embedding_activations(unet, bridge.k_of_s(s).float()) @ second.weight.double().T + second.bias.double()
+    inputs = embedding_activations(unet, (TIME_SCALE * s).float())
     inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
     gram = inputs.T @ inputs
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    ridge = RIDGE_FACTOR * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     solution = torch.linalg.solve(gram + ridge, inputs.T @ target)
     second.weight.copy_(solution[:-1].T)
     second.bias.copy_(solution[-1])

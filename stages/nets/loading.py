@@ -12,26 +12,30 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from configs.refusal import Refused
-from stages.nets.files import AGAIN, alone, files_of, read_json
+from stages.nets.files import FETCH_REMEDY, component_files, linked_folder, read_json
 from stages.nets.tokens import check_tokenizer
+from stages.system.refusal import Refused
 
-KINDS: Mapping[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+COMPONENT_CLASSES: Mapping[str, Any] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+}
 Loaded = TypeVar("Loaded")
 
 
-def load_part(folder: Path, part: str, dtype: torch.dtype) -> Any:
+def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
     """UNet, autoencoder or text encoder of a folder, frozen.
 
     Raises `Refused` unless every tensor of it is in its files, in its shape and finite, and nothing else is.
     """
-    files, where = files_of(folder, part), f"teacher: {folder}/{part}"
+    files, where = component_files(folder, component), f"teacher: {folder}/{component}"
     safe = not any(file.suffix == ".bin" for file in files)
-    with alone(files) as only:
-        loaded, report = by_library(
+    with linked_folder(files) as only:
+        loaded, report = call_library(
             where,
             only,
-            lambda: KINDS[part].from_pretrained(
+            lambda: COMPONENT_CLASSES[component].from_pretrained(
                 only,
                 dtype=dtype,
                 use_safetensors=safe,
@@ -40,68 +44,68 @@ def load_part(folder: Path, part: str, dtype: torch.dtype) -> Any:
                 output_loading_info=True,
             ),
         )
-    if reason := incomplete(report) or infinite(loaded):
-        raise Refused(f"{where}: {reason} - {AGAIN}, or take the config that belongs to it")
+    if reason := incomplete_reason(report) or non_finite_reason(loaded):
+        raise Refused(f"{where}: {reason} - {FETCH_REMEDY}, or take the config that belongs to it")
     return loaded.eval().requires_grad_(False)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer of a folder; raises `Refused` unless it has words and fits the text encoder beside it."""
-    files, where = files_of(folder, "tokenizer"), f"teacher: {folder}/tokenizer"
-    with alone(files) as only:
+    files, where = component_files(folder, "tokenizer"), f"teacher: {folder}/tokenizer"
+    with linked_folder(files) as only:
 
         def load() -> CLIPTokenizer:
             tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(only, local_files_only=True)
             check_tokenizer(folder / "tokenizer", tokenizer, read_json(folder / "text_encoder" / "config.json"))
             return tokenizer
 
-        return by_library(where, only, load)
+        return call_library(where, only, load)
 
 
-def by_library(where: str, only: Path, load: Callable[[], Loaded]) -> Loaded:
+def call_library(subject: str, folder: Path, load: Callable[[], Loaded]) -> Loaded:
     """What a library loads, in silence: whatever it raises at a broken file becomes one line."""
     try:
-        with _in_silence():
+        with _quiet_libraries():
             return load()
     except (MemoryError, torch.OutOfMemoryError, Refused):
         raise
     except Exception as error:  # configs and files can be broken in any way, and libraries raise anything at them
-        reason = " ".join(str(error).split()).replace(f"{only}/", "").replace(str(only), "it")[:200]
-        raise Refused(f"{where} cannot be used ({type(error).__name__}: {reason}) - {AGAIN}") from error
+        reason = " ".join(str(error).split()).replace(f"{folder}/", "").replace(str(folder), "it")[:200]
+        raise Refused(f"{subject} cannot be used ({type(error).__name__}: {reason}) - {FETCH_REMEDY}") from error
 
 
-def incomplete(report: Mapping[str, Any]) -> str:
+def incomplete_reason(report: Mapping[str, Any]) -> str:
     """What a library's report tells of tensors that it filled with random numbers, or left out; empty for nothing."""
     slips = (
-        _first("missing", sorted(report["missing_keys"])),
-        _first("unknown", sorted(report["unexpected_keys"])),
-        _first("of another shape", [_shapes(one) for one in sorted(report["mismatched_keys"], key=str)]),
-        _first("not loaded", list(map(str, report.get("error_msgs") or ()))),
+        _first_names("missing", sorted(report["missing_keys"])),
+        _first_names("unknown", sorted(report["unexpected_keys"])),
+        _first_names("of another shape", [_shape_mismatch(one) for one in sorted(report["mismatched_keys"], key=str)]),
+        _first_names("not loaded", list(map(str, report.get("error_msgs") or ()))),
     )
     return "; ".join(filter(None, slips))
 
 
-def infinite(loaded: nn.Module) -> str:
+def non_finite_reason(module: nn.Module) -> str:
     """The first tensor that holds what is no number, and how often; empty where none does."""
-    for name, value in loaded.state_dict().items():
+    for name, value in module.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             count = int((~value.isfinite()).sum())
             return f"tensor {name} is not finite in {count} of {value.numel()} values"
     return ""
 
 
-def _first(what: str, names: Sequence[str]) -> str:
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} {what}, such as {names[0]}" if names else ""
+def _first_names(defect: str, names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} {defect}, such as {names[0]}" if names else ""
 
 
-def _shapes(mismatched: Any) -> str:
+def _shape_mismatch(mismatched: Any) -> str:
     """transformers and diffusers tell (name, shape in the file, shape in the model)."""
     name, found, expected = mismatched
     return f"{name} ({list(found)}, the config says {list(expected)})"
 
 
 @contextmanager
-def _in_silence() -> Iterator[None]:
+def _quiet_libraries() -> Iterator[None]:
     """What the libraries would print of missing tensors is read from their report instead."""
     libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in libraries]

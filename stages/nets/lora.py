@@ -12,19 +12,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from configs.refusal import Refused
-from configs.strict import Strict
+from configs.values import Strict
 from stages.nets.student import Student
+from stages.system.refusal import Refused
 
-Kind: TypeAlias = Literal["attention", "feed_forward", "resnet"]
+LayerKind: TypeAlias = Literal["attention", "feed_forward", "resnet"]
 
-MODULES: Mapping[Kind, tuple[str, ...]] = {
+LAYER_SUFFIXES: Mapping[LayerKind, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
     "resnet": ("conv1", "conv2", "conv_shortcut"),
 }
 """The last words of diffusers' names for the layers of each kind."""
-ADAPTER = "default"
+ADAPTER_NAME = "default"
 
 
 class LoraConfig(Strict):
@@ -32,7 +32,7 @@ class LoraConfig(Strict):
 
     rank: int = Field(16, ge=1, description="rank of each adapter")
     alpha: int | None = Field(None, ge=1, description="adapters count alpha / rank times; none takes the rank: once")
-    modules: tuple[Kind, ...] = Field(
+    modules: tuple[LayerKind, ...] = Field(
         ("attention",), min_length=1, description="layers that get one: attention (q, k, v, out), feed_forward, resnet"
     )
     seed: int = Field(0, description="seed of the adapters' first halves; the second ones begin at zero")
@@ -43,7 +43,7 @@ class LoraConfig(Strict):
         return (self.alpha or self.rank) / self.rank
 
 
-def with_adapters(student: Student, config: LoraConfig) -> Student:
+def add_adapters(student: Student, config: LoraConfig) -> Student:
     """The same student with fresh adapters, which are all that is trained of it and change nothing yet.
 
     Raises `Refused` without peft.
@@ -52,46 +52,46 @@ def with_adapters(student: Student, config: LoraConfig) -> Student:
         raise Refused("lora: peft is not installed - pip install 'sollune[lora]', or train without lora")
     from peft import LoraConfig as PeftConfig
 
-    targets = [name for kind in config.modules for name in MODULES[kind]]
+    targets = [name for kind in config.modules for name in LAYER_SUFFIXES[kind]]
     student.requires_grad_(False)
     alpha = config.alpha or config.rank
-    student.unet.add_adapter(PeftConfig(r=config.rank, lora_alpha=alpha, target_modules=targets), ADAPTER)
-    _begin(adapters(student), config.seed)
+    student.unet.add_adapter(PeftConfig(r=config.rank, lora_alpha=alpha, target_modules=targets), ADAPTER_NAME)
+    _init_adapters(adapter_parameters(student), config.seed)
     return student
 
 
-def adapters(student: Student) -> dict[str, nn.Parameter]:
+def adapter_parameters(student: Student) -> dict[str, nn.Parameter]:
     """The adapters' parameters by their names in the student: `<layer>.lora_A.default.weight` and `lora_B`."""
-    return {name: value for name, value in student.named_parameters() if f".{ADAPTER}." in name}
+    return {name: value for name, value in student.named_parameters() if f".{ADAPTER_NAME}." in name}
 
 
-def layers(student: Student, scale: float) -> dict[str, Tensor]:
+def lora_state_dict(student: Student, scale: float) -> dict[str, Tensor]:
     """The adapters in diffusers' layout, `unet.<layer>.lora_A.weight`, to be added once: the scale is within B."""
     return {
-        name.replace(f".{ADAPTER}.", "."): (scale * value if ".lora_B." in name else value).detach().cpu().clone()
-        for name, value in adapters(student).items()
+        name.replace(f".{ADAPTER_NAME}.", "."): (scale * value if ".lora_B." in name else value).detach().cpu().clone()
+        for name, value in adapter_parameters(student).items()
     }
 
 
-def merged(student: Student) -> Student:
+def merge_adapters(student: Student) -> Student:
     """The same student, frozen, with its adapters added to its weights, so that it is one like any other."""
-    if adapters(student):
+    if adapter_parameters(student):
         student.unet.fuse_lora()
         student.unet.unload_lora()
     return student.requires_grad_(False)
 
 
-def fill(student: Student, tensors: Mapping[str, Any]) -> None:
+def load_adapters(student: Student, tensors: Mapping[str, Any]) -> None:
     """Take over adapters; raises `RuntimeError` unless they are just this student's."""
-    own = {name: value for name, value in student.state_dict().items() if f".{ADAPTER}." not in name}
+    own = {name: value for name, value in student.state_dict().items() if f".{ADAPTER_NAME}." not in name}
     student.load_state_dict({**own, **tensors})
 
 
-def _begin(fresh: Mapping[str, nn.Parameter], seed: int) -> None:
+def _init_adapters(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
     """peft draws from the global generator: draw the same distribution again, from our own."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, value in fresh.items():
+        for name, value in parameters.items():
             if ".lora_A." in name:
                 drawn = torch.empty(value.shape)
                 nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)

@@ -17,17 +17,17 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from configs.refusal import Refused
+from stages.system.refusal import Refused
 
-PARTS = ("cfg", "student", "opt", "sched", "gstep")
-PREFIXES = ("module.", "_orig_mod.", "unet.")
+CHECKPOINT_KEYS = ("cfg", "student", "opt", "sched", "gstep")
+KEY_PREFIXES = ("module.", "_orig_mod.", "unet.")
 """Of `DistributedDataParallel`, of `torch.compile`, of the trainer's student."""
-MALFORMED = (RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError, pickle.UnpicklingError)
+UNPICKLE_ERRORS = (RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError, pickle.UnpicklingError)
 """What a broken or hostile pickle makes torch's restricted reader raise."""
 
 
 @dataclass(frozen=True)
-class Original:
+class OriginalCheckpoint:
     """What such a file holds; the state of its optimizer is not read."""
 
     file: Path
@@ -41,31 +41,31 @@ class Original:
         Raises `Refused` with the first tensor that is unknown, missing, of another shape, or holds no numbers, and for
         a file that holds the weights of `unet` itself.
         """
-        found, expected = self._bare(), unet.state_dict()
+        found, expected = self._unprefixed_student(), unet.state_dict()
         if unknown := sorted(found.keys() - expected.keys()):
             raise Refused(f"{self.file}: tensor {unknown[0]} is none of the UNet's - name the teacher it was made from")
         if missing := sorted(expected.keys() - found.keys()):
             raise Refused(f"{self.file}: tensor {missing[0]} is missing - fetch the file again")
         for name, value in found.items():
-            self._check(name, value, expected[name].shape)
+            self._check_tensor(name, value, expected[name].shape)
         weights = {name: value.float() for name, value in found.items()}
         if all(torch.equal(value, expected[name].cpu().float()) for name, value in weights.items()):
             raise Refused(f"{self.file}: holds the teacher's own weights, no student's - take another file")
         return weights
 
-    def _bare(self) -> dict[str, Any]:
+    def _unprefixed_student(self) -> dict[str, Any]:
         """What `student` holds, without the words of wrappers before its keys."""
         bare: dict[str, Any] = {}
         for key, value in self.student.items():
             name = str(key)
-            while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+            while prefix := next((prefix for prefix in KEY_PREFIXES if name.startswith(prefix)), None):
                 name = name.removeprefix(prefix)
             if name in bare:
                 raise Refused(f"{self.file}: tensor {name} comes twice, the second time as {key} - fetch it again")
             bare[name] = value
         return bare
 
-    def _check(self, name: str, value: Any, shape: torch.Size) -> None:
+    def _check_tensor(self, name: str, value: Any, shape: torch.Size) -> None:
         if not isinstance(value, Tensor):
             raise Refused(f"{self.file}: {name} is no tensor but {type(value).__name__} - fetch it again")
         if value.shape != shape:
@@ -75,7 +75,7 @@ class Original:
             raise Refused(f"{self.file}: tensor {name} holds values that are no numbers ({value.dtype}) - take another")
 
 
-def read_original(file: Path) -> Original:
+def read_original(file: Path) -> OriginalCheckpoint:
     """Open such a file, its tensors left on the disk until they are asked for; raises `Refused` for anything else."""
     if file.exists() and not file.is_file():  # opening a pipe would wait for its writer
         raise Refused(f"{file}: cannot be read (it is no file) - name a .pt file")
@@ -85,14 +85,16 @@ def read_original(file: Path) -> Original:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except OSError as error:
         raise Refused(f"{file}: cannot be read ({error.strerror}) - name a .pt file") from error
-    except MALFORMED as error:
+    except UNPICKLE_ERRORS as error:
         asked = re.search(r"GLOBAL:? ([\w.]+)", str(error))
         why = f"asks to run {asked[1]}, and no code of a file is run" if asked else "is no whole file of torch.save"
         raise Refused(f"{file}: {why} - get it anew from where you trust it") from error
     parts = ("cfg", "student", "gstep")
     if not isinstance(content, dict) or not set(parts) <= content.keys():
-        raise Refused(f"{file}: is no checkpoint of the original experiment, which holds {', '.join(PARTS)} - name one")
+        raise Refused(
+            f"{file}: is no checkpoint of the original experiment, which holds {', '.join(CHECKPOINT_KEYS)} - name one"
+        )
     cfg, student, gstep = (content[part] for part in parts)
     if not (isinstance(cfg, Mapping) and isinstance(student, Mapping) and isinstance(gstep, int)):
         raise Refused(f"{file}: cfg and student should be mappings, gstep a whole number - fetch it again")
-    return Original(file, cfg, student, gstep)
+    return OriginalCheckpoint(file, cfg, student, gstep)

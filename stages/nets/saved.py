@@ -13,18 +13,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs.atomic import atomic_path, atomic_write
-from configs.refusal import Refused, in_one_line
 from shards.manifest import Manifest
-from stages.flow.bridge import Tail
-from stages.nets.components import Components, components_in
-from stages.nets.files import absolute, find
-from stages.nets.identity import changed_parts
-from stages.nets.lora import LoraConfig, fill, merged, with_adapters
-from stages.nets.student import Student, Target, vp_of
+from stages.flow.bridge import TailPolicy
+from stages.nets.components import Components, load_components_from
+from stages.nets.files import absolute_folder, changed_components, find_teacher
+from stages.nets.lora import LoraConfig, add_adapters, load_adapters, merge_adapters
+from stages.nets.student import Student, Target, make_vp_bridge
+from stages.system.atomic import atomic_path, atomic_write
+from stages.system.refusal import Refused, in_one_line
 
-ORIGIN, CHECKPOINTS, WEIGHTS, COMPLETE = "origin.json", "checkpoints", "ema.safetensors", "COMPLETE"
-BASE = "base.safetensors"
+ORIGIN_FILE, CHECKPOINTS_FOLDER, WEIGHTS_FILE, COMPLETE_MARK = (
+    "origin.json",
+    "checkpoints",
+    "ema.safetensors",
+    "COMPLETE",
+)
+BASE_FILE = "base.safetensors"
 """The weights beside which adapters were trained, in the folder of a run whose checkpoints hold those alone."""
 
 
@@ -36,7 +40,7 @@ class Origin:
     """A diffusers folder or a hub repository."""
     teacher_sha256: Mapping[str, str]
     """What the teacher was when the cache was made, by component."""
-    tail: Tail
+    tail: TailPolicy
     recipe_sha256: str
     """Of the cache that taught it; empty for a student that was imported."""
     target: Target = "velocity"
@@ -47,20 +51,20 @@ class Origin:
     """Where a teacher that is a folder of this machine lay, whatever folder a command is started in."""
 
     @classmethod
-    def of(cls, manifest: Manifest, teacher: str | None = None, target: Target = "velocity") -> "Origin":
+    def from_manifest(cls, manifest: Manifest, teacher: str | None = None, target: Target = "velocity") -> "Origin":
         """The origin of a student of this cache; `teacher` says where the teacher lies now, if it moved."""
         recipe = manifest.recipe
         made_by: Any = recipe.identity["teacher"]
         render: Any = recipe.identity["render"]
         location = teacher or str(recipe.information["teacher_location"])
-        path = absolute(teacher) if teacher else recipe.information.get("teacher_path")
+        path = absolute_folder(teacher) if teacher else recipe.information.get("teacher_path")
         sha256 = recipe.fingerprint()
         return cls(location, made_by, render["tail"], sha256, target, teacher_path=str(path) if path else None)
 
     @classmethod
     def open(cls, folder: Path) -> "Origin":
         """The origin of a run; raises `Refused` when its file is broken."""
-        path = folder / ORIGIN
+        path = folder / ORIGIN_FILE
         try:
             origin = cls(**json.loads(path.read_text(encoding="utf-8")))
             TypeAdapter(cls).validate_python(asdict(origin))
@@ -71,27 +75,27 @@ class Origin:
             reason = in_one_line(error)
             raise Refused(f"{path}: cannot be read ({reason}) - start the run's command again, it writes it") from error
 
-    def at(self, teacher: str | None) -> "Origin":
+    def with_teacher(self, teacher: str | None) -> "Origin":
         """The same, with the teacher lying elsewhere if told so."""
-        return self if teacher is None else replace(self, teacher=teacher, teacher_path=absolute(teacher))
+        return self if teacher is None else replace(self, teacher=teacher, teacher_path=absolute_folder(teacher))
 
-    def places(self) -> tuple[str, ...]:
+    def teacher_locations(self) -> tuple[str, ...]:
         """Where to look for the teacher: where it was named, then where that was on the machine that named it."""
         return (self.teacher, *([self.teacher_path] if self.teacher_path else []))
 
-    def adapted(self, lora: LoraConfig | None) -> "Origin":
+    def with_lora(self, lora: LoraConfig | None) -> "Origin":
         """The origin of a run that goes on from this one, with adapters or as a whole."""
         return replace(self, lora=lora.model_dump(mode="json") if lora else None)
 
-    def facts(self, parts: Components, samples: int) -> dict[str, Any]:
+    def export_facts(self, components: Components, samples: int) -> dict[str, Any]:
         """What an export tells about its student."""
         recipe = {"recipe_sha256": self.recipe_sha256} if self.recipe_sha256 else {}
         lora = {"lora": self.lora} if self.lora else {}
-        return {**parts.name, "tail": self.tail, **recipe, **lora, "samples": samples}
+        return {**components.name_facts, "tail": self.tail, **recipe, **lora, "samples": samples}
 
     def save(self, folder: Path) -> None:
         """Write it into a run folder."""
-        atomic_write(folder / ORIGIN, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+        atomic_write(folder / ORIGIN_FILE, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,12 @@ class SavedRun:
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` is a run, finished or not."""
-    return (folder / ORIGIN).is_file()
+    return (folder / ORIGIN_FILE).is_file()
 
 
-def cache_of(folder: Path) -> Path:
+def cache_folder(run_folder: Path) -> Path:
     """The cache that a run was distilled from: it lies beside the run."""
-    return folder.parent / "cache"
+    return run_folder.parent / "cache"
 
 
 def open_run(folder: Path, samples: int | None = None) -> SavedRun:
@@ -122,49 +126,51 @@ def open_run(folder: Path, samples: int | None = None) -> SavedRun:
     Raises `Refused` when there is none.
     """
     if not is_run(folder):
-        raise Refused(f"{folder}: no run lies here ({ORIGIN} is missing) - name a folder such as runs/tiny/distill")
-    found = _checkpoints(folder)
+        raise Refused(
+            f"{folder}: no run lies here ({ORIGIN_FILE} is missing) - name a folder such as runs/tiny/distill"
+        )
+    found = _checkpoint_weights(folder)
     if not found:
-        raise Refused(f"{folder}: no checkpoint yet (checkpoints/<samples>/{WEIGHTS}) - let the run write one")
-    chosen = _ended_with(folder, found) if samples is None else samples
+        raise Refused(f"{folder}: no checkpoint yet (checkpoints/<samples>/{WEIGHTS_FILE}) - let the run write one")
+    chosen = _final_checkpoint(folder, found) if samples is None else samples
     if chosen not in found:
         raise Refused(f"{folder}: no checkpoint at {samples} samples - there are {', '.join(map(str, sorted(found)))}")
     return SavedRun(folder, Origin.open(folder), found[chosen], chosen)
 
 
-def load_teacher_parts(origin: Origin, device: torch.device, dtype: torch.dtype) -> Components:
+def load_run_teacher(origin: Origin, device: torch.device, dtype: torch.dtype) -> Components:
     """The teacher of a run; raises `Refused` when it is nowhere, or no longer the one that filled the cache."""
-    location, folder = find(origin.places())
-    if changed := changed_parts(origin.teacher_sha256, folder):
+    location, folder = find_teacher(origin.teacher_locations())
+    if changed := changed_components(origin.teacher_sha256, folder):
         raise Refused(
             f"teacher: {folder}: {', '.join(changed)} changed since the cache was made - "
             "put the same model there, say where it lies now with --teacher, or make the cache again"
         )
-    return components_in(folder, location, device, dtype)
+    return load_components_from(folder, location, device, dtype)
 
 
-def load_student(run: SavedRun, parts: Components) -> Student:
+def load_student(run: SavedRun, components: Components) -> Student:
     """The checkpoint's student, frozen, on the teacher's device, its adapters merged if it has any.
 
     Raises `Refused` for a foreign or broken file.
     """
-    return merged(load_unmerged(run, parts)).eval()
+    return merge_adapters(load_with_adapters(run, components)).eval()
 
 
-def load_unmerged(run: SavedRun, parts: Components) -> Student:
+def load_with_adapters(run: SavedRun, components: Components) -> Student:
     """The same with its adapters, if it has any, still beside the weights."""
-    origin, base = run.origin, run.folder / BASE
-    student = Student.from_teacher(parts.unet, vp_of(origin.target, parts.schedule, origin.tail))
+    origin, base = run.origin, run.folder / BASE_FILE
+    student = Student.from_teacher(components.unet, make_vp_bridge(origin.target, components.schedule, origin.tail))
     if origin.lora is None:
-        _read(run.weights, partial(_take, student), "choose another checkpoint")
+        _load_weights(run.weights, partial(_load_unet, student), "choose another checkpoint")
         return student
-    _read(base, partial(_take, student), "start the run's command again, it writes it")
-    student = with_adapters(student, LoraConfig.model_validate(origin.lora))
-    _read(run.weights, partial(fill, student), "choose another checkpoint")
+    _load_weights(base, partial(_load_unet, student), "start the run's command again, it writes it")
+    student = add_adapters(student, LoraConfig.model_validate(origin.lora))
+    _load_weights(run.weights, partial(load_adapters, student), "choose another checkpoint")
     return student
 
 
-def keep_base(folder: Path, origin: Origin, student: Student) -> None:
+def save_base(folder: Path, origin: Origin, student: Student) -> None:
     """Leave in the folder of a run of adapters the weights of the student that it goes on from.
 
     Raises `Refused` when checkpoints lie there that were begun otherwise; nothing has changed then.
@@ -172,26 +178,26 @@ def keep_base(folder: Path, origin: Origin, student: Student) -> None:
     refuse_other_base(folder, origin, student)
     if origin.lora is None:
         return
-    with atomic_path(folder / BASE) as temporary:
-        save_file(_weights(student), temporary)
+    with atomic_path(folder / BASE_FILE) as temporary:
+        save_file(_cpu_state_dict(student), temporary)
 
 
 def refuse_other_base(folder: Path, origin: Origin, student: Student) -> None:
     """Raise `Refused` when checkpoints lie in the folder that were begun with other adapters or from another model."""
-    if not (_checkpoints(folder) and is_run(folder)):
+    if not (_checkpoint_weights(folder) and is_run(folder)):
         return
     if (then := Origin.open(folder).lora) != origin.lora:
         raise Refused(f"{folder}: was begun with lora = {then}, not {origin.lora} - take another run folder, or that")
-    held = _tensors(folder / BASE) if origin.lora is not None else {}
-    if held and not _equal(held, _weights(student)):
-        raise Refused(f"{folder / BASE}: is not the model that this run goes on from - take another run folder")
+    held = _load_or_empty(folder / BASE_FILE) if origin.lora is not None else {}
+    if held and not _same_tensors(held, _cpu_state_dict(student)):
+        raise Refused(f"{folder / BASE_FILE}: is not the model that this run goes on from - take another run folder")
 
 
-def _weights(student: Student) -> dict[str, Tensor]:
+def _cpu_state_dict(student: Student) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def _load_or_empty(file: Path) -> dict[str, Tensor]:
     """What a file holds; nothing when it is missing or broken, and has to be written again."""
     try:
         return load_file(file)
@@ -199,29 +205,29 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         return {}
 
 
-def _equal(held: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
-    return held.keys() == weights.keys() and all(torch.equal(held[name], value) for name, value in weights.items())
+def _same_tensors(stored: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
+    return stored.keys() == weights.keys() and all(torch.equal(stored[name], value) for name, value in weights.items())
 
 
-def _take(student: Student, weights: Mapping[str, Tensor]) -> None:
+def _load_unet(student: Student, weights: Mapping[str, Tensor]) -> None:
     student.unet.load_state_dict({name.removeprefix("unet."): value for name, value in weights.items()})
 
 
-def _read(file: Path, take: Callable[[dict[str, Tensor]], object], way_out: str) -> None:
+def _load_weights(file: Path, apply: Callable[[dict[str, Tensor]], object], hint: str) -> None:
     try:
-        take(load_file(file))
+        apply(load_file(file))
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise Refused(f"{file}: not the student's weights ({in_one_line(error)}) - {way_out}") from error
+        raise Refused(f"{file}: not the student's weights ({in_one_line(error)}) - {hint}") from error
 
 
-def _ended_with(folder: Path, found: Mapping[int, Path]) -> int:
+def _final_checkpoint(folder: Path, checkpoints: Mapping[int, Path]) -> int:
     """The checkpoint that a finished run took, which is not its newest where another was better; else the newest."""
-    mark = folder / COMPLETE
+    mark = folder / COMPLETE_MARK
     said = mark.read_text(encoding="utf-8", errors="replace").strip() if mark.is_file() else ""
-    return int(said) if said.isdecimal() and int(said) in found else max(found)
+    return int(said) if said.isdecimal() and int(said) in checkpoints else max(checkpoints)
 
 
-def _checkpoints(folder: Path) -> dict[int, Path]:
+def _checkpoint_weights(folder: Path) -> dict[int, Path]:
     """Samples seen -> averaged weights."""
-    found = (folder / CHECKPOINTS).glob(f"[0-9]*/{WEIGHTS}")
+    found = (folder / CHECKPOINTS_FOLDER).glob(f"[0-9]*/{WEIGHTS_FILE}")
     return {int(path.parent.name): path for path in found if path.parent.name.isdecimal()}

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, UniPCMultistepScheduler
 
 from stages.nets.files import read_json
 
-VP_FIELDS = (
+VP_SETTINGS = (
     "num_train_timesteps",
     "beta_start",
     "beta_end",
@@ -40,5 +40,5 @@ def flow_scheduler(flow_shift: float = 1.0) -> UniPCMultistepScheduler:
 def vp_scheduler(teacher_folder: Path) -> DDIMScheduler:
     """DDIM on the teacher's own betas and steps, for a model that answers with v-prediction on the teacher's path."""
     config = read_json(teacher_folder / "scheduler" / "scheduler_config.json")
-    kept = {name: config[name] for name in VP_FIELDS if name in config}
+    kept = {name: config[name] for name in VP_SETTINGS if name in config}
     return DDIMScheduler(**kept, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False)

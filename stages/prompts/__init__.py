@@ -2,13 +2,21 @@
 
 from stages.prompts.grammar import Grammar, GrammarSource, Phrase, load_grammar
 from stages.prompts.hub import HubSource
-from stages.prompts.mixture import MixtureSource, Part
 from stages.prompts.prompt import VALIDATION_ONE_IN, Prompt, Split, derived_seed, split_of
-from stages.prompts.report import SourceReport, omission_lines, report, token_counts, truncation_lines
-from stages.prompts.source import PromptSource, prompts, source_identity
+from stages.prompts.source import (
+    MixtureSource,
+    PromptSource,
+    SourceReport,
+    WeightedSource,
+    omission_lines,
+    prompts,
+    source_identity,
+    source_report,
+    token_counts,
+    truncation_lines,
+)
 from stages.prompts.symbolic import SymbolicSource
-from stages.prompts.table import TableSource
-from stages.prompts.text_file import FileSource
+from stages.prompts.table import FileSource, TableSource
 
 __all__ = [
     "VALIDATION_ONE_IN",
@@ -17,7 +25,6 @@ __all__ = [
     "GrammarSource",
     "HubSource",
     "MixtureSource",
-    "Part",
     "Phrase",
     "Prompt",
     "PromptSource",
@@ -25,12 +32,13 @@ __all__ = [
     "Split",
     "SymbolicSource",
     "TableSource",
+    "WeightedSource",
     "derived_seed",
     "load_grammar",
     "omission_lines",
     "prompts",
-    "report",
     "source_identity",
+    "source_report",
     "split_of",
     "token_counts",
     "truncation_lines",

@@ -10,13 +10,10 @@ from typing import Any
 
 from pydantic import ConfigDict, Field
 
-from configs.characters import printable
-from configs.load import load, request
-from configs.parser import Parser
-from configs.refusal import Refused
-from configs.strict import Strict
-from configs.values import place
-from stages.prompts import Prompt, PromptSource, SymbolicSource, omission_lines, report, split_of, token_counts
+from configs.load import load, parse_common_options
+from configs.values import Strict, path_argument
+from stages.prompts import Prompt, PromptSource, SymbolicSource, omission_lines, source_report, split_of, token_counts
+from stages.system.refusal import Parser, Refused, format_value
 
 REFUSED = 2
 MOST_NUMBER, MOST_COUNT = 10**18, 10**7
@@ -32,29 +29,29 @@ class Config(Strict):
     seed: int = Field(0, description="seed of the prompts and of their pictures")
 
 
-def show(words: argparse.Namespace, config: Config) -> None:
+def show(args: argparse.Namespace, config: Config) -> None:
     """Print prompt number N, and with --tree how it came about."""
-    prompt = next(config.prompts.endless(config.seed, words.number))
-    _note(config.prompts, words.number + 1)
+    prompt = next(config.prompts.iter_prompts(config.seed, args.number))
+    _print_omissions(config.prompts, args.number + 1)
     print(prompt.text)
     print(f"class {prompt.class_name}, split {split_of(prompt.text)}, picture seed {prompt.seed}")
-    if words.tree:
+    if args.tree:
         for depth, (name, said) in enumerate(prompt.derivation):
             print(f"{'   ' * depth}└─ {name}: {said}")
 
 
-def sample(words: argparse.Namespace, config: Config) -> None:
+def sample(args: argparse.Namespace, config: Config) -> None:
     """Print the first prompts with their classes."""
-    for number, prompt in enumerate(islice(config.prompts.endless(config.seed), words.count)):
+    for number, prompt in enumerate(islice(config.prompts.iter_prompts(config.seed), args.count)):
         print(f"{number:>6}  {prompt.text}  [{prompt.class_name}]")
-    _note(config.prompts, words.count)
+    _print_omissions(config.prompts, args.count)
 
 
-def stats(words: argparse.Namespace, config: Config) -> None:
+def stats(args: argparse.Namespace, config: Config) -> None:
     """Print what the first prompts cover, how long they are, and what is wrong with them."""
-    asked = list(islice(config.prompts.endless(config.seed), words.count))
-    tokenizer = tokenizer_of(words.tokenizer) if words.tokenizer else None
-    print("\n".join(report(config.prompts, asked, tokenizer).lines()))
+    asked = list(islice(config.prompts.iter_prompts(config.seed), args.count))
+    tokenizer = tokenizer_of(args.tokenizer) if args.tokenizer else None
+    print("\n".join(source_report(config.prompts, asked, tokenizer).lines()))
     print(f"distinct   {len({prompt.text for prompt in asked})}")
     texts = [prompt.text for prompt in asked]
     _lengths("words", [len(text.split()) for text in texts])
@@ -63,22 +60,22 @@ def stats(words: argparse.Namespace, config: Config) -> None:
     print("\n".join(coverage(asked)))
 
 
-def _note(source: PromptSource, among: int) -> None:
+def _print_omissions(source: PromptSource, count: int) -> None:
     """Say beside the prompts which rows before them were left out."""
-    for line in omission_lines(source.faults(among)):
+    for line in omission_lines(source.unusable_rows(count)):
         print(line, file=sys.stderr)
 
 
-def coverage(asked: Sequence[Prompt]) -> list[str]:
+def coverage(prompts: Sequence[Prompt]) -> list[str]:
     """For the classes and each choice: how often it is made, among how many, and the most and least frequent."""
-    made: dict[str, Counter[str]] = {"class": Counter(prompt.class_name for prompt in asked)}
-    for prompt in asked:
+    made: dict[str, Counter[str]] = {"class": Counter(prompt.class_name for prompt in prompts)}
+    for prompt in prompts:
         for name, said in prompt.derivation:
             made.setdefault(name, Counter())[said] += 1
     lines = [f"{'choice':<11}{'made':>6}{'of':>7}   most and least often"]
     for name, counts in made.items():
         (often, most), (seldom, least) = counts.most_common()[0], counts.most_common()[-1]
-        share = 100 * counts.total() / len(asked)
+        share = 100 * counts.total() / len(prompts)
         lines.append(f"{name:<11}{share:>5.0f}%{len(counts):>7}   {often} ({most}), {seldom} ({least})")
     return lines
 
@@ -95,7 +92,7 @@ def tokenizer_of(folder: Path) -> Any:
         tokenizer = CLIPTokenizer.from_pretrained(str(inner), local_files_only=True)
         known = tokenizer.decode(tokenizer("a cat").input_ids, skip_special_tokens=True).split()
     except Exception as error:  # the library written in Rust raises nothing more special
-        raise Refused(f"--tokenizer: {folder} cannot be read ({printable(str(error))}) - {way_out}") from error
+        raise Refused(f"--tokenizer: {folder} cannot be read ({format_value(str(error))}) - {way_out}") from error
     if known != ["a", "cat"]:
         raise Refused(f"--tokenizer: {folder} does not know words: 'a cat' comes back as {known} - {way_out}")
     return tokenizer
@@ -126,9 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             usual = 40 if name == "sample" else 2000
             words.add_argument("--count", type=_count, default=usual, help=f"prompts to look at (default: {usual})")
         if name == "stats":
-            words.add_argument("--tokenizer", type=place, metavar="FOLDER", help="model folder: lengths in its tokens")
+            words.add_argument(
+                "--tokenizer", type=path_argument, metavar="FOLDER", help="model folder: lengths in its tokens"
+            )
     parsed, rest = parser.parse_known_args(argv)
-    asked = request(rest)
+    asked = parse_common_options(rest)
     COMMANDS[parsed.command](
         parsed, load(Config, "cache_teacher", asked.files, asked.options, f"sollune prompts {parsed.command}")
     )
@@ -136,17 +135,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _number(word: str) -> int:
-    return _between(0, MOST_NUMBER, word)
+    return _parse_between(0, MOST_NUMBER, word)
 
 
 def _count(word: str) -> int:
-    return _between(1, MOST_COUNT, word)
+    return _parse_between(1, MOST_COUNT, word)
 
 
-def _between(least: int, most: int, word: str) -> int:
+def _parse_between(least: int, most: int, word: str) -> int:
     digits = word.isdecimal() and len(word) <= len(str(most))
     if not digits or not least <= int(word) <= most:
-        raise argparse.ArgumentTypeError(f"{printable(word)} should be a number from {least} to {most}")
+        raise argparse.ArgumentTypeError(f"{format_value(word)} should be a number from {least} to {most}")
     return int(word)
 
 

@@ -10,11 +10,11 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from configs.judgement import slip_of
-from configs.refusal import Refused, did_you_mean
-from configs.strict import NonEmpty, Strict
+from configs.load import first_error
+from configs.values import NonEmpty, Strict
 from configs.yaml_text import read_yaml
 from stages.prompts.prompt import Prompt, derived_seed
+from stages.system.refusal import Refused, did_you_mean
 
 MOST_TRIES = 10_000
 
@@ -43,7 +43,7 @@ class Grammar(Strict):
     never: tuple[dict[str, str], ...] = ()
 
     @model_validator(mode="after")
-    def _can_speak(self) -> "Grammar":
+    def _check_phrases(self) -> "Grammar":
         words = {phrase.name: phrase.words for phrase in self.phrases}
         if len(words) < len(self.phrases):
             raise ValueError("two phrases have the same name - give each its own")
@@ -65,7 +65,7 @@ class Grammar(Strict):
         """The words that the phrase `name` may say."""
         return next(phrase.words for phrase in self.phrases if phrase.name == name)
 
-    def choose(self, rng: random.Random) -> dict[str, str]:
+    def sample_words(self, rng: random.Random) -> dict[str, str]:
         """One word for every phrase, never a forbidden combination."""
         for _ in range(MOST_TRIES):
             chosen = {phrase.name: rng.choice(phrase.words) for phrase in self.phrases}
@@ -73,25 +73,25 @@ class Grammar(Strict):
                 return chosen
         raise Refused("prompts.grammar: `never` forbids all that the phrases could say - forbid less")
 
-    def unsaid(self, rng: random.Random) -> set[str]:
+    def sample_omissions(self, rng: random.Random) -> set[str]:
         """The names of the phrases left out: none, or a non-empty random subset of the optional ones."""
         optional = [phrase.name for phrase in self.phrases if phrase.optional]
         if not optional or rng.random() >= self.unsaid_share:
             return set()
         return set(rng.sample(optional, rng.randint(1, len(optional))))
 
-    def say(self, chosen: dict[str, str]) -> str:
+    def compose(self, words: dict[str, str]) -> str:
         """The sentence for the words given; phrases without a word are left out."""
-        said = [phrase.text.format(chosen[phrase.name]) for phrase in self.phrases if phrase.name in chosen]
+        said = [phrase.text.format(words[phrase.name]) for phrase in self.phrases if phrase.name in words]
         article = "an" if said[0][0] in "aeiou" else "a"
         return " ".join([article, *said])
 
     def prompt(self, seed: int, index: int) -> Prompt:
         """Prompt number `index` of the endless list that belongs to `seed`."""
         rng = random.Random(derived_seed("grammar", seed, index))
-        chosen = self.choose(rng)
-        unsaid = self.unsaid(rng)
-        text = self.say({name: word for name, word in chosen.items() if name not in unsaid})
+        chosen = self.sample_words(rng)
+        unsaid = self.sample_omissions(rng)
+        text = self.compose({name: word for name, word in chosen.items() if name not in unsaid})
         said = tuple((name, word if name not in unsaid else f"({word}, unsaid)") for name, word in chosen.items())
         return Prompt(text, self.class_name.format(**chosen), derived_seed("picture", seed, index), said)
 
@@ -110,15 +110,15 @@ class GrammarSource(Strict):
         """What the prompts depend on."""
         return hashlib.sha256(self.load().model_dump_json().encode()).hexdigest()
 
-    def reading(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         """Nothing: a grammar is read in one way only."""
         return []
 
-    def faults(self, among: int) -> dict[str, list[str]]:
+    def unusable_rows(self, prompt_count: int) -> dict[str, list[str]]:
         """None: a grammar's sentences are all usable."""
         return {}
 
-    def endless(self, seed: int, start: int = 0) -> Iterator[Prompt]:
+    def iter_prompts(self, seed: int, start: int = 0) -> Iterator[Prompt]:
         """Prompts start, start + 1, ... of this seed."""
         grammar, index = self.load(), start
         while True:
@@ -133,7 +133,7 @@ def load_grammar(path: Path) -> Grammar:
     try:
         return Grammar.model_validate(content)
     except ValidationError as error:
-        place, slip = slip_of(error, Grammar, content)
+        place, slip = first_error(error, Grammar, content)
         where = f"{'.'.join(map(str, place))}: " if place else ""
         raise Refused(f"{path}: {where}{slip}") from error
 

@@ -9,12 +9,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from configs.refusal import Refused
-from configs.strict import Location
-from stages.prompts.extra import extra
-from stages.prompts.table import Cells, ColumnSource
+from configs.values import Location
+from stages.prompts.prompt import import_extra
+from stages.prompts.table import ColumnSource, TableRow
+from stages.system.refusal import Refused
 
-UNREADABLE = (OSError, ValueError, NotImplementedError, LookupError, TypeError)
+READ_ERRORS = (OSError, ValueError, NotImplementedError, LookupError, TypeError)
 """What datasets and arrow say of files that hold something else."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -28,9 +28,9 @@ class HubSource(ColumnSource):
     part: str = Field("train", description="split of the dataset")
     revision: str | None = Field(None, description="commit or branch; none is the newest commit, named in the recipe")
 
-    def cells(self) -> Iterator[Cells]:
+    def table_rows(self) -> Iterator[TableRow]:
         """Every row of the stream."""
-        datasets = extra("datasets", "a Hugging Face dataset")
+        datasets = import_extra("datasets", "a Hugging Face dataset")
         revision = None if Path(self.dataset).exists() else self._commit()
         try:
             stream = datasets.load_dataset(
@@ -39,8 +39,8 @@ class HubSource(ColumnSource):
             if stream.column_names and set(self.columns) <= set(stream.column_names):
                 stream = stream.select_columns(self.columns)  # pictures beside the sentences are then never decoded
             for number, values in enumerate(stream, 1):
-                yield Cells(f"{self.dataset}/{self.part}: row {number}", values)
-        except (*UNREADABLE, datasets.exceptions.DatasetsError) as error:
+                yield TableRow(f"{self.dataset}/{self.part}: row {number}", values)
+        except (*READ_ERRORS, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise Refused(
                 f"prompts.dataset: {self.dataset}: cannot be read: {reason} - see prompts.subset and prompts.part"
@@ -55,7 +55,7 @@ class HubSource(ColumnSource):
         asked = [self.subset, self.part, self.column, self.class_column]
         return hashlib.sha256(json.dumps([said, asked]).encode()).hexdigest()
 
-    def reading(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         """How the dataset is read."""
         classes = f", classes from column {self.class_column!r}" if self.class_column else ""
         return [f"{self.dataset}/{self.part} read as a dataset, sentences from column {self.column!r}{classes}"]

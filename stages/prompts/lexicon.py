@@ -10,15 +10,15 @@ from string import Formatter
 
 from pydantic import Field, ValidationError, model_validator
 
-from configs.judgement import slip_of
-from configs.refusal import Refused, did_you_mean
-from configs.strict import NonEmpty, Strict
+from configs.load import first_error
+from configs.values import NonEmpty, Strict
 from configs.yaml_text import read_yaml
+from stages.system.refusal import Refused, did_you_mean
 
 PACKAGED = Path(__file__).parent / "lexicon.yaml"
 CLASS_NAME = re.compile(r"[a-z]+/[a-z]+(-[a-z]+)*")
 SUBJECT, AMOUNT = "subject", "amount"
-CHOICES = (SUBJECT, "sentence", "family", "complexity")
+RESERVED_NAMES = (SUBJECT, "sentence", "family", "complexity")
 """Choices of every derivation, whose names no slot can have."""
 MOST_SLOTS = 60
 
@@ -98,7 +98,7 @@ class Lexicon(Strict):
         for group in self.slots[slot]:
             yield from _words(slot, group)
 
-    def every_word(self) -> Iterator[Word]:
+    def all_words(self) -> Iterator[Word]:
         """All subjects and all words."""
         for family in self.families:
             yield from self.subjects(family)
@@ -106,13 +106,13 @@ class Lexicon(Strict):
             yield from self.words(slot)
 
     @model_validator(mode="after")
-    def _sound(self) -> "Lexicon":
-        for slip in chain(self._sentences(), self._tags(), self._classes(), two_readings(self.every_word())):
+    def _check_words(self) -> "Lexicon":
+        for slip in chain(self._sentences(), self._tags(), self._classes(), find_ambiguities(self.all_words())):
             raise ValueError(slip)
         return self
 
     def _sentences(self) -> Iterator[str]:
-        for name in CHOICES:
+        for name in RESERVED_NAMES:
             if name in self.slots:
                 yield f"slots.{name}: the name stands for something else in every sentence - take another"
         for level, sentences in self.levels.items():
@@ -126,8 +126,8 @@ class Lexicon(Strict):
                     yield f"levels.{level}: {sentence.text!r} has {sentence.clauses()} clauses, should have {level + 1}"
 
     def _tags(self) -> Iterator[str]:
-        known = {tag for word in self.every_word() for tag in word.tags}
-        for word in self.every_word():
+        known = {tag for word in self.all_words() for tag in word.tags}
+        for word in self.all_words():
             for tag in sorted((word.needs | word.never) - known):
                 yield f"{word.slot}: {word.text!r}: no word has the tag {tag!r} - {did_you_mean(tag, sorted(known))}"
 
@@ -158,7 +158,7 @@ def plural(noun: str) -> str:
     return f"{head}s{of}{tail}"
 
 
-def two_readings(words: Iterable[Word]) -> Iterator[str]:
+def find_ambiguities(words: Iterable[Word]) -> Iterator[str]:
     """Words that could be strung together into one text in two ways, so that two derivations might say the same.
 
     Sardinas and Patterson (1953): follow what a longer word leaves over a shorter one until it is nothing, or a word.
@@ -198,7 +198,7 @@ def load_lexicon(path: Path) -> Lexicon:
     try:
         return Lexicon.model_validate(content)
     except ValidationError as error:
-        place, slip = slip_of(error, Lexicon, content)
+        place, slip = first_error(error, Lexicon, content)
         where = f"{'.'.join(map(str, place))}: " if place else ""
         raise Refused(f"{path}: {where}{slip}") from error
 

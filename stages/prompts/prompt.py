@@ -1,8 +1,14 @@
-"""What a prompt is, and which split owns it."""
+"""What a prompt is, and which split owns it.
+
+Modules of the optional extras.
+"""
 
 import hashlib
+import importlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from stages.system.refusal import Refused
 
 Split = Literal["train", "validation"]
 VALIDATION_ONE_IN = 16
@@ -28,3 +34,13 @@ def derived_seed(*parts: object) -> int:
 def split_of(text: str) -> Split:
     """The split that owns a sentence: decided by the sentence itself, so no source can leak one into the other."""
     return "validation" if derived_seed("split", text) % VALIDATION_ONE_IN == 0 else "train"
+
+
+def import_extra(module: str, what: str) -> Any:
+    """A module of the optional extra; raises `Refused` with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Refused(
+            f"prompts: {what} needs the package {module.partition('.')[0]} - pip install 'sollune[datasets]'"
+        ) from error

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from configs.characters import fault_of, faulty_character
-from configs.refusal import Refused
-from configs.strict import Strict
+from configs.values import Strict
 from stages.prompts.prompt import Prompt, derived_seed
+from stages.system.refusal import Refused, first_invalid_character, invalid_character_reason
 
 LONGEST = 1 << 16
 """Characters of a sentence: what is longer, such as a whole book in one line, is none."""
@@ -14,7 +13,7 @@ LONGEST = 1 << 16
 
 def fault_of_row(row: str) -> str | None:
     """Why no prompt can be made of a row as it stands in its source, if so."""
-    return f"with more than {LONGEST:,} characters" if len(row) > LONGEST else fault_of(row)
+    return f"with more than {LONGEST:,} characters" if len(row) > LONGEST else invalid_character_reason(row)
 
 
 @dataclass(frozen=True)
@@ -24,21 +23,21 @@ class Row:
     place: str
     text: str
     class_name: str = ""
-    slip: str | None = None
+    row_fault: str | None = None
     """what is wrong with the row as a whole, where the source knows"""
-    whole: str = field(default="", repr=False)
+    raw_text: str = field(default="", repr=False)
     """the row before anything was cut off"""
 
     @property
     def fault(self) -> str | None:
         """Why no prompt can be made of it, if so."""
-        found = self.slip or fault_of_row(self.text + self.class_name)
+        found = self.row_fault or fault_of_row(self.text + self.class_name)
         return found or (None if self.text.strip() else "empty")
 
     @property
     def faulty_place(self) -> str:
         """The place, with the character that makes the row unusable, if one does."""
-        character = faulty_character(self.whole or self.text + self.class_name)
+        character = first_invalid_character(self.raw_text or self.text + self.class_name)
         return f"{self.place} ({character})" if character else self.place
 
 
@@ -49,11 +48,11 @@ class RowSource(Strict):
         """Every row in order, usable or not."""
         raise NotImplementedError
 
-    def reading(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         """How the rows are read: one line."""
         raise NotImplementedError
 
-    def usable(self) -> Iterator[Row]:
+    def usable_rows(self) -> Iterator[Row]:
         """The rows that make prompts; raises `Refused` when there are none."""
         unusable: dict[str, list[str]] = {}
         any_usable = False
@@ -68,23 +67,23 @@ class RowSource(Strict):
             why = f" ({'; '.join(reasons)})" if reasons else ""
             raise Refused(f"prompts: {self} holds no prompt{why} - write one a line or row, in UTF-8")
 
-    def faults(self, among: int) -> dict[str, list[str]]:
+    def unusable_rows(self, prompt_count: int) -> dict[str, list[str]]:
         """The places of unusable rows by reason, up to the row of the prompt number `among`."""
         found: dict[str, list[str]] = {}
         for row in self.rows():
-            among -= row.fault is None
-            if among < 0:
+            prompt_count -= row.fault is None
+            if prompt_count < 0:
                 break
             if row.fault:
                 found.setdefault(row.fault, []).append(row.faulty_place)
         return found
 
-    def endless(self, seed: int, start: int = 0) -> Iterator[Prompt]:
+    def iter_prompts(self, seed: int, start: int = 0) -> Iterator[Prompt]:
         """The usable rows in order, again and again, each time with another picture seed; from number `start` on."""
         index, reading = 0, 1
         while True:
             first = index
-            for row in self.usable():
+            for row in self.usable_rows():
                 if index >= start:
                     how = (("row", row.place), ("reading", str(reading)))
                     yield Prompt(

@@ -1,4 +1,6 @@
-"""The space of all sentences as a tree of choices in which every number is one sentence, and no two are the same.
+"""Shuffles that need no memory: bijections of 0..size-1 computed one number at a time.
+
+The space of all sentences as a tree of choices in which every number is one sentence, and no two are the same.
 
 A choice of size n owns the numbers 0..n-1. Each option gets a run of them in proportion to its weight, no longer than
 the number of ways to go on from there; what is left of the number, scattered evenly over those ways, is the number of
@@ -11,9 +13,46 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
+from math import gcd
 from typing import Generic, TypeVar
 
-from stages.prompts.permutation import even_stride
+ROUNDS = 4
+MASK_64 = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
+
+
+def permute(index: int, size: int, key: int) -> int:
+    """Where `index` goes in the shuffle of 0..size-1 that belongs to `key`.
+
+    A Feistel network over the least even number of bits, walked along its cycle until it lands below `size`
+    (Black and Rogaway 2002).
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & low
+        for turn in range(ROUNDS):
+            left, right = right, left ^ (mix64(key ^ mix64(right * ROUNDS + turn)) & low)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+def mix64(value: int) -> int:
+    """A 64-bit number that looks unrelated to `value` (splitmix64's output function)."""
+    value = (value + GOLDEN) & MASK_64
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & MASK_64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & MASK_64
+    return value ^ value >> 31
+
+
+def even_stride(size: int) -> int:
+    """A step coprime to `size` whose first n multiples lie evenly over 0..size-1 for every n (the golden ratio's)."""
+    stride = max(1, size * GOLDEN >> 64)
+    while gcd(stride, size) != 1:
+        stride += 1
+    return stride
+
 
 T = TypeVar("T")
 
@@ -24,7 +63,7 @@ class Option(Generic[T]):
 
     value: T
     weight: int
-    rest: "Choice[T]"
+    next_choice: "Choice[T]"
 
 
 @dataclass(frozen=True)
@@ -37,24 +76,24 @@ class Choice(Generic[T]):
     stride: int = field(default=1, repr=False)
 
 
-def choice(options: Iterable[Option[T]]) -> Choice[T]:
+def make_choice(options: Iterable[Option[T]]) -> Choice[T]:
     """Options side by side; those that lead nowhere are left out."""
-    kept = tuple(option for option in options if option.rest.size and option.weight)
+    kept = tuple(option for option in options if option.next_choice.size and option.weight)
     if not kept:
         return Choice(size=0)
-    unit = max(1, min(option.rest.size // option.weight for option in kept))
-    ends = tuple(accumulate(min(option.rest.size, option.weight * unit) for option in kept))
+    unit = max(1, min(option.next_choice.size // option.weight for option in kept))
+    ends = tuple(accumulate(min(option.next_choice.size, option.weight * unit) for option in kept))
     return Choice(kept, (0, *ends[:-1]), ends[-1], even_stride(ends[-1]))
 
 
-def chosen(root: Choice[T], number: int) -> Iterator[T]:
+def options_at(root: Choice[T], number: int) -> Iterator[T]:
     """The options that belong to `number`, from the root to the end."""
     while root.options:
         number = number * root.stride % root.size
         place = bisect_right(root.start, number) - 1
         yield root.options[place].value
         number -= root.start[place]
-        root = root.options[place].rest
+        root = root.options[place].next_choice
 
 
 def values(root: Choice[T]) -> set[T]:
@@ -67,5 +106,5 @@ def values(root: Choice[T]) -> set[T]:
         if id(here) not in seen:
             seen.add(id(here))
             found |= {option.value for option in here.options}
-            todo += [option.rest for option in here.options if id(option.rest) not in seen]
+            todo += [option.next_choice for option in here.options if id(option.next_choice) not in seen]
     return found

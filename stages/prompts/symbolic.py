@@ -9,12 +9,11 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from configs.refusal import Refused
-from configs.strict import Strict
+from configs.values import Strict
 from stages.prompts.lexicon import AMOUNT, PACKAGED, SUBJECT, Lexicon, Word, class_of, load_lexicon
-from stages.prompts.permutation import shuffled
 from stages.prompts.prompt import Prompt, derived_seed
-from stages.prompts.space import Choice, Option, choice, chosen, values
+from stages.prompts.space import Choice, Option, make_choice, options_at, permute, values
+from stages.system.refusal import Refused
 
 GENERATOR = 1  # raise it when the same lexicon would give other sentences: it is part of a cache's recipe
 VOWEL_SOUND = re.compile(r"\ba (?=(?:[aeio]|u(?!ni|se|ku)|hour|honest|heir)(?<!\bone)(?!ne-|uro))")
@@ -41,24 +40,24 @@ class SymbolicSource(Strict):
             raise ValueError("shares should be 0 or more, and one of them positive")
         return shares
 
-    def load(self) -> "Speaker":
+    def load(self) -> "SentenceSpace":
         """The lexicon with its space of sentences; raises `Refused` with the file's name."""
-        return speaker(self.lexicon or PACKAGED, self.complexity)
+        return load_sentence_space(self.lexicon or PACKAGED, self.complexity)
 
     def identity(self) -> str:
         """What the prompts depend on."""
         said = load_lexicon(self.lexicon or PACKAGED).model_dump_json()
         return hashlib.sha256(f"{GENERATOR}{self.complexity}{said}".encode()).hexdigest()
 
-    def reading(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         """Nothing: a lexicon is read in one way only."""
         return []
 
-    def faults(self, among: int) -> dict[str, list[str]]:
+    def unusable_rows(self, prompt_count: int) -> dict[str, list[str]]:
         """None: a lexicon's sentences are all usable."""
         return {}
 
-    def endless(self, seed: int, start: int = 0) -> Iterator[Prompt]:
+    def iter_prompts(self, seed: int, start: int = 0) -> Iterator[Prompt]:
         """Prompts start, start + 1, ... of this seed; `size` distinct ones, then they come again reshuffled."""
         speaks, index = self.load(), start
         while True:
@@ -66,66 +65,67 @@ class SymbolicSource(Strict):
             index += 1
 
 
-class Speaker:
+class SentenceSpace:
     """A lexicon's space of sentences, each with a number."""
 
     def __init__(self, lexicon: Lexicon, shares: Mapping[int, int]) -> None:
-        self._known: dict[tuple[tuple[str, ...], frozenset[str]], Choice[Link]] = {}
+        self._choice_cache: dict[tuple[tuple[str, ...], frozenset[str]], Choice[Link]] = {}
         self._lexicon = lexicon
         self._words = {slot: tuple(lexicon.words(slot)) for slot in lexicon.slots}
-        self._asked = {
+        self._relevant_tags = {
             slot: frozenset(tag for word in words for tag in word.needs | word.never)
             for slot, words in self._words.items()
         }
-        self.space: Choice[Link] = choice(
-            Option(("complexity", str(level)), share, choice(self._forms(level))) for level, share in shares.items()
+        self.root: Choice[Link] = make_choice(
+            Option(("complexity", str(level)), share, make_choice(self._sentence_options(level)))
+            for level, share in shares.items()
         )
 
     @property
     def size(self) -> int:
         """How many sentences there are, all distinct."""
-        return self.space.size
+        return self.root.size
 
     def prompt(self, seed: int, index: int) -> Prompt:
         """Prompt number `index` of the endless list that belongs to `seed`."""
         again, within = divmod(index, self.size)
-        number = shuffled(within, self.size, derived_seed("symbolic", seed, again))
-        return spoken(dict(chosen(self.space, number)), derived_seed("picture", seed, index))
+        number = permute(within, self.size, derived_seed("symbolic", seed, again))
+        return compose_prompt(dict(options_at(self.root, number)), derived_seed("picture", seed, index))
 
     def unreachable(self) -> list[Word]:
         """Words that no sentence says."""
-        reached = {(name, link.text) for name, link in values(self.space) if isinstance(link, Word)}
-        return [word for word in self._lexicon.every_word() if (word.slot, word.text) not in reached]
+        reached = {(name, link.text) for name, link in values(self.root) if isinstance(link, Word)}
+        return [word for word in self._lexicon.all_words() if (word.slot, word.text) not in reached]
 
-    def _forms(self, level: int) -> Iterator[Option[Link]]:
+    def _sentence_options(self, level: int) -> Iterator[Option[Link]]:
         for sentence in self._lexicon.levels[level]:
             slots = tuple(slot for slot in self._lexicon.slots if slot in sentence.slots())
-            yield Option(("sentence", sentence.text), sentence.weight, choice(self._families(slots)))
+            yield Option(("sentence", sentence.text), sentence.weight, make_choice(self._family_options(slots)))
 
-    def _families(self, slots: tuple[str, ...]) -> Iterator[Option[Link]]:
+    def _family_options(self, slots: tuple[str, ...]) -> Iterator[Option[Link]]:
         for name, family in self._lexicon.families.items():
             members = [
-                Option((SUBJECT, word), word.weight, self._said(slots, word.tags))
+                Option((SUBJECT, word), word.weight, self._slot_choice(slots, word.tags))
                 for word in self._lexicon.subjects(name)
             ]
-            yield Option(("family", name), family.weight, choice(members))
+            yield Option(("family", name), family.weight, make_choice(members))
 
-    def _said(self, slots: tuple[str, ...], scene: frozenset[str]) -> Choice[Link]:
+    def _slot_choice(self, slots: tuple[str, ...], scene: frozenset[str]) -> Choice[Link]:
         """What may be said in the slots left; scenes that differ only in tags nobody asks about share one answer."""
         if not slots:
             return Choice()
-        key = (slots, scene & frozenset[str]().union(*(self._asked[slot] for slot in slots)))
-        if key not in self._known:
+        key = (slots, scene & frozenset[str]().union(*(self._relevant_tags[slot] for slot in slots)))
+        if key not in self._choice_cache:
             # By text, so that a word that two fitting groups list is said once.
             fitting = {word.text: word for word in self._words[slots[0]] if word.fits(key[1])}
-            self._known[key] = choice(
-                Option((word.slot, word), word.weight, self._said(slots[1:], key[1] | word.tags))
+            self._choice_cache[key] = make_choice(
+                Option((word.slot, word), word.weight, self._slot_choice(slots[1:], key[1] | word.tags))
                 for word in fitting.values()
             )
-        return self._known[key]
+        return self._choice_cache[key]
 
 
-def spoken(links: Mapping[str, str | Word], seed: int) -> Prompt:
+def compose_prompt(links: Mapping[str, str | Word], seed: int) -> Prompt:
     """The sentence of a derivation, with articles, plurals and possessives in agreement."""
     words = {name: word for name, word in links.items() if isinstance(word, Word)}
     many = "plural" in words[AMOUNT].tags
@@ -137,7 +137,7 @@ def spoken(links: Mapping[str, str | Word], seed: int) -> Prompt:
 
 
 @lru_cache
-def speaker(path: Path, complexity: tuple[int, ...]) -> Speaker:
+def load_sentence_space(path: Path, complexity: tuple[int, ...]) -> SentenceSpace:
     """The speaker of a lexicon file; raises `Refused` for levels it does not have and words that nothing can say."""
     lexicon = load_lexicon(path)
     for level in range(1, len(complexity) + 1):
@@ -145,9 +145,9 @@ def speaker(path: Path, complexity: tuple[int, ...]) -> Speaker:
             raise Refused(
                 f"prompts.complexity: {level}: no such level - known here: {', '.join(map(str, lexicon.levels))}"
             )
-    for word in Speaker(lexicon, dict.fromkeys(lexicon.levels, 1)).unreachable():
+    for word in SentenceSpace(lexicon, dict.fromkeys(lexicon.levels, 1)).unreachable():
         raise Refused(f"{path}: {word.slot}: {word.text!r} can never be said - check its needs and never")
-    found = Speaker(lexicon, dict(enumerate(complexity, 1)))
+    found = SentenceSpace(lexicon, dict(enumerate(complexity, 1)))
     if not found.size:
         raise Refused(f"{path}: no sentence of complexity {complexity} can be said - check the words' needs and never")
     return found

@@ -1,4 +1,7 @@
-"""Sentences from one column of a table: CSV, JSON lines or parquet."""
+"""Sentences from one column of a table: CSV, JSON lines or parquet.
+
+Sentences from a text file.
+"""
 
 import csv
 import hashlib
@@ -9,22 +12,20 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from configs.characters import printable
-from configs.json_text import parse_json
-from configs.refusal import Refused, did_you_mean
-from configs.text import encoding_of, lines_of, read_text, size_of
-from stages.prompts.extra import extra
+from stages.prompts.prompt import import_extra
 from stages.prompts.rows import Row, RowSource, fault_of_row
+from stages.system.refusal import Refused, did_you_mean, format_value
+from stages.system.text import encoding_of, parse_json, plain_file_bytes, read_text, split_lines
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
-class Cells(NamedTuple):
+class TableRow(NamedTuple):
     """A row of a table."""
 
     place: str
     values: Mapping[str, Any]
-    slip: str | None = None
+    row_fault: str | None = None
     """what is wrong with the row as a whole; it then has no values"""
 
 
@@ -34,15 +35,15 @@ class ColumnSource(RowSource):
     column: str = Field("text", description="column of the sentences")
     class_column: str | None = Field(None, description="column of the class names, if there is one")
 
-    def cells(self) -> Iterator[Cells]:
+    def table_rows(self) -> Iterator[TableRow]:
         """Every row, with its values by column."""
         raise NotImplementedError
 
     def rows(self) -> Iterator[Row]:
         """Every row; a missing value is an empty sentence."""
-        for cells in self.cells():
-            if cells.slip:
-                yield Row(cells.place, "", slip=cells.slip)
+        for cells in self.table_rows():
+            if cells.row_fault:
+                yield Row(cells.place, "", row_fault=cells.row_fault)
                 continue
             text, class_name = self._cell(cells, self.column), self._cell(cells, self.class_column)
             whole = text + class_name
@@ -53,7 +54,7 @@ class ColumnSource(RowSource):
         """The names of the columns that are read."""
         return [name for name in (self.column, self.class_column) if name is not None]
 
-    def _cell(self, cells: Cells, column: str | None) -> str:
+    def _cell(self, cells: TableRow, column: str | None) -> str:
         if column is None:
             return ""
         if column not in cells.values:
@@ -63,7 +64,7 @@ class ColumnSource(RowSource):
             value = value.decode("utf-8", errors="surrogateescape")
         if not isinstance(value, str | None):
             raise Refused(
-                f"{cells.place}: {column} = {printable(value)}: should be text - name the column of the sentences"
+                f"{cells.place}: {column} = {format_value(value)}: should be text - name the column of the sentences"
             )
         return value or ""
 
@@ -74,7 +75,7 @@ class TableSource(ColumnSource):
     source: Literal["table"] = Field("table", description="what kind of source")
     path: Path = Field(description=".csv, .tsv (with a head line), .jsonl or .parquet file")
 
-    def cells(self) -> Iterator[Cells]:
+    def table_rows(self) -> Iterator[TableRow]:
         """Every row of the file, read as its name's ending says."""
         readers = {".csv": self._csv, ".tsv": self._csv, ".jsonl": self._jsonl, ".parquet": self._parquet}
         reader = readers.get(self._kind)
@@ -85,11 +86,11 @@ class TableSource(ColumnSource):
     def identity(self) -> str:
         """What the prompts depend on."""
         digest = hashlib.sha256()
-        for row in self.usable():
+        for row in self.usable_rows():
             digest.update(json.dumps([row.class_name, row.text]).encode())
         return digest.hexdigest()
 
-    def reading(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         """How the file is read."""
         kinds = {".jsonl": "one JSON object a line", ".parquet": "parquet"}
         kind = kinds.get(self._kind, f"rows of cells parted by {DELIMITERS[self._delimiter]}")
@@ -117,8 +118,8 @@ class TableSource(ColumnSource):
     def _text(self, holding: str) -> str:
         return read_text(self.path, f"prompts.path: {self.path}", f"name a file with {holding}")
 
-    def _csv(self) -> Iterator[Cells]:
-        lines = lines_of(self._text("a table"))
+    def _csv(self) -> Iterator[TableRow]:
+        lines = split_lines(self._text("a table"))
         table = csv.reader((f"{line}\n" for line in lines), delimiter=self._delimiter, strict=True)
         place, begins = str(self.path), 1
         try:
@@ -128,9 +129,9 @@ class TableSource(ColumnSource):
                 place, begins = f"{self.path}:{begins}", table.line_num + 1
                 if values and len(values) != len(names):
                     more = "more" if len(values) > len(names) else "fewer"
-                    yield Cells(place, {}, f"with {more} cells than the head")
+                    yield TableRow(place, {}, f"with {more} cells than the head")
                 elif values:
-                    yield Cells(place, dict(zip(names, values, strict=True)))
+                    yield TableRow(place, dict(zip(names, values, strict=True)))
         except csv.Error as error:
             raise Refused(f"{self.path}:{begins}: {_bad_row(str(error))}") from error
 
@@ -138,12 +139,12 @@ class TableSource(ColumnSource):
         """The names of the columns; raises `Refused` when they are not those of a table with our columns."""
         place = f"{self.path}:1"
         if lines and lines[0].lower().startswith("sep="):
-            raise Refused(f"{place}: {printable(lines[0])} is a note of Excel's, not the head - remove this line")
+            raise Refused(f"{place}: {format_value(lines[0])} is a note of Excel's, not the head - remove this line")
         if not any(name.strip() for name in names):
             raise Refused(f"{place}: no head - name the columns in the first line")
         twice = [name for name in names if name.strip() and names.count(name) > 1]
         if twice:
-            raise Refused(f"{place}: the column {printable(twice[0])} stands twice in the head - rename one")
+            raise Refused(f"{place}: the column {format_value(twice[0])} stands twice in the head - rename one")
         for column in self.columns:
             if column not in names:
                 for other, word in DELIMITERS.items():
@@ -153,12 +154,12 @@ class TableSource(ColumnSource):
                             f"with {DELIMITERS[self._delimiter]} - save it with these"
                         )
                 raise Refused(
-                    f"{place}: no column {column!r} - {did_you_mean(column, [printable(name) for name in names])}"
+                    f"{place}: no column {column!r} - {did_you_mean(column, [format_value(name) for name in names])}"
                 )
         return names
 
-    def _jsonl(self) -> Iterator[Cells]:
-        for number, line in enumerate(lines_of(self._text("one JSON object a line")), 1):
+    def _jsonl(self) -> Iterator[TableRow]:
+        for number, line in enumerate(split_lines(self._text("one JSON object a line")), 1):
             if not line.strip():
                 continue
             place = f"{self.path}:{number}"
@@ -167,12 +168,12 @@ class TableSource(ColumnSource):
             except ValueError as error:
                 raise Refused(f"{place}: not good JSON: {error} - one object a line") from error
             if not isinstance(values, dict):
-                raise Refused(f"{place}: {printable(line)}: should be a JSON object")
-            yield Cells(place, values)
+                raise Refused(f"{place}: {format_value(line)}: should be a JSON object")
+            yield TableRow(place, values)
 
-    def _parquet(self) -> Iterator[Cells]:
-        size_of(self.path, f"prompts.path: {self.path}", "name a parquet file")
-        parquet, arrow = extra("pyarrow.parquet", "a parquet file"), extra("pyarrow", "a parquet file")
+    def _parquet(self) -> Iterator[TableRow]:
+        plain_file_bytes(self.path, f"prompts.path: {self.path}", "name a parquet file")
+        parquet, arrow = import_extra("pyarrow.parquet", "a parquet file"), import_extra("pyarrow", "a parquet file")
         try:
             file = parquet.ParquetFile(self.path)
             names = file.schema_arrow.names
@@ -188,7 +189,7 @@ class TableSource(ColumnSource):
                 }
                 for i in range(batch.num_rows):
                     number += 1
-                    yield Cells(f"{self.path}: row {number}", {name: values[i] for name, values in columns.items()})
+                    yield TableRow(f"{self.path}: row {number}", {name: values[i] for name, values in columns.items()})
         except (arrow.ArrowException, OSError, ValueError, NotImplementedError, LookupError, TypeError) as error:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise Refused(f"{self.path}: not a good parquet file: {reason} - write it again") from error
@@ -212,3 +213,43 @@ def _bad_row(reason: str) -> str:
     if reason.startswith("field larger"):
         return f"a cell of more than {csv.field_size_limit():,} characters in this row - is a quote not closed?"
     return f"not good CSV: {reason} - double a quote inside of a cell, and put the cell in quotes"
+
+
+class FileSource(RowSource):
+    """Sentences from a text file, one a line, or `class<TAB>sentence`; read round and round with fresh seeds."""
+
+    source: Literal["file"] = Field("file", description="what kind of source")
+    path: Path = Field(description="text file, one prompt a line, optionally class<TAB>prompt")
+
+    def rows(self) -> Iterator[Row]:
+        """Every line, with its number as the place."""
+        text = read_text(self.path, f"prompts.path: {self.path}", "name a file with one prompt a line")
+        for number, line in enumerate(split_lines(text), 1):
+            yield _row(f"{self.path}:{number}", line)
+
+    def lines(self) -> list[str]:
+        """The file's usable lines; raises `Refused` when there are none."""
+        return [f"{row.class_name}\t{row.text}" if row.class_name else row.text for row in self.usable_rows()]
+
+    def identity(self) -> str:
+        """What the prompts depend on."""
+        return hashlib.sha256("\n".join(self.lines()).encode()).hexdigest()
+
+    def format_lines(self) -> list[str]:
+        """How the file is read."""
+        return [f"{self.path} read as {encoding_of(self.path)} text, a sentence a line, a class before a tab"]
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def _row(place: str, line: str) -> Row:
+    """A line, with or without a class; white space around it says nothing, but for a tab that ends a class."""
+    content = line.strip()
+    class_name, tab, text = content.rpartition("\t")
+    fault = fault_of_row(line)
+    if fault is None and "\t" in class_name:
+        fault = "with two tabs"
+    if fault is None and content and not tab and "\t" in line[len(line.rstrip()) :]:
+        fault = "with a class and no sentence"
+    return Row(place, text, class_name, fault, line)

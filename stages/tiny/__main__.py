@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from configs.refusal import Refused
+from stages.system.refusal import Refused
 from stages.tiny import assemble, check, fit
 
 

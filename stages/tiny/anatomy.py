@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from stages.tiny.world import PIXELS, grammar
+from stages.tiny.world import PIXELS, world_grammar
 
 LATENT = PIXELS // 8
 TOKENS = 24
@@ -18,7 +18,7 @@ TEXT_WIDTH = 64
 def build_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-pair tokenizer with merges that make every word of the world one token."""
     extra = ("a", "an", "and", "the", "of", "photo", "picture")
-    spoken = " ".join(f"{phrase.text} {' '.join(phrase.words)}" for phrase in grammar().phrases).replace("{}", "")
+    spoken = " ".join(f"{phrase.text} {' '.join(phrase.words)}" for phrase in world_grammar().phrases).replace("{}", "")
     vocabulary = list(bytes_to_unicode().values())  # type: ignore[no-untyped-call]
     vocabulary += [f"{letter}</w>" for letter in vocabulary]
     merges: list[str] = []

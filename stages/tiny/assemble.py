@@ -9,16 +9,16 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from configs.refusal import Refused
+from stages.system.refusal import Refused
 from stages.tiny import anatomy
 from stages.tiny.fit import PARTS, SEED, draw_scenes
-from stages.tiny.judge import JudgeNet
+from stages.tiny.judge import AttributeClassifier
 
 LATENT_UNIT = 0.18215
 """The folder's latents are as large as SD1.5's, so that a forgotten scaling factor shows as it would there."""
 
 
-def averaged(work: Path, part: str, module: nn.Module) -> nn.Module:
+def load_average(work: Path, part: str, module: nn.Module) -> nn.Module:
     """`module` with the averaged weights of a finished part."""
     path = work / f"{part}.pt"
     if not path.exists():
@@ -60,12 +60,12 @@ def load_in_float32(config: Path) -> None:
 def assemble(work: Path, out: Path) -> None:
     """Write every part in fp16 into `out`, replacing what lies there."""
     tokenizer = anatomy.build_tokenizer()
-    vae, judge = anatomy.build_vae(), JudgeNet()
+    vae, judge = anatomy.build_vae(), AttributeClassifier()
     teacher = nn.ModuleDict({"unet": anatomy.build_unet(), "text_encoder": anatomy.build_text_encoder(tokenizer)})
     decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder])
     encoder = nn.ModuleList([vae.encoder, vae.quant_conv])
     for part, module in zip(PARTS, (judge, decoder, encoder, teacher), strict=True):
-        averaged(work, part, module)
+        load_average(work, part, module)
     enlarge_latents(vae, 1 / LATENT_UNIT)
     vae.register_to_config(scaling_factor=round(measured_scale(vae), 5))
     pipeline = StableDiffusionPipeline(

@@ -9,11 +9,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from configs.atomic import atomic_write
 from stages.prompts import derived_seed
+from stages.system.atomic import atomic_write
 from stages.tiny.fit import SEED, Scenes, draw_scenes
-from stages.tiny.score import score, shares
-from stages.tiny.world import ATTRIBUTES, grammar
+from stages.tiny.score import accuracies, score
+from stages.tiny.world import ATTRIBUTES, world_grammar
 
 MODEL = Path(__file__).with_name("model")
 PICTURES = 2000
@@ -23,32 +23,32 @@ PROMPTS = 500
 def complete_sentences(scenes: Scenes) -> list[str]:
     """The sentence of each picture with nothing unsaid, so that every attribute is judged."""
     labels = scenes.labels.tolist()
-    words = [[grammar().words_of(name)[i] for name, i in zip(ATTRIBUTES, row, strict=True)] for row in labels]
-    return [grammar().say(dict(zip(ATTRIBUTES, row, strict=True))) for row in words]
+    words = [[world_grammar().words_of(name)[i] for name, i in zip(ATTRIBUTES, row, strict=True)] for row in labels]
+    return [world_grammar().compose(dict(zip(ATTRIBUTES, row, strict=True))) for row in words]
 
 
 @torch.inference_mode()
-def through(vae: AutoencoderKL, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+def reconstruct(vae: AutoencoderKL, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     """Pictures in [-1, 1], encoded and decoded."""
     parts = [vae.decode(vae.encode(rows).latent_dist.mean).sample for rows in pictures.split(100)]
     return torch.cat(parts).clamp(-1, 1)
 
 
-def asked(count: int) -> list[str]:
+def training_sentences(count: int) -> list[str]:
     """Sentences the teacher can be asked."""
-    return [grammar().prompt(SEED + 2, index).text for index in range(count)]
+    return [world_grammar().prompt(SEED + 2, index).text for index in range(count)]
 
 
-def never_shown(count: int) -> list[str]:
+def held_out_sentences(count: int) -> list[str]:
     """Sentences that name, one after the other, the colour-shape pairs that no training picture showed."""
-    pairs, sizes, places = grammar().never, grammar().words_of("size"), grammar().words_of("place")
+    pairs, sizes, places = world_grammar().never, world_grammar().words_of("size"), world_grammar().words_of("place")
     return [
-        grammar().say({"size": sizes[i % 2], **pairs[i % len(pairs)], "place": places[i // 2 % len(places)]})
+        world_grammar().compose({"size": sizes[i % 2], **pairs[i % len(pairs)], "place": places[i // 2 % len(places)]})
         for i in range(count)
     ]
 
 
-def painted(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Float[Tensor, "b 3 64 64"]:
+def generate_pictures(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Float[Tensor, "b 3 64 64"]:
     """Pictures of the stock pipeline: 25 DDIM steps, guidance 5, one seed a picture."""
     pictures = []
     for first in range(0, len(texts), 50):
@@ -60,7 +60,7 @@ def painted(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Float[Te
     return torch.cat(pictures)
 
 
-def gates(model: Path = MODEL) -> dict[str, Mapping[str, float]]:
+def measure_accuracies(model: Path = MODEL) -> dict[str, Mapping[str, float]]:
     """What the judge says of true pictures, of the same through the autoencoder, and of the teacher's."""
     pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -69,22 +69,25 @@ def gates(model: Path = MODEL) -> dict[str, Mapping[str, float]]:
     truth, sentences = scenes.normalised(torch.arange(PICTURES)), complete_sentences(scenes)
     sources: dict[str, Callable[[], tuple[Sequence[str], Tensor]]] = {
         "judge on true pictures": lambda: (sentences, truth / 2 + 0.5),
-        "through the autoencoder": lambda: (sentences, through(pipeline.vae, truth) / 2 + 0.5),
-        "teacher": lambda: ((texts := asked(PROMPTS)), painted(pipeline, texts)),
-        "teacher, held-out pairs": lambda: ((texts := never_shown(PROMPTS // 5)), painted(pipeline, texts)),
+        "through the autoencoder": lambda: (sentences, reconstruct(pipeline.vae, truth) / 2 + 0.5),
+        "teacher": lambda: ((texts := training_sentences(PROMPTS)), generate_pictures(pipeline, texts)),
+        "teacher, held-out pairs": lambda: (
+            (texts := held_out_sentences(PROMPTS // 5)),
+            generate_pictures(pipeline, texts),
+        ),
     }
-    return {name: shares(score(*source())) for name, source in sources.items()}
+    return {name: accuracies(score(*source())) for name, source in sources.items()}
 
 
-LEAST = {"judge on true pictures": 0.99, "through the autoencoder": 0.98, "teacher": 0.95}
-LEAST_ALL = {"teacher": 0.85}
+MIN_ACCURACY = {"judge on true pictures": 0.99, "through the autoencoder": 0.98, "teacher": 0.95}
+MIN_ACCURACY_ALL = {"teacher": 0.85}
 COLUMNS = (*ATTRIBUTES, "all")
 
 
 def passes(name: str, row: Mapping[str, float]) -> bool:
     """Whether a source reaches its gate; what nothing said (nan) cannot fail."""
-    each_attribute = not any(row[column] < LEAST.get(name, 0.0) for column in ATTRIBUTES)
-    return each_attribute and row["all"] >= LEAST_ALL.get(name, 0.0)
+    each_attribute = not any(row[column] < MIN_ACCURACY.get(name, 0.0) for column in ATTRIBUTES)
+    return each_attribute and row["all"] >= MIN_ACCURACY_ALL.get(name, 0.0)
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
@@ -92,7 +95,7 @@ def table(found: Mapping[str, Mapping[str, float]]) -> str:
     lines = [f"| % right | {' | '.join(COLUMNS)} | gate |", f"|---|{'---|' * (len(COLUMNS) + 1)}"]
     for name, row in found.items():
         cells = ["-" if math.isnan(row[column]) else f"{100 * row[column]:.1f}" for column in COLUMNS]
-        gate = ("passed" if passes(name, row) else "MISSED") if name in LEAST else "none"
+        gate = ("passed" if passes(name, row) else "MISSED") if name in MIN_ACCURACY else "none"
         lines.append(f"| {name} | {' | '.join(cells)} | {gate} |")
     return "\n".join(lines)
 
@@ -116,7 +119,7 @@ The weights are MIT, like the code.
 
 def check(model: Path = MODEL) -> bool:
     """Measure the gates, print them and write them into the model's README; whether every gate is passed."""
-    found = gates(model)
+    found = measure_accuracies(model)
     print(table(found))
     atomic_write(model / "README.md", README.format(table=table(found), pictures=PICTURES, prompts=PROMPTS))
     return all(passes(name, row) for name, row in found.items())

@@ -11,16 +11,16 @@ from torch.nn.functional import cross_entropy, fold, mse_loss, unfold
 from transformers import CLIPTokenizer
 
 from stages.tiny import anatomy
-from stages.tiny.judge import JudgeNet
-from stages.tiny.training import Fit, train
-from stages.tiny.world import PIXELS, draw, grammar, label, scene_of
+from stages.tiny.judge import AttributeClassifier
+from stages.tiny.training import TrainingSpec, train
+from stages.tiny.world import PIXELS, draw_scene, label, sample_scene, world_grammar
 
 SEED = 20
 SCENES = 40_000
-JUDGE = Fit("judge", steps=2500, learning_rate=2e-3, warmup_steps=50)
-DECODER = Fit("decoder", steps=9000, learning_rate=2e-3)
-ENCODER = Fit("encoder", steps=3000, learning_rate=2e-3)
-TEACHER = Fit("teacher", steps=10_000, learning_rate=1.5e-3, average=0.999)
+CLASSIFIER = TrainingSpec("judge", steps=2500, learning_rate=2e-3, warmup_steps=50)
+DECODER = TrainingSpec("decoder", steps=9000, learning_rate=2e-3)
+ENCODER = TrainingSpec("encoder", steps=3000, learning_rate=2e-3)
+TEACHER = TrainingSpec("teacher", steps=10_000, learning_rate=1.5e-3, ema_decay=0.999)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Scenes:
     labels: Int[Tensor, "n 5"]
     texts: tuple[str, ...]
 
-    def pick(self, generator: torch.Generator, count: int) -> Int[Tensor, " count"]:
+    def sample_rows(self, generator: torch.Generator, count: int) -> Int[Tensor, " count"]:
         """Random rows."""
         return torch.randint(len(self.texts), (count,), generator=generator)
 
@@ -43,11 +43,11 @@ class Scenes:
 
 def draw_scenes(count: int, seed: int = SEED) -> Scenes:
     """The first `count` training sentences of a seed, drawn."""
-    asked = [grammar().prompt(seed, index) for index in range(count)]
+    asked = [world_grammar().prompt(seed, index) for index in range(count)]
     pictures, coverage, labels = [], [], []
     for prompt in asked:
-        scene, rng = scene_of(prompt)
-        picture, covered = draw(scene, rng)
+        scene, rng = sample_scene(prompt)
+        picture, covered = draw_scene(scene, rng)
         pictures.append(torch.from_numpy(picture).permute(2, 0, 1))
         coverage.append(torch.from_numpy(covered.copy()))
         labels.append(torch.tensor(label(scene)))
@@ -78,19 +78,19 @@ def fit_code(scenes: Scenes) -> PatchCode:
     return PatchCode(mean.float(), (basis / values[-4:].flip(0).sqrt()).float())
 
 
-def fit_judge(scenes: Scenes, work: Path) -> JudgeNet:
+def fit_classifier(scenes: Scenes, work: Path) -> AttributeClassifier:
     """Train the judge on true pictures with a little noise, so that a decoder's blur does not confuse it."""
     torch.manual_seed(SEED)
-    net = JudgeNet().train()
+    net = AttributeClassifier().train()
 
     def loss(generator: torch.Generator) -> Tensor:
-        rows = scenes.pick(generator, 64)
+        rows = scenes.sample_rows(generator, 64)
         pictures = scenes.normalised(rows)
         noise = 0.15 * torch.rand(64, 1, 1, 1, generator=generator)
         logits = net(pictures + noise * torch.randn(pictures.shape, generator=generator))
         return sum((cross_entropy(row, scenes.labels[rows, i]) for i, row in enumerate(logits)), torch.zeros(()))
 
-    train(JUDGE, net, loss, work)
+    train(CLASSIFIER, net, loss, work)
     return net
 
 
@@ -99,7 +99,7 @@ def fit_decoder(scenes: Scenes, code: PatchCode, vae: AutoencoderKL, work: Path)
     decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder])
 
     def loss(generator: torch.Generator) -> Tensor:
-        rows = scenes.pick(generator, 16)
+        rows = scenes.sample_rows(generator, 16)
         pictures, covered = scenes.normalised(rows), scenes.coverage[rows, None].float() / 255
         latents = code(pictures)
         noise = 0.15 * torch.rand(16, 1, 1, 1, generator=generator)
@@ -116,7 +116,7 @@ def fit_encoder(scenes: Scenes, code: PatchCode, vae: AutoencoderKL, work: Path)
     encoder = nn.ModuleList([vae.encoder, vae.quant_conv])
 
     def loss(generator: torch.Generator) -> Tensor:
-        pictures = scenes.normalised(scenes.pick(generator, 16))
+        pictures = scenes.normalised(scenes.sample_rows(generator, 16))
         mean, log_variance = vae.quant_conv(vae.encoder(pictures)).chunk(2, dim=1)
         spread: Tensor = (log_variance + 8).square().mean()
         return mse_loss(mean, code(pictures)) + 0.01 * spread
@@ -133,7 +133,7 @@ def fit_teacher(scenes: Scenes, code: PatchCode, tokenizer: CLIPTokenizer, work:
     said = tokenizer(["", *scenes.texts], padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     def loss(generator: torch.Generator) -> Tensor:
-        rows = scenes.pick(generator, 64)
+        rows = scenes.sample_rows(generator, 64)
         empty = torch.rand(64, generator=generator) < 0.1
         k = torch.randint(1000, (64,), generator=generator)
         noise = torch.randn(latents[rows].shape, generator=generator)
@@ -155,7 +155,7 @@ def fit(work: Path, parts: tuple[str, ...] = PARTS) -> None:
     scenes = draw_scenes(SCENES)
     code, vae = fit_code(scenes), anatomy.build_vae(SEED)
     if "judge" in parts:
-        fit_judge(scenes, work)
+        fit_classifier(scenes, work)
     if "decoder" in parts:
         fit_decoder(scenes, code, vae, work)
     if "encoder" in parts:

@@ -8,17 +8,17 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stages.tiny.world import ATTRIBUTES, grammar
+from stages.tiny.world import ATTRIBUTES, world_grammar
 
 FILE = Path(__file__).with_name("model") / "judge" / "judge.safetensors"
 
 
-class JudgeNet(nn.Module):
+class AttributeClassifier(nn.Module):
     """Pictures [b, 3, 64, 64] in [-1, 1] -> one row of logits per attribute."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = [len(grammar().words_of(name)) for name in ATTRIBUTES]
+        self.counts = [len(world_grammar().words_of(name)) for name in ATTRIBUTES]
         widths = (3, 16, 32, 64, 64)
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -32,13 +32,13 @@ class JudgeNet(nn.Module):
         return tuple(logits.split(self.counts, dim=1))
 
     @torch.inference_mode()
-    def attributes(self, pictures: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b 5"]:
+    def predict(self, pictures: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b 5"]:
         """The most likely word of each attribute, as indices."""
         return torch.stack([logits.argmax(1) for logits in self(pictures)], dim=1)
 
 
-def load_net() -> JudgeNet:
+def load_classifier() -> AttributeClassifier:
     """The shipped judge, ready to judge."""
-    net = JudgeNet()
+    net = AttributeClassifier()
     net.load_state_dict({name: value.float() for name, value in load_file(FILE).items()})
     return net.eval().requires_grad_(False)

@@ -29,12 +29,12 @@ BACKGROUND = {
 Point = tuple[float, float]
 
 
-def grammar() -> Grammar:
+def world_grammar() -> Grammar:
     """The sentences of this world."""
     return load_grammar(Path(__file__).with_name("grammar.yaml"))
 
 
-def regular(corners: int, inner: float = 1.0, turn: float = 0.0) -> list[Point]:
+def regular_polygon(corners: int, inner: float = 1.0, turn: float = 0.0) -> list[Point]:
     """A polygon on the unit circle, pointing up; every second corner at radius `inner`."""
     radii = [1.0 if i % 2 == 0 else inner for i in range(corners)]
     angles = [2 * math.pi * i / corners + turn for i in range(corners)]
@@ -61,14 +61,14 @@ def moon() -> list[Point]:
 
 ARM = 0.36
 OUTLINE: dict[str, list[Point]] = {
-    "circle": regular(60),
-    "ring": regular(60),
+    "circle": regular_polygon(60),
+    "ring": regular_polygon(60),
     "square": [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)],
     "triangle": [(0, -1.0), (0.95, 0.75), (-0.95, 0.75)],
     "diamond": [(0, -1.05), (0.72, 0), (0, 1.05), (-0.72, 0)],
     "cross": [(-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM),
               (ARM, 1), (-ARM, 1), (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM)],
-    "star": regular(10, inner=0.45),
+    "star": regular_polygon(10, inner=0.45),
     "heart": heart(),
     "moon": moon(),
     "hourglass": [(-0.85, -0.95), (0.85, -0.95), (0.12, 0), (0.85, 0.95), (-0.85, 0.95), (-0.12, 0)],
@@ -87,7 +87,7 @@ class Scene:
     background: str
 
 
-def read(text: str) -> dict[str, str]:
+def parse_attributes(text: str) -> dict[str, str]:
     """What a sentence of this world says: attribute -> word; unsaid attributes are absent."""
     words = text.split()
     found: dict[str, str] = {}
@@ -96,20 +96,20 @@ def read(text: str) -> dict[str, str]:
         found["background"] = words[at - 1]
         words = words[: at - 1]
     for name in ("size", "colour", "shape", "place"):
-        spoken = [word for word in words if word in grammar().words_of(name)]
+        spoken = [word for word in words if word in world_grammar().words_of(name)]
         if spoken:
             found[name] = spoken[-1]
     return found
 
 
-def scene_of(prompt: Prompt) -> tuple[Scene, random.Random]:
+def sample_scene(prompt: Prompt) -> tuple[Scene, random.Random]:
     """A scene that fits the sentence, and the generator that goes on to draw it."""
     rng = random.Random(prompt.seed)
-    free = {name: rng.choice(grammar().words_of(name)) for name in ATTRIBUTES}
-    return Scene(**{**free, **read(prompt.text)}), rng
+    free = {name: rng.choice(world_grammar().words_of(name)) for name in ATTRIBUTES}
+    return Scene(**{**free, **parse_attributes(prompt.text)}), rng
 
 
-def draw(scene: Scene, rng: random.Random) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+def draw_scene(scene: Scene, rng: random.Random) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """The picture [64, 64, 3] and the coverage of its shape [64, 64], anti-aliased, with slight free variations."""
     x, y = (c + rng.uniform(-2, 2) for c in CENTRE[scene.place])
     radius = RADIUS[scene.size] * rng.uniform(0.95, 1.05)
@@ -133,4 +133,4 @@ def draw(scene: Scene, rng: random.Random) -> tuple[npt.NDArray[np.uint8], npt.N
 
 def label(scene: Scene) -> list[int]:
     """The index of each attribute's word, in the order of ATTRIBUTES."""
-    return [grammar().words_of(name).index(getattr(scene, name)) for name in ATTRIBUTES]
+    return [world_grammar().words_of(name).index(getattr(scene, name)) for name in ATTRIBUTES]

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from configs.strict import Strict
+from configs.values import Strict
 
 
 class EmaConfig(Strict):
@@ -86,28 +86,28 @@ class Ema:
         self._averages: list[Tensor] = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
-    def update(self, kept: float) -> None:
+    def update(self, decay_factor: float) -> None:
         """average <- kept average + (1 - kept) weights."""
-        torch._foreach_lerp_(self._averages, self._parameters, 1 - kept)
+        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay_factor)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameter name -> average, sharing memory with this object."""
         return dict(zip(self._names, self._averages, strict=True))
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over averages that `tensors` once gave."""
         for name, average in zip(self._names, self._averages, strict=True):
             average.copy_(tensors[name])
 
     @torch.no_grad()
-    def hand_over(self) -> None:
+    def copy_to_module(self) -> None:
         """Give the averages to the module, for good."""
         for parameter, average in zip(self._parameters, self._averages, strict=True):
             parameter.copy_(average)
 
     @contextmanager
-    def worn(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Let the module wear the averages for a while; its own weights come back untouched, and nothing is copied."""
         self._swap()
         try:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.flow.path import per_sample
-from stages.flow.timesteps import bin_of
+from stages.flow.timesteps import bin_of_time
 
 DEVIATION_FLOOR = 0.01
 
@@ -42,13 +42,13 @@ class FeatureScale:
         cls, features: Mapping[str, Float[Tensor, "m n"]], s: Float[Tensor, " m"], bins: int = 1
     ) -> "FeatureScale":
         """Standard deviations over m states; a bin with fewer than two of them takes those of all states."""
-        bin_index = bin_of(s, bins)
+        bin_index = bin_of_time(s, bins)
         rows = [(bin_index == i).nonzero().squeeze(1) for i in range(bins)]
         return cls({block: _deviations(feature.float(), rows) for block, feature in features.items()})
 
     def at(self, s: Float[Tensor, " b"]) -> Mapping[str, Float[Tensor, "b n"]]:
         """The deviations that hold at these times."""
-        return {block: deviation[bin_of(s, len(deviation))] for block, deviation in self.deviations.items()}
+        return {block: deviation[bin_of_time(s, len(deviation))] for block, deviation in self.deviations.items()}
 
     def to(self, device: torch.device) -> "FeatureScale":
         """The same numbers on another device."""
@@ -57,12 +57,14 @@ class FeatureScale:
 
 def _deviations(feature: Float[Tensor, "m n"], rows: list[Tensor]) -> Float[Tensor, "bins n"]:
     overall = feature.std(dim=0)
-    return floored(torch.stack([feature[index].std(dim=0) if len(index) > 1 else overall for index in rows]), overall)
+    return floor_deviations(
+        torch.stack([feature[index].std(dim=0) if len(index) > 1 else overall for index in rows]), overall
+    )
 
 
-def floored(each: Float[Tensor, "bins n"], overall: Float[Tensor, " n"]) -> Float[Tensor, "bins n"]:
+def floor_deviations(per_bin: Float[Tensor, "bins n"], overall: Float[Tensor, " n"]) -> Float[Tensor, "bins n"]:
     """Deviations of the bins, none below a hundredth of its block's: a channel that hardly moves would outweigh all."""
-    return each.clamp_min(DEVIATION_FLOOR * float(overall.mean()))
+    return per_bin.clamp_min(DEVIATION_FLOOR * float(overall.mean()))
 
 
 def block_errors(

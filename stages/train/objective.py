@@ -1,22 +1,37 @@
-"""What the student is asked to match: both velocities, their guidance, and what each block says."""
+"""What the student is asked to match: both velocities, their guidance, and what each block says.
+
+How hard the block term pulls: by its weight alone, or held at a share of the whole pull on the weights.
+
+How far the teacher's features vary, read from the table of a cache.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
-from configs.refusal import Refused, did_you_mean
-from configs.strict import Strict
+from configs.values import Strict
 from shards.batch import Batch
+from shards.stats import Statistics
+from shards.table import Table
 from stages.flow.path import per_sample
-from stages.flow.solver import unguided
-from stages.flow.timesteps import min_snr_weight, vp_weight
-from stages.nets.student import StudentOutput
-from stages.train.losses import FeatureScale, block_errors, cosine_errors, guidance_error, velocity_error
+from stages.flow.solver import remove_guidance
+from stages.flow.timesteps import min_snr_weight, v_prediction_weight
+from stages.nets.student import Prediction
+from stages.system.refusal import Refused, did_you_mean
+from stages.train.losses import (
+    FeatureScale,
+    block_errors,
+    cosine_errors,
+    floor_deviations,
+    guidance_error,
+    velocity_error,
+)
 
 
 class ObjectiveConfig(Strict):
@@ -59,7 +74,7 @@ class ObjectiveConfig(Strict):
     min_snr_gamma: float = Field(5.0, gt=0, description="gamma of the min_snr weighting, a signal-to-noise ratio")
 
     @model_validator(mode="after")
-    def _ordered(self) -> "ObjectiveConfig":
+    def _check_guidance_range(self) -> "ObjectiveConfig":
         lowest, highest = self.guidance_range
         if not 0 <= lowest <= highest:
             raise ValueError(f"guidance_range {lowest} {highest} should rise from a number not below 0")
@@ -71,11 +86,11 @@ class ObjectiveConfig(Strict):
             return self.block_weight
         return self.block_weight * max(0.0, 1 - progress / self.blocks_until)
 
-    def weight_of_time(self, s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    def time_weight(self, s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """w(s) of the velocity errors."""
         if self.loss_weighting == "min_snr":
             return min_snr_weight(s, self.min_snr_gamma)
-        return vp_weight(s) if self.loss_weighting == "vp" else torch.ones_like(s)
+        return v_prediction_weight(s) if self.loss_weighting == "vp" else torch.ones_like(s)
 
 
 @dataclass(frozen=True)
@@ -93,14 +108,14 @@ class Losses:
     """Flow error of each sample, before any weight; so are the two below, which are 0 where no teacher was asked."""
     guidance_errors: Float[Tensor, " b"]
     block_errors: Float[Tensor, "n_blocks b"]
-    omega: Float[Tensor, " b"]
+    importance_weight: Float[Tensor, " b"]
     """What each sample weighed."""
 
     @classmethod
-    def joined(cls, chunks: Sequence["Losses"]) -> "Losses":
+    def merge_chunks(cls, chunks: Sequence["Losses"]) -> "Losses":
         """The losses of a batch from those of its equal chunks, for the journal: nothing carries a gradient."""
         means = ("total", "rest", "flow", "guidance", "blocks")
-        rows = ("flow_errors", "guidance_errors", "block_errors", "omega")
+        rows = ("flow_errors", "guidance_errors", "block_errors", "importance_weight")
         mean = {name: torch.stack([getattr(chunk, name).detach() for chunk in chunks]).mean(dim=0) for name in means}
         return cls(**mean, **{name: torch.cat([getattr(chunk, name) for chunk in chunks], dim=-1) for name in rows})
 
@@ -132,12 +147,12 @@ class Objective:
 
     def __call__(
         self,
-        output: StudentOutput,
+        output: Prediction,
         batch: Batch,
         lambdas: Float[Tensor, " n_blocks"],
         block_weight: float,
-        scales: Float[Tensor, " b"],
-        omega: Float[Tensor, " b"] | None = None,
+        guidance_scales: Float[Tensor, " b"],
+        importance_weight: Float[Tensor, " b"] | None = None,
     ) -> Losses:
         """The loss of a batch, `block_weight` being that of the block term at present.
 
@@ -146,8 +161,8 @@ class Objective:
         the batch (mathematics.md section 4).
         """
         config = self.config
-        omega = torch.ones_like(batch.s) if omega is None else omega
-        weights = omega * config.weight_of_time(batch.s)
+        importance_weight = torch.ones_like(batch.s) if importance_weight is None else importance_weight
+        weights = importance_weight * config.time_weight(batch.s)
 
         conditional = velocity_error(output.v_cond, _conditional_target(output, batch))
         unconditional = velocity_error(output.v_uncond, batch.v_uncond)
@@ -156,13 +171,13 @@ class Objective:
             flow_errors = torch.where(batch.own_guidance > 0, conditional, flow_errors)
         flow = (weights * flow_errors).mean()
 
-        guided_errors = guidance_error(output.v_cond - batch.v_cond, output.v_uncond - batch.v_uncond, scales)
-        guided_errors = _where_answered(guided_errors, batch)
+        guided_errors = guidance_error(output.v_cond - batch.v_cond, output.v_uncond - batch.v_uncond, guidance_scales)
+        guided_errors = _zero_without_teacher(guided_errors, batch)
         guidance = (weights * guided_errors).mean()
 
         with torch.set_grad_enabled(block_weight > 0 and torch.is_grad_enabled()):
-            by_block = _where_answered(self._block_errors(output, batch), batch)
-            blocks = (by_block * omega).mean(dim=1)
+            by_block = _zero_without_teacher(self._block_errors(output, batch), batch)
+            blocks = (by_block * importance_weight).mean(dim=1)
 
         rest = flow + config.guidance_weight * guidance
         total = rest
@@ -177,15 +192,15 @@ class Objective:
             flow_errors.detach(),
             guided_errors.detach(),
             by_block.detach(),
-            omega,
+            importance_weight,
         )
 
-    def guidance_scales(self, count: int, generator: torch.Generator) -> Float[Tensor, " b"]:
+    def sample_guidance_scales(self, count: int, generator: torch.Generator) -> Float[Tensor, " b"]:
         """So many guidance scales, drawn on the CPU."""
         lowest, highest = self.config.guidance_range
         return lowest + (highest - lowest) * torch.rand(count, generator=generator)
 
-    def _block_errors(self, output: StudentOutput, batch: Batch) -> Float[Tensor, "n_blocks b"]:
+    def _block_errors(self, output: Prediction, batch: Batch) -> Float[Tensor, "n_blocks b"]:
         targets = {block: batch.features[block] for block in self.blocks}
         if not targets:
             return torch.zeros(0, len(batch.s), device=batch.s.device)
@@ -194,7 +209,7 @@ class Objective:
         return block_errors(output.features, targets, self.scale.at(batch.s))
 
 
-def _conditional_target(output: StudentOutput, batch: Batch) -> Float[Tensor, "b c h w"]:
+def _conditional_target(output: Prediction, batch: Batch) -> Float[Tensor, "b c h w"]:
     """What the conditional branch is to answer: what the teacher does, or what draws the row's own picture.
 
     A picture is to be drawn under guidance w, so v_u + w (v_c - v_u) = eps - x0, with the student's own v_u, which
@@ -204,11 +219,86 @@ def _conditional_target(output: StudentOutput, batch: Batch) -> Float[Tensor, "b
     """
     if batch.own_guidance is None:
         return batch.v_cond
-    drawing = unguided(batch.v_cond, output.v_uncond.detach(), batch.own_guidance.clamp_min(1))
+    drawing = remove_guidance(batch.v_cond, output.v_uncond.detach(), batch.own_guidance.clamp_min(1))
     return torch.where(per_sample(batch.own_guidance, drawing) > 0, drawing, batch.v_cond)
 
 
-def _where_answered(errors: Float[Tensor, "*n b"], batch: Batch) -> Float[Tensor, "*n b"]:
+def _zero_without_teacher(errors: Float[Tensor, "*n b"], batch: Batch) -> Float[Tensor, "*n b"]:
     """The errors of the rows that the teacher answered; 0 for the others."""
     own = batch.own_guidance
     return errors if own is None else torch.where(own > 0, torch.zeros_like(errors), errors)
+
+
+MEASURE_EVERY_SAMPLES = 1280
+"""A measurement costs two more backward passes."""
+MIN_FACTOR, MAX_FACTOR = 1e-3, 1e3
+
+
+class BlockTermWeight:
+    """The factor on the block term's weight, from gradients that are measured now and then; kept in the checkpoint."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config, self.factor, self._last_measured_samples = config, 1.0, -MEASURE_EVERY_SAMPLES
+
+    def weight(self, progress: float) -> float:
+        """Weight of the block term after the share `progress` of training."""
+        return self.factor * self.config.annealed_block_weight(progress)
+
+    def measure(
+        self, losses: Losses, progress: float, samples: int, parameters: Sequence[nn.Parameter]
+    ) -> Sequence[Tensor]:
+        """Where that is due, two norms: of the gradient of everything else, and of the block term at block_weight.
+
+        They add up over micro-batches and processes; only their ratio counts.
+        """
+        weight = self.weight(progress)
+        if (
+            self.config.block_share is None
+            or weight <= 0
+            or samples - self._last_measured_samples < MEASURE_EVERY_SAMPLES
+        ):
+            return ()
+        rest = _gradient_norm(losses.rest, parameters)
+        return rest, _gradient_norm(losses.total - losses.rest, parameters) * self.config.block_weight / weight
+
+    def update(self, gradient_norms: Sequence[Tensor], samples: int) -> None:
+        """Take in what was measured, if anything; the factor holds from the next step on.
+
+        factor = share / (1 - share) |g| / |g_b|: the geometric mean of what is measured and what was, so that a single
+        step moves it half.
+        """
+        share = self.config.block_share
+        if not gradient_norms or share is None:
+            return
+        rest, blocks = gradient_norms
+        if bool(torch.isfinite(rest) & torch.isfinite(blocks)) and float(blocks) > 0:
+            found = float(share / (1 - share) * rest / blocks)
+            first = self._last_measured_samples < 0
+            self.factor = min(MAX_FACTOR, max(MIN_FACTOR, found if first else (found * self.factor) ** 0.5))
+        self._last_measured_samples = samples
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a step changes."""
+        return {"factor": self.factor, "measured_at": self._last_measured_samples}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` once gave."""
+        self.factor, self._last_measured_samples = float(state["factor"]), int(state["measured_at"])
+
+
+def _gradient_norm(loss: Float[Tensor, ""], parameters: Sequence[nn.Parameter]) -> Float[Tensor, ""]:
+    """Norm of a loss's gradient over all parameters; the graph stays."""
+    gradients = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
+    return nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+
+
+def feature_scale(cache: Path, bins: int) -> FeatureScale:
+    """Deviations of every pooled channel over the training split, apart for each bin of s."""
+    found = Table.open(cache).statistics(bins)
+    return FeatureScale({block: _deviations(statistics) for block, statistics in found.items()})
+
+
+def _deviations(statistics: Statistics) -> Float[Tensor, "bins n"]:
+    """A bin with fewer than two states takes the deviations of all states."""
+    overall = statistics.merge_bins().std()
+    return floor_deviations(torch.where(statistics.count > 1, statistics.std(), overall), overall[0]).float()

@@ -1,23 +1,29 @@
-"""The optimizer and its learning rate, which is a function of the samples seen and of nothing else."""
+"""The optimizer and its learning rate, which is a function of the samples seen and of nothing else.
+
+Rates of the blocks by which each moves by the same share of its weights.
+
+How far one step moves the weights of each block, from a sample of them: any optimizer, next to no time.
+"""
 
 import importlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
-from configs.refusal import Refused, did_you_mean
-from configs.strict import Strict
-from stages.train.muon import ALONE, MuonWithAdamW, Processes
+from configs.values import Strict
+from stages.system.refusal import Refused, did_you_mean
+from stages.train.muon import SINGLE_PROCESS, MuonWithAdamW, ProcessGroup
 
-BLOCK = re.compile(r"\b(?:(down|up)_blocks\.(\d+)|(mid)_block)\.")
-REST = "rest"
+BLOCK_PATTERN = re.compile(r"\b(?:(down|up)_blocks\.(\d+)|(mid)_block)\.")
+REST_BLOCK = "rest"
 """What lies in no block: the first and last convolution and the time embedding."""
-FUSED = ("cpu", "cuda", "mps", "xpu")
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Devices on which torch has AdamW in its fused form."""
 
 
@@ -37,13 +43,14 @@ class OptimizerConfig(Strict):
     warmup_samples: int = Field(3200, ge=0, description="samples over which the learning rate rises from 0")
     block_rates: Mapping[str, Annotated[float, Field(ge=0)]] | Literal["balanced"] = Field(
         {},
-        description=f"learning rate of single blocks (or of the {REST}) over the others', 1 for a block not named; "
+        description=f"learning rate of single blocks (or of the {REST_BLOCK}) over the others', 1 for a block not "
+        "named; "
         "balanced: whatever moves every block by the same share of its weights",
     )
     final_share: float = Field(0.0, ge=0, le=1, description="share of learning_rate left at the end of the cosine")
 
     @model_validator(mode="after")
-    def _moments_can_be_read(self) -> "OptimizerConfig":
+    def _check_balanced_kind(self) -> "OptimizerConfig":
         if self.block_rates == "balanced" and self.kind != "adamw":
             raise ValueError(f"block_rates balanced reads AdamW's own moments: take kind adamw instead of {self.kind}")
         return self
@@ -61,19 +68,19 @@ def learning_rate(config: OptimizerConfig, samples: float, max_samples: int) -> 
 
 def block_of(parameter: str) -> str:
     """The block in which a parameter of this name lies: down_0 ... up_3, mid, or the rest."""
-    found = BLOCK.search(parameter)
+    found = BLOCK_PATTERN.search(parameter)
     if not found:
-        return REST
+        return REST_BLOCK
     return found[3] or f"{found[1]}_{found[2]}"
 
 
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+def uses_muon(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon is meant for a parameter: for hidden layers, so neither biases nor the first and last one."""
-    return parameter.ndim > 1 and block_of(name) != REST
+    return parameter.ndim > 1 and block_of(name) != REST_BLOCK
 
 
 def build_optimizer(
-    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], processes: Processes = ALONE
+    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], process_group: ProcessGroup = SINGLE_PROCESS
 ) -> torch.optim.Optimizer:
     """The optimizer of these parameters; one group for each rate, or for each block when they are balanced.
 
@@ -81,20 +88,20 @@ def build_optimizer(
 
     Raises `Refused` for the rate of a block that no parameter lies in, and for 8 bits without their library.
     """
-    _refuse_unknown(config, parameters)
+    _refuse_unknown_blocks(config, parameters)
     options: dict[str, Any] = {"lr": config.learning_rate} | config.model_dump(include={"betas", "eps", "weight_decay"})
     if config.kind == "adamw_8bit":
-        return _eight_bit(_groups(config, parameters), options)
+        return _adamw_8bit(_groups(config, parameters), options)
     # The fused form is one pass over memory on a CPU as well, and makes no copies.
-    options["fused"] = all(parameter.device.type in FUSED for parameter in parameters.values())
+    options["fused"] = all(parameter.device.type in FUSED_DEVICES for parameter in parameters.values())
     if config.kind == "muon":
-        matrices = {name: p for name, p in parameters.items() if is_matrix(name, p)}
+        matrices = {name: p for name, p in parameters.items() if uses_muon(name, p)}
         rest = {name: p for name, p in parameters.items() if name not in matrices}
-        return MuonWithAdamW(_groups(config, matrices), _groups(config, rest), processes, **options)
+        return MuonWithAdamW(_groups(config, matrices), _groups(config, rest), process_group, **options)
     return torch.optim.AdamW(_groups(config, parameters), **options)
 
 
-def _refuse_unknown(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> None:
+def _refuse_unknown_blocks(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> None:
     known = sorted({block_of(name) for name in parameters})
     for block in config.block_rates if config.block_rates != "balanced" else ():
         if block not in known:
@@ -114,7 +121,7 @@ def _groups(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> 
     return [{"params": listed, "share": share} for share, listed in shares.items()]
 
 
-def _eight_bit(groups: list[dict[str, Any]], options: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _adamw_8bit(groups: list[dict[str, Any]], options: Mapping[str, Any]) -> torch.optim.Optimizer:
     """AdamW with moments quantised in blocks of 256 (Dettmers et al. 2022); tensors below 4096 numbers stay as ever."""
     try:
         bitsandbytes: Any = importlib.import_module("bitsandbytes")
@@ -131,3 +138,94 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Let the next step go at this rate, in each group times its share."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["share"]
+
+
+REBALANCE_EVERY_SAMPLES = 1280
+"""A balance costs about five of the optimizer's own steps."""
+MIN_SHARE, MAX_SHARE = 0.1, 10.0
+
+
+def rebalance(config: OptimizerConfig, optimizer: torch.optim.Optimizer, before: int, after: int) -> None:
+    """Set the shares of `balanced` blocks anew where that is due while the samples seen rise from `before` to `after`.
+
+    Called after the step. The shares lie in the optimizer's groups, and so in every checkpoint.
+    """
+    if config.block_rates == "balanced" and after // REBALANCE_EVERY_SAMPLES > before // REBALANCE_EVERY_SAMPLES:
+        for group, share in zip(optimizer.param_groups, balanced_shares(optimizer), strict=True):
+            group["share"] = share
+
+
+@torch.no_grad()
+def balanced_shares(optimizer: torch.optim.Optimizer) -> list[float]:
+    """For each group, the share of the learning rate at which |dw| / |w| is that of all weights together.
+
+    share_b = (|w_b| / |u_b|) (|u| / |w|), within LEAST and MOST, where u is the step at rate 1: LAMB's trust ratio
+    (You et al. 2020, algorithm 2) of a block instead of a tensor, times one factor for all blocks that keeps |dw| what
+    it was, so that the learning rate keeps its meaning. 1 where a block has no weights or does not move, as there.
+    """
+    w2, u2 = torch.stack([_squared_norms(optimizer, group) for group in optimizer.param_groups]).unbind(dim=1)
+    found = (w2 / u2 * (u2.sum() / w2.sum())).sqrt().clamp(MIN_SHARE, MAX_SHARE)
+    return torch.where((w2 > 0) & (u2 > 0), found, 1.0).tolist()
+
+
+def _squared_norms(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Float[Tensor, "2"]:
+    """|w|^2 and |u|^2 of one group, in double precision."""
+    norms = [torch.stack([w.norm(), u.norm()]).double() for w, u in _weights_and_updates(optimizer, group)]
+    return torch.stack(norms).square().sum(dim=0)
+
+
+def _weights_and_updates(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each weight of a group and AdamW's step at rate 1, from its moments: m / (sqrt(v) + eps) + decay w."""
+    one, two = group["betas"]
+    for weight in group["params"]:
+        state = optimizer.state[weight]
+        if state:
+            m = state["exp_avg"] / (1 - one ** state["step"])
+            v = state["exp_avg_sq"] / (1 - two ** state["step"])
+            yield weight, m / (v.sqrt() + group["eps"]) + group["weight_decay"] * weight
+        else:
+            yield weight, torch.zeros_like(weight)
+
+
+MAX_SAMPLED_WEIGHTS = 4096
+
+
+class UpdateRatios:
+    """|dw| / |w| by block, between two moments.
+
+    Of each parameter about `MOST_PER_PARAMETER` weights, evenly spaced, are looked at, and counted for the others: no
+    copy of all weights is held, and no state of the optimizer is asked for.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._recorded: dict[str, Tensor] = {}
+
+    def record_weights(self) -> None:
+        """The first moment: just before a step."""
+        self._recorded = {name: _sample_weights(parameter).clone() for name, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def ratios(self) -> dict[str, float]:
+        """The ratios since then, which is forgotten; nothing where no moment was remembered."""
+        if not self._recorded:
+            return {}
+        then = list(self._recorded.values())
+        moved = torch._foreach_sub([_sample_weights(self._parameters[name]) for name in self._recorded], then)
+        norms = torch.stack([torch.stack(torch._foreach_norm(few)) for few in (moved, then)])
+        squares = norms.double().square().cpu()
+        blocks: dict[str, Tensor] = {}
+        for column, (name, few) in enumerate(self._recorded.items()):
+            counted = squares[:, column] * (self._parameters[name].numel() / few.numel())
+            blocks[block_of(name)] = blocks.get(block_of(name), 0.0) + counted
+        self._recorded = {}
+        return {block: float((moved / whole).sqrt()) for block, (moved, whole) in sorted(blocks.items())}
+
+
+def _sample_weights(parameter: nn.Parameter) -> Tensor:
+    """Evenly spaced weights in the order of memory, whatever the memory format."""
+    stride = -(-parameter.numel() // MAX_SAMPLED_WEIGHTS)
+    while math.gcd(stride, parameter.numel()) > 1 and stride > 1:
+        stride += 1  # a stride that divides a dimension would meet the same place of every kernel
+    few = -(-parameter.numel() // stride)
+    return parameter.detach().as_strided((few,), (stride,), parameter.storage_offset())

@@ -1,7 +1,12 @@
-"""All that a step of training changes, and the files of a checkpoint that hold it."""
+"""What went wrong on the way: steps that were skipped, and losses far above the run of the others.
 
+All that a step of training changes, and the files of a checkpoint that hold it.
+"""
+
+import json
+import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -12,16 +17,89 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from configs.last_resort import is_for_memory
-from configs.refusal import Refused, in_one_line
+from stages.system.disk import refuse_write_errors
+from stages.system.ending import is_out_of_memory
+from stages.system.refusal import Refused, in_one_line
+from stages.train.assessor import BlockWeighter, StaticWeights
 from stages.train.ema import Ema
-from stages.train.judge import Judge, Nobody
-from stages.train.mishaps import Mishaps
+from stages.train.journal import truncate_after
 from stages.train.muon import MuonWithAdamW
-from stages.train.objective import ObjectiveConfig
-from stages.train.penalty import Penalty
+from stages.train.objective import BlockTermWeight, ObjectiveConfig
 
-UNFIT = (
+HALF_LIFE_STEPS = 64
+"""Steps after which a loss counts half in the running mean and variance."""
+MIN_STEPS = 32
+"""Steps before anything is called a spike."""
+
+
+class Anomalies:
+    """`mishaps.jsonl` of a run folder, and the counters and running means behind it, kept in the checkpoint.
+
+    A spike is a loss whose logarithm lies more than `spike_sigmas` deviations above an exponential running mean of
+    those before it. What a spike adds to mean and variance is cut off at that height, so that a single one does not
+    hide the next, and a lasting rise becomes the rule.
+    """
+
+    def __init__(self, path: Path | None = None, spike_sigmas: float = math.inf) -> None:
+        """Nothing is written without a path, as on all processes but the main one."""
+        self.path, self.spike_sigmas = path, spike_sigmas
+        self.skipped, self.consecutive_skips, self.spikes = 0, 0, 0
+        self._steps, self._mean, self._variance = 0, 0.0, 0.0
+
+    def count_skip(self, is_consecutive: bool) -> int:
+        """Count a step without a finite gradient; how many of those that count there now were in a row."""
+        self.skipped += 1
+        self.consecutive_skips += is_consecutive
+        return self.consecutive_skips
+
+    def add_loss(self, loss: float) -> float | None:
+        """Count the loss of a step that was made; the usual loss, if this one is a spike."""
+        self.consecutive_skips = 0
+        usual, height = None, math.log(max(loss, 1e-30))
+        limit = self._mean + self.spike_sigmas * math.sqrt(self._variance)
+        if self._steps >= MIN_STEPS and height > limit:
+            self.spikes += 1
+            usual, height = math.exp(self._mean), limit
+        # Until as many steps were seen as the memory is long, all of them count alike.
+        self._steps += 1
+        share = max(1 / self._steps, 1 - 0.5 ** (1 / HALF_LIFE_STEPS))
+        off = height - self._mean
+        self._mean += share * off
+        self._variance = (1 - share) * (self._variance + share * off * off)
+        return usual
+
+    def write_event(self, samples: int, kind: str, keys: Sequence[str], **metrics: float) -> None:
+        """Write down what happened at the step that ended at this sample."""
+        if self.path is None:
+            return
+        line = {"samples": samples, "kind": kind, "keys": list(keys), **metrics}
+        with refuse_write_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> Mapping[str, Any]:
+        """The counts, for the journal."""
+        return {"skipped": self.skipped, "spikes": self.spikes}
+
+    def truncate_after(self, samples: int) -> None:
+        """Drop the lines of a life that went on beyond `samples`."""
+        if self.path is not None:
+            truncate_after(self.path, samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a step changes."""
+        loss = {"steps": self._steps, "mean": self._mean, "variance": self._variance}
+        return {"skipped": self.skipped, "in_a_row": self.consecutive_skips, "spikes": self.spikes, "loss": loss}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` once gave."""
+        self.skipped, self.consecutive_skips, self.spikes = (
+            int(state[name]) for name in ("skipped", "in_a_row", "spikes")
+        )
+        loss = state["loss"]
+        self._steps, self._mean, self._variance = int(loss["steps"]), float(loss["mean"]), float(loss["variance"])
+
+
+LOAD_ERRORS = (
     OSError,
     SafetensorError,
     pickle.UnpicklingError,
@@ -33,7 +111,7 @@ UNFIT = (
 )
 """What files of other tensors, groups or settings make torch and safetensors raise."""
 
-MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
+MOMENT_NAMES = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 """As many numbers as their parameter has; what 8 bits hold is packed, and judged by its own optimizer."""
 
 
@@ -44,13 +122,13 @@ class TrainingState:
     student: nn.Module
     ema: Ema
     optimizer: torch.optim.Optimizer
-    penalty: Penalty = field(default_factory=lambda: Penalty(ObjectiveConfig()))
-    judge: Judge = field(default_factory=Nobody)
-    mishaps: Mishaps = field(default_factory=Mishaps)
+    block_term_weight: BlockTermWeight = field(default_factory=lambda: BlockTermWeight(ObjectiveConfig()))
+    block_weighter: BlockWeighter = field(default_factory=StaticWeights)
+    anomalies: Anomalies = field(default_factory=Anomalies)
     scaler: torch.amp.GradScaler | None = None
     arithmetic: Mapping[str, Any] = field(default_factory=dict)
     """What moves the last bits of a step and nothing else: processes, micro-batches, layout."""
-    inherited: Mapping[str, Any] = field(default_factory=dict)
+    previous_arithmetic: Mapping[str, Any] = field(default_factory=dict)
     """The same of whoever wrote the checkpoint that was read."""
     samples: int = 0
 
@@ -64,9 +142,9 @@ class TrainingState:
         save_file(weights, folder / "student.safetensors")
         save_file({k: v.contiguous() for k, v in self.ema.tensors().items()}, folder / "ema.safetensors")
         memory = {
-            "judge": self.judge.state_dict(),
-            "penalty": self.penalty.state_dict(),
-            "mishaps": self.mishaps.state_dict(),
+            "judge": self.block_weighter.state_dict(),
+            "penalty": self.block_term_weight.state_dict(),
+            "mishaps": self.anomalies.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else {},
             "arithmetic": dict(self.arithmetic),
         }
@@ -80,31 +158,31 @@ class TrainingState:
         Raises `Refused` for files that are whole and hold the state of another run.
         """
         try:
-            self._take(folder)
-        except UNFIT as error:
-            if is_for_memory(error):
+            self._load(folder)
+        except LOAD_ERRORS as error:
+            if is_out_of_memory(error):
                 raise
             raise Refused(
                 f"{folder}: does not fit this run ({in_one_line(error)}) - choose another run folder, or move it away"
             ) from error
         self.samples = samples
 
-    def _take(self, folder: Path) -> None:
+    def _load(self, folder: Path) -> None:
         device = str(next(self.student.parameters()).device)
         weights = load_file(folder / "student.safetensors", device=device)
         self.student.load_state_dict({**self._frozen(), **weights})
-        self.ema.restore(load_file(folder / "ema.safetensors", device=device))
+        self.ema.load_tensors(load_file(folder / "ema.safetensors", device=device))
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
         _check_moments(self.optimizer)
         memory = torch.load(folder / "memory.pt", map_location=device, weights_only=True)
-        self.judge.load_state_dict(memory["judge"])
-        self.penalty.load_state_dict(memory["penalty"])
-        self.mishaps.load_state_dict(memory["mishaps"])
+        self.block_weighter.load_state_dict(memory["judge"])
+        self.block_term_weight.load_state_dict(memory["penalty"])
+        self.anomalies.load_state_dict(memory["mishaps"])
         if self.scaler and memory["scaler"]:
             self.scaler.load_state_dict(memory["scaler"])
-        self.inherited = memory["arithmetic"]
+        self.previous_arithmetic = memory["arithmetic"]
 
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         """About what `write` needs."""
         return checkpoint_bytes(self.student)
 
@@ -119,9 +197,9 @@ def checkpoint_bytes(student: nn.Module) -> int:
 
 def _check_moments(optimizer: torch.optim.Optimizer) -> None:
     """Raise `ValueError` for moments that are not of their parameter's size, which torch takes as they come."""
-    held = optimizer.parts if isinstance(optimizer, MuonWithAdamW) else (optimizer,)
+    held = optimizer.optimizers if isinstance(optimizer, MuonWithAdamW) else (optimizer,)
     for parameter, moments in chain.from_iterable(one.state.items() for one in held):
-        for name in MOMENTS & moments.keys():
+        for name in MOMENT_NAMES & moments.keys():
             if moments[name].numel() != parameter.numel():
                 shapes = f"{list(moments[name].shape)}, its parameter {list(parameter.shape)}"
                 raise ValueError(f"optimizer.pt: {name} has shape {shapes}")

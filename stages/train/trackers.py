@@ -11,21 +11,21 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 from torch.utils.tensorboard import SummaryWriter
 
-from configs.atomic import atomic_write
-from configs.refusal import Refused
-from configs.strict import Strict
+from configs.values import Strict
+from stages.system.atomic import atomic_write
+from stages.system.refusal import Refused
 
-Name = Literal["tensorboard", "wandb", "trackio"]
-NOTHING: Mapping[str, Any] = {}
-FILE = "tracking.json"
-MOST_FAILURES = 3
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+EMPTY_MAPPING: Mapping[str, Any] = {}
+TRACKING_FILE = "tracking.json"
+MAX_FAILURES = 3
 """In a row, before a tracker is given up: one that waits for a dead network would slow the run down for good."""
 
 
 class TrackingConfig(Strict):
     """Where the journal's numbers go besides journal.jsonl."""
 
-    to: tuple[Name, ...] = Field(
+    to: tuple[TrackerName, ...] = Field(
         ("tensorboard",), description="tensorboard, wandb, trackio, or several; in a file, [] for none"
     )
     project: str = Field("sollune", min_length=1, description="project at trackio or W&B")
@@ -44,7 +44,7 @@ class Tracker(Protocol):
         ...
 
 
-class TensorBoard:
+class TensorBoardTracker:
     """Event files in `tensorboard/` of the run folder; later steps of an earlier life are hidden."""
 
     def __init__(self, folder: Path, samples: int) -> None:
@@ -60,70 +60,70 @@ class TensorBoard:
         self._writer.close()
 
 
-class Online:
+class OnlineTracker:
     """trackio or W&B, which are spoken to alike; a resumed run goes on under the name it had.
 
     accelerate's trackers would do the same, but only where its global state is, which a journal does not need.
     """
 
     def __init__(
-        self, name: Name, config: TrackingConfig, folder: Path, samples: int, facts: Mapping[str, Any]
+        self, name: TrackerName, config: TrackingConfig, folder: Path, samples: int, run_config: Mapping[str, Any]
     ) -> None:
         run = config.name or "-".join(folder.absolute().parts[-2:])
-        told: dict[str, Any] = {"project": config.project, "name": run, "config": dict(facts)}
-        self._by_samples = name == "wandb"
-        if self._by_samples:
+        told: dict[str, Any] = {"project": config.project, "name": run, "config": dict(run_config)}
+        self._is_wandb = name == "wandb"
+        if self._is_wandb:
             # W&B knows a run by an id that is never given twice, so a folder that begins anew takes a new one.
-            told |= {"id": _identifier(folder, anew=samples == 0), "resume": "allow", "dir": str(folder)}
+            told |= {"id": _wandb_run_id(folder, is_new=samples == 0), "resume": "allow", "dir": str(folder)}
         else:
             told["resume"] = "allow" if samples else "never"
         self._run: Any = import_module(name).init(**told)
-        if self._by_samples:
+        if self._is_wandb:
             # W&B drops every number of a step below its last one: a resumed run's would be lost.
             self._run.define_metric("*", step_metric="samples")
 
     def log(self, values: Mapping[str, float], samples: int) -> None:
         """Send the numbers."""
-        self._run.log({**values, "samples": samples}, step=None if self._by_samples else samples)
+        self._run.log({**values, "samples": samples}, step=None if self._is_wandb else samples)
 
     def close(self) -> None:
         """Say that the run is over, for now."""
         self._run.finish()
 
 
-class Guarded:
+class FaultTolerantTracker:
     """One tracker behind a fence: what goes wrong with it is told, and the run goes on."""
 
-    def __init__(self, name: Name, open_it: Callable[[], Tracker]) -> None:
-        self._name, self._open = name, open_it
+    def __init__(self, name: TrackerName, open_tracker: Callable[[], Tracker]) -> None:
+        self._name, self._open = name, open_tracker
         self._tracker: Tracker | None = None
         self._failures = 0
 
     def start(self) -> str | None:
         """Open it, if it is not; what went wrong, if anything did."""
-        return self._fenced(self._opened)
+        return self._run_guarded(self._open_once)
 
     def log(self, values: Mapping[str, float], samples: int) -> str | None:
         """Log, opening it first where that failed so far; what went wrong, if anything did."""
-        return self._fenced(lambda: self._opened().log(values, samples))
+        return self._run_guarded(lambda: self._open_once().log(values, samples))
 
     def close(self) -> str | None:
         """Close it, if it was ever open; what went wrong, if anything did."""
-        return self._fenced(self._tracker.close) if self._tracker else None
+        return self._run_guarded(self._tracker.close) if self._tracker else None
 
-    def _opened(self) -> Tracker:
+    def _open_once(self) -> Tracker:
         if self._tracker is None:
             self._tracker = self._open()
         return self._tracker
 
-    def _fenced(self, act: Callable[[], object]) -> str | None:
-        if self._failures == MOST_FAILURES:
+    def _run_guarded(self, function: Callable[[], object]) -> str | None:
+        if self._failures == MAX_FAILURES:
             return None
         try:
-            act()
+            function()
         except Exception as error:  # whatever a tracker or its network comes up with
             self._failures += 1
-            over = "given up for this run" if self._failures == MOST_FAILURES else "tried again at the next line"
+            over = "given up for this run" if self._failures == MAX_FAILURES else "tried again at the next line"
             return f"{self._name}: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]} - {over}"
         self._failures = 0
         return None
@@ -132,7 +132,7 @@ class Guarded:
 class Trackers:
     """All of them; each call gives back what went wrong with any, and journal.jsonl has every number all the same."""
 
-    def __init__(self, trackers: Sequence[Guarded]) -> None:
+    def __init__(self, trackers: Sequence[FaultTolerantTracker]) -> None:
         self._trackers = trackers
 
     def start(self) -> list[str]:
@@ -148,30 +148,34 @@ class Trackers:
         return [trouble for tracker in self._trackers if (trouble := tracker.close())]
 
 
-def refuse_missing(config: TrackingConfig) -> None:
+def refuse_missing_trackers(config: TrackingConfig) -> None:
     """Raise `Refused` for a tracker that is not installed."""
     for name in config.to:
         if find_spec(name) is None:
             raise Refused(f"train.tracking.to: {name} is not installed - pip install {name}, or leave it out")
 
 
-def trackers_of(config: TrackingConfig, folder: Path, samples: int, facts: Mapping[str, Any] = NOTHING) -> Trackers:
+def make_trackers(
+    config: TrackingConfig, folder: Path, samples: int, run_config: Mapping[str, Any] = EMPTY_MAPPING
+) -> Trackers:
     """The trackers of a run taken up at `samples`; raises `Refused` for one that is not installed."""
-    refuse_missing(config)
-    return Trackers([Guarded(name, _opener(name, config, folder, samples, facts)) for name in config.to])
+    refuse_missing_trackers(config)
+    return Trackers(
+        [FaultTolerantTracker(name, _opener(name, config, folder, samples, run_config)) for name in config.to]
+    )
 
 
 def _opener(
-    name: Name, config: TrackingConfig, folder: Path, samples: int, facts: Mapping[str, Any]
+    name: TrackerName, config: TrackingConfig, folder: Path, samples: int, run_config: Mapping[str, Any]
 ) -> Callable[[], Tracker]:
     if name == "tensorboard":
-        return lambda: TensorBoard(folder, samples)
-    return lambda: Online(name, config, folder, samples, facts)
+        return lambda: TensorBoardTracker(folder, samples)
+    return lambda: OnlineTracker(name, config, folder, samples, run_config)
 
 
-def _identifier(folder: Path, anew: bool) -> str:
+def _wandb_run_id(folder: Path, is_new: bool) -> str:
     """The id under which W&B knows the run of this folder; it stays in the folder."""
-    path = folder / FILE
-    if anew or not path.exists():
+    path = folder / TRACKING_FILE
+    if is_new or not path.exists():
         atomic_write(path, json.dumps({"wandb": uuid.uuid4().hex[:16]}) + "\n")
     return str(json.loads(path.read_text(encoding="utf-8"))["wandb"])

@@ -1,7 +1,10 @@
-"""What a student makes of prompts it never saw, and of seen ones under new noise: how much it learnt by heart."""
+"""How far a student's velocities are from its teacher's, in all and in each bin of s.
+
+What a student makes of prompts it never saw, and of seen ones under new noise: how much it learnt by heart.
+"""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,17 +15,78 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from configs.strict import Strict
+from configs.values import Strict
 from shards.batch import Batch, collate
 from shards.reader import Reader
 from shards.record import Record
-from stages.flow.path import Linear, point
+from stages.flow.path import LinearPath, interpolate
+from stages.flow.timesteps import bin_of_time
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import derived_seed
-from stages.train.velocity import RelativeError, VelocityErrors, held_out, velocity_errors
 
-ROWS_AT_ONCE = 16
+VALIDATION_BINS = 5
+DEFAULT_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class RelativeError:
+    """sum |v - v*|^2 / sum |v*|^2 over all states, and over those of each bin of s (None for an empty bin)."""
+
+    overall: float
+    by_bin: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class VelocityErrors:
+    """Errors of the velocity, both branches together, and of the guidance difference v_cond - v_uncond."""
+
+    velocity: RelativeError
+    guidance: RelativeError
+    states: int
+
+
+class _ErrorSums:
+    """Squared errors and squared targets, added up in each bin in float64."""
+
+    def __init__(self, bins: int) -> None:
+        self.error, self.target = torch.zeros(bins, dtype=torch.float64), torch.zeros(bins, dtype=torch.float64)
+
+    def add(self, bin_index: Tensor, v: Float[Tensor, "b ..."], v_star: Float[Tensor, "b ..."]) -> None:
+        wrong = (v.float() - v_star.float()).square().flatten(1).sum(1, dtype=torch.float64)
+        whole = v_star.float().square().flatten(1).sum(1, dtype=torch.float64)
+        self.error.index_add_(0, bin_index.cpu(), wrong.cpu())
+        self.target.index_add_(0, bin_index.cpu(), whole.cpu())
+
+    def ratio(self) -> RelativeError:
+        by_bin = [float(e / t) if t > 0 else None for e, t in zip(self.error, self.target, strict=True)]
+        return RelativeError(float(self.error.sum() / self.target.sum()), tuple(by_bin))
+
+
+@torch.inference_mode()
+def velocity_errors(
+    student: Student, batches: Iterable[Batch], uncond: Float[Tensor, "1 l d"], bins: int = VALIDATION_BINS
+) -> VelocityErrors:
+    """The student against the cached answers of its teacher."""
+    velocity, guidance, states = _ErrorSums(bins), _ErrorSums(bins), 0
+    for batch in batches:
+        batch = batch.to(uncond.device, torch.float32)
+        out, where = student(batch.x_t, batch.s, batch.cond, uncond), bin_of_time(batch.s, bins)
+        velocity.add(where, out.v_cond, batch.v_cond)
+        velocity.add(where, out.v_uncond, batch.v_uncond)
+        guidance.add(where, out.v_cond - out.v_uncond, batch.v_cond - batch.v_uncond)
+        states += len(batch.keys)
+    return VelocityErrors(velocity.ratio(), guidance.ratio(), states)
+
+
+def read_first_states(reader: Reader, max_states: int, batch_size: int = DEFAULT_BATCH_SIZE) -> Iterator[Batch]:
+    """The first states of a split, each once: up to so many, or all of them."""
+    count = min(max_states, reader.samples_per_epoch)
+    for first in range(0, count, batch_size):
+        yield reader.batch(np.arange(first, min(first + batch_size, count)))
+
+
+VALIDATION_BATCH_SIZE = 16
 
 
 class ValidationConfig(Strict):
@@ -34,7 +98,7 @@ class ValidationConfig(Strict):
 
 
 @dataclass(frozen=True)
-class Validated:
+class ValidationResult:
     """The student's errors relative to the teacher's velocities; the seen ones are None where the cache has none."""
 
     held_out: VelocityErrors
@@ -54,12 +118,12 @@ class Validated:
         """What the best checkpoint has least of."""
         return self.held_out.velocity.overall
 
-    def told(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """What the journal writes."""
-        line: dict[str, Any] = {**_told("held_out", self.held_out.velocity)}
+        line: dict[str, Any] = {**_error_metrics("held_out", self.held_out.velocity)}
         line["held_out_guidance"] = self.held_out.guidance.overall
         if self.seen and self.seen_new_noise:
-            line |= {**_told("seen", self.seen), **_told("seen_new_noise", self.seen_new_noise)}
+            line |= {**_error_metrics("seen", self.seen), **_error_metrics("seen_new_noise", self.seen_new_noise)}
             line["cache_gap"] = self.seen_new_noise.overall - self.seen.overall
             line["cache_gap_by_s"] = [
                 None if new is None or old is None else new - old
@@ -68,32 +132,34 @@ class Validated:
         return {**line, "seconds": self.seconds}
 
 
-Known = tuple[Float[Tensor, "b c h w"], Batch]
+PicturesAndBatch = tuple[Float[Tensor, "b c h w"], Batch]
 """The finished pictures of some rows, and the rows."""
 
 
 class Validation:
     """Fixed states, made once, by whoever asks first: the same for every checkpoint, and for every life of a run."""
 
-    def __init__(self, config: ValidationConfig, unseen: Reader, seen: Reader, teacher: Teacher, seed: int = 0) -> None:
+    def __init__(
+        self, config: ValidationConfig, held_out: Reader, seen: Reader, teacher: Teacher, seed: int = 0
+    ) -> None:
         """`unseen` reads the split for validation, `seen` what is trained on; `teacher` answers at the new states."""
-        self._states, self._readers, self._teacher, self._seed = config.states, (unseen, seen), teacher, seed
+        self._states, self._readers, self._teacher, self._seed = config.states, (held_out, seen), teacher, seed
 
     @cached_property
     def _held_out(self) -> tuple[Batch, ...]:
-        return tuple(held_out(self._readers[0], self._states, ROWS_AT_ONCE))
+        return tuple(read_first_states(self._readers[0], self._states, VALIDATION_BATCH_SIZE))
 
     @cached_property
-    def _seen(self) -> tuple[Known, ...]:
+    def _seen(self) -> tuple[PicturesAndBatch, ...]:
         return tuple(seen_states(self._readers[1], self._states))
 
     @cached_property
-    def _anew(self) -> tuple[Batch, ...]:
-        return tuple(noised_anew(self._teacher, self._seen, self._seed))
+    def _renoised(self) -> tuple[Batch, ...]:
+        return tuple(renoise(self._teacher, self._seen, self._seed))
 
-    def announced(self) -> str:
+    def summary(self) -> str:
         """What will be measured, and what cannot be."""
-        held, seen = (sum(map(len, batches)) for batches in (self._held_out, self._anew))
+        held, seen = (sum(map(len, batches)) for batches in (self._held_out, self._renoised))
         if not held:
             return "validation: none asked for"
         twins = (
@@ -103,7 +169,7 @@ class Validation:
         )
         return f"validation: {held} held-out states, {twins}"
 
-    def __call__(self, student: Student) -> Validated | None:
+    def __call__(self, student: Student) -> ValidationResult | None:
         """Measure, if there is anything to measure at; the student should be in eval mode and wear its average."""
         if not self._held_out:
             return None
@@ -111,31 +177,31 @@ class Validation:
         unseen = velocity_errors(student, self._held_out, self._teacher.uncond)
         seen, anew = (
             velocity_errors(student, batches, self._teacher.uncond).velocity if batches else None
-            for batches in ([batch for _, batch in self._seen], self._anew)
+            for batches in ([batch for _, batch in self._seen], self._renoised)
         )
-        return Validated(unseen, seen, anew, time.perf_counter() - begun)
+        return ValidationResult(unseen, seen, anew, time.perf_counter() - begun)
 
 
-def seen_states(reader: Reader, most: int) -> Iterator[Known]:
+def seen_states(reader: Reader, max_states: int) -> Iterator[PicturesAndBatch]:
     """The first states of a stream that are renoised pictures: only those have a twin under other noise.
 
     A state on a guided trajectory has not the distribution of a noised picture, so comparing the two would measure
     that difference too.
     """
     rows: list[tuple[Record, int]] = []
-    for first in range(0, reader.samples_per_epoch if most else 0, ROWS_AT_ONCE):
-        last = min(first + ROWS_AT_ONCE, reader.samples_per_epoch)
+    for first in range(0, reader.samples_per_epoch if max_states else 0, VALIDATION_BATCH_SIZE):
+        last = min(first + VALIDATION_BATCH_SIZE, reader.samples_per_epoch)
         places = zip(*reader.order.at(np.arange(first, last)), strict=True)
-        found = ((reader.number(int(record)), int(draw)) for record, draw in places)
-        rows += [(record, draw) for record, draw in found if not record.draws.trajectory[draw]]
-        if len(rows) >= most:
+        found = ((reader.record_at(int(record)), int(draw)) for record, draw in places)
+        rows += [(record, draw) for record, draw in found if not record.states.trajectory[draw]]
+        if len(rows) >= max_states:
             break
-    rows = rows[:most]
-    for first in range(0, len(rows), ROWS_AT_ONCE):
-        yield _known(rows[first : first + ROWS_AT_ONCE])
+    rows = rows[:max_states]
+    for first in range(0, len(rows), VALIDATION_BATCH_SIZE):
+        yield _collate_with_pictures(rows[first : first + VALIDATION_BATCH_SIZE])
 
 
-def noised_anew(teacher: Teacher, seen: Sequence[Known], seed: int) -> Iterator[Batch]:
+def renoise(teacher: Teacher, seen: Sequence[PicturesAndBatch], seed: int) -> Iterator[Batch]:
     """The same prompts at the same times under fresh noise, and what the teacher answers there.
 
     As in the cache: x is rounded to what is stored before the teacher is asked, and so are his answers.
@@ -143,16 +209,16 @@ def noised_anew(teacher: Teacher, seen: Sequence[Known], seed: int) -> Iterator[
     uncond = teacher.uncond.half()
     for number, (x0, batch) in enumerate(seen):
         generator = torch.Generator().manual_seed(derived_seed("validation", seed, number))
-        x = point(Linear(), x0.float(), torch.randn(x0.shape, generator=generator), batch.s).half()
+        x = interpolate(LinearPath(), x0.float(), torch.randn(x0.shape, generator=generator), batch.s).half()
         at = replace(batch, x_t=x).to(uncond.device, torch.float32)
-        said = teacher.answer(at.x_t, at.s, at.k, at.cond.half(), uncond)
+        said = teacher.predict(at.x_t, at.s, at.k, at.cond.half(), uncond)
         yield replace(batch, x_t=x, v_cond=said.v_cond.half().cpu(), v_uncond=said.v_uncond.half().cpu())
 
 
-def _known(rows: Sequence[tuple[Record, int]]) -> Known:
+def _collate_with_pictures(rows: Sequence[tuple[Record, int]]) -> PicturesAndBatch:
     records, draws = zip(*rows, strict=True)
     return torch.stack([record.x0 for record in records]), collate(records, draws)
 
 
-def _told(name: str, error: RelativeError) -> dict[str, Any]:
+def _error_metrics(name: str, error: RelativeError) -> dict[str, Any]:
     return {name: error.overall, f"{name}_by_s": list(error.by_bin)}

@@ -9,9 +9,9 @@ import pytest
 from safetensors.torch import save_file
 from torch import zeros
 
-from configs.atomic import atomic_path, atomic_write, fsync_folder
-from configs.disk import refuse_unwritable, system_error, writing
-from configs.refusal import Refused
+from stages.system.atomic import atomic_path, atomic_write, fsync_folder
+from stages.system.disk import refuse_unwritable, refuse_write_errors, system_error
+from stages.system.refusal import Refused
 
 NUMBERS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
@@ -19,7 +19,7 @@ NUMBERS = (
 )
 
 
-def failing(number: int) -> Callable[..., None]:
+def raise_os_error(number: int) -> Callable[..., None]:
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number), "runs/.a.json.1@here.partial")
 
@@ -31,7 +31,7 @@ def failing(number: int) -> Callable[..., None]:
 def test_each_error_of_the_system_is_refused_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, act: str
 ) -> None:
-    monkeypatch.setattr(Path, act, failing(number))
+    monkeypatch.setattr(Path, act, raise_os_error(number))
     path = tmp_path / "a.json"
     with pytest.raises(Refused) as refusal:
         atomic_write(path, "content")
@@ -41,8 +41,8 @@ def test_each_error_of_the_system_is_refused_and_leaves_nothing(
 
 
 def test_a_failure_to_clear_away_does_not_hide_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "replace", failing(errno.EROFS))
-    monkeypatch.setattr(Path, "unlink", failing(errno.EIO))
+    monkeypatch.setattr(Path, "replace", raise_os_error(errno.EROFS))
+    monkeypatch.setattr(Path, "unlink", raise_os_error(errno.EIO))
     with pytest.raises(Refused, match="Read-only file system"):
         atomic_write(tmp_path / "a.json", "content")
 
@@ -108,19 +108,22 @@ def test_a_link_of_the_name_is_replaced_and_what_it_led_to_is_left(tmp_path: Pat
 def test_a_file_system_that_cannot_make_folders_durable_is_good_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "fsync", failing(errno.EINVAL))
+    monkeypatch.setattr(os, "fsync", raise_os_error(errno.EINVAL))
     fsync_folder(tmp_path)
-    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    monkeypatch.setattr(os, "fsync", raise_os_error(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
         fsync_folder(tmp_path)
 
 
 def test_the_systems_error_is_seen_behind_the_words_of_libraries(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"a: cannot be written \(Is a directory\)"), writing(tmp_path / "a"):
+    with pytest.raises(Refused, match=r"a: cannot be written \(Is a directory\)"), refuse_write_errors(tmp_path / "a"):
         save_file({"x": zeros(1)}, tmp_path)
     hidden = RuntimeError("PytorchStreamWriter failed writing file data/0")
     hidden.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(Refused, match=r"a: cannot be written \(No space left on device\)"), writing(tmp_path / "a"):
+    with (
+        pytest.raises(Refused, match=r"a: cannot be written \(No space left on device\)"),
+        refuse_write_errors(tmp_path / "a"),
+    ):
         raise hidden
     assert system_error(ConnectionResetError(errno.ECONNRESET, "reset")) is None
     assert system_error(OSError("a library's own words")) is None

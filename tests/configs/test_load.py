@@ -9,9 +9,9 @@ from typing import Annotated, Literal, Self
 import pytest
 from pydantic import Field, ImportString, ValidationError, model_validator
 
-from configs.load import load, request, save_resolved
-from configs.refusal import Refused
-from configs.strict import Strict
+from configs.load import load, parse_common_options, save_resolved
+from configs.values import Strict
+from stages.system.refusal import Refused
 
 
 class Grammar(Strict):
@@ -68,33 +68,33 @@ class Config(Strict):
 RULE, TABLE = "--train.rates even", "--train.rates up=3"
 
 
-def written(folder: Path, text: str, name: str = "one.yaml") -> Path:
+def write_yaml(folder: Path, text: str, name: str = "one.yaml") -> Path:
     (folder / name).write_text(text)
     return folder / name
 
 
-def told(words: str = "--run r", *files: Path) -> Config:
+def load_config(words: str = "--run r", *files: Path) -> Config:
     return load(Config, "distill", files, words.split())
 
 
-def refusal(words: str = "--run r", *files: Path) -> str:
+def refusal_message(words: str = "--run r", *files: Path) -> str:
     with pytest.raises(Refused) as refused:
-        told(words, *files)
+        load_config(words, *files)
     return str(refused.value)
 
 
 def test_later_files_lie_over_earlier_ones_and_options_over_both(tmp_path: Path) -> None:
-    one = written(tmp_path, "distill: {run: a, train: {batch_size: 2, learning_rate: 1e-4, grids_at: [10, 20, 30]}}")
-    two = written(tmp_path, "distill: {train: {batch_size: 3, grids_at: [40]}}", "two.yaml")
-    config = told("--train.batch-size 4", one, two)
+    one = write_yaml(tmp_path, "distill: {run: a, train: {batch_size: 2, learning_rate: 1e-4, grids_at: [10, 20, 30]}}")
+    two = write_yaml(tmp_path, "distill: {train: {batch_size: 3, grids_at: [40]}}", "two.yaml")
+    config = load_config("--train.batch-size 4", one, two)
     assert (config.run, config.train.batch_size, config.train.learning_rate) == (Path("a"), 4, 1e-4)
     assert config.train.grids_at == (40,)
-    assert told("", two, one).train.batch_size == 2
+    assert load_config("", two, one).train.batch_size == 2
 
 
 def test_a_file_that_changes_one_key_of_a_nested_default_keeps_the_others(tmp_path: Path) -> None:
-    config = told(
-        "--run r", written(tmp_path, "distill: {train: {batch_size: 3, weights: {up: 2}}, prompts: {unsaid: 0}}")
+    config = load_config(
+        "--run r", write_yaml(tmp_path, "distill: {train: {batch_size: 3, weights: {up: 2}}, prompts: {unsaid: 0}}")
     )
     assert config.train.learning_rate == 0.5
     assert config.train.weights == {"mid": 1.0, "up": 2.0}
@@ -103,7 +103,7 @@ def test_a_file_that_changes_one_key_of_a_nested_default_keeps_the_others(tmp_pa
 
 def test_options_spell_every_kind_of_value() -> None:
     words = "--run=r --train.size 4 5 --train.grids-at 8 9 --train.weights up=2 --train.clip none --train.ema"
-    config = told(f"{words} --judge math.sin")
+    config = load_config(f"{words} --judge math.sin")
     assert (config.train.size, config.train.grids_at, config.train.clip) == ((4, 5), (8, 9), None)
     assert (config.train.weights, config.train.ema, config.judge) == ({"mid": 1.0, "up": 2.0}, True, math.sin)
     assert load(Config, "distill", (), ["--run", "r", "--classes", "[{pattern: a/*, priority: top}]"]).classes == (
@@ -112,11 +112,11 @@ def test_options_spell_every_kind_of_value() -> None:
 
 
 def test_another_member_of_a_union_replaces_the_earlier_one() -> None:
-    assert told("--run r --prompts.source text --prompts.file p.txt").prompts == TextFile(file=Path("p.txt"))
+    assert load_config("--run r --prompts.source text --prompts.file p.txt").prompts == TextFile(file=Path("p.txt"))
 
 
 def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
-    said = refusal("--run r", written(tmp_path, "distil: {run: a}"))
+    said = refusal_message("--run r", write_yaml(tmp_path, "distil: {run: a}"))
     assert re.search(r"one\.yaml: distil: unknown section - did you mean distill\?", said)
 
 
@@ -138,14 +138,14 @@ def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
         ("train: {grids_at: [4]}", "distill: train.grids_at = 4 is below train.batch_size, raise it"),
     ],
 )
-def test_a_slip_in_a_file_is_refused_by_its_full_path(tmp_path: Path, text: str, said: str) -> None:
-    message = refusal("--run r", written(tmp_path, f"distill:\n  {text}\n"))
+def test_an_error_in_a_file_is_refused_by_its_full_path(tmp_path: Path, text: str, said: str) -> None:
+    message = refusal_message("--run r", write_yaml(tmp_path, f"distill:\n  {text}\n"))
     assert said in message
     assert "\n" not in message
 
 
 def test_a_table_may_be_replaced_by_a_rule_that_has_a_name(tmp_path: Path) -> None:
-    file = written(tmp_path, "distill: {run: r, train: {rates: {up: 2}}}")
+    file = write_yaml(tmp_path, "distill: {run: r, train: {rates: {up: 2}}}")
     asked = {words: load(Config, "distill", [file], words.split()).train.rates for words in ("", RULE, TABLE)}
     assert asked == {"": {"mid": 1.0, "up": 2.0}, RULE: "even", TABLE: {"mid": 1.0, "up": 3.0}}
 
@@ -163,18 +163,18 @@ def test_a_table_may_be_replaced_by_a_rule_that_has_a_name(tmp_path: Path) -> No
         ("--classes [{", "--classes: [{ is not a YAML list or mapping"),
     ],
 )
-def test_a_slip_on_the_command_line_is_refused(words: str, said: str) -> None:
-    message = refusal(f"--run r {words}")
+def test_an_error_on_the_command_line_is_refused(words: str, said: str) -> None:
+    message = refusal_message(f"--run r {words}")
     assert said in message
     assert "\n" not in message
 
 
-def test_a_required_key_that_nobody_says_is_asked_for() -> None:
-    assert refusal("") == "distill.run: required - write it in a YAML file or give --run"
+def test_a_missing_required_key_is_refused() -> None:
+    assert refusal_message("") == "distill.run: required - write it in a YAML file or give --run"
 
 
-def test_every_slip_has_its_own_line() -> None:
-    assert len(refusal("--train.batch-size 0 --train.learning-rate 0").splitlines()) == 3
+def test_every_error_has_its_own_line() -> None:
+    assert len(refusal_message("--train.batch-size 0 --train.learning-rate 0").splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -187,27 +187,31 @@ def test_every_slip_has_its_own_line() -> None:
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, said: str) -> None:
-    assert said in refusal("--run r", written(tmp_path, text))
+    assert said in refusal_message("--run r", write_yaml(tmp_path, text))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    assert "nowhere.yaml does not exist - --config takes YAML files" in refusal("--run r", tmp_path / "nowhere.yaml")
+    assert "nowhere.yaml does not exist - --config takes YAML files" in refusal_message(
+        "--run r", tmp_path / "nowhere.yaml"
+    )
 
 
 def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
-    config = told("--run r --prompts.source text --prompts.file p.txt --train.clip none --train.learning-rate 1e-7")
+    config = load_config(
+        "--run r --prompts.source text --prompts.file p.txt --train.clip none --train.learning-rate 1e-7"
+    )
     save_resolved(config, tmp_path / "config.yaml", "distill")
-    assert told("", tmp_path / "config.yaml") == config
+    assert load_config("", tmp_path / "config.yaml") == config
 
 
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        told().run = Path("other")  # type: ignore[misc]
+        load_config().run = Path("other")  # type: ignore[misc]
 
 
 def test_help_shows_every_field_with_default_and_meaning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        told("--help", written(tmp_path, "distill: {train: {batch_size: 77}}"))
+        load_config("--help", write_yaml(tmp_path, "distill: {train: {batch_size: 77}}"))
     shown = " ".join(re.sub(r"[│─╭╮╰╯+|]|-{3,}", " ", capsys.readouterr().out).split())
     assert stopped.value.code == 0
     assert "--run PATH the run folder (required)" in shown
@@ -219,13 +223,13 @@ def test_help_shows_every_field_with_default_and_meaning(tmp_path: Path, capsys:
     assert "--spare.rank INT how many (default: 16)" in shown
 
 
-def test_an_optional_union_is_told_like_one_that_must_be() -> None:
-    assert told().others is None
-    assert told("--run r --others.source text --others.file f").others == TextFile(file=Path("f"))
-    assert "others.unsaid" in refusal("--run r --others.source grammar --others.unsaid 7")
+def test_an_optional_union_is_described_like_a_required_one() -> None:
+    assert load_config().others is None
+    assert load_config("--run r --others.source text --others.file f").others == TextFile(file=Path("f"))
+    assert "others.unsaid" in refusal_message("--run r --others.source grammar --others.unsaid 7")
 
 
 def test_files_and_print_config_are_taken_out_of_the_words() -> None:
-    asked = request(["--config", "a.yaml", "b.yaml", "--run", "r", "--print-config", "--config", "c.yaml"])
+    asked = parse_common_options(["--config", "a.yaml", "b.yaml", "--run", "r", "--print-config", "--config", "c.yaml"])
     assert asked.files == (Path("a.yaml"), Path("b.yaml"), Path("c.yaml"))
     assert (asked.print_config, asked.options) == (True, ("--run", "r"))

@@ -8,28 +8,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.characters import FAULTS, fault_of, printable
-from configs.refusal import Refused
-from configs.text import lines_of, read_bytes, read_clean_text, read_text
+from stages.system.refusal import INVALID_CHARACTERS, Refused, format_value, invalid_character_reason
+from stages.system.text import read_bytes, read_clean_text, read_text, split_lines
 
 
-def read(path: Path, content: bytes) -> str:
+def read_bytes_as_text(path: Path, content: bytes) -> str:
     path.write_bytes(content)
     return read_text(path, "a", "b")
 
 
 def test_a_byte_order_mark_is_dropped_and_every_line_end_is_a_line_feed(tmp_path: Path) -> None:
-    assert read(tmp_path / "a", codecs.BOM_UTF8 + b"a\r\nb\rc\nd") == "a\nb\nc\nd"
+    assert read_bytes_as_text(tmp_path / "a", codecs.BOM_UTF8 + b"a\r\nb\rc\nd") == "a\nb\nc\nd"
 
 
 @pytest.mark.parametrize("letter", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85"])
 def test_a_line_ends_at_line_feeds_and_carriage_returns_and_nowhere_else(letter: str, tmp_path: Path) -> None:
-    assert lines_of(read(tmp_path / "a", f"a{letter}b\nc\n".encode())) == [f"a{letter}b", "c"]
+    assert split_lines(read_bytes_as_text(tmp_path / "a", f"a{letter}b\nc\n".encode())) == [f"a{letter}b", "c"]
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0\ufeff")))
 def test_lines_put_together_are_the_text(text: str) -> None:
-    lines = lines_of(text)
+    lines = split_lines(text)
     assert "\n".join(lines) + "\n" * text.endswith("\n") == text
 
 
@@ -47,21 +46,21 @@ def test_lines_put_together_are_the_text(text: str) -> None:
     ],
 )
 def test_what_belongs_in_no_sentence_has_a_name(text: str, fault: str | None) -> None:
-    assert fault_of(f"a {text} b") == fault
-    assert fault is None or fault in FAULTS
+    assert invalid_character_reason(f"a {text} b") == fault
+    assert fault is None or fault in INVALID_CHARACTERS
 
 
 @given(st.text(st.characters()))
 def test_a_value_is_shown_on_one_line_without_characters_that_a_terminal_obeys(text: str) -> None:
-    assert printable(text).isprintable()
-    assert len(printable(text)) <= 63
+    assert format_value(text).isprintable()
+    assert len(format_value(text)) <= 63
 
 
 def test_a_file_that_grows_beyond_its_measure_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
-    assert read_bytes(tmp_path / "a", "a", "b", most=5) == b"12345"
+    assert read_bytes(tmp_path / "a", "a", "b", max_bytes=5) == b"12345"
     with pytest.raises(Refused, match="more than 4 bytes"):
-        read_bytes(tmp_path / "a", "a", "b", most=4)
+        read_bytes(tmp_path / "a", "a", "b", max_bytes=4)
 
 
 def test_a_sparse_file_is_refused_by_its_measure_and_not_read(tmp_path: Path) -> None:
@@ -71,7 +70,7 @@ def test_a_sparse_file_is_refused_by_its_measure_and_not_read(tmp_path: Path) ->
         read_text(tmp_path / "a", "a", "b")
 
 
-def test_a_slip_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_an_error_is_refused_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x\ny\nz\xfc\n")
     with pytest.raises(Refused, match=r"^a:3: is not UTF-8 \(byte FC\)"):
         read_clean_text(tmp_path / "a", "a", "b")

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import Field, ValidationError
 
-from configs.load import load, request
-from configs.refusal import Refused
-from configs.strict import Location, Strict
+from configs.load import load, parse_common_options
+from configs.values import Location, Strict
+from stages.system.refusal import Refused
 
 
 class Inner(Strict):
@@ -42,7 +42,10 @@ def test_a_home_is_opened_wherever_a_path_stands_and_in_no_sentence(tmp_path: Pa
 
 
 def test_a_home_is_opened_where_a_configuration_lies() -> None:
-    assert request(["--config", "~/a.yaml", "b.yaml"]).files == (Path("/home/of/a/test/a.yaml"), Path("b.yaml"))
+    assert parse_common_options(["--config", "~/a.yaml", "b.yaml"]).files == (
+        Path("/home/of/a/test/a.yaml"),
+        Path("b.yaml"),
+    )
 
 
 def test_a_variable_of_the_environment_is_not_opened() -> None:

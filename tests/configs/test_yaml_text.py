@@ -7,8 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.refusal import Refused
-from configs.yaml_text import DEEPEST, parse_yaml, read_yaml
+from configs.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
+from stages.system.refusal import Refused
 
 PLAIN = st.text(st.characters(exclude_categories=["Cs", "Cc", "Co", "Cn"], exclude_characters="\ufeff\u2028\u2029"))
 VALUES = st.recursive(
@@ -19,14 +19,14 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
-def faulty(text: str) -> bool:
+def is_faulty(text: str) -> bool:
     return any("\u202a" <= letter <= "\u202e" or "\u2066" <= letter <= "\u2069" for letter in text)
 
 
-@given(VALUES.filter(lambda value: not faulty(repr(value)) and not faulty(str(value))))
+@given(VALUES.filter(lambda value: not is_faulty(repr(value)) and not is_faulty(str(value))))
 def test_what_the_library_writes_comes_back(value: object) -> None:
     written = yaml.safe_dump(value, allow_unicode=True)
-    if not faulty(written):
+    if not is_faulty(written):
         assert parse_yaml(written, "a") == value
 
 
@@ -47,16 +47,16 @@ def test_what_looks_like_a_date_is_text() -> None:
 
 
 def test_nesting_ends_somewhere() -> None:
-    assert parse_yaml("[" * DEEPEST + "]" * DEEPEST, "a") is not None
+    assert parse_yaml("[" * MAX_DEPTH + "]" * MAX_DEPTH, "a") is not None
     with pytest.raises(Refused, match="nested more than"):
-        parse_yaml("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1), "a")
+        parse_yaml("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "a")
 
 
 @pytest.mark.parametrize(
     "text",
     ["1: a\n0x1: b", "'1': a\n1: b", "a: 1\n'a': 2", "a: {b: 1, b: 1}", "<<: {a: 1}\n<<: {b: 2}", "- {x: 1, x: 2}"],
 )
-def test_a_key_is_said_once_however_it_is_spelt(text: str) -> None:
+def test_a_duplicate_key_is_refused_however_it_is_spelt(text: str) -> None:
     with pytest.raises(Refused, match=r"^a:\d+: .*is said twice"):
         parse_yaml(text, "a")
 

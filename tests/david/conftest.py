@@ -7,19 +7,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from stages.david.companion import Companion, FitConfig
+from stages.david.block_model import BlockModel, FitConfig
 from stages.david.fit import fit_block
-from stages.david.patterns import PatternSpace
-from stages.david.states import States
-from stages.david.tuning import tune
+from stages.david.patterns import BlockStates, PatternSpace
+from stages.david.trial import tune
 from stages.flow.timesteps import bin_of_step
-from stages.threads import one_thread
+from stages.system.device import one_thread
 
 CONTENTS, WIDTH = 4, 12
 CONFIG = FitConfig(bins=20, patterns=CONTENTS, dimensions=16, steps=250, batch_size=128, learning_rate=2e-2)
 
 
-def world(prompts: int, seed: int) -> tuple[States, Int[Tensor, " m"]]:
+def world(prompts: int, seed: int) -> tuple[BlockStates, Int[Tensor, " m"]]:
     """Four states of each prompt, and the content of each."""
     generator = torch.Generator().manual_seed(seed)
     key = torch.arange(prompts).repeat_interleave(4)
@@ -30,11 +29,13 @@ def world(prompts: int, seed: int) -> tuple[States, Int[Tensor, " m"]]:
     of_time, of_content = torch.randn(3, WIDTH, generator=shape), 1.5 * torch.randn(CONTENTS, WIDTH, generator=shape)
     path = torch.stack([s, torch.sin(3 * s), torch.cos(3 * s)], dim=1)
     noise = 0.03 * torch.randn(len(k), WIDTH, generator=generator)
-    return States(4 * path @ of_time + of_content[content] + noise, s, bin_of_step(k, CONFIG.bins, 1000), key), content
+    return BlockStates(
+        4 * path @ of_time + of_content[content] + noise, s, bin_of_step(k, CONFIG.bins, 1000), key
+    ), content
 
 
 @pytest.fixture(scope="session")
-def make_world() -> Callable[[int, int], tuple[States, Int[Tensor, " m"]]]:
+def make_world() -> Callable[[int, int], tuple[BlockStates, Int[Tensor, " m"]]]:
     return world
 
 
@@ -44,7 +45,7 @@ def config() -> FitConfig:
 
 
 @pytest.fixture(scope="session")
-def fitted() -> tuple[Companion, PatternSpace]:
+def fitted() -> tuple[BlockModel, PatternSpace]:
     """A companion fitted to that world, and its patterns."""
     with one_thread():
         companion, space = fit_block(world(300, 0)[0], CONFIG)
@@ -53,6 +54,6 @@ def fitted() -> tuple[Companion, PatternSpace]:
 
 
 @pytest.fixture(scope="session")
-def unseen() -> States:
+def unseen() -> BlockStates:
     """States that neither taught nor tuned him."""
     return world(150, 2)[0]

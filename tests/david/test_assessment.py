@@ -8,8 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.david.assessment import BlockAssessment, Posterior, assess_block, bins_of, divergence, reduce, soft_targets
-from stages.david.companion import Companion
+from stages.david.assessment import (
+    BlockAssessment,
+    Posterior,
+    assess_block,
+    bins_of,
+    js_divergence,
+    reduce,
+    soft_targets,
+)
+from stages.david.block_model import BlockModel
 
 LOGITS = st.lists(st.floats(-1e4, 1e4, width=32), min_size=6, max_size=6)
 HUGE = st.lists(st.floats(allow_nan=False, width=32), min_size=6, max_size=6)
@@ -37,14 +45,14 @@ def test_soft_targets_are_a_gaussian_of_three_quarters_of_a_bin():
 @given(LOGITS, LOGITS)
 def test_the_divergence_is_symmetric_and_bounded(a, b):
     p, q = (torch.tensor([logits]).log_softmax(1) for logits in (a, b))
-    assert divergence(p, q).equal(divergence(q, p))
-    assert 0 <= divergence(p, q) <= 1
+    assert js_divergence(p, q).equal(js_divergence(q, p))
+    assert 0 <= js_divergence(p, q) <= 1
 
 
 def test_the_divergence_is_zero_for_equals_and_one_for_strangers():
     certain = (torch.tensor([[1.0, 0, 0], [0, 1, 0]])).log()
-    assert divergence(certain, certain).tolist() == [0, 0]
-    assert divergence(certain, certain.flip(0)).tolist() == [1, 1]
+    assert js_divergence(certain, certain).tolist() == [0, 0]
+    assert js_divergence(certain, certain.flip(0)).tolist() == [1, 1]
 
 
 @given(LOGITS)
@@ -53,12 +61,12 @@ def test_the_divergence_of_near_equals_is_an_eighth_of_their_chi_square(a):
     tilt = 1e-4 * torch.tensor([[1.0, -1, 1, -1, 1, -1]], dtype=torch.float64)
     p, q = log_p.exp(), (log_p + tilt).softmax(1)
     expected = ((p - q).square() / (8 * p)).sum() / math.log(2)
-    assert divergence(log_p, q.log()).item() == pytest.approx(expected.item(), rel=1e-3)
+    assert js_divergence(log_p, q.log()).item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_the_divergence_of_spikes_that_leave_all_but_nothing_elsewhere_is_one():
     spike = torch.tensor([[0.0, -60, -70], [-60, 0, -70]])
-    torch.testing.assert_close(divergence(spike, spike.flip(0)), torch.ones(2))
+    torch.testing.assert_close(js_divergence(spike, spike.flip(0)), torch.ones(2))
 
 
 def test_a_constant_in_all_logits_changes_nothing():
@@ -68,7 +76,7 @@ def test_a_constant_in_all_logits_changes_nothing():
 
 @given(HUGE, HUGE)
 def test_three_numbers_lie_between_zero_and_one_for_any_features(a, b):
-    companion = Companion(6, bins=4, patterns=3, dimensions=8, generator=torch.Generator().manual_seed(0))
+    companion = BlockModel(6, bins=4, patterns=3, dimensions=8, generator=torch.Generator().manual_seed(0))
     bins = torch.tensor([2])
     with torch.no_grad():
         student, teacher = (companion(torch.tensor([features]), bins) for features in (a, b))
@@ -78,7 +86,7 @@ def test_three_numbers_lie_between_zero_and_one_for_any_features(a, b):
 
 
 def test_the_teachers_own_features_give_exactly_nothing_to_say():
-    companion = Companion(6, bins=4, patterns=3, dimensions=8, generator=torch.Generator().manual_seed(0))
+    companion = BlockModel(6, bins=4, patterns=3, dimensions=8, generator=torch.Generator().manual_seed(0))
     features, bins = torch.randn(9, 6, generator=torch.Generator().manual_seed(1)), torch.arange(9) % 4
     with torch.no_grad():
         student, teacher = companion(features, bins), companion(features, bins)

@@ -7,11 +7,18 @@ import torch
 
 from stages.david.assessment import assess_block, soft_targets
 from stages.david.fit import fit_block
-from stages.david.patterns import PatternSpace
-from stages.david.states import States
-from stages.david.trial import calibration_error, noised, respond, shuffled_within, try_out
-from stages.david.tuning import best_factor, reliability, tune
-from stages.threads import one_thread
+from stages.david.patterns import BlockStates, PatternSpace
+from stages.david.trial import (
+    add_noise,
+    best_factor,
+    calibration_error,
+    evaluate_fit,
+    perturbation_errors,
+    reliability,
+    shuffle_within,
+    tune,
+)
+from stages.system.device import one_thread
 
 
 def seeded():
@@ -19,7 +26,7 @@ def seeded():
 
 
 def test_a_fit_recovers_the_bins_and_patterns_of_a_known_world(fitted, unseen):
-    trial = try_out(*fitted[:1], unseen, fitted[1], 0)
+    trial = evaluate_fit(*fitted[:1], unseen, fitted[1], 0)
     assert trial.within_two >= 0.99
     assert trial.pattern_accuracy >= 0.9
     assert trial.pattern_use >= 0.8
@@ -52,7 +59,9 @@ def test_the_same_seed_fits_the_same_bits_on_any_number_of_threads(make_world, c
 def test_all_three_errors_grow_with_the_noise(fitted, unseen):
     companion = fitted[0]
     responses = [
-        respond(companion, noised(companion, unseen.features, size, seeded()), unseen.features, unseen.bins)
+        perturbation_errors(
+            companion, add_noise(companion, unseen.features, size, seeded()), unseen.features, unseen.bins
+        )
         for size in (0, 0.05, 0.1, 0.2, 0.4)
     ]
     assert responses[0] == (0, 0, 0)
@@ -61,15 +70,15 @@ def test_all_three_errors_grow_with_the_noise(fitted, unseen):
 
 
 def test_anothers_content_in_the_same_bin_is_an_error_of_pattern_and_not_of_time(fitted, unseen):
-    rows = shuffled_within(unseen.bins, seeded())
-    e_t, e_p, _ = respond(fitted[0], unseen.features[rows], unseen.features, unseen.bins)
+    rows = shuffle_within(unseen.bins, seeded())
+    e_t, e_p, _ = perturbation_errors(fitted[0], unseen.features[rows], unseen.features, unseen.bins)
     assert e_t < 0.02
     assert e_p > 0.3
 
 
 def test_another_time_of_the_same_content_is_an_error_of_time_and_hardly_of_pattern(fitted, unseen):
-    rows = shuffled_within(unseen.key, seeded())
-    e_t, e_p, _ = respond(fitted[0], unseen.features[rows], unseen.features, unseen.bins)
+    rows = shuffle_within(unseen.key, seeded())
+    e_t, e_p, _ = perturbation_errors(fitted[0], unseen.features[rows], unseen.features, unseen.bins)
     assert e_t > 0.5
     assert e_p < 0.1
 
@@ -79,7 +88,7 @@ def test_a_placebo_cannot_tell_shuffled_features_from_the_teachers_own(make_worl
 
     def area(bins, generator):
         """How often the error of time of shuffled features is above that of the teacher's own."""
-        told = States(states.features, states.s, bins, states.key)
+        told = BlockStates(states.features, states.s, bins, states.key)
         companion, _ = fit_block(told, config.model_copy(update={"steps": 60}))
         others = torch.randperm(len(q), generator=generator)
         own, strange = (
@@ -97,7 +106,7 @@ def test_a_placebo_cannot_tell_shuffled_features_from_the_teachers_own(make_worl
 
 def test_what_he_says_of_a_sample_does_not_depend_on_its_batch_mates(fitted, unseen):
     companion, q = fitted[0], soft_targets(unseen.bins, len(fitted[0].reliability))
-    spoilt = noised(companion, unseen.features, 0.3, seeded())
+    spoilt = add_noise(companion, unseen.features, 0.3, seeded())
 
     def excess(rows):
         bins = unseen.bins[rows]
@@ -132,7 +141,7 @@ def test_a_bin_that_is_never_told_is_unreliable():
 
 def test_a_shuffle_moves_every_sample_within_its_group():
     groups = torch.tensor([2, 1, 2, 1, 2, 5])
-    rows = shuffled_within(groups, seeded())
+    rows = shuffle_within(groups, seeded())
     assert groups[rows].equal(groups)
     assert sorted(rows.tolist()) == list(range(6))
     assert (rows == torch.arange(6)).tolist() == [False] * 5 + [True]

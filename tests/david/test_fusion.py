@@ -9,26 +9,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from configs.refusal import Refused
 from stages.david.assessment import Assessment, BlockAssessment
-from stages.david.fusion import FORMULAS, FusionConfig, Heard, W, seed_formula
-from stages.david.variation import Emphasis, Variation, coefficient_of_variation
-from stages.david.voice import Voice
+from stages.david.fusion import DEFAULT_BLOCK_WEIGHTS, FORMULAS, FusionConfig, RawAssessment, seed_formula
+from stages.david.running import LambdaMoments, LambdaVariation, RunningAssessment, coefficient_of_variation
+from stages.system.refusal import Refused
 
-BLOCKS = tuple(W)
+BLOCKS = tuple(DEFAULT_BLOCK_WEIGHTS)
 REFERENCE = Assessment(*({block: torch.tensor(value) for block in BLOCKS} for value in (0.02, 0.04, 0.9)))
 AT_ONCE = {"warmup_samples": 0, "half_life_samples": 0}
 WITHOUT_DAVID = ("static", "uniform")
 
 
-def voice(formula: str, **changes) -> Voice:
+def voice(formula: str, **changes) -> RunningAssessment:
     config = FusionConfig.model_validate({"formula": formula, **AT_ONCE, **changes})
-    return Voice(config, BLOCKS, bins=100, reference=REFERENCE)
+    return RunningAssessment(config, BLOCKS, bins=100, reference=REFERENCE)
 
 
-def told_after(heard: Voice, assessed: dict[str, BlockAssessment], **weights) -> torch.Tensor:
+def told_after(heard: RunningAssessment, assessed: dict[str, BlockAssessment], **weights) -> torch.Tensor:
     """His lambdas once he has learnt from this batch."""
-    heard.learn(heard.hear(assessed, **weights), len(assessed["mid"].excess))
+    heard.update(heard.observe(assessed, **weights), len(assessed["mid"].excess))
     return heard.lambdas()
 
 
@@ -82,7 +81,9 @@ def test_every_formula_has_its_row():
 
 @pytest.mark.parametrize("formula", sorted(set(FORMULAS) - {"uniform", "seed"}))
 def test_a_faultless_student_leaves_every_block_its_own_weight(formula):
-    assert told_after(voice(formula), everywhere()).tolist() == torch.tensor(list(W.values())).tolist()
+    assert (
+        told_after(voice(formula), everywhere()).tolist() == torch.tensor(list(DEFAULT_BLOCK_WEIGHTS.values())).tolist()
+    )
 
 
 numbers = st.floats(0, 1e30)
@@ -95,7 +96,7 @@ shares = st.floats(0, 1)
 def test_lambda_keeps_its_range_whatever_is_said(formula, excess, divergence, coherence, cross_entropy, entropy):
     loud = said(excess, divergence, coherence, cross_entropy, entropy)
     told = told_after(voice(formula), everywhere() | {"mid": loud, "up_3": loud})
-    w = torch.tensor(list(W.values()))
+    w = torch.tensor(list(DEFAULT_BLOCK_WEIGHTS.values()))
     within_twice = {"static": w, "absolute": w, "relative": w, "permuted": w, "mean_kept": w / 2}
     lowest, highest = (within_twice[formula], 2 * w) if formula in within_twice else (0.5, 3.0)
     assert ((told >= lowest * (1 - 1e-6)) & (told <= highest * (1 + 1e-6))).all()
@@ -108,14 +109,14 @@ def test_the_worst_block_rises_most(formula):
     loud = {"excess": 2.0, "divergence": 0.5, "coherence": 0.6, "cross_entropy": 2.0, "entropy": 0.5}
     for i, block in enumerate(BLOCKS):
         heard = voice(formula)
-        assert (told_after(heard, worst(block, **loud)) / heard.quiet).argmax() == i
+        assert (told_after(heard, worst(block, **loud)) / heard.baseline_lambdas).argmax() == i
 
 
 @pytest.mark.parametrize("formula", WITHOUT_DAVID)
 def test_arms_without_david_do_not_hear_him(formula):
     heard = voice(formula, warmup_samples=8)
-    assert told_after(heard, worst("mid")).tolist() == heard.quiet.tolist()
-    assert formula == "static" or len(set(heard.quiet.tolist())) == 1
+    assert told_after(heard, worst("mid")).tolist() == heard.baseline_lambdas.tolist()
+    assert formula == "static" or len(set(heard.baseline_lambdas.tolist())) == 1
 
 
 def test_the_relative_form_is_half_way_at_the_reference_response():
@@ -134,14 +135,14 @@ def test_the_relative_form_has_a_voice_where_the_absolute_one_whispers():
 def test_the_seed_form_saturates_at_chance():
     at_chance = everywhere(cross_entropy=math.log(100), entropy=1.0)
     told = told_after(voice("seed"), at_chance)
-    assert [float(told[i]) for i, w in enumerate(W.values()) if w >= 0.85] == [3.0] * 7
+    assert [float(told[i]) for i, w in enumerate(DEFAULT_BLOCK_WEIGHTS.values()) if w >= 0.85] == [3.0] * 7
 
 
 def test_the_seed_form_reads_alpha_where_others_read_coherence():
     alphas = {block: 0.1 * i for i, block in enumerate(BLOCKS)}
     config = FusionConfig.model_validate({"formula": "seed", **AT_ONCE})
-    told = told_after(Voice(config, BLOCKS, bins=100, alphas=alphas), everywhere(coherence=0.2))
-    expected = [w * (1 + 0.25 * (1 - alphas[block])) for block, w in W.items()]
+    told = told_after(RunningAssessment(config, BLOCKS, bins=100, cantor_alphas=alphas), everywhere(coherence=0.2))
+    expected = [w * (1 + 0.25 * (1 - alphas[block])) for block, w in DEFAULT_BLOCK_WEIGHTS.items()]
     assert told.tolist() == pytest.approx(expected)
 
 
@@ -149,20 +150,23 @@ def test_the_placebo_gives_what_is_said_of_a_block_to_another_one():
     taken = []
     for i, block in enumerate(BLOCKS):
         heard = voice("permuted", placebo_seed=3)
-        emphasis = told_after(heard, worst(block)) / heard.quiet
+        emphasis = told_after(heard, worst(block)) / heard.baseline_lambdas
         taken.append(int(emphasis.argmax()))
         assert taken[-1] != i
         assert float(emphasis.max()) == pytest.approx(
-            float((told_after(voice("relative"), worst(block)) / heard.quiet).max())
+            float((told_after(voice("relative"), worst(block)) / heard.baseline_lambdas).max())
         )
     assert sorted(taken) == list(range(9))
-    assert voice("permuted", placebo_seed=3).known.other.tolist() != voice("permuted").known.other.tolist()
+    assert (
+        voice("permuted", placebo_seed=3).formula_parameters.permutation.tolist()
+        != voice("permuted").formula_parameters.permutation.tolist()
+    )
 
 
 def test_warm_up_leads_from_w_to_davids_lambda():
     heard, final = voice("absolute", warmup_samples=16), told_after(voice("absolute"), worst("mid"))
     told = [heard.lambdas(), *(told_after(heard, worst("mid")) for _ in range(5))]
-    w = heard.quiet
+    w = heard.baseline_lambdas
     for step, now in enumerate(told):
         assert torch.allclose(now, w + min(1.0, step / 4) * (final - w))
     assert told[0].tolist() == w.tolist()
@@ -172,17 +176,17 @@ def test_warm_up_leads_from_w_to_davids_lambda():
 def test_what_was_said_counts_half_after_its_half_life_whatever_the_batch_size():
     for b in (1, 2, 4):
         heard = voice("absolute", half_life_samples=4)
-        heard._heard += 1e6  # a long past without faults
+        heard._vote_sums += 1e6  # a long past without faults
         for _ in range(4 // b):
             told_after(heard, everywhere(divergence=0.0, b=b))
-        assert heard._heard.tolist() == pytest.approx([5e5] * 9, rel=1e-4)
+        assert heard._vote_sums.tolist() == pytest.approx([5e5] * 9, rel=1e-4)
 
 
 def test_negative_excess_is_cut_off_after_averaging_and_not_before():
     mixed = said()
     noise = BlockAssessment(torch.tensor([-1.0, 1.0, -1.0, 1.0]), *(getattr(mixed, n) for n in list(vars(mixed))[1:]))
     heard = voice("absolute", half_life_samples=100)
-    assert told_after(heard, dict.fromkeys(BLOCKS, noise)).tolist() == heard.quiet.tolist()
+    assert told_after(heard, dict.fromkeys(BLOCKS, noise)).tolist() == heard.baseline_lambdas.tolist()
 
 
 def test_a_sample_of_no_weight_has_a_neutral_vote():
@@ -195,7 +199,10 @@ def test_a_sample_of_no_weight_has_a_neutral_vote():
     reliable = dict.fromkeys(BLOCKS, torch.ones(8, dtype=torch.bool)) | {"mid": weights > 0}
     assert torch.equal(told_after(voice("absolute"), padded, reliable=reliable), only)
     unheard = voice("absolute")
-    assert told_after(unheard, everywhere(divergence=1.0), omega=torch.zeros(4)).tolist() == unheard.quiet.tolist()
+    assert (
+        told_after(unheard, everywhere(divergence=1.0), omega=torch.zeros(4)).tolist()
+        == unheard.baseline_lambdas.tolist()
+    )
 
 
 def test_a_voice_goes_on_from_its_saved_state_to_the_same_bits():
@@ -223,19 +230,21 @@ def test_the_three_numbers_are_told_by_block():
 def test_a_formula_without_its_reference_is_refused():
     for formula in ("relative", "mean_kept", "permuted"):
         with pytest.raises(Refused, match=f"{formula}: this David brings no reference"):
-            Voice(FusionConfig(formula=formula), BLOCKS, bins=100)
+            RunningAssessment(FusionConfig(formula=formula), BLOCKS, bins=100)
 
 
 def test_a_weight_of_an_unknown_block_is_refused():
     with pytest.raises(Refused, match=r"block_weights\.midd: no such block - did you mean mid"):
-        Voice(FusionConfig(formula="static", block_weights={"midd": 1.0}), BLOCKS, bins=100)
-    other = Voice(FusionConfig(formula="static"), ("mid", "head"), bins=100)
-    assert other.quiet.tolist() == pytest.approx([1.2, 1.0])
+        RunningAssessment(FusionConfig(formula="static", block_weights={"midd": 1.0}), BLOCKS, bins=100)
+    other = RunningAssessment(FusionConfig(formula="static"), ("mid", "head"), bins=100)
+    assert other.baseline_lambdas.tolist() == pytest.approx([1.2, 1.0])
 
 
 def test_a_state_of_other_blocks_is_refused():
     with pytest.raises(Refused, match="speaks of 9 blocks, this student has 2"):
-        Voice(FusionConfig(formula="static"), ("mid", "up_0"), bins=100).load_state_dict(voice("static").state_dict())
+        RunningAssessment(FusionConfig(formula="static"), ("mid", "up_0"), bins=100).load_state_dict(
+            voice("static").state_dict()
+        )
 
 
 def test_falling_bounds_are_refused():
@@ -248,30 +257,30 @@ def test_the_coefficient_of_variation_is_deviation_over_mean():
     assert coefficient_of_variation(values, 1).tolist() == [0.5, 0.0]
 
 
-def variation(told: torch.Tensor, w: torch.Tensor) -> Variation:
-    emphasis = Emphasis(w)
+def variation(told: torch.Tensor, w: torch.Tensor) -> LambdaVariation:
+    emphasis = LambdaMoments(w)
     for line in told:
-        emphasis.see(line)
+        emphasis.update(line)
     found = emphasis.variation(torch.ones(len(w), dtype=torch.bool))
     assert found is not None
     return found
 
 
 def test_static_weights_are_silent_and_a_rising_block_is_not():
-    w = torch.tensor(list(W.values()))
+    w = torch.tensor(list(DEFAULT_BLOCK_WEIGHTS.values()))
     static = variation(w.repeat(5, 1), w)
-    assert static.silent
-    assert static.told().startswith("David was silent: lambda varied by 0.0%")
+    assert static.is_constant
+    assert static.summary().startswith("David was silent: lambda varied by 0.0%")
     rising = w.repeat(5, 1)
     rising[:, 4] *= torch.linspace(1, 1.5, 5)
     loud = variation(rising, w)
-    assert not loud.silent
-    assert loud.told().startswith("David spoke")
-    assert variation(1.3 * w.repeat(5, 1), w).silent, "another learning rate is no voice"
+    assert not loud.is_constant
+    assert loud.summary().startswith("David spoke")
+    assert variation(1.3 * w.repeat(5, 1), w).is_constant, "another learning rate is no voice"
 
 
 def test_the_faultless_word_is_nothing_wrong():
-    word = Heard.faultless(torch.ones(2))
+    word = RawAssessment.zero_error(torch.ones(2))
     assert (word.timestep_error.tolist(), word.pattern_error.tolist(), word.coherence.tolist()) == (
         [0, 0],
         [0, 0],

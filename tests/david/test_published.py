@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from configs.refusal import Refused
-from stages.david.heads import HeadSizes, Sizes
-from stages.david.published import HOOK_POINT, Published
-from stages.david.published_layout import Header, on_meta, sizes_of_blocks
+from stages.david.published import HOOK_POINT, PublishedAssessor, TensorHeader, infer_block_sizes, meta_block_model
+from stages.david.published_heads import BlockSizes, HeadSizes
 from stages.nets.features import HOOK_POINT as OURS
+from stages.system.refusal import Refused
 
 T, P = 6, 3
 WIDTHS = {"down_0": 10, "mid": 14}
@@ -78,8 +77,8 @@ def written(folder: Path, content: dict[str, torch.Tensor], config=CONFIG) -> Pa
     return folder
 
 
-def opened(folder: Path, **options) -> Published:
-    return Published.open(folder, HOOK_POINT, WIDTHS, 1000, **options)
+def opened(folder: Path, **options) -> PublishedAssessor:
+    return PublishedAssessor.open(folder, HOOK_POINT, WIDTHS, 1000, **options)
 
 
 def refusal(folder: Path, content: dict[str, torch.Tensor], config=CONFIG) -> str:
@@ -154,7 +153,7 @@ def test_posteriors_are_those_of_the_formula(tmp_path, block):
     content = {name: value.double() for name, value in tensors().items()} if block == "mid" else tensors()
     david = opened(written(tmp_path, content), patterns="joint")
     found = david.posterior(block, features, bins)
-    companion = david._companions[block]
+    companion = david._block_models[block]
     for name, told in (("timestep_head", found.log_bins), ("pattern_head", found.log_patterns)):
         logits = companion.get_submodule(name)(companion(features)).double()
         for row, x in enumerate(features.double()):
@@ -207,7 +206,7 @@ def test_inclusion_is_one_on_a_vertex_of_the_bins_first_crystal(tmp_path):
 
 def test_alpha_is_told_as_it_lies_there(tmp_path):
     david = opened(written(tmp_path, tensors()))
-    assert david.alphas == {b: float(tensors()[f"companions.{b}.cantor_stairs.alpha"]) for b in WIDTHS}
+    assert david.cantor_alphas == {b: float(tensors()[f"companions.{b}.cantor_stairs.alpha"]) for b in WIDTHS}
 
 
 def test_the_older_generation_reads_bins_off_its_trained_pattern_head(tmp_path, capsys):
@@ -280,11 +279,11 @@ def test_a_configuration_that_contradicts_its_weights_is_refused(tmp_path, chang
 def test_features_from_elsewhere_are_refused(tmp_path):
     written(tmp_path, tensors())
     with pytest.raises(Refused, match="last resnet of each block, spatial mean, fp32; this cache has: whole blocks"):
-        Published.open(tmp_path, "whole blocks", WIDTHS, 1000)
+        PublishedAssessor.open(tmp_path, "whole blocks", WIDTHS, 1000)
     with pytest.raises(Refused, match="block mid takes 14 channels, this cache has 1280"):
-        Published.open(tmp_path, HOOK_POINT, WIDTHS | {"mid": 1280}, 1000)
+        PublishedAssessor.open(tmp_path, HOOK_POINT, WIDTHS | {"mid": 1280}, 1000)
     with pytest.raises(Refused, match="judges block mid, the cache has none"):
-        Published.open(tmp_path, HOOK_POINT, {"down_0": 10}, 1000)
+        PublishedAssessor.open(tmp_path, HOOK_POINT, {"down_0": 10}, 1000)
     assert OURS == HOOK_POINT
 
 
@@ -307,10 +306,10 @@ WIDE = {"down_0": (320, 64), "down_1": (640, 96), "down_2": (1280, 128), "down_3
 WIDE |= {"up_0": (1280, 128), "up_1": (1280, 128), "up_2": (640, 96), "up_3": (320, 64)}
 
 
-def full_size(block: str, belly: float, experts: int) -> Sizes:
+def full_size(block: str, belly: float, experts: int) -> BlockSizes:
     n, d = WIDE[block]
     heads = (HeadSizes(classes, 2 * classes, experts, experts) for classes in (100, 1000))
-    return Sizes(n, int(d * belly), d, 100, 10, *heads)
+    return BlockSizes(n, int(d * belly), d, 100, 10, *heads)
 
 
 def parameters_by_the_formula(n: int, d: int, h: int, experts: int) -> int:
@@ -326,13 +325,13 @@ def parameters_by_the_formula(n: int, d: int, h: int, experts: int) -> int:
 
 
 def test_at_full_size_the_key_list_and_the_count_are_the_published_ones():
-    mid = on_meta(full_size("mid", 4, 4))
+    mid = meta_block_model(full_size("mid", 4, 4))
     assert len(mid.state_dict()) == 97
     assert sum(p.nelement() for p in mid.parameters()) == 174_848_558
     total = 0
     for block, (n, d) in WIDE.items():
         experts = 4 if block == "mid" else 3
-        companion = on_meta(full_size(block, 2.0, experts))
+        companion = meta_block_model(full_size(block, 2.0, experts))
         count = sum(p.nelement() for p in companion.parameters())
         assert count == parameters_by_the_formula(n, d, 2 * d, experts)
         total += count
@@ -344,7 +343,7 @@ def test_sizes_are_read_off_the_shapes_at_full_size():
     shapes = {
         f"companions.{block}.{name}": tuple(tensor.shape)
         for block, sizes in expected.items()
-        for name, tensor in on_meta(sizes).state_dict().items()
+        for name, tensor in meta_block_model(sizes).state_dict().items()
     }
     config = {"block_configs": {block: {"input_dim": n, "scale_dim": d} for block, (n, d) in WIDE.items()}}
-    assert sizes_of_blocks(Header("a", shapes), config) == expected
+    assert infer_block_sizes(TensorHeader("a", shapes), config) == expected

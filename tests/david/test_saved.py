@@ -7,16 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.refusal import Refused
 from shards.manifest import Manifest, Recipe
-from shards.record import BlockFeatures, Draws, Record
+from shards.record import BlockFeatures, Record, States
 from shards.table import Table, write_table
 from shards.writer import CacheWriter
 from stages.david.assessment import Assessment, assess, reduce
-from stages.david.companion import FitConfig
-from stages.david.fit import fit, identity_of
-from stages.david.saved import load, ready, save
-from stages.david.states import split_rows
+from stages.david.block_model import FitConfig
+from stages.david.fit import fit, fit_identity
+from stages.david.patterns import split_rows
+from stages.david.saved import load, load_or_fit_and_save, save
+from stages.system.refusal import Refused
 
 CONFIG = FitConfig(bins=5, patterns=3, dimensions=6, steps=3, batch_size=16)
 
@@ -33,7 +33,7 @@ def record(number):
         return torch.randn(*shape, generator=generator).half()
 
     k = torch.randint(0, 1000, (3,), generator=generator)
-    draws = Draws(k, k / 1000, half(3, 2, 3, 4), half(3, 2, 3, 4), half(3, 2, 3, 4), torch.tensor([True, True, False]))
+    draws = States(k, k / 1000, half(3, 2, 3, 4), half(3, 2, 3, 4), half(3, 2, 3, 4), torch.tensor([True, True, False]))
     features = BlockFeatures({"mid": half(3, 6), "down_0": half(3, 4)})
     return Record(f"{number:09d}", f"number {number}", "one", number, 5.0, half(2, 3), half(2, 3, 4), draws, features)
 
@@ -50,32 +50,32 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def folder(cache, tmp_path):
-    save(fit(cache, CONFIG, 1000, say=lambda _line: None), tmp_path / "david")
+    save(fit(cache, CONFIG, 1000, print_line=lambda _line: None), tmp_path / "david")
     return tmp_path / "david"
 
 
 def test_a_david_comes_back_as_he_was(cache, folder):
-    david, back = fit(cache, CONFIG, 1000, say=lambda _line: None), load(folder, recipe())
-    assert (back.blocks, back.bins, back.patterns, back.trials) == (("mid", "down_0"), 5, 3, david.trials)
+    david, back = fit(cache, CONFIG, 1000, print_line=lambda _line: None), load(folder, recipe())
+    assert (back.blocks, back.bins, back.patterns, back.fit_metrics) == (("mid", "down_0"), 5, 3, david.fit_metrics)
     features, bins = torch.randn(4, 6), torch.tensor([0, 1, 4, 4])
     for name in ("log_bins", "log_patterns", "inclusion"):
         assert getattr(back.posterior("mid", features, bins), name).equal(
             getattr(david.posterior("mid", features, bins), name)
         )
     assert back.reference("mid").equal(david.reference("mid"))
-    assert back.reliable("mid", bins).equal(david.reliable("mid", bins))
+    assert back.is_reliable("mid", bins).equal(david.is_reliable("mid", bins))
 
 
 def test_the_same_cache_and_seed_give_the_same_bytes(cache, folder, tmp_path):
-    save(fit(cache, CONFIG, 1000, say=lambda _line: None), tmp_path / "again")
+    save(fit(cache, CONFIG, 1000, print_line=lambda _line: None), tmp_path / "again")
     for name in ("david.safetensors", "config.json"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_he_is_fitted_once(cache, tmp_path, capsys):
-    ready(tmp_path, cache, CONFIG, 1000)
+    load_or_fit_and_save(tmp_path, cache, CONFIG, 1000)
     assert "mid" in capsys.readouterr().out
-    ready(tmp_path, cache, CONFIG, 1000)
+    load_or_fit_and_save(tmp_path, cache, CONFIG, 1000)
     assert capsys.readouterr().out == ""
 
 
@@ -95,12 +95,12 @@ def test_features_of_another_cache_are_refused_by_name(folder, changes, named):
 
 def test_another_configuration_is_refused_by_name(cache, folder):
     with pytest.raises(Refused, match=r"fit\.seed was 0, is now 1"):
-        ready(folder, cache, CONFIG.model_copy(update={"seed": 1}), 1000)
+        load_or_fit_and_save(folder, cache, CONFIG.model_copy(update={"seed": 1}), 1000)
 
 
 def test_a_cache_without_a_hook_point_is_refused():
     with pytest.raises(Refused, match="no hook_point"):
-        identity_of(Recipe(identity={"teacher": {}}), CONFIG)
+        fit_identity(Recipe(identity={"teacher": {}}), CONFIG)
 
 
 def spoil(folder, change):
@@ -148,26 +148,26 @@ def test_he_assesses_every_block_and_finds_nothing_in_the_teachers_own_features(
     features = {"mid": torch.randn(3, 6), "down_0": torch.randn(3, 4), "up_0": torch.randn(3, 9)}
     said = assess(david, features, features, bins)
     assert list(said) == ["mid", "down_0"]
-    reliable = {block: david.reliable(block, bins) for block in david.blocks}
+    reliable = {block: david.is_reliable(block, bins) for block in david.blocks}
     assert reduce(said, david.bins, reliable) == Assessment(*({"mid": x, "down_0": x} for x in (0, 0, 1)))
 
 
 def test_features_that_are_not_finite_are_refused_by_block(cache, monkeypatch):
     monkeypatch.setattr(Table, "features", lambda _self, _block, rows: torch.full((len(rows), 4), torch.inf))
     with pytest.raises(Refused, match="block mid: the cache holds features that are not finite"):
-        fit(cache, CONFIG, 1000, say=lambda _line: None)
+        fit(cache, CONFIG, 1000, print_line=lambda _line: None)
 
 
 def test_no_prompt_is_on_two_sides(cache):
     table = Table.open(cache)
     rows = split_rows(table, 1 / 3, 1000, 0)
-    teaching, tuning = (set(table.key[part].tolist()) for part in (rows.teaching, rows.tuning))
-    assert (len(teaching), len(tuning), len(rows.judging)) == (20, 10, 15)
+    teaching, tuning = (set(table.key[part].tolist()) for part in (rows.training, rows.tuning))
+    assert (len(teaching), len(tuning), len(rows.validation)) == (20, 10, 15)
     assert not teaching & tuning
 
 
 def test_at_most_so_many_states_teach(cache):
-    assert len(split_rows(Table.open(cache), 1 / 3, 30, 0).teaching) == 30
+    assert len(split_rows(Table.open(cache), 1 / 3, 30, 0).training) == 30
 
 
 def test_a_cache_without_validation_prompts_is_refused(tmp_path):
@@ -184,9 +184,9 @@ def test_a_david_of_before_was_fitted_with_a_thousand_steps_and_is_refused_for_a
     said = json.loads(path.read_text())
     del said["steps"]
     path.write_text(json.dumps(said))
-    assert ready(folder, cache, CONFIG, 1000).steps == 1000
+    assert load_or_fit_and_save(folder, cache, CONFIG, 1000).steps == 1000
     with pytest.raises(Refused, match="David's bins are of 1000 steps, the teacher has 4000 - remove"):
-        ready(folder, cache, CONFIG, 4000)
+        load_or_fit_and_save(folder, cache, CONFIG, 4000)
 
 
 def test_more_bins_than_steps_are_refused(cache):

@@ -12,17 +12,17 @@ import yaml
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from shards.manifest import NAME as MANIFEST
-from shards.tabulate import write_table
+from shards.manifest import MANIFEST_FILE as MANIFEST
+from shards.table import write_table
 from shards.writer import CacheWriter
-from stages.cluster.device import devices
+from stages.cache.targets import RenderConfig, StatesConfig, make_records, recipe_of
 from stages.nets.components import load_components
 from stages.nets.saved import Origin
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt
-from stages.targets import RenderConfig, StatesConfig, make_records, recipe_of
-from stages.train.david import DavidConfig
+from stages.system.device import devices
+from stages.train.assessor import DavidConfig
 
 MODEL = "stages/tiny/model"
 LINE = {"samples": 4, "lambdas": {}}
@@ -42,8 +42,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_table(root / "cache")
     checkpoint = root / "distill/checkpoints/000000064"
     checkpoint.mkdir(parents=True)
-    save_file(Student.from_teacher(teacher.parts.unet).state_dict(), checkpoint / "ema.safetensors")
-    Origin.of(writer.manifest, MODEL).save(root / "distill")
+    save_file(Student.from_teacher(teacher.components.unet).state_dict(), checkpoint / "ema.safetensors")
+    Origin.from_manifest(writer.manifest, MODEL).save(root / "distill")
     (root / "cache.yaml").write_text(
         f"cache_teacher: {{run: {root}, teacher: {MODEL}, prompts: {{source: symbolic}}}}\n"
     )
@@ -257,7 +257,7 @@ def test_every_command_tries_its_device_before_it_reads_a_broken_run(
 
 
 def test_what_stands_in_the_place_of_a_folder_is_moved_aside_by_repair(run: Path) -> None:
-    from shards.quarantine import quarantine
+    from shards.verify import quarantine
 
     file(run / "cache/data")
     file(run / "cache/journal")

@@ -14,10 +14,10 @@ import yaml
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
-from configs.claim import NAME as CLAIM
-from configs.owner import boot, machine, owner, place
 from stages import __main__ as door
-from stages.nets.original import PARTS
+from stages.nets.original import CHECKPOINT_KEYS
+from stages.system.ownership import CLAIM_FILE as CLAIM
+from stages.system.ownership import boot_id, machine_id, pid_namespace, process_token
 
 TINY = ["--config", "configs/tiny.yaml"]
 CACHE = ["--count", "8", "--validation-count", "2", "--render.records-per-shard", "4", "--render.states.steps", "4"]
@@ -77,7 +77,7 @@ def claim(folder: Path, word: str, process: int, host: str = "elsewhere", **more
 
 def here(folder: Path) -> None:
     """This very process works there."""
-    claim(folder, owner(), os.getpid(), socket.gethostname(), machine=machine(), boot=boot())
+    claim(folder, process_token(), os.getpid(), socket.gethostname(), machine=machine_id(), boot=boot_id())
 
 
 def of_another_host(folder: Path) -> None:
@@ -141,11 +141,12 @@ def in_the_place_of_the_run(run: Path) -> None:
 
 def header_rewritten(run: Path) -> None:
     """What tools for metadata do to a single file."""
-    from stages.export import ours, tensorfile
+    from stages.export import folder as ours
+    from stages.export import tensorfile
     from stages.export.verify import read_tensors
 
     file = run / "distill/export/model-flow.safetensors"
-    tensorfile.write(run / "edited", read_tensors(file), ours.header(file) | {"modelspec.author": "me"})
+    tensorfile.write(run / "edited", read_tensors(file), ours.read_header(file) | {"modelspec.author": "me"})
     (run / "edited").replace(file)
 
 
@@ -306,7 +307,7 @@ CACHING = {
 def test_a_caching_that_is_refused_changes_nothing(name, run, refused, monkeypatch):
     words, named = CACHING[name]
     if "ray" in named:
-        monkeypatch.setattr("stages.cluster.where.find_spec", lambda _name: None)
+        monkeypatch.setattr("stages.cache.engines.find_spec", lambda _name: None)
     refused(cache_teacher(run, *words), *named)
 
 
@@ -323,7 +324,9 @@ EXPORTING = {
         ["mine-flow.safetensors"],
     ),
     "a checkpoint of their own": (
-        lambda run: torch.save({part: {} for part in PARTS} | {"gstep": 1}, run / "distill/export/model-flow.pt"),
+        lambda run: torch.save(
+            {part: {} for part in CHECKPOINT_KEYS} | {"gstep": 1}, run / "distill/export/model-flow.pt"
+        ),
         ["--to", "pt"],
         ["model-flow.pt"],
     ),
@@ -386,9 +389,9 @@ def test_a_disk_that_is_full_is_refused_before_the_first_folder(run, refused, mo
 
 
 def test_processes_beyond_the_memory_are_refused_with_both_figures(run, refused, monkeypatch):
-    monkeypatch.setattr("stages.memory.available_bytes", lambda: 10**8)
-    monkeypatch.setattr("stages.memory.MOST_PER_CORE", 10**6)
-    monkeypatch.setattr("stages.train.launch.together", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr("stages.system.memory.available_bytes", lambda: 10**8)
+    monkeypatch.setattr("stages.system.memory.MOST_PER_CORE", 10**6)
+    monkeypatch.setattr("stages.train.runtime.run_processes", lambda *_: pytest.fail("a process was started"))
     refused(distill(run, "--processes", "4"), "processes = 4", "GiB of memory", "0.1 GiB are free")
 
 
@@ -409,11 +412,13 @@ def test_what_may_change_on_the_way_is_told_as_it_is_now(run):
 
 
 def dead(folder: Path) -> None:
-    claim(folder, f"{os.getpid()}-1@{place()}", os.getpid(), socket.gethostname())  # the number was given out again
+    claim(
+        folder, f"{os.getpid()}-1@{pid_namespace()}", os.getpid(), socket.gethostname()
+    )  # the number was given out again
 
 
 def before_the_last_start(folder: Path) -> None:
-    claim(folder, "77-5@here-00000000", 77, socket.gethostname(), machine=machine(), boot="another")
+    claim(folder, "77-5@here-00000000", 77, socket.gethostname(), machine=machine_id(), boot="another")
 
 
 def begun(folder: Path) -> None:
@@ -422,7 +427,7 @@ def begun(folder: Path) -> None:
 
 @pytest.mark.parametrize("leave", [dead, before_the_last_start, begun])
 def test_the_claim_of_a_dead_process_is_taken_over_and_ends_with_the_run(leave, run, monkeypatch):
-    monkeypatch.setattr("configs.claim.machine", lambda: "this machine")
+    monkeypatch.setattr("stages.system.ownership.machine_id", lambda: "this machine")
     leave(run / "distill")
     if leave is before_the_last_start:
         said = json.loads((run / "distill" / CLAIM).read_text()) | {"machine": "this machine"}

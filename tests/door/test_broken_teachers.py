@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages import __main__ as door
-from stages.nets.files import WEIGHTS
+from stages.nets.files import WEIGHT_FILES
 
 Break = Callable[[Path], object]
 Q_PROJ = "text_model.encoder.layers.1.self_attn.q_proj.weight"
@@ -19,7 +19,7 @@ CONV_IN = "conv_in.weight"
 
 
 def weights_of(teacher: Path, part: str) -> Path:
-    return teacher / part / WEIGHTS[part][0]
+    return teacher / part / WEIGHT_FILES[part][0]
 
 
 def tensors(part: str, change: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]) -> Break:

@@ -105,7 +105,7 @@ def test_a_cameras_two_pictures_in_one_jpeg_are_read(tmp_path):
 @pytest.mark.parametrize("pickled", [("unet", "vae", "text_encoder"), ("text_encoder",), ()])
 def test_of_a_hub_repository_the_older_weights_are_fetched_where_there_are_no_others(pickled, tmp_path, monkeypatch):
     repository, snapshot = tmp_path / "repository", tmp_path / "snapshot"
-    for part, (safe, old) in files.WEIGHTS.items():
+    for part, (safe, old) in files.WEIGHT_FILES.items():
         half = old.replace(".bin", ".fp16.bin")
         for name in (old, half, *([] if part in pickled else [safe])):
             (repository / part).mkdir(parents=True, exist_ok=True)
@@ -120,6 +120,6 @@ def test_of_a_hub_repository_the_older_weights_are_fetched_where_there_are_no_ot
         return str(snapshot)
 
     monkeypatch.setattr(files, "snapshot_download", fetch)
-    folder = files.locate("someone/model")
+    folder = files.resolve_folder("someone/model")
     fetched = {str(path.relative_to(folder)) for path in folder.rglob("*.*")}
-    assert fetched == {f"{part}/{names[part in pickled]}" for part, names in files.WEIGHTS.items()}
+    assert fetched == {f"{part}/{names[part in pickled]}" for part, names in files.WEIGHT_FILES.items()}

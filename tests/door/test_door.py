@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from configs.refusal import Refused
-from configs.schema import Leaf, Room, room_of
-from configs.strict import Strict
+from configs.schema import Option, OptionGroup, option_group_of
+from configs.values import Strict
 from stages import __main__ as door
+from stages.system.refusal import Refused
 
 ROOT = Path(__file__).parent.parent.parent
 HELP = """
@@ -113,12 +113,12 @@ def test_bad_input_is_one_line_and_an_exit_code(
     assert (shown.out, shown.err) == ("", f"{line}\n")
 
 
-def unexplained(room: Room, path: str) -> Iterator[str]:
+def unexplained(room: OptionGroup, path: str) -> Iterator[str]:
     """The fields that `--help` would show without a meaning."""
     for name, entry in room.entries.items():
-        if isinstance(entry, Room):
+        if isinstance(entry, OptionGroup):
             yield from unexplained(entry, f"{path}.{name}")
-        elif isinstance(entry, Leaf) and not entry.meaning:
+        elif isinstance(entry, Option) and not entry.description:
             yield f"{path}.{name}"
 
 
@@ -128,4 +128,4 @@ def test_every_field_of_a_story_has_a_meaning(story: door.Command) -> None:
         pytest.skip(f"{story.module} is not built yet")
     config_type = importlib.import_module(story.module).Config
     assert config_type.__doc__
-    assert list(unexplained(room_of(config_type), story.section)) == []
+    assert list(unexplained(option_group_of(config_type), story.section)) == []

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.ending import ended
-from configs.refusal import Refused
 from stages.__main__ import run_folder
+from stages.system.ending import run_to_exit_code
+from stages.system.refusal import Refused
 
 Fails = Callable[..., tuple[int, str]]
 
@@ -38,7 +38,7 @@ def fails(temporary: Path, capsys: pytest.CaptureFixture[str]) -> Fails:
             raise error
 
         capsys.readouterr()
-        return ended(act, words, lambda: folder), capsys.readouterr().err
+        return run_to_exit_code(act, words, lambda: folder), capsys.readouterr().err
 
     return end
 
@@ -148,7 +148,7 @@ def test_endless_recursion_is_one_line(fails: Fails, temporary: Path) -> None:
     def deeper() -> int:
         return deeper() + 1
 
-    code = ended(deeper, ["sample"])
+    code = run_to_exit_code(deeper, ["sample"])
     assert code == 1
     assert "RecursionError" in reports(temporary)[0]
 
@@ -227,7 +227,7 @@ def test_a_thread_that_fails_prints_no_traceback(temporary: Path, capsys: pytest
         return 0
 
     earlier = threading.excepthook
-    assert ended(act, ["sample"]) == 0
+    assert run_to_exit_code(act, ["sample"]) == 0
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
     assert said.startswith("sollune: KeyError: 'gone' - ")

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent.parent
 DOOR = [sys.executable, "-m", "stages"]
 STATS = """
 import sys
-from configs.ending import ended
-from configs.terminal import prepare
+from stages.system.ending import ended
+from stages.system.terminal import prepare
 prepare()
 def act():
     for _ in range(20_000):
@@ -24,20 +24,20 @@ sys.exit(ended(act, []))
 """
 HELP = """
 import sys
-from configs.ending import ended
-from configs.terminal import prepare, quiet
+from stages.system.ending import ended
+from stages.system.terminal import prepare, quiet
 prepare(); quiet()
 from pathlib import Path
 from pydantic import Field
 from configs.load import load
-from configs.strict import Strict
+from configs.values import Strict
 class Config(Strict):
     'Gr\\u00fcn \\u2605.'
     run: Path = Field(description='the f\\u00f6lder')
 ended(lambda: load(Config, 'distill', [], ['--help']), [])
 """
 BOARD = """
-from configs.terminal import prepare
+from stages.system.terminal import prepare
 prepare()
 from stages.train.live import view_of
 view = view_of('runs/gr\\u00fcn \\u2605', 0, 10)
@@ -136,7 +136,7 @@ def test_standard_output_on_a_full_disk_is_one_line(command: str) -> None:
 
 def test_a_file_opened_later_does_not_take_the_place_of_a_closed_stream(tmp_path: Path) -> None:
     program = (
-        "from configs.terminal import prepare\nprepare()\n"
+        "from stages.system.terminal import prepare_streams\nprepare_streams()\n"
         f"import os\nopen({str(tmp_path / 'shard')!r}, 'w').fileno() > 2 or os._exit(9)\nprint('not into the shard')"
     )
     assert shell('$PYTHON -c "$PROGRAM" <&- >&- 2>&-', PROGRAM=program).returncode == 0

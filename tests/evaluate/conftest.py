@@ -8,6 +8,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from shards.writer import CacheWriter
+from stages.cache.targets import RenderConfig, StatesConfig, make_records, recipe_of
 from stages.export.diffusers import export_diffusers
 from stages.nets.components import load_components
 from stages.nets.graft import graft_time_embedding
@@ -15,7 +16,6 @@ from stages.nets.saved import Origin
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt
-from stages.targets import RenderConfig, StatesConfig, make_records, recipe_of
 from stages.tiny import anatomy
 
 SAMPLES = 64
@@ -50,7 +50,7 @@ def teacher(teacher_folder: Path) -> Teacher:
 
 @pytest.fixture(scope="session")
 def student(teacher: Teacher) -> Student:
-    student = Student.from_teacher(teacher.parts.unet)
+    student = Student.from_teacher(teacher.components.unet)
     graft_time_embedding(student.unet, teacher.bridge)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -72,8 +72,8 @@ def run_folder(teacher: Teacher, student: Student, tmp_path_factory: pytest.Temp
     checkpoint = run / "checkpoints" / f"{SAMPLES:09d}"
     checkpoint.mkdir(parents=True)
     save_file(student.state_dict(), checkpoint / "ema.safetensors")
-    Origin.of(writer.manifest).save(run)
+    Origin.from_manifest(writer.manifest).save(run)
     export_diffusers(
-        student, teacher.parts.folder, run / "export", {"samples": SAMPLES, "teacher": "random"}, torch.float32
+        student, teacher.components.folder, run / "export", {"samples": SAMPLES, "teacher": "random"}, torch.float32
     )
     return run

@@ -8,11 +8,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from configs.refusal import Refused
-from stages.evaluate.painter import open_painter
 from stages.export.diffusers import export_diffusers
 from stages.export.ldm import export_ldm
 from stages.nets.student import Student
+from stages.sampling.models import load_model
+from stages.system.refusal import Refused
 
 Tensors = dict[str, torch.Tensor]
 Broken = Callable[[Callable[[Tensors], Tensors]], str]
@@ -35,7 +35,7 @@ def broken(file: Path) -> Broken:
         other = file.with_name("broken.safetensors")
         save_file(change(load_file(file)), other, facts)
         with pytest.raises(Refused) as refusal:
-            open_painter(str(other), "cpu")
+            load_model(str(other), "cpu")
         return str(refusal.value)
 
     return opened_with
@@ -46,7 +46,7 @@ def last(tensors: Tensors, part: str) -> str:
 
 
 def test_the_file_itself_opens(file: Path) -> None:
-    assert open_painter(str(file), "cpu").latent_shape[0] == 4
+    assert load_model(str(file), "cpu").latent_shape[0] == 4
 
 
 @pytest.mark.parametrize("part", PREFIXES)

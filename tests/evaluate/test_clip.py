@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from configs.refusal import Refused
 from stages.evaluate.clip import ClipScorer
 from stages.evaluate.metrics import Scorer
+from stages.system.refusal import Refused
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

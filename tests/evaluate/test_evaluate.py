@@ -8,10 +8,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from configs.refusal import Refused
-from stages.evaluate.measure import Config, distinct, evaluate, main
-from stages.evaluate.report import Gates, verdicts
+from stages.evaluate.measure import Config, distinct_texts, evaluate, main
+from stages.evaluate.report import Gates, check_gates
 from stages.prompts import FileSource, split_of
+from stages.system.refusal import Refused
 
 SHAPES = [
     f"a {colour} {shape}" for colour in ("red", "blue", "green", "pink") for shape in ("star", "ring", "moon", "heart")
@@ -61,7 +61,7 @@ def test_prompts_are_validation_sentences_each_once_and_a_longer_list_begins_wit
     source: FileSource,
 ) -> None:
     held_out = {text for text in SENTENCES if split_of(text) == "validation"}
-    few, all_of_them = distinct(source, 0, 2), distinct(source, 0, len(held_out))
+    few, all_of_them = distinct_texts(source, 0, 2), distinct_texts(source, 0, len(held_out))
     assert set(all_of_them) == held_out
     assert all_of_them[:2] == few
 
@@ -82,14 +82,14 @@ def test_gates_pass_the_student_and_fail_what_does_not_reach_them(run_folder: Pa
     found = evaluate(small(run_folder, source).model_copy(update={"scorer": None}))
     assert found.velocity is not None
     error = found.velocity.velocity.overall
-    assert all(v.passed for v in verdicts(found, Gates(velocity_error=error)))
-    assert [v.passed for v in verdicts(found, Gates(velocity_error=error / 2))] == [False]
-    assert verdicts(found, Gates()) == []
+    assert all(v.passed for v in check_gates(found, Gates(velocity_error=error)))
+    assert [v.passed for v in check_gates(found, Gates(velocity_error=error / 2))] == [False]
+    assert check_gates(found, Gates()) == []
 
 
 def test_a_control_must_fail_the_gate_of_the_student(run_folder: Path, source: FileSource) -> None:
     found = evaluate(small(run_folder, source).model_copy(update={"scorer": None}))
-    judged = {v.name: v.passed for v in verdicts(found, Gates(score={2: 1e9}))}
+    judged = {v.name: v.passed for v in check_gates(found, Gates(score={2: 1e9}))}
     assert judged.pop("paired score at 2")
     assert judged
     assert not any(judged.values())

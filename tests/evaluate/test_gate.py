@@ -9,21 +9,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from configs.refusal import Refused
 from shards.codec import encode
+from shards.manifest import Recipe
 from shards.reader import Reader
-from shards.recipe import Recipe
-from shards.record import BlockFeatures, Draws, Record
+from shards.record import BlockFeatures, Record, States
 from shards.writer import CacheWriter
-from stages.evaluate.flaws import duplicates, least
-from stages.evaluate.gate import GateConfig, judge, told
-from stages.evaluate.grid import read_settings
+from stages.classes.gate import GateConfig, apply_gate, find_duplicates, lowest_scores, summary_line
+from stages.classes.ledger import Ledger
+from stages.classes.photographs import Photograph
+from stages.classes.pictures import PicturePlan, PicturesConfig
 from stages.nets.components import load_components
 from stages.nets.teacher import Teacher
-from stages.pictures import Ledger, Photograph, PicturesConfig, Wanted
 from stages.prompts import Prompt
+from stages.sampling.grids import read_settings
+from stages.system.refusal import Refused
 from stages.tiny.score import score
-from stages.tiny.world import Scene, draw
+from stages.tiny.world import Scene, draw_scene
 
 STAR, MOON = "a large red star at the left on a white background", "a large blue moon at the top on a gray background"
 
@@ -35,23 +36,23 @@ def teacher() -> Teacher:
 
 def latent(teacher: Teacher, text: str, seed: int) -> Tensor:
     words = text.split()
-    pixels, _ = draw(Scene(words[1], words[2], words[3], words[6], words[9]), random.Random(seed))
-    return teacher.latents(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)[0]
+    pixels, _ = draw_scene(Scene(words[1], words[2], words[3], words[6], words[9]), random.Random(seed))
+    return teacher.encode_pictures(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)[0]
 
 
 def record(number: int, text: str, x0: Tensor) -> Record:
     state = torch.zeros(1, 4, 8, 8).half()
-    draws = Draws(torch.tensor([1]), torch.tensor([0.1]), state, state, state, torch.tensor([False]))
+    draws = States(torch.tensor([1]), torch.tensor([0.1]), state, state, state, torch.tensor([False]))
     features = BlockFeatures({"mid": torch.zeros(1, 3).half()})
     return Record(f"{number:09d}", text, "class", number, 1.0, torch.zeros(2, 3).half(), x0.half(), draws, features)
 
 
 @pytest.fixture
-def listed() -> Wanted:
+def listed() -> PicturePlan:
     """Stars: two that differ, the first again, and a moon that is called a star; moons: a photograph called a star."""
     prompts: list[Prompt] = [Prompt(STAR, "star/red", i) for i in range(4)]
     prompts += [Photograph(STAR, "photograph@moons", 4, file=Path("a.png"), sha256="")]
-    return Wanted(prompts, ["stars"] * 4 + ["moons"], Recipe(identity={}))
+    return PicturePlan(prompts, ["stars"] * 4 + ["moons"], Recipe(identity={}))
 
 
 @pytest.fixture
@@ -66,30 +67,30 @@ Judge = Callable[..., Ledger]
 
 
 @pytest.fixture
-def judged(folder: Path, listed: Wanted, teacher: Teacher) -> Judge:
+def judged(folder: Path, listed: PicturePlan, teacher: Teacher) -> Judge:
     def of(**config: object) -> Ledger:
-        return judge(folder, listed, teacher, score, GateConfig.model_validate(config), PicturesConfig())
+        return apply_gate(folder, listed, teacher, score, GateConfig.model_validate(config), PicturesConfig())
 
     return of
 
 
 def test_what_shows_something_else_and_what_shows_the_same_again_is_set_aside_with_the_reason(judged: Judge) -> None:
     ledger = judged()
-    reasons = {int(key): one.reason for key, one in ledger.set_aside().items()}
+    reasons = {int(key): one.reason for key, one in ledger.rejected_pictures().items()}
     assert reasons == {2: "like 000000000 (1.000)", 3: "score 0 is below 0.2"}
-    assert ledger.kept() == ["000000000", "000000001", "000000004"]
-    assert told(ledger) == "set aside: 2 of 5 pictures, 1 by their score, 1 as near-duplicates (stars 2)"
+    assert ledger.usable_keys() == ["000000000", "000000001", "000000004"]
+    assert summary_line(ledger) == "set aside: 2 of 5 pictures, 1 by their score, 1 as near-duplicates (stars 2)"
 
 
 def test_photographs_are_not_scored_and_teach_the_data(judged: Judge) -> None:
     ledger = judged()
-    assert ledger.kept("data") == ["000000004"]
+    assert ledger.usable_keys("data") == ["000000004"]
     assert ledger.pictures["000000004"].source == "photograph"
-    assert ledger.kept("teacher") == ["000000000", "000000001"]
+    assert ledger.usable_keys("teacher") == ["000000000", "000000001"]
 
 
 def test_a_gate_without_thresholds_keeps_everything(judged: Judge, folder: Path) -> None:
-    assert len(judged(score=None, duplicate=None).kept()) == 5
+    assert len(judged(score=None, duplicate=None).usable_keys()) == 5
     assert not (folder / "set_aside.png").exists()
 
 
@@ -122,20 +123,20 @@ def test_a_broken_ledger_is_refused_by_its_name_and_made_anew(judged: Judge, fol
 
 
 def test_a_class_that_loses_all_its_pictures_is_refused_with_counts_and_threshold(
-    folder: Path, listed: Wanted, teacher: Teacher
+    folder: Path, listed: PicturePlan, teacher: Teacher
 ) -> None:
     def nothing(texts: Sequence[str], pictures: Tensor) -> Mapping[str, Tensor]:
         return {"clip": torch.full([len(texts)], 0.11)}
 
     reason = r"class 'stars': none of its 4 pictures is left \(4 by their score, 0 as near-duplicates, 0 not made\)"
     with pytest.raises(Refused, match=reason):
-        judge(folder, listed, teacher, nothing, GateConfig(), PicturesConfig())
+        apply_gate(folder, listed, teacher, nothing, GateConfig(), PicturesConfig())
     assert (folder / "set_aside.png").exists()
     assert not (folder / "pictures.json").exists()
 
 
 def test_only_kept_pictures_are_in_the_stream(judged: Judge, folder: Path) -> None:
-    kept = judged().kept()
+    kept = judged().usable_keys()
     reader = Reader(folder / "cache", batch_size=6, keys=kept)
     assert reader.samples_per_epoch == 3
     assert set(next(reader.batches()).keys) == set(kept)
@@ -146,15 +147,15 @@ def test_only_kept_pictures_are_in_the_stream(judged: Judge, folder: Path) -> No
 def test_the_lowest_of_what_was_said_counts_and_what_was_not_said_does_not() -> None:
     nan = float("nan")
     scores = {"shape": torch.tensor([1.0, 1.0, nan, nan]), "colour": torch.tensor([0.3, nan, 0.0, nan])}
-    torch.testing.assert_close(least(scores), torch.tensor([0.3, 1.0, 0.0, nan]), equal_nan=True)
+    torch.testing.assert_close(lowest_scores(scores), torch.tensor([0.3, 1.0, 0.0, nan]), equal_nan=True)
 
 
 def test_a_picture_is_compared_with_those_that_stay() -> None:
     """Of a chain in which each is like the next, and the first is not like the third, the third stays."""
     angles = torch.tensor([0.0, 0.1, 0.2, 3.0])
     x0 = torch.stack([angles.cos(), angles.sin()], dim=1)[:, :, None, None]
-    assert [(later, earlier) for later, earlier, _ in duplicates(x0, 0.99)] == [(1, 0)]
-    assert list(duplicates(torch.cat([x0[:1], x0[:1] / 3]), 1.0)) == [(1, 0, pytest.approx(1.0))]
+    assert [(later, earlier) for later, earlier, _ in find_duplicates(x0, 0.99)] == [(1, 0)]
+    assert list(find_duplicates(torch.cat([x0[:1], x0[:1] / 3]), 1.0)) == [(1, 0, pytest.approx(1.0))]
 
 
 def test_encoded_bytes_do_not_depend_on_what_is_set_aside(judged: Judge, folder: Path) -> None:

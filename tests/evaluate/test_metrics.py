@@ -8,10 +8,10 @@ import torch
 
 from shards.batch import Batch
 from shards.reader import Reader
-from stages.evaluate.metrics import fidelity
-from stages.nets.student import Student, StudentOutput
+from stages.evaluate.metrics import compute_fidelity
+from stages.nets.student import Prediction, Student
 from stages.nets.teacher import Teacher
-from stages.train.velocity import velocity_errors
+from stages.train.validation import velocity_errors
 
 
 @pytest.fixture
@@ -19,30 +19,30 @@ def batch(run_folder: Path) -> Batch:
     return Reader(run_folder.parent / "cache", "validation").batch(np.arange(6))
 
 
-class Saying(Student):
+class FixedStudent(Student):
     """A student that says what it is told."""
 
     def __init__(self, v_cond: torch.Tensor, v_uncond: torch.Tensor) -> None:
         torch.nn.Module.__init__(self)
-        self.said = StudentOutput(v_cond.float(), v_uncond.float(), {})
+        self.prediction = Prediction(v_cond.float(), v_uncond.float(), {})
 
-    def forward(self, *_: torch.Tensor) -> StudentOutput:
-        return self.said
+    def forward(self, *_: torch.Tensor) -> Prediction:
+        return self.prediction
 
 
 UNCOND = torch.zeros(1, 24, 64)
 
 
 def test_right_velocities_have_no_error_and_silence_has_all_of_it(batch: Batch) -> None:
-    right = velocity_errors(Saying(batch.v_cond, batch.v_uncond), [batch], UNCOND)
+    right = velocity_errors(FixedStudent(batch.v_cond, batch.v_uncond), [batch], UNCOND)
     assert (right.velocity.overall, right.guidance.overall, right.states) == (0, 0, 6)
-    silent = velocity_errors(Saying(0 * batch.v_cond, 0 * batch.v_uncond), [batch], UNCOND)
+    silent = velocity_errors(FixedStudent(0 * batch.v_cond, 0 * batch.v_uncond), [batch], UNCOND)
     assert silent.velocity.overall == pytest.approx(1)
     assert silent.guidance.overall == pytest.approx(1)
 
 
 def test_one_branch_alone_shows_in_both_figures(batch: Batch) -> None:
-    found = velocity_errors(Saying(batch.v_cond, 1.1 * batch.v_uncond), [batch], UNCOND)
+    found = velocity_errors(FixedStudent(batch.v_cond, 1.1 * batch.v_uncond), [batch], UNCOND)
     share = batch.v_uncond.float().square().sum() / (
         batch.v_uncond.float().square().sum() + batch.v_cond.float().square().sum()
     )
@@ -54,7 +54,7 @@ def test_errors_fall_into_the_bin_of_their_time(batch: Batch) -> None:
     times = replace(batch, s=torch.tensor([0.0, 0.1, 0.3, 0.5, 0.5, 1.0]))
     wrong = times.v_cond.float().clone()
     wrong[5] = 0
-    found = velocity_errors(Saying(wrong, times.v_uncond), [times], UNCOND)
+    found = velocity_errors(FixedStudent(wrong, times.v_uncond), [times], UNCOND)
     by_bin = found.velocity.by_bin
     assert by_bin[3] is None
     assert by_bin[:3] == (0, 0, 0)
@@ -65,7 +65,7 @@ def test_errors_fall_into_the_bin_of_their_time(batch: Batch) -> None:
 def test_several_batches_are_one_sum(batch: Batch, student: Student, teacher: Teacher, run_folder: Path) -> None:
     reader = Reader(run_folder.parent / "cache", "validation")
     parts = [reader.batch(np.arange(4)), reader.batch(np.arange(4, 6))]
-    whole, apart = (velocity_errors(student, batches, teacher.encode([""])) for batches in ([batch], parts))
+    whole, apart = (velocity_errors(student, batches, teacher.encode_texts([""])) for batches in ([batch], parts))
     assert whole.velocity.overall == pytest.approx(apart.velocity.overall, rel=1e-4)
     assert whole.velocity.overall > 0
 
@@ -75,6 +75,6 @@ def test_what_was_not_said_is_never_wrong() -> None:
         nan = float("nan")
         return {"shape": torch.tensor([1.0, 1, 0, 1]), "place": torch.tensor([nan, 1, 1, 0])}
 
-    found = fidelity(scorer, ["a", "b", "c", "d"], torch.zeros(4, 3, 4, 5))
+    found = compute_fidelity(scorer, ["a", "b", "c", "d"], torch.zeros(4, 3, 4, 5))
     assert found.by_attribute == {"shape": pytest.approx(3 / 4), "place": pytest.approx(2 / 3)}
     assert (found.all_at_once, found.pictures) == (0.5, 4)

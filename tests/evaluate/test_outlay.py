@@ -2,7 +2,7 @@
 
 import json
 
-from stages.evaluate.outlay import time_to_train
+from stages.classes.plan import training_time_text
 
 
 def test_the_time_to_train_follows_from_the_lines_about_training_alone(tmp_path):
@@ -14,5 +14,5 @@ def test_the_time_to_train_follows_from_the_lines_about_training_alone(tmp_path)
     ]
     text = "".join(json.dumps(line) + "\n" for line in told) + '{"samp'
     (tmp_path / "distill" / "journal.jsonl").write_text(text)
-    assert time_to_train(tmp_path, 1200).startswith("1.0 minutes to train at the 20 samples/s")
-    assert "not told" in time_to_train(None, 1200)
+    assert training_time_text(tmp_path, 1200).startswith("1.0 minutes to train at the 20 samples/s")
+    assert "not told" in training_time_text(None, 1200)

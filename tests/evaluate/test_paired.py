@@ -1,49 +1,60 @@
 import pytest
 import torch
 
-from stages.evaluate.fields import teacher_field
-from stages.evaluate.grid import fixed_noises
-from stages.evaluate.paired import PairedError, Reference, Task, make_reference, paired_error, relative_errors
-from stages.evaluate.sample import Sampler
+from stages.evaluate.paired import (
+    PairedError,
+    PairedInputs,
+    TeacherReference,
+    make_reference,
+    paired_error,
+    relative_errors,
+)
 from stages.nets.teacher import Teacher
+from stages.sampling.fields import teacher_field
+from stages.sampling.grids import fixed_noises
+from stages.sampling.sampler import Sampler
 
 
 @pytest.fixture(scope="module")
-def task(teacher: Teacher) -> Task:
+def task(teacher: Teacher) -> PairedInputs:
     texts = ["a small red star", "a large blue ring", "a purple heart", "a green moon"]
-    return Task(teacher.encode(texts), teacher.encode([""]), fixed_noises(0, 4, (4, 8, 8)))
+    return PairedInputs(teacher.encode_texts(texts), teacher.encode_texts([""]), fixed_noises(0, 4, (4, 8, 8)))
 
 
 @pytest.fixture(scope="module")
-def reference(teacher: Teacher, task: Task) -> Reference:
+def reference(teacher: Teacher, task: PairedInputs) -> TeacherReference:
     other = fixed_noises(1, 4, (4, 8, 8))
     return make_reference(teacher_field(teacher), task, other, Sampler(guidance=3.0), (2, 6), reference_steps=12)
 
 
-def test_teachers_own_field_scores_zero_at_any_number_of_steps(teacher: Teacher, reference: Reference) -> None:
+def test_teachers_own_field_scores_zero_at_any_number_of_steps(teacher: Teacher, reference: TeacherReference) -> None:
     for steps in (2, 6):
         error = paired_error(teacher_field(teacher), reference, steps)
         assert error.student == pytest.approx(error.floor)
         assert error.score == pytest.approx(0, abs=1e-6)
 
 
-def test_teachers_pictures_of_other_noise_score_one(teacher: Teacher, reference: Reference, task: Task) -> None:
-    other = Task(task.cond, task.uncond, fixed_noises(1, 4, (4, 8, 8)))
-    drawn = other.draw(teacher_field(teacher), Sampler(guidance=3.0, steps=12))
-    assert reference.judge(drawn, 6).score == pytest.approx(1, abs=1e-6)
+def test_teachers_pictures_of_other_noise_score_one(
+    teacher: Teacher, reference: TeacherReference, task: PairedInputs
+) -> None:
+    other = PairedInputs(task.cond, task.uncond, fixed_noises(1, 4, (4, 8, 8)))
+    drawn = other.sample(teacher_field(teacher), Sampler(guidance=3.0, steps=12))
+    assert reference.compare(drawn, 6).score == pytest.approx(1, abs=1e-6)
 
 
-def test_reference_itself_has_no_error(reference: Reference) -> None:
+def test_reference_itself_has_no_error(reference: TeacherReference) -> None:
     assert float(relative_errors(reference.x0, reference.x0).sum()) == 0
 
 
-def test_floor_falls_with_the_steps(reference: Reference) -> None:
+def test_floor_falls_with_the_steps(reference: TeacherReference) -> None:
     assert 0 < reference.floors[6].mean() < reference.floors[2].mean()
 
 
-def test_no_score_where_the_teachers_own_floor_is_above_the_ceiling(task: Task) -> None:
+def test_no_score_where_the_teachers_own_floor_is_above_the_ceiling(task: PairedInputs) -> None:
     x0 = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    found = Reference(task, Sampler(), x0, torch.tensor([0.4, 0.6]), {4: torch.tensor([0.7, 0.5])}).judge(2 * x0, 4)
+    found = TeacherReference(task, Sampler(), x0, torch.tensor([0.4, 0.6]), {4: torch.tensor([0.7, 0.5])}).compare(
+        2 * x0, 4
+    )
     assert found.score is None
     assert found.student == pytest.approx(float(x0.square().mean() / x0.var(correction=0)), rel=1e-6)
 
@@ -54,13 +65,13 @@ def test_error_is_free_of_the_scale_of_latents() -> None:
     torch.testing.assert_close(relative_errors(7 * a, 7 * b), relative_errors(a, b), rtol=1e-6, atol=0)
 
 
-def test_the_interval_holds_the_score_and_narrows_with_the_pictures(task: Task) -> None:
+def test_the_interval_holds_the_score_and_narrows_with_the_pictures(task: PairedInputs) -> None:
     def judged(count: int) -> PairedError:
         generator = torch.Generator().manual_seed(0)
         x0, noise = torch.randn(2, count, 3, 4, 5, generator=generator)
         ceiling, floor = torch.full((count,), 1.0), torch.zeros(count)
         spread = torch.rand(count, 1, 1, 1, generator=generator)
-        return Reference(task, Sampler(), x0, ceiling, {4: floor}).judge(x0 + spread * noise, 4)
+        return TeacherReference(task, Sampler(), x0, ceiling, {4: floor}).compare(x0 + spread * noise, 4)
 
     few, many = judged(10), judged(400)
     for found in (few, many):
@@ -70,7 +81,9 @@ def test_the_interval_holds_the_score_and_narrows_with_the_pictures(task: Task) 
     assert many.interval[1] - many.interval[0] < 0.5 * (few.interval[1] - few.interval[0])
 
 
-def test_wrong_prompts_are_farther_than_the_right_ones(teacher: Teacher, reference: Reference, task: Task) -> None:
+def test_wrong_prompts_are_farther_than_the_right_ones(
+    teacher: Teacher, reference: TeacherReference, task: PairedInputs
+) -> None:
     right = paired_error(teacher_field(teacher), reference, 6)
     wrong = paired_error(teacher_field(teacher), reference, 6, cond=task.cond.roll(1, 0))
     assert wrong.student > right.student

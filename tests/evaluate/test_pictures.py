@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from configs.refusal import Refused
-from stages.evaluate.grid import as_image, fixed_noise, read_settings
-from stages.evaluate.painter import open_painter
-from stages.evaluate.pictures import main
-from stages.evaluate.sample import Sampler, sample_student
 from stages.export.diffusers import export_diffusers
 from stages.export.ldm import export_ldm
 from stages.nets.saved import Origin
-from stages.nets.student import Student, vp_of
+from stages.nets.student import Student, make_vp_bridge
 from stages.nets.teacher import Teacher
+from stages.sampling.command import main
+from stages.sampling.grids import fixed_noise, read_settings, to_pil_image
+from stages.sampling.models import load_model
+from stages.sampling.sampler import Sampler, sample_student
+from stages.system.refusal import Refused
 
 FEW = ["--steps", "2", "--seeds", "1"]
 
@@ -108,8 +108,10 @@ def test_a_seed_is_the_same_noise_for_every_sentence_and_number_of_seeds(
         ]
     )
     noise = fixed_noise(0, 3, (4, 8, 8))[None]
-    cond = teacher.encode(["a red star"])
-    expected = as_image(teacher.decode(sample_student(student, cond, teacher.uncond, noise, Sampler(steps=2)))[0])
+    cond = teacher.encode_texts(["a red star"])
+    expected = to_pil_image(
+        teacher.decode_latents(sample_student(student, cond, teacher.uncond, noise, Sampler(steps=2)))[0]
+    )
     with Image.open(tmp_path / "a.png") as image:
         found = image.crop((180 + 132, 20 + 132, 180 + 132 + 128, 20 + 132 + 128))
     assert_same(np.asarray(found, dtype=np.int64), np.asarray(expected, dtype=np.int64))
@@ -126,8 +128,8 @@ def test_a_file_paints_what_its_folder_paints_and_needs_of_another_its_configs_o
     noise, sampler = fixed_noise(0, 1, (4, 8, 8))[None], Sampler(steps=2, guidance=3.0)
     drawn = []
     for where, configs in ((run_folder / "export", None), (single, None), (lone, str(teacher_folder))):
-        painter = open_painter(str(where), "cpu", config_from=configs)
-        drawn.append(sampler.draw(painter.field, painter.encode(["a red star"]), painter.encode([""]), noise))
+        painter = load_model(str(where), "cpu", config_from=configs)
+        drawn.append(sampler.sample(painter.field, painter.encode(["a red star"]), painter.encode([""]), noise))
     torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(drawn[2], drawn[0], rtol=1e-5, atol=1e-5)
 
@@ -147,10 +149,10 @@ FLOW = {"sollune.path": "linear", "sollune.time_scale": "1000", "sollune.shift":
 def test_of_a_file_without_our_metadata_the_folders_scheduler_decides(
     nameless: Path, run_folder: Path, teacher_folder: Path
 ) -> None:
-    as_flow = open_painter(str(nameless), "cpu", config_from=str(run_folder / "export"))
-    as_noise = open_painter(str(nameless), "cpu", config_from=str(teacher_folder))
-    assert as_flow.field.solvers == ("euler", "heun", "unipc")
-    assert as_noise.field.solvers == ("euler", "ddim")
+    as_flow = load_model(str(nameless), "cpu", config_from=str(run_folder / "export"))
+    as_noise = load_model(str(nameless), "cpu", config_from=str(teacher_folder))
+    assert as_flow.field.supported_solvers == ("euler", "heun", "unipc")
+    assert as_noise.field.supported_solvers == ("euler", "ddim")
 
 
 def test_a_v_prediction_run_and_its_export_are_the_same_field(
@@ -160,7 +162,7 @@ def test_a_v_prediction_run_and_its_export_are_the_same_field(
     shutil.copytree(run_folder / "checkpoints", run / "checkpoints")
     origin = Origin.open(run_folder)
     Origin(origin.teacher, origin.teacher_sha256, "faithful", origin.recipe_sha256, "vp_v").save(run)
-    speaking = Student(student.unet, vp_of("vp_v", teacher.parts.schedule, "faithful"))
+    speaking = Student(student.unet, make_vp_bridge("vp_v", teacher.components.schedule, "faithful"))
     folder = export_diffusers(speaking, teacher_folder, run / "export", {"tail": "faithful"}, torch.float32)
     for solver in ("heun", "ddim"):
         assert_same(pixels(run, "--solver", solver), pixels(folder, "--solver", solver))
@@ -237,5 +239,5 @@ def test_a_file_that_would_paint_noise_is_refused(fault: str, said: str, lone: P
         lone.write_bytes(lone.read_bytes()[:5000])
     where = lone.rename(lone.with_suffix(".ckpt")) if fault == "a pickle" else lone
     with pytest.raises(Refused, match=said) as refusal:
-        open_painter(str(where), "cpu", config_from=str(run_folder / "export"))
+        load_model(str(where), "cpu", config_from=str(run_folder / "export"))
     assert "\n" not in str(refusal.value)

@@ -15,14 +15,14 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from stages.evaluate.grid import fixed_noises
-from stages.evaluate.painter import Painter, open_painter
-from stages.evaluate.sample import Sampler, draw
-from stages.evaluate.stock import open_stock
 from stages.export.diffusers import export_diffusers
-from stages.flow.solver import euler, guided
-from stages.nets.student import TIME_SCALE, Student, vp_of
+from stages.flow.solver import apply_guidance, euler
+from stages.nets.student import TIME_SCALE, Student, make_vp_bridge
 from stages.nets.teacher import Teacher
+from stages.sampling.grids import fixed_noises
+from stages.sampling.models import LoadedModel, load_model
+from stages.sampling.sampler import Sampler, sample_latents
+from stages.sampling.single_file import load_pipeline
 
 TEXTS = ["a small red star at the left", "a large blue ring"]
 NOISE = fixed_noises(0, 2, (4, 8, 8))
@@ -38,13 +38,13 @@ def folder(run_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def painter(folder: Path) -> Painter:
-    return open_painter(str(folder), "cpu")
+def painter(folder: Path) -> LoadedModel:
+    return load_model(str(folder), "cpu")
 
 
 @pytest.fixture(scope="module")
 def opened(folder: Path) -> StableDiffusionPipeline:
-    return open_stock(folder, torch.device("cpu"))
+    return load_pipeline(folder, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -59,15 +59,15 @@ def stock(pipeline: StableDiffusionPipeline, **options: Any) -> torch.Tensor:
     return pipeline(TEXTS, guidance_scale=GUIDANCE, latents=NOISE, output_type="latent", **told).images
 
 
-def ours(painter: Painter, sampler: Sampler) -> torch.Tensor:
-    return sampler.draw(painter.field, painter.encode(TEXTS), painter.encode([""]), NOISE)
+def ours(painter: LoadedModel, sampler: Sampler) -> torch.Tensor:
+    return sampler.sample(painter.field, painter.encode(TEXTS), painter.encode([""]), NOISE)
 
 
 def relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def test_euler_is_stock_flow_match_euler(pipeline: StableDiffusionPipeline, painter: Painter) -> None:
+def test_euler_is_stock_flow_match_euler(pipeline: StableDiffusionPipeline, painter: LoadedModel) -> None:
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
     pipeline.scheduler.init_noise_sigma = 1.0
     grid = torch.linspace(1, 1 / STEPS, STEPS).tolist()
@@ -76,7 +76,7 @@ def test_euler_is_stock_flow_match_euler(pipeline: StableDiffusionPipeline, pain
 
 
 def test_euler_is_stock_dpm_solver_of_order_one_on_its_grid(
-    pipeline: StableDiffusionPipeline, painter: Painter
+    pipeline: StableDiffusionPipeline, painter: LoadedModel
 ) -> None:
     """It tells the model whole times, as UniPC does, so ours is told the same."""
     pipeline.scheduler = DPMSolverMultistepScheduler(
@@ -86,7 +86,7 @@ def test_euler_is_stock_dpm_solver_of_order_one_on_its_grid(
     cond, uncond = painter.encode(TEXTS), painter.encode([""])
 
     def velocity(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return guided(*painter.field.branches(x, (TIME_SCALE * s).floor() / TIME_SCALE, cond, uncond), GUIDANCE)
+        return apply_guidance(*painter.field.branches(x, (TIME_SCALE * s).floor() / TIME_SCALE, cond, uncond), GUIDANCE)
 
     with torch.inference_mode():
         assert relative(euler(velocity, NOISE, pipeline.scheduler.sigmas), latents) < 1e-5
@@ -94,7 +94,7 @@ def test_euler_is_stock_dpm_solver_of_order_one_on_its_grid(
 
 @pytest.mark.parametrize("shift", [None, 2.5])
 def test_unipc_is_the_stock_pipeline_with_the_shipped_scheduler(
-    pipeline: StableDiffusionPipeline, painter: Painter, shift: float | None
+    pipeline: StableDiffusionPipeline, painter: LoadedModel, shift: float | None
 ) -> None:
     if shift:
         pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, flow_shift=shift)
@@ -102,34 +102,34 @@ def test_unipc_is_the_stock_pipeline_with_the_shipped_scheduler(
     assert relative(ours(painter, sampler), stock(pipeline)) < 1e-5
 
 
-def ddim(painter: Painter) -> torch.Tensor:
-    steps = painter.field.ddim
+def ddim(painter: LoadedModel) -> torch.Tensor:
+    steps = painter.field.ddim_solver
     assert steps
     cond, uncond = painter.encode(TEXTS), painter.encode([""])
-    return draw(painter.field, cond, uncond, NOISE, lambda v, x: steps.solve(v, x, STEPS), GUIDANCE, 8)
+    return sample_latents(painter.field, cond, uncond, NOISE, lambda v, x: steps.solve(v, x, STEPS), GUIDANCE, 8)
 
 
 def test_ddim_of_a_v_prediction_student_is_stock_ddim(
     student: Student, teacher: Teacher, teacher_folder: Path, tmp_path: Path
 ) -> None:
-    speaking = Student(student.unet, vp_of("vp_v", teacher.parts.schedule, "hold"))
+    speaking = Student(student.unet, make_vp_bridge("vp_v", teacher.components.schedule, "hold"))
     exported = export_diffusers(speaking, teacher_folder, tmp_path, {"tail": "hold"}, torch.float32)
-    painter = open_painter(str(exported), "cpu")
-    pipeline = open_stock(exported, torch.device("cpu"))
+    painter = load_model(str(exported), "cpu")
+    pipeline = load_pipeline(exported, torch.device("cpu"))
     assert isinstance(pipeline.scheduler, DDIMScheduler)
-    assert painter.field.solvers == ("euler", "heun", "unipc", "ddim")
+    assert painter.field.supported_solvers == ("euler", "heun", "unipc", "ddim")
     assert relative(ddim(painter), stock(pipeline)) < 1e-5
 
 
 def test_ddim_of_a_teacher_of_noise_prediction_is_stock_ddim(teacher_folder: Path) -> None:
-    pipeline = open_stock(teacher_folder, torch.device("cpu"))
+    pipeline = load_pipeline(teacher_folder, torch.device("cpu"))
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     assert pipeline.scheduler.config.prediction_type == "epsilon"
-    assert relative(ddim(open_painter(str(teacher_folder), "cpu")), stock(pipeline)) < 1e-5
+    assert relative(ddim(load_model(str(teacher_folder), "cpu")), stock(pipeline)) < 1e-5
 
 
 @pytest.mark.parametrize("s", [0.37345, 0.9])
-def test_comfyui_reads_the_exported_unet_as_our_solver_does(folder: Path, painter: Painter, s: float) -> None:
+def test_comfyui_reads_the_exported_unet_as_our_solver_does(folder: Path, painter: LoadedModel, s: float) -> None:
     """ComfyUI's CONST: x0 = x - sigma * out, with the time sigma * 1000 as a float."""
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     cond, uncond = painter.encode(TEXTS), painter.encode([""])
@@ -154,7 +154,7 @@ def test_a_swapped_scheduler_that_would_paint_noise_fails_loudly(pipeline: Stabl
 
 
 def test_dpm_solver_swapped_in_by_config_samples_what_we_sample(
-    pipeline: StableDiffusionPipeline, painter: Painter
+    pipeline: StableDiffusionPipeline, painter: LoadedModel
 ) -> None:
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     finest = ours(painter, Sampler(solver="heun", steps=12, guidance=GUIDANCE))

@@ -9,19 +9,25 @@ import pytest
 import torch
 import yaml
 
-from configs.refusal import Refused
 from shards.table import write_table
 from stages.classes import load_classes
-from stages.evaluate.cached import Cached, spread
-from stages.evaluate.classes import main
-from stages.evaluate.need import Figure, even_parts, needs, priority
-from stages.evaluate.pooling import Means
-from stages.evaluate.probe import Probe, probe
-from stages.evaluate.sample import Sampler
-from stages.evaluate.suggest import at_level
+from stages.classes.cached import CacheErrors, spread_evenly
+from stages.classes.command import main
+from stages.classes.difficulty import (
+    ClassMeans,
+    Estimate,
+    ProbeErrors,
+    assign_priority,
+    probe_classes,
+    rank_classes,
+    relative_error_shares,
+)
+from stages.classes.suggestion import group_by_level
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt
+from stages.sampling.sampler import Sampler
+from stages.system.refusal import Refused
 
 SENTENCES = [
     f"shape/{shape}\ta {size} {colour} {shape} at the {place}"
@@ -81,11 +87,11 @@ def test_all_classes_are_probed_with_the_same_noises_and_what_only_the_teacher_s
 
     prompts = [Prompt("a red star", "star", 1), Prompt("a blue ring", "ring", 2)]
     asked = {"one": prompts, "other": prompts}
-    found = probe(student, teacher, asked, 0, Sampler(steps=1, batch_size=4), content_with_the_teacher)
-    assert found.errors[0].tolist() == pytest.approx(found.errors[1].tolist(), rel=1e-3)
-    assert float(found.errors[0, 0]) != pytest.approx(float(found.errors[0, 1]), rel=1e-3)
-    assert found.lost is not None
-    assert found.lost.tolist() == [[1, 1], [1, 1]]
+    found = probe_classes(student, teacher, asked, 0, Sampler(steps=1, batch_size=4), content_with_the_teacher)
+    assert found.paired_errors[0].tolist() == pytest.approx(found.paired_errors[1].tolist(), rel=1e-3)
+    assert float(found.paired_errors[0, 0]) != pytest.approx(float(found.paired_errors[0, 1]), rel=1e-3)
+    assert found.lost_pictures is not None
+    assert found.lost_pictures.tolist() == [[1, 1], [1, 1]]
 
 
 def test_a_level_with_one_class_is_refused(run: Path, section: Path, tmp_path: Path) -> None:
@@ -97,26 +103,28 @@ def test_a_level_with_one_class_is_refused(run: Path, section: Path, tmp_path: P
 
 def test_a_level_is_a_depth_and_names_are_no_globs() -> None:
     records = {"a/b/c": [2], "a/b/d": [0], "a/e": [1], "f": [3], "g*/h": [4]}
-    assert at_level(records, 1) == {"a/*": [0, 1, 2], "f": [3], "g[*]/*": [4]}
-    assert at_level(records, 2) == {"a/b/*": [0, 2], "a/e": [1], "f": [3], "g[*]/h": [4]}
+    assert group_by_level(records, 1) == {"a/*": [0, 1, 2], "f": [3], "g[*]/*": [4]}
+    assert group_by_level(records, 2) == {"a/b/*": [0, 2], "a/e": [1], "f": [3], "g[*]/h": [4]}
 
 
 def test_records_are_spread_over_all_there_are() -> None:
-    assert spread(range(10), 3) == [0, 3, 6]
-    assert spread([7, 8], 3) == [7, 8]
+    assert spread_evenly(range(10), 3) == [0, 3, 6]
+    assert spread_evenly([7, 8], 3) == [7, 8]
 
 
 def test_parts_of_the_error_average_to_one_and_go_with_need_and_frequency() -> None:
-    need = Means(torch.tensor([0.02, 0.02, 0.04]).double().log(), torch.full((3,), 0.1).double())
-    parts, errors = even_parts(need, torch.tensor([1e6, 2e6, 1e6]).double())
+    need = ClassMeans(torch.tensor([0.02, 0.02, 0.04]).double().log(), torch.full((3,), 0.1).double())
+    parts, errors = relative_error_shares(need, torch.tensor([1e6, 2e6, 1e6]).double())
     assert float(parts.mean()) == pytest.approx(1)
     assert (parts / parts[0]).tolist() == pytest.approx([1, 2, 2], rel=1e-3)
     assert errors.tolist() == pytest.approx([0.1, 0.1, 0.1], rel=1e-3)
 
 
 def test_a_difference_in_frequency_that_chance_explains_counts_for_nothing() -> None:
-    need = Means(torch.zeros(3).double(), torch.zeros(3).double())
-    assert even_parts(need, torch.tensor([95.0, 105.0, 100.0]).double())[0].tolist() == pytest.approx([1, 1, 1])
+    need = ClassMeans(torch.zeros(3).double(), torch.zeros(3).double())
+    assert relative_error_shares(need, torch.tensor([95.0, 105.0, 100.0]).double())[0].tolist() == pytest.approx(
+        [1, 1, 1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,28 +134,30 @@ def test_a_difference_in_frequency_that_chance_explains_counts_for_nothing() -> 
         (1.5, 0.5, None, "mid"),
         (0.5, 0.5, None, "low"),
         (0.7, 0.5, None, "mid"),
-        (0.5, 0.1, Figure(0.3, 0.1), "top"),
-        (0.5, 0.1, Figure(0.2, 0.1), "low"),
+        (0.5, 0.1, Estimate(0.3, 0.1), "top"),
+        (0.5, 0.1, Estimate(0.2, 0.1), "low"),
     ],
 )
 def test_only_what_stands_out_of_its_error_is_top_or_low(
-    part: float, error: float, lost: Figure | None, expected: str
+    part: float, error: float, lost: Estimate | None, expected: str
 ) -> None:
-    assert priority(part, error, lost) == expected
+    assert assign_priority(part, error, lost) == expected
 
 
 def test_the_worst_class_comes_first_and_equal_ones_are_all_mid() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(12, 40, generator=generator).double()
     names, records = [f"class{i}" for i in range(12)], [1000] * 12
-    cached = Cached(list((0.3 * noise[:, :16]).exp()), None)
+    cached = CacheErrors(list((0.3 * noise[:, :16]).exp()), None)
     worse = noise.clone()
     worse[7] += 2
-    first, *others = needs(names, records, Probe(0.02 * worse.exp(), None), cached)
+    first, *others = rank_classes(names, records, ProbeErrors(0.02 * worse.exp(), None), cached)
     assert (first.pattern, first.priority) == ("class7", "top")
-    assert first.part > 2 * others[0].part
+    assert first.relative_error_share > 2 * others[0].relative_error_share
     flat = noise - noise.mean(1, keepdim=True)
-    assert {need.priority for need in needs(names, records, Probe(0.02 * flat.exp(), None), cached)} == {"mid"}
+    assert {need.priority for need in rank_classes(names, records, ProbeErrors(0.02 * flat.exp(), None), cached)} == {
+        "mid"
+    }
 
 
 def test_show_tells_pictures_draws_and_what_the_cache_holds(

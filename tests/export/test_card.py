@@ -10,16 +10,15 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from configs.refusal import Refused
 from stages.evaluate.metrics import Fidelity
 from stages.evaluate.paired import PairedError
-from stages.evaluate.report import Evaluation, as_json
-from stages.export.card import card
-from stages.export.history import History, history_of
-from stages.export.licence import licence_of
-from stages.export.modelspec import file_name
+from stages.evaluate.report import Evaluation, to_json
+from stages.export.card import licence_of, model_card
+from stages.export.history import RunHistory, read_history
+from stages.export.tensorfile import single_file_name
 from stages.nets.saved import Origin
-from stages.train.velocity import RelativeError, VelocityErrors
+from stages.system.refusal import Refused
+from stages.train.validation import RelativeError, VelocityErrors
 
 FACTS = {"base_model": "someone/sd-embedded", "samples": 64, "prediction": "velocity", "flow_shift": 2.5}
 SENTENCE = 'a star, "red" as rust'
@@ -57,11 +56,11 @@ def measured(samples: int) -> str:
         paired={"student": [PairedError(4, 0.2, 0.1, 1.1, 0.125, (0.1, 0.2))]},
         velocity=VelocityErrors(error, error, 600),
     )
-    return as_json(found, [])
+    return to_json(found, [])
 
 
-def parsed(history: History | None = None, **facts: object) -> ModelCard:
-    return ModelCard(card({**FACTS, **facts}, history))
+def parsed(history: RunHistory | None = None, **facts: object) -> ModelCard:
+    return ModelCard(model_card({**FACTS, **facts}, history))
 
 
 def test_the_example_of_the_card_runs_in_the_folder_where_the_card_lies(
@@ -83,11 +82,11 @@ def test_the_head_is_what_hubs_read() -> None:
     assert head["base_model_relation"] == "finetune"
     assert {"stable-diffusion", "flow-matching"} <= set(head["tags"])
     assert "license" not in head
-    assert "base_model" not in ModelCard(card({"teacher": "model"})).data.to_dict()
+    assert "base_model" not in ModelCard(model_card({"teacher": "model"})).data.to_dict()
 
 
 def test_the_run_tells_its_recipe_its_first_sentence_and_its_pictures_up_to_the_checkpoint(run: Path) -> None:
-    history = history_of(run, 64)
+    history = read_history(run, 64)
     assert history is not None
     text = parsed(history).text
     assert 'pipeline("a star, \\"red\\" as rust", ' in text
@@ -100,25 +99,25 @@ def test_the_run_tells_its_recipe_its_first_sentence_and_its_pictures_up_to_the_
 
 
 def test_figures_are_shown_of_the_very_checkpoint_alone(run: Path) -> None:
-    assert "Not measured yet" in parsed(history_of(run, 64)).text
+    assert "Not measured yet" in parsed(read_history(run, 64)).text
     (run / "evaluation.json").write_text(measured(64))
-    shown = parsed(history_of(run, 64))
+    shown = parsed(read_history(run, 64))
     assert "| student | 87.5 | 50.0 | 8 |" in shown.text
     assert "| student | 4 | 0.2000 | 0.1000 | 1.1000 | 0.1250 |" in shown.text
     assert "| velocity | 0.0123 | 0.1000 | - |" in shown.text
     assert {result.metric_value for result in shown.data.eval_results} == {0.0123, 0.125}
-    assert "Not measured yet" in parsed(history_of(run, 96)).text
+    assert "Not measured yet" in parsed(read_history(run, 96)).text
 
 
 @pytest.mark.parametrize("content", ["{", "[]", json.dumps({"steps": 3})])
 def test_an_evaluation_of_something_else_is_refused_by_name(run: Path, content: str) -> None:
     (run / "evaluation.json").write_text(content)
     with pytest.raises(Refused, match=r"evaluation\.json: no evaluation of ours"):
-        history_of(run, 64)
+        read_history(run, 64)
 
 
 def test_a_folder_that_is_no_run_has_no_history(tmp_path: Path) -> None:
-    assert history_of(tmp_path, 64) is None
+    assert read_history(tmp_path, 64) is None
 
 
 def test_the_licence_is_the_one_that_the_teachers_card_states(tmp_path: Path) -> None:
@@ -143,6 +142,8 @@ def test_what_a_licence_demands_and_what_the_pictures_lack_is_said() -> None:
 
 
 def test_the_two_stories_have_names_of_their_own() -> None:
-    assert file_name(FACTS, None, False) == "sd-embedded-flow.safetensors"
-    assert file_name({**FACTS, "classes": {"stars": "top"}}, None, False) == "sd-embedded-classes-flow.safetensors"
-    assert file_name(FACTS, "mine-flow", True) == "mine-unet-flow.safetensors"
+    assert single_file_name(FACTS, None, False) == "sd-embedded-flow.safetensors"
+    assert (
+        single_file_name({**FACTS, "classes": {"stars": "top"}}, None, False) == "sd-embedded-classes-flow.safetensors"
+    )
+    assert single_file_name(FACTS, "mine-flow", True) == "mine-unet-flow.safetensors"

@@ -9,16 +9,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from configs.refusal import Refused
 from stages.export import main
 from stages.export.diffusers import export_diffusers
-from stages.flow.schedule import Schedule
-from stages.flow.solver import euler, guided
-from stages.nets.files import read_json
-from stages.nets.identity import identity
+from stages.flow.schedule import NoiseSchedule
+from stages.flow.solver import apply_guidance, euler
+from stages.nets.files import component_digests, read_json
 from stages.nets.saved import Origin
 from stages.nets.scheduler import flow_scheduler
-from stages.nets.student import TIME_SCALE, Student, vp_of
+from stages.nets.student import TIME_SCALE, Student, make_vp_bridge
+from stages.system.refusal import Refused
 
 TEXTS = ["a small red star at the left", "a large blue ring"]
 
@@ -43,7 +42,7 @@ def own_euler(pipeline: StableDiffusionPipeline, steps: int, whole_times: bool) 
     def velocity(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         told = (TIME_SCALE * s).floor() / TIME_SCALE if whole_times else s
         out = student(x, told, cond, uncond[:1])
-        return guided(out.v_cond, out.v_uncond, 3.0)
+        return apply_guidance(out.v_cond, out.v_uncond, 3.0)
 
     scheduler = flow_scheduler()
     scheduler.set_timesteps(steps)
@@ -220,7 +219,7 @@ def test_a_folder_that_is_no_export_is_never_replaced(student: Student, teacher_
 def save_run(folder: Path, teacher_folder: Path, student: Student) -> Path:
     (folder / "checkpoints" / "64").mkdir(parents=True)
     save_file(student.unet.state_dict(), folder / "checkpoints" / "64" / "ema.safetensors")
-    Origin(str(teacher_folder), identity(teacher_folder), "hold", "0" * 64).save(folder)
+    Origin(str(teacher_folder), component_digests(teacher_folder), "hold", "0" * 64).save(folder)
     return folder
 
 
@@ -251,8 +250,8 @@ def test_export_command_refuses_in_one_line(
 def test_a_student_of_v_prediction_goes_out_with_ddim_on_its_teachers_betas(
     student: Student, teacher_folder: Path, tmp_path: Path
 ) -> None:
-    schedule = Schedule.from_config(read_json(teacher_folder / "scheduler" / "scheduler_config.json"))
-    speaking = Student(student.unet, vp_of("vp_v", schedule, "faithful"))
+    schedule = NoiseSchedule.from_config(read_json(teacher_folder / "scheduler" / "scheduler_config.json"))
+    speaking = Student(student.unet, make_vp_bridge("vp_v", schedule, "faithful"))
     folder = export_diffusers(speaking, teacher_folder, tmp_path, {"samples": 64}, torch.float32)
     pipeline = open_stock(folder)
     assert isinstance(pipeline.scheduler, DDIMScheduler)
@@ -265,12 +264,12 @@ def test_a_student_of_v_prediction_goes_out_with_ddim_on_its_teachers_betas(
     cond, uncond = pipeline.encode_prompt(TEXTS, torch.device("cpu"), 1, True)
     pipeline.scheduler.set_timesteps(20)
     k, k_next = (pipeline.scheduler.timesteps[i].repeat(2) for i in (4, 5))
-    assert speaking.vp is not None
-    s, s_next = (speaking.vp.s_of_k(one) for one in (k, k_next))
+    assert speaking.vp_bridge is not None
+    s, s_next = (speaking.vp_bridge.s_of_k(one) for one in (k, k_next))
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         stepped = x + (s_next - s).float().view(-1, 1, 1, 1) * speaking(x, s, cond, uncond[:1]).v_cond
-        shown = speaking.vp.teacher_input(x, s)
+        shown = speaking.vp_bridge.teacher_input(x, s)
         answer = pipeline.unet(shown, k, cond).sample
     stock = pipeline.scheduler.step(answer, int(k[0]), shown).prev_sample
-    torch.testing.assert_close(stock, speaking.vp.teacher_input(stepped, s_next), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(stock, speaking.vp_bridge.teacher_input(stepped, s_next), atol=1e-4, rtol=1e-4)

@@ -17,15 +17,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import LFSFileInfo, RepoFile
 
-from configs.refusal import Refused
-from stages.export import hub as hub_module
-from stages.export import publish
-from stages.export.courier import courier_of
-from stages.export.fetching import fetch_newest
-from stages.export.hub import Courier, HubConfig
-from stages.export.parcel import Staging
-from stages.export.repository import Repository, blob_id
-from stages.train.statement import Statement, fault_of
+from stages.hub import publish
+from stages.hub import uploader as hub_module
+from stages.hub.repository import Repository, fetch_newest_checkpoint, git_blob_id
+from stages.hub.snapshot import Staging
+from stages.hub.uploader import HubConfig, Uploader, make_uploader
+from stages.system.refusal import Refused
+from stages.train.checkpoint_store import CheckpointMeta, fault_of
 
 LFS = (".safetensors", ".pt")
 
@@ -151,9 +149,9 @@ def pauses() -> list[float]:
 
 
 @pytest.fixture
-def courier(hub: FolderHub, tmp_path: Path, pauses: list[float]) -> Iterator[Courier]:
+def courier(hub: FolderHub, tmp_path: Path, pauses: list[float]) -> Iterator[Uploader]:
     config = HubConfig(repo="org/name", wait_minutes=0.3)
-    courier = Courier(
+    courier = Uploader(
         config, tmp_path, Repository("org/name", True, hub), lambda _wake, seconds: pauses.append(seconds)
     )
     yield courier
@@ -168,7 +166,7 @@ def checkpoint(run: Path, samples: int) -> Path:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    Statement(samples, None, {}, hashes).write(folder)
+    CheckpointMeta(samples, None, {}, hashes).write(folder)
     return folder
 
 
@@ -245,9 +243,9 @@ def test_a_wrong_byte_on_the_hub_is_found_and_mended(hub, tmp_path, file):
     hub.garble = lambda path, sent: sent[:-1] + b"?" if path.endswith(file) and next(damaged) else sent
     warnings: list[str | None] = []
     repository = Repository("org/name", True, hub)
-    courier = Courier(HubConfig(), tmp_path, repository, lambda *_: warnings.append(courier.warning()))
+    courier = Uploader(HubConfig(), tmp_path, repository, lambda *_: warnings.append(courier.warning()))
     folder = checkpoint(tmp_path, 8)
-    courier.send(folder)
+    courier.send_checkpoint(folder)
     assert courier.close()
     assert [f"checkpoints/000000008/{file} has the hash" in str(warning) for warning in warnings] == [True, True]
     assert hub.files == content(folder)
@@ -257,7 +255,7 @@ def test_a_wrong_byte_on_the_hub_is_found_and_mended(hub, tmp_path, file):
 def test_a_file_that_the_hub_ignored_is_found(hub, courier, tmp_path):
     hub.mishap = lambda method: hub.files.pop("checkpoints/000000008/optimizer.pt") if method == "get_paths_info" else 0
     with pytest.raises(RuntimeError, match=r"optimizer.pt is not in the repository"):
-        courier.repository.put(Staging(tmp_path).checkpoint(checkpoint(tmp_path, 8)))
+        courier.repository.put(Staging(tmp_path).snapshot_checkpoint(checkpoint(tmp_path, 8)))
 
 
 def test_a_failure_is_shown_until_it_is_mended_and_training_never_waits(hub, tmp_path):
@@ -268,17 +266,17 @@ def test_a_failure_is_shown_until_it_is_mended_and_training_never_waits(hub, tmp
         failed.set()
         assert mended.wait(20)
 
-    courier = Courier(HubConfig(), tmp_path, Repository("org/name", True, hub), pause)
-    courier.send(checkpoint(tmp_path, 8))
+    courier = Uploader(HubConfig(), tmp_path, Repository("org/name", True, hub), pause)
+    courier.send_checkpoint(checkpoint(tmp_path, 8))
     assert failed.wait(20)
     assert "checkpoints/000000008 has not arrived (HfHubHTTPError: 507 from the hub), failure 1" in courier.warning()
-    courier.send(checkpoint(tmp_path, 16))
-    assert courier.told() == {"hub": {"waiting": 1, "failures": 1, "samples": 0}}
+    courier.send_checkpoint(checkpoint(tmp_path, 16))
+    assert courier.metrics() == {"hub": {"waiting": 1, "failures": 1, "samples": 0}}
     hub.mishap = lambda method: None
     mended.set()
     assert courier.close()
     assert courier.warning() is None
-    assert courier.told()["hub"] == {"waiting": 0, "failures": 0, "samples": 16}
+    assert courier.metrics()["hub"] == {"waiting": 0, "failures": 0, "samples": 16}
     assert hub.commits == ["Add checkpoints/000000016"]
 
 
@@ -299,10 +297,10 @@ def test_an_export_that_cannot_arrive_holds_up_no_checkpoint_and_stays_in_sight(
 
     hub.garble = refuse
     hub.mishap = lambda method: arrived.set() if method == "list_repo_tree" else None
-    courier = Courier(HubConfig(), tmp_path, Repository("org/name", True, hub), pause)
+    courier = Uploader(HubConfig(), tmp_path, Repository("org/name", True, hub), pause)
     courier.send_export(export(tmp_path))
     assert failed.wait(20)
-    courier.send(checkpoint(tmp_path, 8))
+    courier.send_checkpoint(checkpoint(tmp_path, 8))
     more.set()
     assert arrived.wait(20)
     assert "export has not arrived (ValueError: Invalid metadata in README.md)" in courier.warning()
@@ -381,8 +379,8 @@ def test_a_checkpoint_that_was_damaged_here_is_not_sent(hub, courier, tmp_path, 
 
 def test_the_repository_keeps_the_newest_checkpoints_and_their_room_only(hub, tmp_path):
     for samples in (8, 16, 24):
-        with Courier(HubConfig(), tmp_path, Repository("org/name", True, hub)) as courier:
-            courier.send(checkpoint(tmp_path, samples))
+        with Uploader(HubConfig(), tmp_path, Repository("org/name", True, hub)) as courier:
+            courier.send_checkpoint(checkpoint(tmp_path, samples))
     assert {path.split("/")[1] for path in hub.files} == {"000000016", "000000024"}
     assert {path.split("/")[1] for path in hub.stored.values()} == {"000000016", "000000024"}
     assert hub.commits[-2:] == ["Add checkpoints/000000024", "Remove checkpoints/000000008"]
@@ -391,9 +389,9 @@ def test_the_repository_keeps_the_newest_checkpoints_and_their_room_only(hub, tm
 def clear(hub: FolderHub, tmp_path: Path, newest: int, *tags: str) -> set[str]:
     repository = Repository("org/name", True, hub)
     for samples in (8, 16, 24, 96):
-        repository.put(Staging(tmp_path).checkpoint(checkpoint(tmp_path, samples)))
+        repository.upload(Staging(tmp_path).snapshot_checkpoint(checkpoint(tmp_path, samples)))
     hub.tags = list(tags)
-    repository.clear(newest, keep=1)
+    repository.remove_old_checkpoints(newest, keep=1)
     return {path.split("/")[1] for path in hub.files}
 
 
@@ -451,7 +449,7 @@ def test_a_download_that_dies_is_taken_up_again(hub, tmp_path):
     adopt(hub, checkpoint(tmp_path, 8))
     hub.mishap = Times("hf_hub_download", 2, ConnectionResetError())
     slept: list[float] = []
-    brought = fetch_newest(Repository("org/name", True, hub), tmp_path / "checkpoints", slept.append)
+    brought = fetch_newest_checkpoint(Repository("org/name", True, hub), tmp_path / "checkpoints", slept.append)
     assert fault_of(brought) is None
     assert slept == [10, 20]
 
@@ -459,14 +457,14 @@ def test_a_download_that_dies_is_taken_up_again(hub, tmp_path):
 def test_a_hub_out_of_reach_is_no_reason_to_begin_a_run_anew(hub, tmp_path):
     hub.mishap = Times("list_repo_tree", 10**9, ConnectionResetError("the line is dead"))
     with pytest.raises(Refused, match=r"cannot be asked for a checkpoint \(ConnectionResetError: the line is dead\)"):
-        fetch_newest(Repository("org/name", True, hub), tmp_path / "checkpoints", lambda _: None)
+        fetch_newest_checkpoint(Repository("org/name", True, hub), tmp_path / "checkpoints", lambda _: None)
 
 
 def test_without_a_token_a_run_is_refused_at_its_start(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "token", None, raising=False)
-    monkeypatch.setattr("stages.export.repository.get_token", lambda: None)
+    monkeypatch.setattr("stages.hub.repository.get_token", lambda: None)
     with pytest.raises(Refused, match="no token found"):
-        Courier(HubConfig(), tmp_path, Repository("org/name", True, hub))
+        Uploader(HubConfig(), tmp_path, Repository("org/name", True, hub))
 
 
 @pytest.mark.parametrize("method", ["create_repo", "auth_check"])
@@ -474,7 +472,7 @@ def test_without_a_token_a_run_is_refused_at_its_start(hub, tmp_path, monkeypatc
 def test_without_the_right_to_write_a_run_is_refused_at_its_start(hub, tmp_path, method, status):
     hub.mishap = Times(method, 1, refusal(status))
     with pytest.raises(Refused, match=f"may not write there .{status} from the hub"):
-        Courier(HubConfig(), tmp_path, Repository("org/name", True, hub))
+        Uploader(HubConfig(), tmp_path, Repository("org/name", True, hub))
 
 
 def test_a_public_repository_is_refused_where_a_private_one_is_asked_for(hub, tmp_path):
@@ -486,10 +484,10 @@ def test_a_public_repository_is_refused_where_a_private_one_is_asked_for(hub, tm
 
 def test_a_hub_out_of_reach_at_the_start_ends_no_run_and_is_asked_again(hub, tmp_path):
     hub.mishap = Times("create_repo", 1, refusal(503))
-    courier = Courier(HubConfig(), tmp_path, Repository("org/name", True, hub))
+    courier = Uploader(HubConfig(), tmp_path, Repository("org/name", True, hub))
     assert "cannot be reached (HfHubHTTPError: 503" in courier.warning()
     folder = checkpoint(tmp_path, 8)
-    courier.send(folder)
+    courier.send_checkpoint(folder)
     assert courier.close()
     assert hub.files == content(folder)
     assert hub.private is True
@@ -498,9 +496,9 @@ def test_a_hub_out_of_reach_at_the_start_ends_no_run_and_is_asked_again(hub, tmp
 
 @pytest.mark.parametrize(("config", "is_main"), [(HubConfig(), True), (HubConfig(repo="org/name"), False)])
 def test_without_a_repository_and_on_other_processes_nothing_leaves(tmp_path, config, is_main):
-    with courier_of(config, tmp_path, is_main) as courier:
-        courier.send(checkpoint(tmp_path, 8))
-        assert (courier.told(), courier.warning(), courier.fetch(tmp_path)) == ({}, None, None)
+    with make_uploader(config, tmp_path, is_main) as courier:
+        courier.send_checkpoint(checkpoint(tmp_path, 8))
+        assert (courier.metrics(), courier.warning(), courier.fetch_checkpoint(tmp_path)) == ({}, None, None)
     assert not list(tmp_path.glob(".hub*"))
 
 
@@ -514,8 +512,8 @@ def test_the_wait_at_the_end_has_a_limit_and_says_how_to_go_on(hub, tmp_path, ca
 
     hub.mishap = die
     config = HubConfig(wait_minutes=0)
-    courier = Courier(config, tmp_path, Repository("org/name", True, hub), lambda _wake, _seconds: None)
-    courier.send(checkpoint(tmp_path, 8))
+    courier = Uploader(config, tmp_path, Repository("org/name", True, hub), lambda _wake, _seconds: None)
+    courier.send_checkpoint(checkpoint(tmp_path, 8))
     courier.send_export(export(tmp_path))
     assert hang.begun.wait(20)
     assert not courier.close()
@@ -530,8 +528,8 @@ def test_the_wait_at_the_end_has_a_limit_and_says_how_to_go_on(hub, tmp_path, ca
 def test_an_upload_that_takes_hours_is_no_secret(hub, tmp_path):
     hub.mishap = hang = Hang()
     hours = [0.0]
-    courier = Courier(HubConfig(), tmp_path, Repository("org/name", True, hub), clock=lambda: 3600 * hours[0])
-    courier.send(checkpoint(tmp_path, 8))
+    courier = Uploader(HubConfig(), tmp_path, Repository("org/name", True, hub), clock=lambda: 3600 * hours[0])
+    courier.send_checkpoint(checkpoint(tmp_path, 8))
     assert hang.begun.wait(20)
     assert courier.warning() is None
     hours[0] = 2.0
@@ -543,7 +541,7 @@ def test_an_upload_that_takes_hours_is_no_secret(hub, tmp_path):
 
 def test_snapshots_of_a_dead_process_go_and_those_of_a_living_one_stay(tmp_path):
     living = Staging(tmp_path)
-    parcel = living.checkpoint(checkpoint(tmp_path, 8))
+    parcel = living.snapshot_checkpoint(checkpoint(tmp_path, 8))
     dead = tmp_path / living.folder.name.replace(str(os.getpid()), "999999999", 1)
     dead.mkdir()
     Staging(tmp_path)
@@ -553,7 +551,7 @@ def test_snapshots_of_a_dead_process_go_and_those_of_a_living_one_stay(tmp_path)
 
 def test_the_name_of_a_small_file_is_the_one_that_git_gives(tmp_path):
     (tmp_path / "empty").touch()
-    assert blob_id(tmp_path / "empty") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+    assert git_blob_id(tmp_path / "empty") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
 
 
 def published(hub: FolderHub, run: Path) -> None:

@@ -13,13 +13,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import HfApi
 
-from configs.refusal import Refused
-from stages.export import repository as repository_module
-from stages.export.fetching import fetch_newest
-from stages.export.hub import Courier, HubConfig
-from stages.export.parcel import Staging
-from stages.export.repository import Repository
-from stages.train.statement import Statement, fault_of
+from stages.hub import repository as repository_module
+from stages.hub.repository import Repository, fetch_newest_checkpoint
+from stages.hub.snapshot import Staging
+from stages.hub.uploader import HubConfig, Uploader
+from stages.system.refusal import Refused
+from stages.train.checkpoint_store import CheckpointMeta, fault_of
 
 # The client's own way to send a file.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -34,7 +33,7 @@ class WireHub(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
+        super().__init__(("127.0.0.1", 0), RequestHandler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.tree: dict[str, str] = {}
         self.blobs: dict[str, bytes] = {}
@@ -51,7 +50,7 @@ class WireHub(ThreadingHTTPServer):
         return entry
 
 
-class Answer(BaseHTTPRequestHandler):
+class RequestHandler(BaseHTTPRequestHandler):
     """What the hub says to one request."""
 
     protocol_version = "HTTP/1.1"
@@ -198,7 +197,7 @@ def checkpoint(run: Path, samples: int) -> Path:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    Statement(samples, None, {}, hashes).write(folder)
+    CheckpointMeta(samples, None, {}, hashes).write(folder)
     return folder
 
 
@@ -207,8 +206,8 @@ def send(repository: Repository, run: Path, *samples: int) -> list[float]:
     pauses: list[float] = []
     for n in samples:
         config = HubConfig(wait_minutes=0.1)
-        with Courier(config, run, repository, lambda _wake, seconds: pauses.append(seconds)) as courier:
-            courier.send(checkpoint(run, n))
+        with Uploader(config, run, repository, lambda _wake, seconds: pauses.append(seconds)) as courier:
+            courier.send_checkpoint(checkpoint(run, n))
         assert courier.warning() is None
     return pauses
 
@@ -216,7 +215,7 @@ def send(repository: Repository, run: Path, *samples: int) -> list[float]:
 def test_a_checkpoint_goes_there_and_back_by_the_real_client(hub, repository, tmp_path):
     assert send(repository, tmp_path / "here", 8) == []
     assert len(hub.tree) == 3
-    brought = fetch_newest(repository, tmp_path / "there" / "checkpoints")
+    brought = fetch_newest_checkpoint(repository, tmp_path / "there" / "checkpoints")
     assert brought == tmp_path / "there" / "checkpoints" / "000000008"
     assert fault_of(brought) is None
     assert [path.name for path in brought.parent.iterdir()] == ["000000008"]
@@ -248,7 +247,7 @@ def test_a_wrong_byte_on_the_wire_is_found(hub, repository, tmp_path):
     stored = hub.tree["checkpoints/000000008/optimizer.pt"]
     hub.blobs[stored] = b"?"
     with pytest.raises(RuntimeError, match=r"optimizer\.pt has the hash"):
-        repository.put(Staging(tmp_path).checkpoint(tmp_path / "checkpoints" / "000000008"))
+        repository.put(Staging(tmp_path).snapshot_checkpoint(tmp_path / "checkpoints" / "000000008"))
 
 
 def test_a_token_without_rights_is_refused_at_the_door(hub, repository):

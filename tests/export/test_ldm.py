@@ -9,15 +9,15 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from configs.refusal import Refused
 from stages.export import main, tensorfile
 from stages.export.diffusers import export_diffusers
+from stages.export.existing import remove_stale_files
 from stages.export.ldm import export_ldm
 from stages.export.ldm_names import ldm_names, to_ldm
-from stages.export.stale import remove_stale
-from stages.nets.identity import identity
+from stages.nets.files import component_digests
 from stages.nets.saved import Origin
 from stages.nets.student import Student, Target
+from stages.system.refusal import Refused
 
 EMBEDDED = Path("stages/tiny/model")
 PARTS = ("unet", "vae", "text_encoder")
@@ -81,7 +81,7 @@ def test_the_network_alone_is_a_file_for_unet_loader_and_the_whole_one_may_stay_
 ) -> None:
     beside = Path(shutil.copy(single, folder.parent))
     file = export_ldm(folder, "mine", unet_only=True)
-    assert remove_stale(folder.parent) == []
+    assert remove_stale_files(folder.parent) == []
     assert beside.is_file()
     assert file.name == "mine-unet-flow.safetensors"
     written, told = load_file(file), header(file)
@@ -210,7 +210,7 @@ def test_a_file_that_does_not_come_back_never_replaces_a_good_one(
 def save_run(run: Path, teacher_folder: Path, student: Student, target: Target) -> Path:
     (run / "checkpoints" / "64").mkdir(parents=True)
     save_file(student.unet.state_dict(), run / "checkpoints" / "64" / "ema.safetensors")
-    Origin(str(teacher_folder), identity(teacher_folder), "hold", "0" * 64, target).save(run)
+    Origin(str(teacher_folder), component_digests(teacher_folder), "hold", "0" * 64, target).save(run)
     return run
 
 

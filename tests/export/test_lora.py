@@ -13,14 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs.refusal import Refused
 from stages.export import tensorfile
 from stages.export.diffusers import export_diffusers
-from stages.export.lora import FILE, export_lora, to_kohya, verify_lora
+from stages.export.lora import LORA_FILE, export_lora, to_kohya, verify_lora
 from stages.nets.components import Components, load_components
-from stages.nets.lora import LoraConfig, adapters, layers, with_adapters
-from stages.nets.saved import WEIGHTS, Origin, SavedRun, keep_base, load_student, open_run
+from stages.nets.lora import LoraConfig, adapter_parameters, add_adapters, lora_state_dict
+from stages.nets.saved import WEIGHTS_FILE, Origin, SavedRun, load_student, open_run, save_base
 from stages.nets.student import Student
+from stages.system.refusal import Refused
 
 CONFIG = LoraConfig(rank=3, alpha=6, modules=("attention", "feed_forward", "resnet"))
 FACTS: dict[str, Any] = {"samples": 64, "tail": "hold", "teacher": "tiny"}
@@ -39,15 +39,17 @@ def base(exported: Path) -> Student:
 @pytest.fixture(scope="module")
 def run(base: Student, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
     folder = tmp_path_factory.mktemp("run")
-    origin = Origin(str(teacher_folder), {}, "hold", "abc").adapted(CONFIG)
-    keep_base(folder, origin, base)
+    origin = Origin(str(teacher_folder), {}, "hold", "abc").with_lora(CONFIG)
+    save_base(folder, origin, base)
     origin.save(folder)
     generator = torch.Generator().manual_seed(1)
-    grown = with_adapters(Student.from_teacher(base.unet), CONFIG)
-    tensors = {name: torch.randn(value.shape, generator=generator) / 10 for name, value in adapters(grown).items()}
+    grown = add_adapters(Student.from_teacher(base.unet), CONFIG)
+    tensors = {
+        name: torch.randn(value.shape, generator=generator) / 10 for name, value in adapter_parameters(grown).items()
+    }
     checkpoint = folder / "checkpoints" / "000000064"
     checkpoint.mkdir(parents=True)
-    save_file(tensors, checkpoint / WEIGHTS)
+    save_file(tensors, checkpoint / WEIGHTS_FILE)
     return open_run(folder)
 
 
@@ -61,7 +63,7 @@ def out(run: SavedRun, parts: Components, tmp_path_factory: pytest.TempPathFacto
 
 
 def files(out: Path) -> tuple[Path, Path]:
-    return out / "lora" / FILE, next(out.glob("*-flow-lora.safetensors"))
+    return out / "lora" / LORA_FILE, next(out.glob("*-flow-lora.safetensors"))
 
 
 def sampled(pipeline: StableDiffusionPipeline) -> Tensor:
@@ -85,7 +87,7 @@ def test_the_stock_pipeline_of_the_base_with_the_adapters_paints_as_the_merged_m
     file = files(out)[layout]
     whole, based = (StableDiffusionPipeline.from_pretrained(folder) for folder in (out / "diffusers", exported))
     bare = sampled(based), velocity(based)
-    based.load_lora_weights(file.parent, **({} if file.name == FILE else {"weight_name": file.name}))
+    based.load_lora_weights(file.parent, **({} if file.name == LORA_FILE else {"weight_name": file.name}))
     for plain, ask in zip(bare, (sampled, velocity), strict=True):
         merged, added = ask(whole), ask(based)
         assert (merged - plain).abs().max() > 0.01  # the adapters do change it
@@ -112,7 +114,7 @@ def test_the_files_say_on_which_model_they_belong_and_what_pickers_ask(out: Path
         assert "not its teacher" in told["sollune.base"]
         assert told["sollune.base_student_sha256"] == base
         assert told["modelspec.architecture"] == "stable-diffusion-v1/lora"
-        assert told["modelspec.hash_sha256"] == tensorfile.hash_in(file)
+        assert told["modelspec.hash_sha256"] == tensorfile.hash_file_tensors(file)
     assert told["ss_base_model_version"] == "sd_v1"
     assert told["ss_network_module"] == "networks.lora"
     assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("3", "3")
@@ -135,14 +137,14 @@ def test_adapters_that_do_not_come_back_are_refused_and_the_earlier_files_stay(
         write(path, {name: value for name, value in tensors.items() if "mid_block" not in name}, told)
 
     monkeypatch.setattr(tensorfile, "write", forgetful)
-    with pytest.raises(Refused, match=f"{FILE}: .* tensors are missing"):
+    with pytest.raises(Refused, match=f"{LORA_FILE}: .* tensors are missing"):
         export_lora(run, out)
     assert [file.read_bytes() for file in files(out)] == before
 
 
 def test_a_merged_model_that_is_another_is_noticed(out: Path, run: SavedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.export.lora.load_student", lambda _run, parts: Student.from_teacher(parts.unet))
-    with pytest.raises(Refused, match=f"{FILE}: with it the velocity of stock diffusers are"):
+    with pytest.raises(Refused, match=f"{LORA_FILE}: with it the velocity of stock diffusers are"):
         export_lora(run, out)
 
 
@@ -163,7 +165,7 @@ def test_an_export_that_lies_there_is_held_against_the_run(out: Path, run: Saved
     content = bytearray(files(own)[0].read_bytes())
     content[-1] ^= 1
     files(own)[0].write_bytes(content)
-    with pytest.raises(Refused, match=f"{FILE}: .* did not come back as written"):
+    with pytest.raises(Refused, match=f"{LORA_FILE}: .* did not come back as written"):
         verify_lora(run, own)
     files(own)[0].unlink()
     with pytest.raises(Refused, match="export the run first"):
@@ -177,6 +179,6 @@ def test_a_run_without_adapters_has_none_to_export(tmp_path: Path, run: SavedRun
 
 
 def test_layers_are_named_as_diffusers_users_expect(base: Student) -> None:
-    grown = with_adapters(Student.from_teacher(base.unet), LoraConfig(rank=1))
-    ends = {name.split(".lora_")[0].rpartition("attn")[2][2:] for name in layers(grown, 1.0)}
+    grown = add_adapters(Student.from_teacher(base.unet), LoraConfig(rank=1))
+    ends = {name.split(".lora_")[0].rpartition("attn")[2][2:] for name in lora_state_dict(grown, 1.0)}
     assert ends == {"to_q", "to_k", "to_v", "to_out.0"}

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.owner import place
-from configs.refusal import Refused
 from stages.export import export_all, tensorfile
-from stages.export.comfyui import is_as_written, workflow
+from stages.export.comfyui import is_unmodified_workflow, workflow_json
 from stages.export.diffusers import export_diffusers
-from stages.export.ours import header, is_ours
+from stages.export.folder import is_unmodified_export, read_header
 from stages.export.verify import read_tensors
 from stages.nets.student import Student
+from stages.system.ownership import pid_namespace
+from stages.system.refusal import Refused
 
 FACTS = {"base_model": "someone/sd-embedded", "tail": "hold", "samples": 64}
 ADDED = ("notes.txt", "unet/merge/recipe.yaml", ".gitattributes", "tokenizer/mine.txt")
@@ -82,12 +82,12 @@ def test_a_single_file_from_before_there_were_seals_is_ours_and_a_changed_one_is
 ) -> None:
     out = Path(shutil.copytree(whole, tmp_path / "export"))
     file = out / "sd-embedded-flow.safetensors"
-    said, tensors = header(file), {name: value.clone() for name, value in read_tensors(file).items()}
-    unsealed = {key: value for key, value in said.items() if key != tensorfile.SEAL}
+    said, tensors = read_header(file), {name: value.clone() for name, value in read_tensors(file).items()}
+    unsealed = {key: value for key, value in said.items() if key != tensorfile.HEADER_HASH_KEY}
     tensorfile.write(file, tensors, unsealed)
     export_all(student, teacher_folder, out, FACTS)
     tensorfile.write(file, tensors, said | {"modelspec.author": "me"})
-    assert not is_ours(file)
+    assert not is_unmodified_export(file)
     name = min(tensors)
     tensorfile.write(file, tensors | {name: tensors[name] + 1}, said)
     before = content(out)
@@ -97,14 +97,14 @@ def test_a_single_file_from_before_there_were_seals_is_ours_and_a_changed_one_is
 
 
 def test_a_workflow_is_ours_until_a_word_of_it_is_changed() -> None:
-    text = workflow("a-flow.safetensors", 1.0, 64)
+    text = workflow_json("a-flow.safetensors", 1.0, 64)
     graph = json.loads(text)
     before_seals = json.dumps({**graph, "extra": {}}, indent=2) + "\n"
     saved_by_comfyui = json.dumps({**graph, "extra": {**graph["extra"], "ds": {"scale": 1}}}, indent=2) + "\n"
-    assert is_as_written(text)
-    assert is_as_written(before_seals)
+    assert is_unmodified_workflow(text)
+    assert is_unmodified_workflow(before_seals)
     for changed in (text.replace("a lighthouse", "a house"), saved_by_comfyui, "{", "[]", ""):
-        assert not is_as_written(changed)
+        assert not is_unmodified_workflow(changed)
 
 
 def test_a_stale_file_that_somebody_changed_is_left_alone(
@@ -122,7 +122,7 @@ def test_a_stale_file_that_somebody_changed_is_left_alone(
 def test_what_a_killed_export_left_is_cleared_away_and_what_it_moved_aside_comes_back(
     folder: Path, student: Student, teacher_folder: Path
 ) -> None:
-    dead = f"{os.getpid()}-1@{place()}"
+    dead = f"{os.getpid()}-1@{pid_namespace()}"
     (folder / "notes.txt").write_text("mine")
     folder.rename(folder.with_name(f".diffusers.{dead}.earlier"))
     shutil.copytree(teacher_folder, folder.with_name(f".diffusers.{dead}.partial"))

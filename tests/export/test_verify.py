@@ -9,15 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.refusal import Refused
 from stages.export import checks, export_all, main, tensorfile
-from stages.export.content import Content, types_of
 from stages.export.diffusers import export_diffusers
-from stages.export.ldm import open_folder, verify_file
-from stages.export.verify import verify_folder
-from stages.nets.identity import identity
+from stages.export.ldm import open_export, verify_single_file
+from stages.export.verify import ExportContent, variant_dtypes, verify_folder
+from stages.nets.files import component_digests
 from stages.nets.saved import Origin
 from stages.nets.student import Student
+from stages.system.refusal import Refused
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
@@ -25,8 +24,8 @@ FACTS = {"base_model": "someone/sd-embedded", "samples": 64, "tail": "hold"}
 Damage = Callable[[dict[str, torch.Tensor]], object]
 
 
-def content_of(student: Student, teacher_folder: Path) -> Content:
-    return Content(student, teacher_folder, types_of(torch.float16, False), 2.5)
+def content_of(student: Student, teacher_folder: Path) -> ExportContent:
+    return ExportContent(student, teacher_folder, variant_dtypes(torch.float16, False), 2.5)
 
 
 def change(file: Path, damage: Damage) -> None:
@@ -113,7 +112,7 @@ def test_right_tensors_in_a_network_that_computes_otherwise_are_caught(
 
 
 def test_what_rounding_explains_grows_with_the_type_and_leaves_no_room_for_a_lost_bias(student: Student) -> None:
-    half, single = (checks.rounding(440, dtype) for dtype in (torch.float16, torch.float32))
+    half, single = (checks.rounding_tolerance(440, dtype) for dtype in (torch.float16, torch.float32))
     assert single < 1e-5 < half < 5e-3
 
 
@@ -131,18 +130,18 @@ def test_what_rounding_explains_grows_with_the_type_and_leaves_no_room_for_a_los
     ],
 )
 def test_a_damaged_single_file_is_caught(damage: Damage, said: str, whole: Path, single: Path, tmp_path: Path) -> None:
-    tensors, held = load_file(single), open_folder(whole / "diffusers")
+    tensors, held = load_file(single), open_export(whole / "diffusers")
     damage(tensors)
-    told = {"format": "pt", "modelspec.hash_sha256": tensorfile.hash_of(tensors)}
+    told = {"format": "pt", "modelspec.hash_sha256": tensorfile.hash_tensors(tensors)}
     tensorfile.write(tmp_path / single.name, tensors, told)
     with pytest.raises(Refused, match=said):
-        verify_file(tmp_path / single.name, held, {**told, "modelspec.prediction_type": "sd3"}, single.name)
+        verify_single_file(tmp_path / single.name, held, {**told, "modelspec.prediction_type": "sd3"}, single.name)
 
 
 def test_a_file_that_stock_diffusers_reads_otherwise_is_never_left(
     folder: Path, student: Student, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages.export import stock
+    from stages.export import ldm as stock
     from stages.export.ldm import export_ldm
 
     honest = stock._open
@@ -180,7 +179,7 @@ def test_an_export_that_fails_its_verification_never_replaces_a_good_one(
 def save_run(run: Path, teacher_folder: Path, student: Student) -> Path:
     (run / "checkpoints" / "64").mkdir(parents=True, exist_ok=True)
     save_file(student.unet.state_dict(), run / "checkpoints" / "64" / "ema.safetensors")
-    Origin(str(teacher_folder), identity(teacher_folder), "hold", "0" * 64).save(run)
+    Origin(str(teacher_folder), component_digests(teacher_folder), "hold", "0" * 64).save(run)
     return run
 
 

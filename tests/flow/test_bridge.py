@@ -6,11 +6,11 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from configs.refusal import Refused
-from stages.flow.bridge import Bridge, Tail, eps_from_velocity, x0_from_velocity
-from stages.flow.path import Linear, per_sample, point
-from stages.flow.schedule import PredictionType, Schedule
+from stages.flow.bridge import Bridge, TailPolicy, eps_from_velocity, x0_from_velocity
+from stages.flow.path import LinearPath, interpolate, per_sample
+from stages.flow.schedule import NoiseSchedule, PredictionType
 from stages.flow.solver import euler, uniform_grid
+from stages.system.refusal import Refused
 
 PREDICTIONS = get_args(PredictionType)
 CONFIG = {
@@ -21,9 +21,9 @@ CONFIG = {
 }
 
 
-def bridge(prediction_type: str = "epsilon", tail: Tail = "hold", rescale: bool = False) -> Bridge:
+def bridge(prediction_type: str = "epsilon", tail: TailPolicy = "hold", rescale: bool = False) -> Bridge:
     config = CONFIG | {"prediction_type": prediction_type, "rescale_betas_zero_snr": rescale}
-    return Bridge(Schedule.from_config(config), tail)
+    return Bridge(NoiseSchedule.from_config(config), tail)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -150,7 +150,7 @@ def test_an_exact_answer_gives_noise_minus_data_for_both_predictions() -> None:
         s = teacher.s_of_k(k)
         abar = per_sample(teacher.schedule.alpha_bar[k], x0)
         answer = eps if prediction_type == "epsilon" else abar.sqrt() * eps - (1 - abar).sqrt() * x0
-        v = teacher.velocity(point(Linear(), x0, eps, s), s, k, answer)
+        v = teacher.velocity(interpolate(LinearPath(), x0, eps, s), s, k, answer)
         torch.testing.assert_close(v, eps - x0, rtol=0, atol=1e-12)
 
 
@@ -189,13 +189,13 @@ def test_the_nearest_state_is_the_teachers_own_and_the_tail_keeps_its_time() -> 
 
 def test_a_snapped_grid_keeps_its_ends_and_has_only_the_teachers_times_inside() -> None:
     teacher = bridge()
-    grid = teacher.snap(uniform_grid(200))
+    grid = teacher.snap_grid(uniform_grid(200))
     assert grid[0] == 1
     assert grid[-1] == 0
     assert (grid.diff() < 0).all()
     body = grid[(grid < teacher.s_last) & (grid > 0)]
     assert torch.isin(body, teacher.s_table).all()
-    assert float((teacher.snap(uniform_grid(25)) - uniform_grid(25)).abs().max()) < 2e-3
+    assert float((teacher.snap_grid(uniform_grid(25)) - uniform_grid(25)).abs().max()) < 2e-3
 
 
 def test_the_teacher_is_shown_unit_variance_for_unit_data() -> None:
@@ -229,8 +229,8 @@ def test_holding_is_continuous_where_the_tail_begins(prediction_type: Prediction
     assert float((after - at).abs().max()) < 1e-3 * scale
 
 
-@pytest.mark.parametrize("tail", get_args(Tail))
-def test_the_last_step_is_the_teachers_even_when_its_time_was_stored_in_float32(tail: Tail) -> None:
+@pytest.mark.parametrize("tail", get_args(TailPolicy))
+def test_the_last_step_is_the_teachers_even_when_its_time_was_stored_in_float32(tail: TailPolicy) -> None:
     teacher = bridge(tail=tail)
     x, k = noise(1, 3, 4, 5), torch.tensor([999])
     exact, stored = (ask(teacher, x, s, k) for s in (teacher.s_of_k(k), teacher.s_of_k(k).float()))
@@ -248,7 +248,7 @@ def test_below_the_first_step_the_line_leads_from_the_noise_that_step_zero_sees(
 
 def test_the_ends_of_a_straight_line_come_back_from_its_velocity() -> None:
     x0, eps, s = noise(2, 3, 4, 5), noise(2, 3, 4, 5, seed=1), torch.tensor([0.95, 1.0], dtype=torch.float64)
-    x = point(Linear(), x0, eps, s)
+    x = interpolate(LinearPath(), x0, eps, s)
     torch.testing.assert_close(x0_from_velocity(x, eps - x0, s), x0)
     torch.testing.assert_close(eps_from_velocity(x, eps - x0, s), eps)
 

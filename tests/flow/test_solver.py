@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.flow.path import Linear, point, velocity
-from stages.flow.solver import euler, guided, heun, unguided, uniform_grid
+from stages.flow.path import LinearPath, interpolate, path_velocity
+from stages.flow.solver import apply_guidance, euler, heun, remove_guidance, uniform_grid
 
 Solver: TypeAlias = Callable[..., Tensor]
 
@@ -30,7 +30,7 @@ def test_halving_the_step_shrinks_the_error_by_the_order(solve: Solver, order: i
 @pytest.mark.parametrize("solve", [euler, heun])
 def test_a_straight_path_is_solved_in_one_step(solve: Solver) -> None:
     x0, eps = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    landed = solve(lambda x, s: velocity(Linear(), x0, eps, s), eps, uniform_grid(1))
+    landed = solve(lambda x, s: path_velocity(LinearPath(), x0, eps, s), eps, uniform_grid(1))
     torch.testing.assert_close(landed, x0)
 
 
@@ -50,7 +50,7 @@ def test_the_callback_sees_every_state_of_the_trajectory(solve: Solver) -> None:
     solve(lambda x, s: eps - x0, eps, grid, lambda s, x: seen.append((s, x)))
     assert [s for s, _ in seen] == list(grid)
     for s, x in seen:
-        torch.testing.assert_close(x, point(Linear(), x0, eps, torch.tensor([s, s], dtype=torch.float64)))
+        torch.testing.assert_close(x, interpolate(LinearPath(), x0, eps, torch.tensor([s, s], dtype=torch.float64)))
 
 
 def test_a_solver_keeps_the_type_of_the_state_and_tells_time_for_each_sample() -> None:
@@ -66,13 +66,13 @@ def test_a_solver_keeps_the_type_of_the_state_and_tells_time_for_each_sample() -
 
 def test_guidance_is_the_conditional_branch_at_one_and_the_other_at_zero() -> None:
     v_cond, v_uncond = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(guided(v_cond, v_uncond, 1.0), v_cond)
-    torch.testing.assert_close(guided(v_cond, v_uncond, 0.0), v_uncond)
-    torch.testing.assert_close(guided(v_cond, v_uncond, 7.5), v_uncond + 7.5 * (v_cond - v_uncond))
-    each = guided(v_cond, v_uncond, torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(apply_guidance(v_cond, v_uncond, 1.0), v_cond)
+    torch.testing.assert_close(apply_guidance(v_cond, v_uncond, 0.0), v_uncond)
+    torch.testing.assert_close(apply_guidance(v_cond, v_uncond, 7.5), v_uncond + 7.5 * (v_cond - v_uncond))
+    each = apply_guidance(v_cond, v_uncond, torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(each, torch.stack([v_cond[0], v_uncond[1]]))
 
 
 def test_unguided_takes_guidance_back():
     v_cond, v_uncond, w = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.tensor([1.0, 7.5])
-    torch.testing.assert_close(unguided(guided(v_cond, v_uncond, w), v_uncond, w), v_cond)
+    torch.testing.assert_close(remove_guidance(apply_guidance(v_cond, v_uncond, w), v_uncond, w), v_cond)

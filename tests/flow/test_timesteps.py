@@ -2,7 +2,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stages.flow.timesteps import TimestepDensity, bin_of, bin_of_step, min_snr_weight, shift, vp_weight
+from stages.flow.timesteps import (
+    TimestepDensity,
+    bin_of_step,
+    bin_of_time,
+    min_snr_weight,
+    shift_time,
+    v_prediction_weight,
+)
 
 DENSITIES = [
     TimestepDensity(),
@@ -20,17 +27,17 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def test_higher_shift_leans_to_noise() -> None:
     inner = UNIT[1:-1]
-    assert (shift(inner, 3.0) > shift(inner, 1.8)).all()
-    assert (shift(inner, 1.8) > inner).all()
+    assert (shift_time(inner, 3.0) > shift_time(inner, 1.8)).all()
+    assert (shift_time(inner, 1.8) > inner).all()
     few_clean, fewer_clean = (TimestepDensity(shift=s, uniform_share=0.0).cdf(torch.tensor(0.25)) for s in (1.0, 3.0))
     assert float(few_clean) == pytest.approx(0.25)
     assert float(fewer_clean) == pytest.approx(0.1)
 
 
 def test_shift_keeps_the_ends_and_is_undone_by_its_inverse() -> None:
-    assert shift(0.0, 3.0) == 0.0
-    assert shift(1.0, 3.0) == 1.0
-    torch.testing.assert_close(shift(shift(UNIT, 3.0), 1 / 3.0), UNIT)
+    assert shift_time(0.0, 3.0) == 0.0
+    assert shift_time(1.0, 3.0) == 1.0
+    torch.testing.assert_close(shift_time(shift_time(UNIT, 3.0), 1 / 3.0), UNIT)
 
 
 def test_the_default_density_is_half_uniform_and_half_shifted_by_1_8() -> None:
@@ -56,7 +63,7 @@ def test_the_quantile_inverts_the_distribution(density: TimestepDensity) -> None
 @pytest.mark.parametrize("density", DENSITIES, ids=str)
 def test_the_histogram_of_the_draws_matches_the_density(density: TimestepDensity) -> None:
     n, bins = 100_000, 20
-    counts = torch.bincount(bin_of(density.sample(n, seeded()), bins), minlength=bins)
+    counts = torch.bincount(bin_of_time(density.sample(n, seeded()), bins), minlength=bins)
     share = density.cdf(torch.linspace(0, 1, bins + 1, dtype=torch.float64)).diff()
     assert ((counts - n * share).abs() < 4.5 * (n * share * (1 - share)).sqrt()).all()
 
@@ -86,7 +93,7 @@ def test_a_bin_of_a_step_is_a_tenth_of_it() -> None:
 
 
 def test_a_bin_of_a_time_covers_its_ends() -> None:
-    assert bin_of(torch.tensor([0.0, 0.099, 0.5, 0.999, 1.0]), 10).tolist() == [0, 0, 5, 9, 9]
+    assert bin_of_time(torch.tensor([0.0, 0.099, 0.5, 0.999, 1.0]), 10).tolist() == [0, 0, 5, 9, 9]
 
 
 def test_min_snr_weight_is_the_smaller_of_its_two_arms() -> None:
@@ -99,4 +106,4 @@ def test_weighed_by_vp_a_velocity_error_is_one_of_v_prediction() -> None:
     s = UNIT[1:-1]
     sigma = s / (s**2 + (1 - s) ** 2).sqrt()
     g = sigma + (1 - sigma**2).sqrt()
-    torch.testing.assert_close(vp_weight(s) * g**2, torch.ones_like(s))
+    torch.testing.assert_close(v_prediction_weight(s) * g**2, torch.ones_like(s))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.refusal import Refused
-from stages.nets.anatomy import check_anatomy
+from stages.nets.anatomy import check_sd1_architecture
 from stages.nets.components import load_components
-from stages.nets.files import locate
+from stages.nets.files import resolve_folder
+from stages.system.refusal import Refused
 from stages.tiny.anatomy import build_unet
 
 INDEX = {
@@ -28,30 +28,30 @@ def folder_of(root: Path, index: dict[str, object], **unet: object) -> Path:
 
 
 def test_a_folder_with_the_nine_blocks_is_accepted(tmp_path: Path) -> None:
-    check_anatomy(folder_of(tmp_path, INDEX))
+    check_sd1_architecture(folder_of(tmp_path, INDEX))
 
 
 def test_a_teacher_that_is_nowhere_is_refused_by_name() -> None:
     with pytest.raises(Refused, match="'no/such-model' is neither a folder nor a hub repository"):
-        locate("no/such-model")
+        resolve_folder("no/such-model")
     with pytest.raises(Refused, match="'/no/such/folder' is neither"):
-        locate("/no/such/folder")
+        resolve_folder("/no/such/folder")
 
 
 def test_a_folder_that_is_no_model_is_refused_with_the_missing_file(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"model_index\.json is missing"):
-        check_anatomy(tmp_path)
+        check_sd1_architecture(tmp_path)
 
 
 def test_other_parts_are_refused_by_name(tmp_path: Path) -> None:
     other = {**INDEX, "text_encoder": ["transformers", "T5EncoderModel"]}
     with pytest.raises(Refused, match="text_encoder is T5EncoderModel, not CLIPTextModel"):
-        check_anatomy(folder_of(tmp_path, other))
+        check_sd1_architecture(folder_of(tmp_path, other))
 
 
 def test_another_architecture_is_refused_with_the_key_and_both_values(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"in_channels is 9, an SD-1\.x model has 4"):
-        check_anatomy(folder_of(tmp_path, INDEX, in_channels=9))
+        check_sd1_architecture(folder_of(tmp_path, INDEX, in_channels=9))
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "flow_prediction"])

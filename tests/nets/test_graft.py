@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
-from stages.flow.bridge import Bridge, Schedule
+from stages.flow.bridge import Bridge
+from stages.flow.schedule import NoiseSchedule
 from stages.nets.graft import graft_time_embedding
 from stages.tiny.anatomy import build_scheduler, build_unet
 
-BRIDGE = Bridge(Schedule.from_config(build_scheduler().config))
+BRIDGE = Bridge(NoiseSchedule.from_config(build_scheduler().config))
 
 
 def embedding(unet, t: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]

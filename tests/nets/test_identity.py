@@ -9,10 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.refusal import Refused
 from stages.nets.components import load_components
-from stages.nets.files import PARTS, WEIGHTS, files_of
-from stages.nets.identity import as_recorded, changed_parts, identity
+from stages.nets.files import (
+    COMPONENT_NAMES,
+    WEIGHT_FILES,
+    changed_components,
+    component_digests,
+    component_files,
+    digests_as_recorded,
+)
+from stages.system.refusal import Refused
 
 MODEL = Path("stages/tiny/model")
 CPU = torch.device("cpu")
@@ -32,7 +38,7 @@ def by_the_earlier_rule(folder: Path) -> dict[str, str]:
             sha.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
         return sha.hexdigest()
 
-    return {part: digest(folder / part) for part in PARTS}
+    return {part: digest(folder / part) for part in COMPONENT_NAMES}
 
 
 def times(file: Path, factor: float) -> dict[str, torch.Tensor]:
@@ -41,8 +47,8 @@ def times(file: Path, factor: float) -> dict[str, torch.Tensor]:
 
 def pickled(teacher: Path, part: str) -> Path:
     """The weights of a part as a .bin file instead."""
-    file = teacher / part / WEIGHTS[part][0]
-    old = file.with_name(WEIGHTS[part][1])
+    file = teacher / part / WEIGHT_FILES[part][0]
+    old = file.with_name(WEIGHT_FILES[part][1])
     torch.save(load_file(file), old)
     file.unlink()
     return old
@@ -50,7 +56,7 @@ def pickled(teacher: Path, part: str) -> Path:
 
 def sharded(teacher: Path, part: str) -> Path:
     """The weights of a part in two shards instead."""
-    file = teacher / part / WEIGHTS[part][0]
+    file = teacher / part / WEIGHT_FILES[part][0]
     held = load_file(file)
     names = [f"{file.stem}-0000{i}-of-00002.safetensors" for i in (1, 2)]
     where = {name: names[i % 2] for i, name in enumerate(held)}
@@ -62,25 +68,25 @@ def sharded(teacher: Path, part: str) -> Path:
 
 
 def test_a_folder_of_nothing_but_what_is_loaded_keeps_the_identity_that_recipes_hold() -> None:
-    assert identity(MODEL) == by_the_earlier_rule(MODEL)
+    assert component_digests(MODEL) == by_the_earlier_rule(MODEL)
 
 
 def test_identity_depends_on_contents_and_not_on_the_path(teacher: Path) -> None:
-    assert identity(teacher) == identity(MODEL)
+    assert component_digests(teacher) == component_digests(MODEL)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", COMPONENT_NAMES)
 def test_every_file_that_is_loaded_decides_the_identity_of_its_part_alone(teacher: Path, part: str) -> None:
-    for file in files_of(teacher, part):
-        before, content = identity(teacher), file.read_bytes()
+    for file in component_files(teacher, part):
+        before, content = component_digests(teacher), file.read_bytes()
         # A tensor or a word less at the end, so that the file is one that could be read.
         if file.suffix == ".safetensors":
             save_file(times(file, 1.5), file, {"format": "pt"})
         else:
             file.write_bytes(content + b"\n")
-        assert changed_parts(before, teacher) == [part]
+        assert changed_components(before, teacher) == [part]
         file.write_bytes(content)
-        assert changed_parts(before, teacher) == []
+        assert changed_components(before, teacher) == []
 
 
 @pytest.mark.parametrize(
@@ -103,53 +109,53 @@ def test_every_file_that_is_loaded_decides_the_identity_of_its_part_alone(teache
 def test_what_is_not_loaded_changes_neither_identity_nor_weights(teacher: Path, name: str) -> None:
     parts = load_components(str(MODEL), CPU, torch.float32)
     (teacher / name).write_text('{"base_model_name_or_path": "another/model"}')
-    assert identity(teacher) == identity(MODEL)
+    assert component_digests(teacher) == component_digests(MODEL)
     again = load_components(str(teacher), CPU, torch.float32)
-    for part in WEIGHTS:
+    for part in WEIGHT_FILES:
         one, other = getattr(parts, part).state_dict(), getattr(again, part).state_dict()
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("part", WEIGHT_FILES)
 def test_pickled_weights_load_as_others_and_decide_the_identity(teacher: Path, part: str) -> None:
     file = pickled(teacher, part)
     parts = load_components(str(teacher), CPU, torch.float32)
     whole = load_components(str(MODEL), CPU, torch.float32)
     same = getattr(whole, part).state_dict()
     assert all(torch.equal(value, same[name]) for name, value in getattr(parts, part).state_dict().items())
-    before = identity(teacher)
+    before = component_digests(teacher)
     torch.save({name: 1.5 * value for name, value in torch.load(file).items()}, file)
-    assert changed_parts(before, teacher) == [part]
+    assert changed_components(before, teacher) == [part]
 
 
-@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("part", WEIGHT_FILES)
 def test_weights_in_shards_load_as_others_and_each_shard_decides_the_identity(teacher: Path, part: str) -> None:
     shard = sharded(teacher, part)
     parts = load_components(str(teacher), CPU, torch.float32)
     whole = load_components(str(MODEL), CPU, torch.float32)
     same = getattr(whole, part).state_dict()
     assert all(torch.equal(value, same[name]) for name, value in getattr(parts, part).state_dict().items())
-    before = identity(teacher)
+    before = component_digests(teacher)
     save_file(times(shard, 1.5), shard, {"format": "pt"})
-    assert changed_parts(before, teacher) == [part]
+    assert changed_components(before, teacher) == [part]
 
 
 def test_a_recipe_of_before_still_means_a_folder_whose_files_it_counted(teacher: Path) -> None:
     shutil.copyfile(teacher / "vae/config.json", teacher / "vae/diffusion_pytorch_model.fp16.safetensors")
     (teacher / "unet/notes.txt").write_text("mine")
     before = by_the_earlier_rule(teacher)
-    assert before != identity(teacher)
-    assert changed_parts(before, teacher) == []
-    assert as_recorded(before, teacher) == before
-    weights = teacher / "vae" / WEIGHTS["vae"][0]
+    assert before != component_digests(teacher)
+    assert changed_components(before, teacher) == []
+    assert digests_as_recorded(before, teacher) == before
+    weights = teacher / "vae" / WEIGHT_FILES["vae"][0]
     save_file(times(weights, 1.5), weights, {"format": "pt"})
-    assert changed_parts(before, teacher) == ["vae"]
-    assert as_recorded(before, teacher) == {**before, "vae": identity(teacher)["vae"]}
+    assert changed_components(before, teacher) == ["vae"]
+    assert digests_as_recorded(before, teacher) == {**before, "vae": component_digests(teacher)["vae"]}
 
 
 def test_a_recipe_of_before_that_left_out_the_weights_is_refused_because_nobody_can_tell(teacher: Path) -> None:
     pickled(teacher, "unet")
     before = by_the_earlier_rule(teacher)
-    for ask in (changed_parts, as_recorded):
+    for ask in (changed_components, digests_as_recorded):
         with pytest.raises(Refused, match=r"diffusion_pytorch_model\.bin: was no part .* make the cache again"):
             ask(before, teacher)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.nets.components import Components, load_components
-from stages.nets.identity import identity
-from stages.nets.loading import load_part, load_tokenizer
+from stages.nets.files import component_digests
+from stages.nets.loading import load_component, load_tokenizer
 
 MODEL = Path("stages/tiny/model")
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def stored(teacher: Path, part: str, tensors: Mapping[str, torch.Tensor]) -> Non
 
 
 def same(folder: Path, part: str) -> bool:
-    one, other = (load_part(place, part, torch.float32).state_dict() for place in (folder, MODEL))
+    one, other = (load_component(place, part, torch.float32).state_dict() for place in (folder, MODEL))
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -94,7 +94,7 @@ def test_an_autoencoder_loads_under_the_names_of_before_its_attention_was_rename
 def test_weights_in_half_precision_load(teacher: Path) -> None:
     held = load_file(MODEL / "unet/diffusion_pytorch_model.safetensors")
     stored(teacher, "unet", {name: value.half() for name, value in held.items()})
-    assert load_part(teacher, "unet", torch.float32).dtype == torch.float32
+    assert load_component(teacher, "unet", torch.float32).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kept", [("tokenizer.json",), ("vocab.json", "merges.txt")])
@@ -119,14 +119,14 @@ def test_stable_diffusions_own_tokenizer_files_load(teacher: Path) -> None:
     one, other = load_tokenizer(teacher), load_tokenizer(MODEL)
     padded = {"padding": "max_length", "truncation": True}
     assert one(SENTENCES, **padded).input_ids == other(SENTENCES, **padded).input_ids
-    before = identity(teacher)
+    before = component_digests(teacher)
     path.write_text(path.read_text() + "\n")
-    assert identity(teacher)["tokenizer"] != before["tokenizer"]
+    assert component_digests(teacher)["tokenizer"] != before["tokenizer"]
 
 
 def named(location: str) -> dict[str, str]:
     parts: Components = load_components(location, CPU, torch.float32)
-    return parts.name
+    return parts.name_facts
 
 
 @pytest.mark.parametrize("location", [".", "./", "../teacher", "../teacher/", "../link", "inner/.."])

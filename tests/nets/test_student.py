@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages.nets.components import Components, load_components
-from stages.nets.student import Student, vp_of
+from stages.nets.student import Student, make_vp_bridge
 from stages.nets.teacher import Teacher
 
 
@@ -22,11 +22,11 @@ K = torch.tensor([30, 500, 999])
 def test_a_student_of_v_prediction_is_the_field_of_a_v_predicting_teacher(parts: Components) -> None:
     v_predicting = replace(parts, schedule=replace(parts.schedule, prediction_type="v_prediction"))
     teacher = Teacher(v_predicting, "hold")
-    student = Student.from_teacher(parts.unet, vp_of("vp_v", parts.schedule, "hold"))
-    cond, s = teacher.encode(["a red star", "a blue moon", "a heart"]), teacher.bridge.s_of_k(K).float()
+    student = Student.from_teacher(parts.unet, make_vp_bridge("vp_v", parts.schedule, "hold"))
+    cond, s = teacher.encode_texts(["a red star", "a blue moon", "a heart"]), teacher.bridge.s_of_k(K).float()
     with torch.no_grad():
         output = student(X, s, cond, teacher.uncond)
-    answer = teacher.answer(X, s, K, cond, teacher.uncond)
+    answer = teacher.predict(X, s, K, cond, teacher.uncond)
     torch.testing.assert_close(output.v_cond, answer.v_cond, atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(output.v_uncond, answer.v_uncond, atol=2e-4, rtol=2e-4)
 
@@ -43,8 +43,8 @@ def test_a_student_of_the_velocity_is_told_a_thousand_s_and_shown_the_state(part
 
 
 def test_only_v_prediction_needs_a_bridge(parts: Components) -> None:
-    assert vp_of("velocity", parts.schedule, "hold") is None
-    spoken = vp_of("vp_v", parts.schedule, "faithful")
+    assert make_vp_bridge("velocity", parts.schedule, "hold") is None
+    spoken = make_vp_bridge("vp_v", parts.schedule, "faithful")
     assert spoken is not None
     assert (spoken.schedule.prediction_type, spoken.tail) == ("v_prediction", "faithful")
 
@@ -52,7 +52,7 @@ def test_only_v_prediction_needs_a_bridge(parts: Components) -> None:
 def gradients(parts: Components, **layout: bool) -> dict[str, torch.Tensor]:
     """Of a loss on velocities and features alike."""
     student = Student.from_teacher(parts.unet).train()
-    student.lay_out(**layout)
+    student.configure_compute(**layout)
     output = student(X, torch.tensor([0.1, 0.5, 0.9]), torch.ones(3, 2, 64), torch.zeros(1, 2, 64))
     loss = (
         output.v_cond.square().mean()
@@ -60,7 +60,7 @@ def gradients(parts: Components, **layout: bool) -> dict[str, torch.Tensor]:
         + sum(f.square().mean() for f in output.features.values())
     )
     loss.backward()
-    assert not student.tap.take(slice(None))
+    assert not student.feature_tap.pop_features(slice(None))
     return {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
 
 
@@ -75,6 +75,6 @@ def test_how_the_student_computes_changes_no_gradient(parts: Components, knob: s
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, as its compiler is imported
 def test_how_the_student_computes_changes_no_name(parts: Components) -> None:
     plain, other = Student.from_teacher(parts.unet), Student.from_teacher(parts.unet)
-    other.lay_out(gradient_checkpointing=True, compile=True, channels_last=True)
+    other.configure_compute(gradient_checkpointing=True, compile=True, channels_last=True)
     assert list(other.state_dict()) == list(plain.state_dict())
     assert list(dict(other.named_parameters())) == list(dict(plain.named_parameters()))

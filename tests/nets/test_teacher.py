@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from stages.flow.bridge import Bridge
-from stages.flow.schedule import Schedule
+from stages.flow.schedule import NoiseSchedule
 from stages.nets.components import Components, load_components
-from stages.nets.network import MOST_AMPLIFIED, last_in_lower
-from stages.nets.teacher import Answer, Teacher
+from stages.nets.teacher import MAX_ERROR_AMPLIFICATION, Prediction, Teacher, last_low_precision_step
 
 K = torch.tensor([990, 40, 701, 700, 300])
 LATE = torch.tensor([True, False, True, False, False])
@@ -18,24 +17,26 @@ def parts() -> Components:
     return load_components("stages/tiny/model", torch.device("cpu"), torch.float32)
 
 
-def asked(teacher: Teacher, rows: slice = slice(None)) -> Answer:
-    x = torch.randn(len(K), *teacher.parts.latent_shape, generator=torch.Generator().manual_seed(0))
-    cond = teacher.encode([f"a red star, number {i}" for i in range(len(K))])
+def predictions(teacher: Teacher, rows: slice = slice(None)) -> Prediction:
+    x = torch.randn(len(K), *teacher.components.latent_shape, generator=torch.Generator().manual_seed(0))
+    cond = teacher.encode_texts([f"a red star, number {i}" for i in range(len(K))])
     s = teacher.bridge.s_of_k(K).float()
-    return teacher.answer(x[rows], s[rows], K[rows], cond[rows], teacher.uncond)
+    return teacher.predict(x[rows], s[rows], K[rows], cond[rows], teacher.uncond)
 
 
 @pytest.fixture(scope="module")
-def full(parts: Components) -> Answer:
-    return asked(Teacher(parts, "hold"))
+def full(parts: Components) -> Prediction:
+    return predictions(Teacher(parts, "hold"))
 
 
 @pytest.fixture(scope="module")
-def mixed(parts: Components) -> Answer:
-    return asked(Teacher(parts, "hold", torch.float16))
+def mixed(parts: Components) -> Prediction:
+    return predictions(Teacher(parts, "hold", torch.float16))
 
 
-def test_half_precision_is_used_where_the_bridge_does_not_magnify_its_error(full: Answer, mixed: Answer) -> None:
+def test_half_precision_is_used_where_the_bridge_does_not_magnify_its_error(
+    full: Prediction, mixed: Prediction
+) -> None:
     for name in ("v_cond", "v_uncond"):
         exact, halved = getattr(full, name), getattr(mixed, name)
         error = (halved - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
@@ -44,19 +45,19 @@ def test_half_precision_is_used_where_the_bridge_does_not_magnify_its_error(full
         assert (error < 0.01).all()
 
 
-def test_rows_asked_in_two_precisions_come_back_in_their_order(parts: Components, mixed: Answer) -> None:
+def test_rows_asked_in_two_precisions_come_back_in_their_order(parts: Components, mixed: Prediction) -> None:
     teacher = Teacher(parts, "hold", torch.float16)
     for row in range(len(K)):
-        alone = asked(teacher, slice(row, row + 1))
+        alone = predictions(teacher, slice(row, row + 1))
         torch.testing.assert_close(alone.v_cond[0], mixed.v_cond[row], atol=5e-3, rtol=5e-3)
         for block, feature in alone.features.items():
             torch.testing.assert_close(feature[0], mixed.features[block][row], atol=2e-2, rtol=2e-2)
 
 
-def test_a_second_teacher_of_the_same_parts_leaves_the_first_as_it_was(parts: Components, full: Answer) -> None:
+def test_a_second_teacher_of_the_same_parts_leaves_the_first_as_it_was(parts: Components, full: Prediction) -> None:
     first = Teacher(parts, "hold")
-    asked(Teacher(parts, "hold", torch.float16))
-    again = asked(first)
+    predictions(Teacher(parts, "hold", torch.float16))
+    again = predictions(first)
     assert torch.equal(again.v_cond, full.v_cond)
     assert all(torch.equal(again.features[block], full.features[block]) for block in full.features)
 
@@ -73,9 +74,9 @@ def test_full_precision_begins_where_errors_are_amplified_too_much_however_many_
 ) -> None:
     scale = {"beta_start": 0.85 / steps, "beta_end": 12 / steps}
     config = {**scale, "num_train_timesteps": steps, "beta_schedule": beta_schedule, "prediction_type": "epsilon"}
-    bridge = Bridge(Schedule.from_config(config))
-    last = last_in_lower(bridge)
+    bridge = Bridge(NoiseSchedule.from_config(config))
+    last = last_low_precision_step(bridge)
     assert 0 < last < steps - 1
-    assert 1 / (1 - bridge.s_table[last]) <= MOST_AMPLIFIED < 1 / (1 - bridge.s_table[last + 1])
+    assert 1 / (1 - bridge.s_table[last]) <= MAX_ERROR_AMPLIFICATION < 1 / (1 - bridge.s_table[last + 1])
     if beta_schedule == "scaled_linear":
         assert last / steps == pytest.approx(0.7, abs=0.05)

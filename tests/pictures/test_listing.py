@@ -10,13 +10,12 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from benchmarks.forge import record
-from configs.refusal import Refused
-from shards.recipe import Recipe
+from shards.manifest import Recipe
 from shards.writer import CacheWriter
 from stages.classes import ClassFile
-from stages.pictures import PicturesConfig, Wanted, wanted
-from stages.pictures.reuse import Cached
+from stages.classes.pictures import CachedPrompt, PicturePlan, PicturesConfig, plan_pictures
 from stages.prompts import FileSource, GrammarSource
+from stages.system.refusal import Refused
 
 SOURCE = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
 STARS = {"name": "stars", "pattern": "star/*", "priority": "top"}
@@ -38,9 +37,9 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def listed(cache: Path, *specs: dict[str, object], count: int = 8, **config: object) -> Wanted:
+def listed(cache: Path, *specs: dict[str, object], count: int = 8, **config: object) -> PicturePlan:
     classes = ClassFile.model_validate({"classes": specs})
-    return wanted(classes, SOURCE, 0, count, PicturesConfig.model_validate(config), cache, recipe())
+    return plan_pictures(classes, SOURCE, 0, count, PicturesConfig.model_validate(config), cache, recipe())
 
 
 def photograph(folder: Path, colour: str = "red") -> Path:
@@ -55,7 +54,7 @@ def test_what_is_not_used_or_cut_is_told(cache: Path, tmp_path: Path, capsys: py
     (own / ".b.txt").write_text("?")
     file.write_bytes(b"star/red\tbad \x07\nstar/red\ta star\nstar/blue\ta blue star\n")
     classes = ClassFile.model_validate({"classes": [STARS, {"name": "z", "priority": "low", "images": own}]})
-    found = wanted(classes, FileSource(path=file), 0, 4, PicturesConfig(reuse=0), cache, recipe())
+    found = plan_pictures(classes, FileSource(path=file), 0, 4, PicturesConfig(reuse=0), cache, recipe())
     assert capsys.readouterr().out.splitlines() == [
         "class 'z': images: 1 hidden files left out (the first: .b.txt)",
         f"prompts: 1 with control characters, left out (the first: {file}:1 (U+0007))",
@@ -68,28 +67,28 @@ def test_what_is_not_used_or_cut_is_told(cache: Path, tmp_path: Path, capsys: py
 
 def test_records_of_the_cache_count_toward_the_quota(cache: Path) -> None:
     found = listed(cache, STARS, HEARTS)
-    assert found.counts() == {
+    assert found.counts_by_source() == {
         ("stars", "reused"): 4,
         ("hearts", "reused"): 1,
         ("hearts", "painted"): 3,
     }
-    assert [one.number for one in found.prompts if isinstance(one, Cached)] == [0, 1, 3, 4, 2]
+    assert [one.record_number for one in found.prompts if isinstance(one, CachedPrompt)] == [0, 1, 3, 4, 2]
 
 
 def test_no_more_is_taken_than_is_allowed(cache: Path) -> None:
-    assert listed(cache, STARS, HEARTS, reuse=0.5).counts()["stars", "reused"] == 2
-    assert {source for _, source in listed(cache, STARS, HEARTS, reuse=0).counts()} == {"painted"}
+    assert listed(cache, STARS, HEARTS, reuse=0.5).counts_by_source()["stars", "reused"] == 2
+    assert {source for _, source in listed(cache, STARS, HEARTS, reuse=0).counts_by_source()} == {"painted"}
 
 
 def test_a_record_that_a_class_of_tags_might_own_is_not_taken(cache: Path) -> None:
     left = {"name": "left", "pattern": "star/*", "tags": {"place": "left"}, "priority": "top"}
-    assert {source for _, source in listed(cache, STARS, left).counts()} == {"painted"}
+    assert {source for _, source in listed(cache, STARS, left).counts_by_source()} == {"painted"}
 
 
 def test_records_that_were_made_otherwise_are_painted_again(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classes = ClassFile.model_validate({"classes": [STARS]})
-    found = wanted(classes, SOURCE, 0, 2, PicturesConfig(), cache, recipe(tail="data"))
-    assert found.counts() == {("stars", "painted"): 2}
+    found = plan_pictures(classes, SOURCE, 0, 2, PicturesConfig(), cache, recipe(tail="data"))
+    assert found.counts_by_source() == {("stars", "painted"): 2}
     assert 'it was made otherwise: render.tail was "hold", is now "data"' in capsys.readouterr().out
 
 
@@ -105,7 +104,7 @@ def test_photographs_stand_beside_the_quota_and_each_source_has_keys_in_a_row(ca
     own = {"images": photograph(tmp_path / "own"), "caption": "a heart"}
     zorks = {"name": "zorks", "priority": "top", **own, "caption": "a zork"}
     found = listed(cache, STARS, {**HEARTS, **own}, zorks)
-    sources = [found.source(number) for number in range(len(found.prompts))]
+    sources = [found.source_at(number) for number in range(len(found.prompts))]
     assert sources == ["painted"] * 3 + ["reused"] * 5 + ["photograph"] * 2
     assert Counter(found.class_of) == {"stars": 4, "hearts": 5, "zorks": 1}
     assert [prompt.text for prompt in found.prompts[-2:]] == ["a heart", "a zork"]

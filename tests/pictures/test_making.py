@@ -8,23 +8,24 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.killing import content, ended, forked, killed_before
-from shards import claims
+from benchmarks.killing import fork_job, kill_before_step, read_files, wait_for_exit
 from shards.codec import encode
+from shards.manifest import differences
 from shards.reader import Reader
-from shards.recipe import differences
 from shards.record import Record
 from shards.writer import CacheWriter
-from stages.classes import ClassFile, identity
-from stages.cluster import fill, tasks_of
-from stages.evaluate.gate import GateConfig, judge
+from stages.cache import claims
+from stages.cache.fill import fill, tasks_of
+from stages.cache.targets import RenderConfig, StatesConfig, draw_randomness, make_records, recipe_of
+from stages.classes import ClassFile, prompts_identity
+from stages.classes.gate import GateConfig, apply_gate
+from stages.classes.ledger import Ledger
+from stages.classes.pictures import PicturePlan, PicturesConfig, picture_record_maker, plan_pictures
 from stages.nets.components import load_components
 from stages.nets.teacher import Teacher
-from stages.pictures import Ledger, PicturesConfig, Wanted, make_pictures, wanted
 from stages.prompts import GrammarSource, prompts
-from stages.targets import RenderConfig, StatesConfig, choose, make_records, recipe_of
 from stages.tiny.score import score
-from stages.tiny.world import Scene, draw
+from stages.tiny.world import Scene, draw_scene
 
 SOURCE = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
 RENDER = RenderConfig(states=StatesConfig(steps=3, trajectory_states=2, renoised_states=1))
@@ -45,37 +46,37 @@ def run(tmp_path_factory: pytest.TempPathFactory, teacher: Teacher) -> Path:
     writer.add("train", 0, make_records(teacher, asked, [f"{i:09d}" for i in range(4)], RENDER.states))
     (folder / "own").mkdir()
     for i in range(2):
-        pixels, _ = draw(Scene("large", "brown", "heart", "left", "white"), random.Random(i))
+        pixels, _ = draw_scene(Scene("large", "brown", "heart", "left", "white"), random.Random(i))
         Image.fromarray(pixels).resize((128, 128)).save(folder / "own" / f"{i}.png")
     return folder
 
 
 @pytest.fixture(scope="module")
-def listed(run: Path, teacher: Teacher) -> Wanted:
+def listed(run: Path, teacher: Teacher) -> PicturePlan:
     """A painted star, something cached, and the photographs."""
     asked = prompts(SOURCE, 0, "train", 4)
     taken = {"name": "taken", "pattern": asked[0].class_name, "priority": "top", "pictures": 1}
     stars = {"name": "stars", "pattern": "star/*", "priority": "top", "pictures": 2}
     own = {"name": "own", "priority": "top", "images": run / "own", "caption": CAPTION}
     classes = ClassFile.model_validate({"classes": [taken, stars, own]})
-    recipe = recipe_of(teacher, RENDER, identity(SOURCE, 1, classes, 3))
-    return wanted(classes, SOURCE, 1, 3, PicturesConfig(), run / "cache", recipe)
+    recipe = recipe_of(teacher, RENDER, prompts_identity(SOURCE, 1, classes, 3))
+    return plan_pictures(classes, SOURCE, 1, 3, PicturesConfig(), run / "cache", recipe)
 
 
 @pytest.fixture(scope="module")
-def records(run: Path, teacher: Teacher, listed: Wanted) -> list[Record]:
+def records(run: Path, teacher: Teacher, listed: PicturePlan) -> list[Record]:
     keys = [f"{i:09d}" for i in range(len(listed.prompts))]
-    return make_pictures(teacher, run / "cache", RENDER.states)(listed.prompts, keys)
+    return picture_record_maker(teacher, run / "cache", RENDER.states)(listed.prompts, keys)
 
 
 def test_a_photographs_latent_shows_what_the_photograph_does(
-    records: list[Record], listed: Wanted, teacher: Teacher
+    records: list[Record], listed: PicturePlan, teacher: Teacher
 ) -> None:
-    own = [record for i, record in enumerate(records) if listed.source(i) == "photograph"]
+    own = [record for i, record in enumerate(records) if listed.source_at(i) == "photograph"]
     assert [record.text for record in own] == [CAPTION] * 2
-    shown = teacher.decode(torch.stack([record.x0.float() for record in own]))
+    shown = teacher.decode_latents(torch.stack([record.x0.float() for record in own]))
     for i, picture in enumerate(shown):
-        pixels, _ = draw(Scene("large", "brown", "heart", "left", "white"), random.Random(i))
+        pixels, _ = draw_scene(Scene("large", "brown", "heart", "left", "white"), random.Random(i))
         difference = picture - torch.from_numpy(pixels).permute(2, 0, 1) / 255
         assert difference.square().mean().sqrt() < 0.06
 
@@ -83,12 +84,12 @@ def test_a_photographs_latent_shows_what_the_photograph_does(
 def test_fitted_latents_show_a_photograph_that_the_encoder_misreads(teacher: Teacher) -> None:
     # The autoencoder was never shown cyan stars; the judge takes what is left of this one for another shape.
     text = "a small cyan star at the middle on a gray background"
-    pixels, _ = draw(Scene("small", "cyan", "star", "middle", "gray"), random.Random(0))
+    pixels, _ = draw_scene(Scene("small", "cyan", "star", "middle", "gray"), random.Random(0))
     photograph = torch.from_numpy(pixels).permute(2, 0, 1) / 255
-    latents = {steps: teacher.fitted(photograph, steps) for steps in (0, 40)}
-    shown = {steps: teacher.decode(x0[None]) for steps, x0 in latents.items()}
+    latents = {steps: teacher.fit_latents(photograph, steps) for steps in (0, 40)}
+    shown = {steps: teacher.decode_latents(x0[None]) for steps, x0 in latents.items()}
     apart = {steps: float((picture[0] - photograph).abs().mean()) for steps, picture in shown.items()}
-    assert torch.equal(latents[0], teacher.latents(photograph[None])[0])
+    assert torch.equal(latents[0], teacher.encode_pictures(photograph[None])[0])
     assert apart[40] < 0.8 * apart[0]
     assert score([text], shown[0])["shape"] == 0
     assert score([text], shown[40])["shape"] == 1
@@ -97,43 +98,44 @@ def test_fitted_latents_show_a_photograph_that_the_encoder_misreads(teacher: Tea
 def test_how_photographs_are_fitted_belongs_to_the_recipe(run: Path, teacher: Teacher) -> None:
     own = {"name": "own", "priority": "top", "images": run / "own", "caption": CAPTION}
     classes = ClassFile.model_validate({"classes": [own]})
-    recipe = recipe_of(teacher, RENDER, identity(SOURCE, 1, classes, 3))
+    recipe = recipe_of(teacher, RENDER, prompts_identity(SOURCE, 1, classes, 3))
     plain, fitted = (
-        wanted(classes, SOURCE, 1, 3, PicturesConfig(fit_steps=steps), run / "cache", recipe).recipe for steps in (0, 2)
+        plan_pictures(classes, SOURCE, 1, 3, PicturesConfig(fit_steps=steps), run / "cache", recipe).recipe
+        for steps in (0, 2)
     )
     assert differences(plain, fitted) == ["photographs.fit_steps was absent, is now 2"]
 
 
 def test_all_states_of_a_photograph_lie_on_its_straight_path_and_hold_the_teachers_answers(
-    records: list[Record], listed: Wanted, teacher: Teacher
+    records: list[Record], listed: PicturePlan, teacher: Teacher
 ) -> None:
     record = records[-1]
-    draws, config = record.draws, RENDER.states.model_copy(update={"renoised_states": 3})
+    draws, config = record.states, RENDER.states.model_copy(update={"renoised_states": 3})
     assert not draws.trajectory.any()
     assert record.guidance_scale == 1
-    eps = choose(listed.prompts[-1], config, (4, 8, 8)).renoised_noise
+    eps = draw_randomness(listed.prompts[-1], config, (4, 8, 8)).renoised_noise
     s = draws.s[:, None, None, None]
     torch.testing.assert_close(draws.x_t.float(), (1 - s) * record.x0.float() + s * eps, atol=2e-3, rtol=2e-3)
-    again = teacher.answer(draws.x_t.float(), draws.s, draws.k, record.cond.float().expand(3, -1, -1), teacher.uncond)
+    again = teacher.predict(draws.x_t.float(), draws.s, draws.k, record.cond.float().expand(3, -1, -1), teacher.uncond)
     torch.testing.assert_close(again.v_cond.half(), draws.v_cond, atol=4e-3, rtol=4e-3)
     torch.testing.assert_close(again.features["mid"].half(), record.features.by_block["mid"], atol=4e-3, rtol=4e-3)
 
 
-def test_a_record_of_the_cache_is_taken_as_it_is(records: list[Record], listed: Wanted, run: Path) -> None:
-    number = next(i for i in range(len(records)) if listed.source(i) == "reused")
-    first = Reader(run / "cache").number(0)
+def test_a_record_of_the_cache_is_taken_as_it_is(records: list[Record], listed: PicturePlan, run: Path) -> None:
+    number = next(i for i in range(len(records)) if listed.source_at(i) == "reused")
+    first = Reader(run / "cache").record_at(0)
     assert encode(records[number])[1] == encode(first)[1]
     assert (records[number].text, records[number].seed) == (first.text, first.seed)
 
 
 @pytest.fixture
-def job(run: Path, listed: Wanted, teacher: Teacher) -> Callable[[Path], None]:
+def job(run: Path, listed: PicturePlan, teacher: Teacher) -> Callable[[Path], None]:
     """Everything that happens to pictures before a training reads them."""
 
     def work(folder: Path) -> None:
-        make = make_pictures(teacher, run / "cache", RENDER.states)
+        make = picture_record_maker(teacher, run / "cache", RENDER.states)
         fill(CacheWriter(folder / "cache", listed.recipe), tasks_of({"train": listed.prompts}, 2), 2, make)
-        judge(folder, listed, teacher, None, GateConfig(duplicate=0.2), PicturesConfig())
+        apply_gate(folder, listed, teacher, None, GateConfig(duplicate=0.2), PicturesConfig())
 
     return work
 
@@ -142,16 +144,16 @@ def test_a_kill_before_any_step_on_the_disk_changes_no_byte_in_the_end(
     job: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(claims, "BEAT_SECONDS", 0.1)  # how long a claim that nobody signed is respected
-    assert ended(forked(lambda: job(tmp_path / "whole"))) == 0
-    found = content(tmp_path / "whole")
+    assert wait_for_exit(fork_job(lambda: job(tmp_path / "whole"))) == 0
+    found = read_files(tmp_path / "whole")
     assert {"pictures.json", "set_aside.png", "cache/data/train-000002.tar"} <= set(found)
     assert any(one.source == "photograph" and not one.kept for one in Ledger.open(tmp_path / "whole").pictures.values())
     killed = 0
     for step in range(3, 200, 17):
         folder = tmp_path / f"killed{step}"
-        if not killed_before(lambda folder=folder: job(folder), step):  # type: ignore[misc]
+        if not kill_before_step(lambda folder=folder: job(folder), step):  # type: ignore[misc]
             break
         killed += 1
-        assert ended(forked(lambda folder=folder: job(folder))) == 0  # type: ignore[misc]
-        assert content(folder) == found
+        assert wait_for_exit(fork_job(lambda folder=folder: job(folder))) == 0  # type: ignore[misc]
+        assert read_files(folder) == found
     assert killed >= 4

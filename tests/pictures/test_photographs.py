@@ -10,10 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.refusal import Refused
 from stages.classes import ClassSpec
-from stages.pictures.opening import fitted, open_picture
-from stages.pictures.photographs import hidden_lines, photographs, shown_in
+from stages.classes.photographs import (
+    crop_and_resize,
+    hidden_file_lines,
+    list_photographs,
+    load_photographs,
+    open_picture,
+)
+from stages.system.refusal import Refused
 
 
 def spec(folder: Path, caption: str | None = "a zork") -> ClassSpec:
@@ -33,7 +38,7 @@ def test_captions_lie_beside_the_files_and_a_class_can_speak_for_the_rest(tmp_pa
     for name in ("b.png", "a.JPG", "c.webp"):
         save(tmp_path / name)
     (tmp_path / "c.txt").write_text("  a zork\n on a   tree ")
-    found = photographs(spec(tmp_path))
+    found = list_photographs(spec(tmp_path))
     assert [(one.file.name, one.text) for one in found] == [
         ("a.JPG", "a zork"),
         ("b.png", "a zork"),
@@ -46,22 +51,24 @@ def test_a_caption_loses_its_byte_order_mark_and_may_end_in_capitals(tmp_path: P
     for name in ("a.PNG", "b.JPEG"):
         save(tmp_path / name)
     (tmp_path / "a.TXT").write_bytes(b"\xef\xbb\xbfa zork\r\nin a tree")
-    assert [one.text for one in photographs(spec(tmp_path))] == ["a zork in a tree", "a zork"]
+    assert [one.text for one in list_photographs(spec(tmp_path))] == ["a zork in a tree", "a zork"]
 
 
 def test_hidden_files_are_not_used_and_counted(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     for name in (".DS_Store", "._a.png", ".b.txt"):
         (tmp_path / name).write_bytes(b"?")
-    assert len(photographs(spec(tmp_path))) == 1
-    assert hidden_lines(spec(tmp_path)) == ["class 'zorks': images: 3 hidden files left out (the first: .DS_Store)"]
+    assert len(list_photographs(spec(tmp_path))) == 1
+    assert hidden_file_lines(spec(tmp_path)) == [
+        "class 'zorks': images: 3 hidden files left out (the first: .DS_Store)"
+    ]
 
 
 def test_the_seed_of_a_photograph_is_its_contents_alone(tmp_path: Path) -> None:
     for folder in ("one", "other"):
         (tmp_path / folder).mkdir()
         save(tmp_path / folder / f"{folder}.png")
-    one, other = (photographs(spec(tmp_path / folder))[0] for folder in ("one", "other"))
+    one, other = (list_photographs(spec(tmp_path / folder))[0] for folder in ("one", "other"))
     assert (one.seed, one.sha256) == (other.seed, other.sha256)
 
 
@@ -177,13 +184,13 @@ SLIPS += [empty_folder, sixteen_bits, bomb, huge]
 def test_each_slip_is_one_line_that_names_the_file(slip, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     told = slip(tmp_path)
     with pytest.raises(Refused, match=told) as refusal:
-        photographs(spec(tmp_path, None if "caption" in slip.__name__ else "a zork"))
+        list_photographs(spec(tmp_path, None if "caption" in slip.__name__ else "a zork"))
     assert "\n" not in str(refusal.value)
 
 
 def test_a_missing_folder_is_refused_with_its_class(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"class 'zorks': images: .*nowhere is no folder"):
-        photographs(spec(tmp_path / "nowhere"))
+        list_photographs(spec(tmp_path / "nowhere"))
 
 
 def test_a_damaged_file_is_opened_or_refused_and_never_anything_else(tmp_path: Path) -> None:
@@ -223,15 +230,15 @@ def test_what_is_transparent_is_white(tmp_path: Path) -> None:
 def test_the_middle_square_is_kept_and_resampled(tmp_path: Path) -> None:
     image = Image.new("RGB", (120, 40), "black")
     image.paste((255, 0, 51), (40, 0, 80, 40))
-    picture = fitted(opened(save(tmp_path / "a.png", image)), 8)
+    picture = crop_and_resize(opened(save(tmp_path / "a.png", image)), 8)
     assert picture.shape == (3, 8, 8)
     torch.testing.assert_close(picture[:, 3:5, 3:5], torch.tensor([1.0, 0.0, 0.2])[:, None, None].expand(3, 2, 2))
 
 
 def test_a_photograph_that_changes_after_it_was_listed_is_refused(tmp_path: Path) -> None:
     file = save(tmp_path / "a.png")
-    found = photographs(spec(tmp_path))
-    assert shown_in(found, 8).shape == (1, 3, 8, 8)
+    found = list_photographs(spec(tmp_path))
+    assert load_photographs(found, 8).shape == (1, 3, 8, 8)
     save(file, Image.new("RGB", (6, 4), "blue"))
     with pytest.raises(Refused, match=r"a\.png: changed while it was read"):
-        shown_in(found, 8)
+        load_photographs(found, 8)

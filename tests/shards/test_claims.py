@@ -7,85 +7,86 @@ import time
 
 import pytest
 
-from configs.atomic import unfinished
-from configs.owner import lives, owner, place
-from configs.refusal import Refused
-from shards import claims, journal
-from shards.claims import Claims
-from shards.manifest import Manifest, Recipe, verify
+from shards import journal
+from shards.manifest import Manifest, Recipe, open_verified
 from shards.writer import CacheWriter, write_shard
+from stages.cache import claims
+from stages.cache.claims import Claims
+from stages.system.atomic import temporary_path
+from stages.system.ownership import is_alive, pid_namespace, process_token
+from stages.system.refusal import Refused
 
 
 def dead_owner():
     """The name of a process of this machine that has ended."""
-    words = [sys.executable, "-c", "from configs.owner import owner; print(owner())"]
+    words = [sys.executable, "-c", "from stages.system.ownership import process_token; print(process_token())"]
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def claimed_by(cache, name, who, age_seconds=0.0):
-    path = cache / claims.NAME / name
+def write_claim(cache, name, token, age_seconds=0.0):
+    path = cache / claims.CLAIMS_FOLDER / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(who)
+    path.write_text(token)
     os.utime(path, (time.time() - age_seconds,) * 2)
     return path
 
 
 def test_a_process_knows_itself_alive_and_an_ended_one_dead():
-    assert lives(owner()) is True
-    assert lives(dead_owner()) is False
-    assert lives(f"{os.getpid()}-1@{place()}") is False  # the number was given out again
-    assert lives("7-7@elsewhere-00000000") is None
+    assert is_alive(process_token()) is True
+    assert is_alive(dead_owner()) is False
+    assert is_alive(f"{os.getpid()}-1@{pid_namespace()}") is False  # the number was given out again
+    assert is_alive("7-7@elsewhere-00000000") is None
 
 
 def test_the_claim_of_a_living_process_is_respected_and_ends_with_its_context(tmp_path):
     with Claims(tmp_path) as one, Claims(tmp_path) as other:
-        assert one.take("train-000000")
-        assert not other.take("train-000000")
+        assert one.acquire("train-000000")
+        assert not other.acquire("train-000000")
         one.release("train-000000")
-        assert other.take("train-000000")
-    assert not (tmp_path / claims.NAME).exists()
+        assert other.acquire("train-000000")
+    assert not (tmp_path / claims.CLAIMS_FOLDER).exists()
 
 
 def test_the_claim_of_a_dead_process_is_taken_over(tmp_path):
-    claimed_by(tmp_path, "train-000000", dead_owner())
+    write_claim(tmp_path, "train-000000", dead_owner())
     with Claims(tmp_path) as ours:
-        assert ours.take("train-000000")
-        assert ours.owner_of("train-000000") == owner()
+        assert ours.acquire("train-000000")
+        assert ours.owner_of("train-000000") == process_token()
 
 
 @pytest.mark.parametrize(("age_seconds", "taken"), [(0, False), (claims.BEAT_SECONDS + 5, True)])
 def test_a_claim_that_nobody_signed_counts_for_as_long_as_signing_takes(tmp_path, age_seconds, taken):
-    claimed_by(tmp_path, "train-000000", "", age_seconds)
+    write_claim(tmp_path, "train-000000", "", age_seconds)
     with Claims(tmp_path) as ours:
-        assert ours.take("train-000000") is taken
+        assert ours.acquire("train-000000") is taken
 
 
 def test_dead_claims_on_what_is_finished_do_not_stay(tmp_path):
-    claimed_by(tmp_path, "train-000000", dead_owner())
-    claimed_by(tmp_path, f".now.{dead_owner()}", "")
+    write_claim(tmp_path, "train-000000", dead_owner())
+    write_claim(tmp_path, f".now.{dead_owner()}", "")
     with Claims(tmp_path) as ours:
-        assert ours.take("train-000001")
-    assert not (tmp_path / claims.NAME).exists()
+        assert ours.acquire("train-000001")
+    assert not (tmp_path / claims.CLAIMS_FOLDER).exists()
 
 
 def test_the_last_to_leave_clears_away_what_a_killed_process_left(tmp_path):
-    claimed_by(tmp_path, f".now.{dead_owner()}", "")
+    write_claim(tmp_path, f".now.{dead_owner()}", "")
     with Claims(tmp_path):
         pass
-    assert not (tmp_path / claims.NAME).exists()
+    assert not (tmp_path / claims.CLAIMS_FOLDER).exists()
 
 
 @pytest.mark.parametrize(("age_seconds", "taken"), [(0, False), (claims.STALE_SECONDS + 5, True)])
 def test_a_claim_from_another_machine_counts_while_it_is_kept_warm(tmp_path, age_seconds, taken):
-    claimed_by(tmp_path, "train-000000", "7-7@elsewhere-00000000", age_seconds)
+    write_claim(tmp_path, "train-000000", "7-7@elsewhere-00000000", age_seconds)
     with Claims(tmp_path) as ours:
-        assert ours.take("train-000000") is taken
+        assert ours.acquire("train-000000") is taken
 
 
 def test_a_claim_that_was_taken_over_is_not_released_by_its_first_owner(tmp_path):
     with Claims(tmp_path) as slow:
-        assert slow.take("train-000000")
-        path = claimed_by(tmp_path, "train-000000", "7-7@elsewhere-00000000")
+        assert slow.acquire("train-000000")
+        path = write_claim(tmp_path, "train-000000", "7-7@elsewhere-00000000")
         slow.release("train-000000")
         assert path.exists()
         path.unlink()
@@ -96,24 +97,24 @@ def test_two_writers_lose_no_shard_of_each_other(tmp_path, make_recipe, make_rec
     one.add("train", 0, map(make_record, range(4)))
     other.add("train", 1, map(make_record, range(4, 7)))
     one.add("validation", 0, map(make_record, range(100, 102)))
-    assert [shard.records for shard in verify(tmp_path).shards] == [4, 3, 2]
+    assert [shard.records for shard in open_verified(tmp_path).shards] == [4, 3, 2]
 
 
 def test_a_shard_finished_between_journal_and_manifest_is_not_lost(tmp_path, make_recipe, make_record):
     writer = CacheWriter(tmp_path, make_recipe())
     writer.add("train", 0, map(make_record, range(4)))
     shard = write_shard(tmp_path, "train", 1, map(make_record, range(4, 7)))
-    journal.Journal(tmp_path, make_recipe().fingerprint()).write(shard, ())
+    journal.ShardJournal(tmp_path, make_recipe().fingerprint()).write(shard, ())
     assert len(Manifest.open(tmp_path).shards) == 1
     again = CacheWriter(tmp_path, make_recipe())
-    assert again.finished("train", 1, 3)
-    assert len(verify(tmp_path).shards) == 2
+    assert again.is_finished("train", 1, 3)
+    assert len(open_verified(tmp_path).shards) == 2
 
 
 def test_a_damaged_journal_entry_means_the_shard_is_made_again(tmp_path, make_recipe, make_record):
     (tmp_path / "journal").mkdir()
     (tmp_path / "journal" / "train-000000.json").write_text('{"recipe_sha')
-    assert not CacheWriter(tmp_path, make_recipe()).finished("train", 0, 4)
+    assert not CacheWriter(tmp_path, make_recipe()).is_finished("train", 0, 4)
 
 
 def test_a_journal_of_another_recipe_is_refused(tmp_path, make_recipe, make_record):
@@ -129,13 +130,13 @@ def test_a_forgotten_shard_is_forgotten_by_other_writers_too(tmp_path, make_reci
     other.refresh()
     one.forget("train", 0)
     other.refresh()
-    assert not other.finished("train", 0, 4)
+    assert not other.is_finished("train", 0, 4)
     assert Manifest.open(tmp_path).shards == ()
 
 
 def test_only_what_the_dead_left_half_written_is_swept(tmp_path, make_recipe):
     (tmp_path / "data").mkdir()
-    mine = unfinished(tmp_path / "data" / "train-000000.tar")
+    mine = temporary_path(tmp_path / "data" / "train-000000.tar")
     theirs = mine.with_name(f".train-000001.tar.{dead_owner()}.partial")
     mine.touch()
     theirs.touch()

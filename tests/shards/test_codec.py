@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from configs.refusal import Refused
 from shards.codec import decode, encode
-from shards.layout import PER_DRAW
-from shards.record import BlockFeatures
+from shards.record import PER_STATE, BlockFeatures
+from stages.system.refusal import Refused
 
 
-def same(a, b):
+def is_bit_equal(a, b):
     """Whether two tensors hold the same bits."""
     return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
 
@@ -22,11 +21,11 @@ def test_a_record_comes_back_bit_for_bit(make_record):
     back = decode(*encode(sent))
     for name in ("key", "text", "class_name", "seed", "guidance_scale"):
         assert getattr(back, name) == getattr(sent, name)
-    assert same(back.cond, sent.cond)
-    assert same(back.x0, sent.x0)
-    assert all(same(getattr(back.draws, name), getattr(sent.draws, name)) for name in PER_DRAW)
+    assert is_bit_equal(back.cond, sent.cond)
+    assert is_bit_equal(back.x0, sent.x0)
+    assert all(is_bit_equal(getattr(back.states, name), getattr(sent.draws, name)) for name in PER_STATE)
     assert list(back.features.by_block) == ["mid", "down_0"]
-    assert all(same(back.features.by_block[block], values) for block, values in sent.features.by_block.items())
+    assert all(is_bit_equal(back.features.by_block[block], values) for block, values in sent.features.by_block.items())
 
 
 def test_encoding_what_was_decoded_gives_the_same_bytes(make_record):
@@ -38,7 +37,7 @@ def test_negative_zero_infinity_and_nan_survive(make_record):
     sent = make_record(1)
     odd = torch.tensor([-0.0, float("inf"), float("-inf"), float("nan")]).half()
     sent.x0.view(-1)[:4] = odd
-    assert same(decode(*encode(sent)).x0, sent.x0)
+    assert is_bit_equal(decode(*encode(sent)).x0, sent.x0)
 
 
 STORED = {  # in the order of the file: widest type first, then by name
@@ -55,7 +54,7 @@ STORED = {  # in the order of the file: widest type first, then by name
 }
 
 
-def written_by_hand(values):
+def encode_by_hand(values):
     """A safetensors file of STORED whose tensors all count up through `values`, by the format's description."""
     header, body = {}, b""
     for name, (kind, dtype, shape) in STORED.items():
@@ -70,14 +69,14 @@ def written_by_hand(values):
 def test_the_bytes_are_the_ones_of_schema_1(make_record):
     sent = make_record(0)
     features = sent.features.by_block.values()
-    for values in (sent.cond, sent.x0, *(getattr(sent.draws, name) for name in PER_DRAW), *features):
+    for values in (sent.cond, sent.x0, *(getattr(sent.draws, name) for name in PER_STATE), *features):
         values.copy_(torch.arange(values.numel()).view_as(values) % 7)
     json_bytes, st_bytes = encode(sent)
     assert json_bytes == (
         b'{"blocks": ["mid", "down_0"], "class_name": "shape/star", "draws": 2, "guidance_scale": 3.0, '
         b'"key": "000000000", "schema_version": 1, "seed": 4611686018427387904, "text": "a star, number 0"}'
     )
-    assert st_bytes == written_by_hand(np.arange(7))
+    assert st_bytes == encode_by_hand(np.arange(7))
     assert hashlib.sha256(st_bytes).hexdigest() == "65f30744110fac43a4e9f3cb9a51f6a08b6fee3fd490bf149a385c6d5951d1fd"
 
 
@@ -112,7 +111,7 @@ def test_what_is_not_of_the_schema_is_not_written(make_record, change, words):
         encode(dataclasses.replace(make_record(0), **change))
 
 
-def test_features_of_another_number_of_draws_are_not_written(make_record):
+def test_features_of_another_number_of_states_are_not_written(make_record):
     mixed = dataclasses.replace(make_record(0), features=make_record(0, draws=3).features)
     with pytest.raises(ValueError, match=r"features\.mid has 3 draws, s has 2"):
         encode(mixed)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from configs.refusal import Refused
 from shards.__main__ import main
-from shards.damage import Damaged
+from shards.integrity import Damaged
 from shards.reader import Reader
 from shards.record import SPLITS
 from shards.table import Table, write_table
+from stages.system.refusal import Refused
 
 FLIPS, CUTS = 200, 50
 
@@ -23,7 +23,7 @@ def whole(tmp_path_factory, make_module_cache):
     return cache
 
 
-def train(cache: Path) -> None:
+def read_training_batches(cache: Path) -> None:
     """Read whatever training reads: every row of both splits and every column of the table."""
     for split in SPLITS:
         reader = Reader(cache, split, batch_size=1)
@@ -34,7 +34,7 @@ def train(cache: Path) -> None:
         table.column(name)
 
 
-def damages(cache: Path) -> list[tuple[str, int, bool]]:
+def damage_cases(cache: Path) -> list[tuple[str, int, bool]]:
     """(file, bit, whether it is cut there): every kind of file is met as often as any other."""
     rng, found = random.Random(0), []
     files = sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file())
@@ -49,9 +49,9 @@ def damages(cache: Path) -> list[tuple[str, int, bool]]:
 
 def test_every_flipped_bit_and_every_cut_is_found_by_verify_and_by_training(whole, capsys):
     assert main(["verify", str(whole)]) == 0
-    train(whole)
+    read_training_batches(whole)
     unseen = []
-    for file, bit, cut in damages(whole):
+    for file, bit, cut in damage_cases(whole):
         good = (whole / file).read_bytes()
         bad = bytearray(good)
         bad[bit // 8] ^= 1 << bit % 8
@@ -64,7 +64,7 @@ def test_every_flipped_bit_and_every_cut_is_found_by_verify_and_by_training(whol
             unseen.append(("verify", file, bit, cut))
         if not file.startswith("journal/"):  # training does not read it
             with pytest.raises(Refused):
-                train(whole)
+                read_training_batches(whole)
         (whole / file).write_bytes(good)
     assert unseen == []
     assert main(["verify", str(whole)]) == 0

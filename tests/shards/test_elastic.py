@@ -7,44 +7,46 @@ import numpy as np
 import pytest
 
 from shards import order as order_module
-from shards.order import WINDOW, Epoch, Pairs, ShuffledOrder, order
+from shards.order import WINDOW, Epoch, Pairs, ShuffledOrder, epoch_order
 from shards.reader import Reader
 
 EVERYTHING = Counter((f"{number:09d}", draw) for number in range(7) for draw in range(2))
 
 
-def numbered(folder, rank, world, start, stop, workers, batch_size=3):
+def batches_by_number(folder, rank, world, start, stop, workers, batch_size=3):
     """Sample number -> (key, draw) for what one rank reads of the samples from start to stop."""
     reader = Reader(folder, batch_size=batch_size, rank=rank, world=world, workers=workers, memory_budget_bytes=0)
     numbers = itertools.count(start + (rank - start) % world, world)
-    pairs = (pair for batch in reader.batches(start) for pair in zip(batch.keys, batch.draw.tolist(), strict=True))
+    pairs = (
+        pair for batch in reader.batches(start) for pair in zip(batch.keys, batch.state_index.tolist(), strict=True)
+    )
     return dict(itertools.takewhile(lambda one: one[0] < stop, zip(numbers, pairs, strict=False)))
 
 
 @pytest.fixture
 def several_windows(monkeypatch):
     monkeypatch.setattr(order_module, "WINDOW", 1)
-    order.cache_clear()
+    epoch_order.cache_clear()
     yield
-    order.cache_clear()
+    epoch_order.cache_clear()
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_an_epoch_is_the_whole_split_for_any_ranks_and_workers(cache, world, workers, several_windows):
     for epoch in (0, 2):
-        ranks = [numbered(cache, rank, world, 14 * epoch, 14 * epoch + 14, workers) for rank in range(world)]
+        ranks = [batches_by_number(cache, rank, world, 14 * epoch, 14 * epoch + 14, workers) for rank in range(world)]
         assert Counter(pair for rank in ranks for pair in rank.values()) == EVERYTHING
 
 
 @pytest.mark.parametrize(("before", "after"), [((1, 0), (1, 3)), ((2, 3), (3, 0)), ((3, 1), (1, 1)), ((5, 0), (2, 3))])
 @pytest.mark.parametrize("left", [6, 14, 17])
 def test_a_resumed_stream_is_the_uninterrupted_one(cache, before, after, left, several_windows):
-    whole = numbered(cache, 0, 1, 0, 40, 0)
+    whole = batches_by_number(cache, 0, 1, 0, 40, 0)
     seen = {}
     for (world, workers), start, stop in ((before, 0, left), (after, left, 40)):
         for rank in range(world):
-            seen |= numbered(cache, rank, world, start, stop, workers, batch_size=4)
+            seen |= batches_by_number(cache, rank, world, start, stop, workers, batch_size=4)
     assert seen == whole
 
 
@@ -56,7 +58,7 @@ def test_an_error_comes_where_its_batch_would_have_come(cache):
     first_bad = next(n for n in range(14) if reader.order.at(np.array([n]))[0][0] >= 4)
     batches = reader.batches()
     assert [next(batches).keys[0] for _ in range(first_bad)] == [
-        Reader(cache).number(int(reader.order.at(np.array([n]))[0][0])).key for n in range(first_bad)
+        Reader(cache).record_at(int(reader.order.at(np.array([n]))[0][0])).key for n in range(first_bad)
     ]
     with pytest.raises(Exception, match=r"train-000001\.tar: sha256"):
         next(batches)
@@ -67,7 +69,7 @@ SIZES = tuple(5 + number % 3 for number in range(2 * WINDOW + 3))
 
 @pytest.mark.parametrize("epoch", [0, 1, 9])
 def test_windows_make_a_permutation_and_touch_few_shards(epoch):
-    found = order(3, epoch, SIZES)
+    found = epoch_order(3, epoch, SIZES)
     numbers = found.at(np.arange(sum(SIZES)))
     assert sorted(numbers.tolist()) == list(range(sum(SIZES)))
     shard_of = np.searchsorted(np.cumsum(SIZES), numbers, side="right")
@@ -79,7 +81,7 @@ def test_windows_make_a_permutation_and_touch_few_shards(epoch):
 
 
 def test_shards_meet_in_other_windows_in_other_epochs():
-    meetings = [[tuple(order(3, epoch, SIZES).shards(window)) for window in range(3)] for epoch in range(4)]
+    meetings = [[tuple(epoch_order(3, epoch, SIZES).shards(window)) for window in range(3)] for epoch in range(4)]
     assert len({tuple(windows) for windows in meetings}) == 4
 
 

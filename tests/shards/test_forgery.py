@@ -12,14 +12,13 @@ import zarr
 from webdataset import TarWriter
 
 from shards.__main__ import main
+from shards.archive import Failure
 from shards.codec import encode
-from shards.entries import Failure
+from shards.integrity import append_seal
 from shards.journal import entries_of
 from shards.manifest import Manifest
 from shards.record import BlockFeatures
-from shards.seal import sealed
-from shards.table import write_table
-from shards.tabulate import parts_of
+from shards.table import table_files, write_table
 
 Members = list[tuple[str, bytes, bytes]]
 TRAIN = "data/train-000000.tar"
@@ -29,7 +28,7 @@ def members(records) -> Members:
     return [(record.key, *encode(record)) for record in records]
 
 
-def vouch(cache: Path, manifest: Manifest) -> None:
+def reseal_manifest(cache: Path, manifest: Manifest) -> None:
     """Make manifest, journal and table agree."""
     manifest.save(cache)
     for path in (cache / "journal").iterdir():
@@ -52,7 +51,7 @@ def forge(cache: Path, forged: Members, behind: bytes = b"") -> None:
         content[end : end + len(behind)] = behind
         path.write_bytes(content)
         shard = _listed(path, forged)
-    vouch(cache, manifest.entered(shard))
+    reseal_manifest(cache, manifest.with_shard(shard))
 
 
 def _listed(path: Path, forged: Members):
@@ -62,10 +61,10 @@ def _listed(path: Path, forged: Members):
     found, at, size = [], 0, path.stat().st_size
     with open(path, "rb") as content:
         for _ in forged:
-            first = archive._member(content, at, size)
-            second = archive._member(content, first.end, size)
+            first = archive._read_member(content, at, size)
+            second = archive._read_member(content, first.end, size)
             crc32 = archive._crc32(content, at, second.end)
-            found.append(archive.Place(first.offset, first.size, second.offset, second.size, crc32))
+            found.append(archive.RecordSpan(first.offset, first.size, second.offset, second.size, crc32))
             at = second.end
     shard = Manifest.open(path.parents[1]).shards[0]
     keys = [json.loads(said)["key"] for _, said, _ in forged]
@@ -83,11 +82,11 @@ def _listed(path: Path, forged: Members):
     )
 
 
-def edited(said: bytes, **changes: object) -> bytes:
+def edit_json(said: bytes, **changes: object) -> bytes:
     return json.dumps(json.loads(said) | changes, sort_keys=True).encode()
 
 
-def told(cache: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def verify_output(cache: Path, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert main(["verify", str(cache)]) == 1
     return capsys.readouterr().err
@@ -119,20 +118,19 @@ def test_a_forged_cache_that_is_good_passes(cache, four, capsys):
         (lambda m: [m[0], ("000000009", *m[1][1:]), *m[2:]], "as '000000009', first in record 000000001"),
         (lambda m: [m[0], (m[1][0], json.dumps(dict(reversed(json.loads(m[1][1]).items()))).encode(), m[1][2]), *m[2:]],
          "record '000000001': its JSON is not in the form in which it is written"),
-        (lambda m: [m[0], (m[1][0], edited(m[1][1], extra=1), m[1][2]), *m[2:]], "has not the keys and types"),
-        (lambda m: [m[0], (m[1][0], edited(m[1][1], guidance_scale=3), m[1][2]), *m[2:]], "has not the keys and types"),
-        (lambda m: [m[0], (m[1][0], edited(m[1][1], seed=-1), m[1][2]), *m[2:]], "a key, seed or number of draws"),
+        (lambda m: [m[0], (m[1][0], edit_json(m[1][1], extra=1), m[1][2]), *m[2:]], "has not the keys and types"),
+        (lambda m: [m[0], (m[1][0], edit_json(m[1][1], guidance_scale=3), m[1][2]), *m[2:]],
+         "has not the keys and types"),
+        (lambda m: [m[0], (m[1][0], edit_json(m[1][1], seed=-1), m[1][2]), *m[2:]], "a key, seed or number of draws"),
         (lambda m: [m[0], (m[1][0], m[1][1], m[1][2][:-2]), *m[2:]], "record 000000001: not good safetensors"),
         (lambda m: [m[0], (m[1][0], m[1][1], m[1][2].replace(b'"F16"', b'"I16"', 1)), *m[2:]], "not good safetensors"),
-        (lambda m: [m[0], (m[1][0], edited(m[0][1], key="000000001"), m[0][2]), *m[2:]],
+        (lambda m: [m[0], (m[1][0], edit_json(m[0][1], key="000000001"), m[0][2]), *m[2:]],
          "has the sentence and the seed of record 000000000 of data/train-000000.tar: the same record twice"),
     ],
 )  # fmt: skip
-def test_members_that_should_not_be_there_are_told(
-    cache, four, capsys, change: Callable[[Members], Members], words: str
-):
+def test_unexpected_members_are_reported(cache, four, capsys, change: Callable[[Members], Members], words: str):
     forge(cache, change(members(four)))
-    assert re.search(words, told(cache, capsys))
+    assert re.search(words, verify_output(cache, capsys))
 
 
 @pytest.mark.parametrize(
@@ -145,10 +143,10 @@ def test_members_that_should_not_be_there_are_told(
         ("k", -1, "a time lies outside 0 to 1"),
     ],
 )
-def test_numbers_that_cannot_be_are_told_with_their_record(cache, four, capsys, name, value, words):
+def test_impossible_numbers_are_reported_with_their_record(cache, four, capsys, name, value, words):
     four[2] = with_value(four[2], name, value)
     forge(cache, members(four))
-    assert words in told(cache, capsys)
+    assert words in verify_output(cache, capsys)
 
 
 @pytest.mark.parametrize(
@@ -161,57 +159,57 @@ def test_numbers_that_cannot_be_are_told_with_their_record(cache, four, capsys, 
             {**record.features.by_block, "mid": record.features.by_block["mid"][:, :7]})),
     ],
 )  # fmt: skip
-def test_a_record_of_other_shapes_or_blocks_is_told(cache, four, capsys, change):
+def test_a_record_of_other_shapes_or_blocks_is_reported(cache, four, capsys, change):
     four[3] = change(four[3])
     forge(cache, members(four))
-    assert "record 000000000 of data/train-000000.tar has" in told(cache, capsys)
+    assert "record 000000000 of data/train-000000.tar has" in verify_output(cache, capsys)
 
 
-def test_what_hides_behind_the_last_record_is_told(cache, four, capsys):
+def test_bytes_behind_the_last_record_are_reported(cache, four, capsys):
     header = (cache / TRAIN).read_bytes()[:512]
     forge(cache, members(four), b"\0" * 512 + header)
-    assert "something lies behind its last record" in told(cache, capsys)
+    assert "something lies behind its last record" in verify_output(cache, capsys)
 
 
-def test_a_tar_that_nobody_named_is_told(cache, capsys):
+def test_an_unlisted_tar_is_reported(cache, capsys):
     (cache / "data/train-000007.tar").write_bytes((cache / TRAIN).read_bytes())
-    assert "train-000007.tar: is not in the manifest" in told(cache, capsys)
+    assert "train-000007.tar: is not in the manifest" in verify_output(cache, capsys)
 
 
-def test_a_shard_missing_at_the_end_of_a_finished_cache_is_told(cache, capsys):
+def test_a_shard_missing_at_the_end_of_a_finished_cache_is_reported(cache, capsys):
     (cache / "COMPLETE").write_text("9\n")
     assert main(["verify", str(cache)]) == 0
     (cache / "data/train-000001.tar").unlink()
-    vouch(cache, Manifest.open(cache).without("data/train-000001.tar"))
-    assert "COMPLETE: 9 prompts were answered for, now 6 are" in told(cache, capsys)
+    reseal_manifest(cache, Manifest.open(cache).without_shard("data/train-000001.tar"))
+    assert "COMPLETE: 9 prompts were answered for, now 6 are" in verify_output(cache, capsys)
 
 
-def test_a_reason_for_a_shard_that_is_not_there_is_told(cache, capsys):
+def test_a_failure_of_a_missing_shard_is_reported(cache, capsys):
     manifest = Manifest.open(cache)
     failure = Failure(file="data/train-000009.tar", key="000000040", reason="none")
-    vouch(cache, manifest.model_copy(update={"failures": (failure,)}))
-    assert "train-000009.tar: the manifest tells why 000000040 failed" in told(cache, capsys)
+    reseal_manifest(cache, manifest.model_copy(update={"failures": (failure,)}))
+    assert "train-000009.tar: the manifest tells why 000000040 failed" in verify_output(cache, capsys)
 
 
-def in_table(cache: Path, change: Callable[[zarr.Group], None]) -> None:
+def edit_table(cache: Path, change: Callable[[zarr.Group], None]) -> None:
     """A table that was changed after it was made, and a manifest that vouches for it."""
     write_table(cache)
     group = zarr.open_group(cache / "table.zarr", mode="r+")
     change(group)
     manifest = Manifest.open(cache)
-    manifest.model_copy(update={"table": parts_of(cache)}).save(cache)
+    manifest.model_copy(update={"table": table_files(cache)}).save(cache)
 
 
-def one_changed(group: zarr.Group, name: str) -> None:
+def change_one_value(group: zarr.Group, name: str) -> None:
     values = group[name][:]
     values[5] += 1
     group[name][:] = values
 
 
 @pytest.mark.parametrize("name", ["key", "split", "draw", "k", "s", "class", "feature_mid", "feature_down_0"])
-def test_a_table_that_says_otherwise_is_told_with_the_record(cache, capsys, name):
-    in_table(cache, lambda group: one_changed(group, name))
-    assert f"the table says another {name}, first in record 000000002" in told(cache, capsys)
+def test_a_table_that_differs_is_reported_with_the_record(cache, capsys, name):
+    edit_table(cache, lambda group: change_one_value(group, name))
+    assert f"the table says another {name}, first in record 000000002" in verify_output(cache, capsys)
 
 
 @pytest.mark.parametrize(
@@ -227,22 +225,22 @@ def test_a_table_that_says_otherwise_is_told_with_the_record(cache, capsys, name
         (lambda group: group.attrs.update({"shards_sha256": "0" * 64}), "was made from other shards"),
     ],
 )
-def test_a_table_of_other_columns_or_words_is_told(cache, capsys, change, words):
-    in_table(cache, change)
-    assert words in told(cache, capsys)
+def test_a_table_of_other_columns_or_names_is_reported(cache, capsys, change, words):
+    edit_table(cache, change)
+    assert words in verify_output(cache, capsys)
 
 
 def test_a_digit_of_the_journal_is_never_believed(cache, capsys, make_recipe):
     path = cache / "journal/train-000000.json"
     said = path.read_text()
     path.write_text(said.replace('"records": 4', '"records": 5'))
-    assert "journal/train-000000.json: sha256 of its first" in told(cache, capsys)
+    assert "journal/train-000000.json: sha256 of its first" in verify_output(cache, capsys)
     path.write_text(
-        sealed(said.replace('"first_key": "000000000"', '"first_key": "000000001"').rpartition('"sha256"')[0])
+        append_seal(said.replace('"first_key": "000000000"', '"first_key": "000000001"').rpartition('"sha256"')[0])
     )
-    assert "journal/train-000000.json: says another shard than the manifest" in told(cache, capsys)
+    assert "journal/train-000000.json: says another shard than the manifest" in verify_output(cache, capsys)
     path.rename(cache / "journal/train-000005.json")
-    found = told(cache, capsys)
+    found = verify_output(cache, capsys)
     assert "journal/train-000000.json: " in found
     assert "journal/train-000005.json: the manifest does not know its shard" in found
 

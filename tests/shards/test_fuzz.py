@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks import forge, fuzz_cases
-from configs.refusal import Refused
-from shards.archive import places
-from shards.codec import decode, encode, head
-from shards.damage import Damaged
-from shards.journal import Journal
-from shards.layout import MOST_HEADER_BYTES, layout_of
+from shards.archive import record_spans
+from shards.codec import decode, decode_metadata, encode
+from shards.integrity import Damaged
+from shards.journal import ShardJournal
 from shards.manifest import Manifest
 from shards.reader import Reader
+from shards.record import MAX_HEADER_BYTES, parse_layout
 from shards.table import Table
+from stages.system.refusal import Refused
 
 FEW, MANY = (
     settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -35,7 +35,7 @@ SEEDS = st.integers(0, 2**32)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return fuzz_cases.World(tmp_path_factory.mktemp("hostile"))
+    return fuzz_cases.FuzzCache(tmp_path_factory.mktemp("hostile"))
 
 
 def pieces(good):
@@ -48,17 +48,17 @@ def pieces(good):
 @given(said=pieces(SAID), tensors=pieces(TENSORS))
 def test_bytes_are_a_record_that_is_stored_in_these_bytes_or_none(said, tensors):
     for pair in ((said, TENSORS), (SAID, tensors), (said, tensors)):
-        no, record = fuzz_cases.refused(lambda pair=pair: decode(*pair), "record")
+        no, record = fuzz_cases.catch_refusal(lambda pair=pair: decode(*pair), "record")
         assert no or encode(record) == pair
 
 
 @MANY
 @given(said=pieces(SAID), header=pieces(TENSORS[8 : 8 + LENGTH]))
-def test_the_two_heads_of_a_record_are_judged_as_the_whole(said, header):
-    no, found = fuzz_cases.refused(lambda: head(said), "record")
+def test_metadata_and_header_of_a_record_are_checked_like_the_whole(said, header):
+    no, found = fuzz_cases.catch_refusal(lambda: decode_metadata(said), "record")
     assert no or found["key"] == decode(said, TENSORS).key
     try:
-        assert layout_of(header, ("mid", "up_0")).rows == 2
+        assert parse_layout(header, ("mid", "up_0")).states == 2
         assert header == TENSORS[8 : 8 + LENGTH]
     except ValueError:
         pass
@@ -75,7 +75,7 @@ def test_bytes_are_no_manifest_unless_one_was_saved(tmp_path, content):
 @given(content=st.binary(max_size=2000))
 def test_bytes_are_no_tar_with_records(tmp_path, content):
     (tmp_path / "odd.tar").write_bytes(content)
-    assert places(tmp_path / "odd.tar") == {}
+    assert record_spans(tmp_path / "odd.tar") == {}
 
 
 @FEW
@@ -91,11 +91,11 @@ def test_forging_gives_caches_that_are_read_and_caches_that_are_refused(world, k
     assert {fuzz_cases.FORGED, fuzz_cases.REFUSED} <= outcomes
 
 
-def peak(act):
+def peak_bytes(action):
     """The most memory that an act takes at a time; it must be refused, unless it returns something."""
     tracemalloc.start()
     try:
-        return act(), tracemalloc.get_traced_memory()[1]
+        return action(), tracemalloc.get_traced_memory()[1]
     except Refused:
         return None, tracemalloc.get_traced_memory()[1]
     finally:
@@ -106,9 +106,9 @@ def test_a_record_is_read_in_its_own_size(tmp_path, make_recipe):
     large = forge.record(0, (4, 200, 200))
     fuzz_cases.forge.CacheWriter(tmp_path, make_recipe()).add("train", 0, [large])
     reader, size = Reader(tmp_path), sum(map(len, encode(large)))
-    assert reader.number(0).x0.equal(large.x0)  # verified and open
-    record, taken = peak(lambda: reader.number(0))
-    assert record.draws.x_t.equal(large.draws.x_t)
+    assert reader.record_at(0).x0.equal(large.x0)  # verified and open
+    record, taken = peak_bytes(lambda: reader.record_at(0))
+    assert record.states.x_t.equal(large.states.x_t)
     assert size <= taken < 1.1 * size
 
 
@@ -122,9 +122,9 @@ def test_a_header_that_claims_much_takes_nothing(claim):
         changed = changed.rstrip() + b" " * (-len(changed.rstrip()) % 8)
         hostile.append(struct.pack("<Q", len(changed)) + changed + TENSORS[8 + LENGTH :])
     for tensors in hostile:
-        record, taken = peak(lambda tensors=tensors: decode(SAID, tensors))
+        record, taken = peak_bytes(lambda tensors=tensors: decode(SAID, tensors))
         assert record is None
-        assert taken < 4 * MOST_HEADER_BYTES
+        assert taken < 4 * MAX_HEADER_BYTES
 
 
 @pytest.mark.parametrize(
@@ -138,13 +138,13 @@ def test_a_header_that_claims_much_takes_nothing(claim):
 )
 def test_a_chunk_that_would_unpack_to_more_takes_nothing(world, frames):
     file, tree = "table.zarr/k/c/0", {**world.manifest, "table": [dict(part) for part in world.manifest["table"]]}
-    content = forge.packed(frames, 16)
+    content = forge.pack_chunks(frames, 16)
     for part in tree["table"]:
         if part["file"] == file:
             part["bytes"], part["sha256"] = len(content), forge.hashlib.sha256(content).hexdigest()
     with world.holding({file: content, "manifest.json": world.with_manifest(tree)}):
         table = Table.open(world.cache)
-        values, taken = peak(lambda: table.column("k"))
+        values, taken = peak_bytes(lambda: table.column("k"))
         assert values is None
         assert taken < 4 << 20
         with pytest.raises(Damaged, match=r"k/c/0: chunk 0 at byte 0"):
@@ -189,12 +189,12 @@ def _with_description(world, file, said, words):
 
 
 @pytest.mark.parametrize("draws", [1, 2**40])
-def test_draws_that_the_records_have_not_are_refused_before_there_is_room_for_them(world, draws):
+def test_states_that_the_records_lack_are_refused_before_allocation(world, draws):
     tree = {**world.manifest, "shards": [dict(shard) for shard in world.manifest["shards"]]}
     tree["shards"][0]["draws"] = 2 * draws
     with world.holding({"manifest.json": world.with_manifest(tree)}):
         for budget in (1 << 30, 0):
-            _, taken = peak(lambda budget=budget: _refused_batch(world, budget))
+            _, taken = peak_bytes(lambda budget=budget: _refused_batch(world, budget))
             assert taken < 1 << 20
 
 
@@ -211,9 +211,9 @@ def test_rows_are_not_spread_over_a_record_of_another_shape(world):
         for key, pair in members
         for kind, body in zip(("json", "safetensors"), pair, strict=True)
     ]
-    tar, starts = forge.tar_of(None, listed)
+    tar, starts = forge.forge_tar(None, listed)
     tree = {**world.manifest, "shards": list(world.manifest["shards"])}
-    tree["shards"][0] = forge.entry_of(tree["shards"][0], tar, starts, listed)
+    tree["shards"][0] = forge.forge_entry(tree["shards"][0], tar, starts, listed)
     with world.holding({"data/train-000000.tar": tar, "manifest.json": world.with_manifest(tree)}):
         for budget in (1 << 30, 0):
             with pytest.raises(Damaged, match=r"record at byte \d+: record .* has .*x_t.* unlike"):
@@ -226,9 +226,9 @@ def test_blocks_in_another_order_are_refused(world):
     listed = [
         (f"{n:09d}.{kind}", pair[i]) for n, pair in enumerate(found) for i, kind in enumerate(("json", "safetensors"))
     ]
-    tar, starts = forge.tar_of(None, listed)
+    tar, starts = forge.forge_tar(None, listed)
     tree = {**world.manifest, "shards": list(world.manifest["shards"])}
-    tree["shards"][0] = forge.entry_of(tree["shards"][0], tar, starts, listed)
+    tree["shards"][0] = forge.forge_entry(tree["shards"][0], tar, starts, listed)
     with world.holding({"data/train-000000.tar": tar, "manifest.json": world.with_manifest(tree)}):
         for budget in (1 << 30, 0):
             with pytest.raises(Damaged, match="has blocks unlike the records before it"):
@@ -244,7 +244,7 @@ def test_a_journal_entry_that_is_no_file_is_not_waited_for(world, odd):
             os.mkfifo(world.cache / file)
         else:
             (world.cache / file).symlink_to("/dev/zero" if odd == "endless" else "/nowhere")
-        found = Journal(world.cache, fingerprint).entries()
+        found = ShardJournal(world.cache, fingerprint).entries()
     assert sorted(found) == ["data/train-000001.tar", "data/validation-000000.tar"]
 
 
@@ -259,6 +259,6 @@ def test_a_manifest_that_is_no_file_is_not_waited_for(world, odd):
         else:
             path.touch()
             os.truncate(path, 1 << 40)
-        found, taken = peak(lambda: Manifest.open(world.cache))
+        found, taken = peak_bytes(lambda: Manifest.open(world.cache))
     assert found is None
     assert taken < 1 << 20

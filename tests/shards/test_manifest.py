@@ -3,11 +3,10 @@ import os
 
 import pytest
 
-from configs.refusal import Refused
-from shards.damage import Damaged
-from shards.manifest import Manifest, Recipe, find_cache, verify
+from shards.integrity import Damaged, append_seal
+from shards.manifest import Manifest, Recipe, find_cache, open_verified
 from shards.reader import Reader
-from shards.seal import sealed
+from stages.system.refusal import Refused
 
 
 def test_a_manifest_comes_back_as_it_was_saved(cache, tmp_path):
@@ -37,7 +36,7 @@ def test_a_shard_takes_one_line(cache):
 
 
 def test_verify_accepts_a_whole_cache(cache):
-    assert verify(cache) == Manifest.open(cache)
+    assert open_verified(cache) == Manifest.open(cache)
 
 
 def test_a_missing_manifest_is_refused(tmp_path):
@@ -79,7 +78,7 @@ def test_a_shard_cut_between_two_records_is_refused_with_its_count(cache):
         Refused,
         match=r"train-000000\.tar: 3 records, manifest says 4, first in record 000000003 at byte .*shards repair",
     ):
-        verify(cache)
+        open_verified(cache)
 
 
 @pytest.mark.parametrize("inside", ["json_offset", "st_offset"])
@@ -87,14 +86,14 @@ def test_a_shard_cut_inside_a_record_is_refused_with_its_count(cache, inside):
     shard = Manifest.open(cache).shards[1]
     os.truncate(cache / shard.file, getattr(shard.offsets[2], inside) + 1)
     with pytest.raises(Refused, match=r"train-000001\.tar: 2 records, manifest says 3"):
-        verify(cache)
+        open_verified(cache)
 
 
 def test_a_shard_without_its_padding_is_refused(cache):
     shard = Manifest.open(cache).shards[0]
     os.truncate(cache / shard.file, shard.bytes - 512)
     with pytest.raises(Refused, match=rf"train-000000\.tar: {shard.bytes - 512} bytes, manifest says {shard.bytes}"):
-        verify(cache)
+        open_verified(cache)
 
 
 def test_one_changed_byte_is_refused(cache):
@@ -103,13 +102,13 @@ def test_one_changed_byte_is_refused(cache):
         content.seek(shard.offsets[1].st_offset + shard.offsets[1].st_size - 1)
         content.write(b"\x55")
     with pytest.raises(Refused, match=r"validation-000000\.tar: sha256"):
-        verify(cache)
+        open_verified(cache)
 
 
 def test_a_missing_shard_is_refused(cache):
     (cache / "data" / "train-000001.tar").unlink()
     with pytest.raises(Refused, match=r"train-000001\.tar: missing"):
-        verify(cache)
+        open_verified(cache)
 
 
 @pytest.mark.parametrize("sealed_again", [False, True])
@@ -119,7 +118,7 @@ def test_a_manifest_that_places_records_elsewhere_is_refused(cache, sealed_again
     (cache / "manifest.json").write_text(json.dumps(said))
     if sealed_again:
         body = (cache / "manifest.json").read_text().rpartition('"sha256"')[0]
-        (cache / "manifest.json").write_text(sealed(body))
+        (cache / "manifest.json").write_text(append_seal(body))
     with pytest.raises(Damaged, match=r"data/train-000000\.tar: places a record at byte \d+, where none can lie"):
         Manifest.open(cache)
 
@@ -134,7 +133,7 @@ def test_a_manifest_whose_numbers_were_changed_is_refused(cache):
 @pytest.mark.parametrize("file", ["/etc/passwd", "../train-000000.tar", "data/../../x.tar", "data/train-0.tar"])
 def test_names_that_lead_out_of_the_folder_are_refused(cache, file):
     said = (cache / "manifest.json").read_text().rpartition('"sha256"')[0].replace("data/train-000000.tar", file)
-    (cache / "manifest.json").write_text(sealed(said))
+    (cache / "manifest.json").write_text(append_seal(said))
     with pytest.raises(Damaged, match=r"manifest\.json: shards\.0\.file: String should match pattern"):
         Manifest.open(cache)
 

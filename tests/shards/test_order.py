@@ -1,44 +1,44 @@
 import numpy as np
 import pytest
 
-from configs.refusal import Refused
 from shards import order
 from shards.order import GroupedOrder, Pairs, ShuffledOrder, WeightedOrder
+from stages.system.refusal import Refused
 
 DRAWS = np.array([2, 2, 3, 1, 4])
 
 
-def listed(ordered, first, last):
+def pairs_at(ordered, first, last):
     """The samples [first, last) of an order as (record, draw)."""
     return list(zip(*(part.tolist() for part in ordered.at(np.arange(first, last))), strict=True))
 
 
-def every_pair():
+def all_pairs():
     return sorted((record, draw) for record, draws in enumerate(DRAWS) for draw in range(draws))
 
 
-def test_pairs_number_each_draw_of_each_record_once():
+def test_pairs_number_each_state_of_each_record_once():
     pairs = Pairs(DRAWS)
     assert len(pairs) == 12
-    assert list(zip(*(part.tolist() for part in pairs.split(np.arange(12))), strict=True)) == every_pair()
+    assert list(zip(*(part.tolist() for part in pairs.locate(np.arange(12))), strict=True)) == all_pairs()
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
 def test_each_epoch_is_a_permutation(epoch):
     ordered = ShuffledOrder(3, Pairs(DRAWS))
-    assert sorted(listed(ordered, 12 * epoch, 12 * epoch + 12)) == every_pair()
+    assert sorted(pairs_at(ordered, 12 * epoch, 12 * epoch + 12)) == all_pairs()
 
 
 def test_epochs_and_seeds_differ():
     pairs = Pairs(np.full(100, 2))
     one = ShuffledOrder(3, pairs)
-    assert listed(one, 0, 200) != listed(one, 200, 400)
-    assert listed(one, 0, 200) != listed(ShuffledOrder(4, pairs), 0, 200)
+    assert pairs_at(one, 0, 200) != pairs_at(one, 200, 400)
+    assert pairs_at(one, 0, 200) != pairs_at(ShuffledOrder(4, pairs), 0, 200)
 
 
 def test_a_span_over_several_epochs_is_its_parts_put_together():
     ordered = ShuffledOrder(3, Pairs(DRAWS))
-    assert listed(ordered, 5, 40) == listed(ordered, 5, 13) + listed(ordered, 13, 40)
+    assert pairs_at(ordered, 5, 40) == pairs_at(ordered, 5, 13) + pairs_at(ordered, 13, 40)
 
 
 def test_the_order_of_seed_0_is_the_one_it_always_was():
@@ -82,9 +82,9 @@ def test_a_class_of_weight_zero_never_comes():
 
 def test_a_weighted_sample_depends_on_its_number_alone():
     ordered = WeightedOrder(1, Pairs(DRAWS), CLASSES, {"a": 5, "b": 3, "c": 2})
-    whole = listed(ordered, 4000, 9000)
-    assert listed(ordered, 4090, 4100) == whole[90:100]
-    assert listed(ordered, 8191, 8193) == whole[4191:4193]
+    whole = pairs_at(ordered, 4000, 9000)
+    assert pairs_at(ordered, 4090, 4100) == whole[90:100]
+    assert pairs_at(ordered, 8191, 8193) == whole[4191:4193]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,9 @@ def test_weights_that_do_not_fit_the_classes_are_refused(weights, words):
 
 def test_rounding_never_draws_a_class_of_weight_zero(monkeypatch):
     # Eight tenths add up to a hair less than eight times a tenth: the greatest chance lies beyond the last boundary.
-    monkeypatch.setattr(order, "chances", lambda _seed, _block: np.full((order.BLOCK, 2), np.nextafter(1, 0)))
+    monkeypatch.setattr(
+        order, "chances", lambda _seed, _block: np.full((order.SAMPLES_PER_BLOCK, 2), np.nextafter(1, 0))
+    )
     weights = dict.fromkeys("abcdefgh", 0.1) | {"z": 0.0}
     records, _ = WeightedOrder(1, Pairs(np.full(9, 1)), "abcdefghz", weights).at(np.arange(1))
     assert records.tolist() == [7]

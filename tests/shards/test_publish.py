@@ -9,13 +9,11 @@ import webdataset
 import yaml
 from safetensors.torch import load
 
-from configs.refusal import Refused
 from shards.__main__ import main
-from shards.card import size_of
-from shards.manifest import Manifest
-from shards.publish import CARD
-from shards.recipe import Recipe
+from shards.manifest import Manifest, Recipe
+from shards.publish import CARD_FILE, size_category
 from shards.writer import CacheWriter
+from stages.system.refusal import Refused
 
 
 @pytest.fixture
@@ -26,7 +24,7 @@ def published(cache):
 
 def test_it_is_opened_by_datasets_with_every_record(published, tmp_path):
     whole = datasets.load_dataset(str(published), cache_dir=str(tmp_path / "arrow"))
-    counts = {split: sum(shard.records for shard in Manifest.open(published).of(split)) for split in whole}
+    counts = {split: sum(shard.records for shard in Manifest.open(published).shards_of(split)) for split in whole}
     assert {split: len(rows) for split, rows in whole.items()} == counts == {"train": 7, "validation": 2}
     types = {name: feature.dtype for name, feature in whole["train"].features["json"].items() if name != "blocks"}
     assert types == {
@@ -67,12 +65,12 @@ def test_the_lists_of_shards_lead_webdataset_to_every_record(published):
         urls = [str(published / shard["url"]) for shard in said["shardlist"]]
         assert len(list(webdataset.WebDataset(urls, shardshuffle=False))) == records
         assert [shard["nsamples"] for shard in said["shardlist"]] == [
-            s.records for s in Manifest.open(published).of(split)
+            s.records for s in Manifest.open(published).shards_of(split)
         ]
 
 
 def test_the_card_has_the_head_of_a_dataset_and_tells_the_facts(published):
-    _, head, body = (published / CARD).read_text().split("---\n", 2)
+    _, head, body = (published / CARD_FILE).read_text().split("---\n", 2)
     said = yaml.safe_load(head)
     assert said["configs"] == [
         {
@@ -89,32 +87,32 @@ def test_the_card_has_the_head_of_a_dataset_and_tells_the_facts(published):
     assert Manifest.open(published).recipe.fingerprint() in body
 
 
-def test_no_path_of_this_machine_is_told(tmp_path, make_record):
+def test_no_path_of_this_machine_is_published(tmp_path, make_record):
     for place in ("/home/somebody/model", "models/sd15"):
         recipe = Recipe(identity={"steps": 1}, information={"teacher_location": place})
         CacheWriter(tmp_path / place[-4:], recipe).add("train", 0, [make_record(0)])
         main(["export-index", str(tmp_path / place[-4:])])
-        said = (tmp_path / place[-4:] / CARD).read_text()
+        said = (tmp_path / place[-4:] / CARD_FILE).read_text()
         assert place not in said
         assert str(tmp_path) not in said
 
 
 def test_verify_does_not_mind_what_was_added_and_writing_it_again_changes_nothing(published):
     assert main(["verify", str(published)]) == 0
-    before = (published / CARD).read_bytes()
+    before = (published / CARD_FILE).read_bytes()
     main(["export-index", str(published), "--license", "mit", "--name", "stars"])
-    assert (published / CARD).read_bytes() == before
+    assert (published / CARD_FILE).read_bytes() == before
 
 
 def test_a_readme_of_somebody_else_is_not_written_over(cache):
-    (cache / CARD).write_text("mine")
+    (cache / CARD_FILE).write_text("mine")
     with pytest.raises(Refused, match=r"README\.md: was not written by this command"):
         main(["export-index", str(cache)])
-    assert (cache / CARD).read_text() == "mine"
+    assert (cache / CARD_FILE).read_text() == "mine"
 
 
 @pytest.mark.parametrize(
     ("records", "word"), [(1, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (50_500, "10K<n<100K"), (10**7, "n>10M")]
 )
 def test_sizes_are_the_hubs_words(records, word):
-    assert size_of(records) == word
+    assert size_category(records) == word

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.refusal import Refused
 from shards.manifest import Manifest
-from shards.opened import MOST_OPEN
+from shards.opened import MAX_OPEN_FILES
 from shards.reader import Reader
 from shards.writer import CacheWriter
+from stages.system.refusal import Refused
 
 TRAIN = range(7)
 
@@ -26,7 +26,7 @@ def test_records_come_in_the_order_of_the_shards(cache, make_record):
     reader = Reader(cache)
     assert [record.key for record in reader.records()] == [f"{number:09d}" for number in TRAIN]
     assert [record.key for record in reader.records("validation")] == ["000000100", "000000101"]
-    assert [reader.number(number).text for number in TRAIN] == [make_record(number).text for number in TRAIN]
+    assert [reader.record_at(number).text for number in TRAIN] == [make_record(number).text for number in TRAIN]
 
 
 def test_a_record_is_found_by_its_key(cache, make_record):
@@ -40,11 +40,11 @@ def test_an_unknown_key_is_refused_with_the_keys_there_are(cache):
 
 
 @pytest.mark.parametrize("memory_budget_bytes", [2 << 30, 10_000, 0])
-def test_a_row_is_the_draw_of_the_record_that_it_names(cache, make_record, memory_budget_bytes):
+def test_a_row_is_the_state_of_the_record_that_it_names(cache, make_record, memory_budget_bytes):
     reader = Reader(cache, batch_size=5, memory_budget_bytes=memory_budget_bytes)
     for batch in itertools.islice(reader.batches(), 6):
         assert len(batch) == 5
-        for row, (key, draw) in enumerate(zip(batch.keys, batch.draw.tolist(), strict=True)):
+        for row, (key, draw) in enumerate(zip(batch.keys, batch.state_index.tolist(), strict=True)):
             sent = make_record(int(key))
             assert (batch.texts[row], batch.class_names[row]) == (sent.text, sent.class_name)
             assert batch.cond[row].equal(sent.cond)
@@ -60,10 +60,10 @@ def test_memory_does_not_change_what_is_read(cache):
     for a, b in itertools.islice(zip(rich.batches(), poor.batches(), strict=True), 8):
         assert a.keys == b.keys
         assert all(getattr(a, name).equal(getattr(b, name)) for name in ("cond", "x_t", "v_cond", "v_uncond", "s", "k"))
-        assert a.draw.dtype == b.draw.dtype == torch.int64
+        assert a.state_index.dtype == b.state_index.dtype == torch.int64
 
 
-def test_an_epoch_holds_every_draw_once(cache):
+def test_an_epoch_holds_every_state_once(cache):
     reader = Reader(cache, batch_size=4)
     everything = sorted((f"{number:09d}", draw) for number in TRAIN for draw in range(2))
     assert reader.samples_per_epoch == 14
@@ -103,16 +103,16 @@ def test_a_weighted_stream_follows_the_weights(cache):
 def test_moving_a_batch_changes_floats_but_not_times(cache):
     batch = next(Reader(cache, batch_size=2).batches()).to("cpu", torch.bfloat16)
     assert {t.dtype for t in (batch.cond, batch.x_t, batch.v_cond, *batch.features.values())} == {torch.bfloat16}
-    assert (batch.s.dtype, batch.k.dtype, batch.draw.dtype) == (torch.float32, torch.int64, torch.int64)
+    assert (batch.s.dtype, batch.k.dtype, batch.state_index.dtype) == (torch.float32, torch.int64, torch.int64)
 
 
-def test_a_cut_shard_is_refused_at_the_door(cache):
+def test_a_cut_shard_is_refused_when_opened(cache):
     os.truncate(cache / "data/train-000001.tar", 9000)
     with pytest.raises(Refused, match=r"train-000001\.tar: \d records, manifest says 3"):
         Reader(cache)
 
 
-def test_a_missing_shard_is_refused_at_the_door(cache):
+def test_a_missing_shard_is_refused_when_opened(cache):
     (cache / "data/train-000000.tar").unlink()
     with pytest.raises(Refused, match=r"train-000000\.tar: missing"):
         Reader(cache)
@@ -141,13 +141,13 @@ def open_files():
 
 def test_more_shards_than_open_files_are_read(tmp_path, make_recipe, make_record):
     writer = CacheWriter(tmp_path, make_recipe())
-    for index in range(MOST_OPEN + 3):
+    for index in range(MAX_OPEN_FILES + 3):
         writer.add("train", index, [make_record(index)])
     gc.collect()
     before = open_files()
-    reader = Reader(tmp_path, batch_size=2 * (MOST_OPEN + 3), memory_budget_bytes=0, workers=0)
-    assert len(set(next(reader.batches()).keys)) == MOST_OPEN + 3
-    assert open_files() - before == MOST_OPEN
+    reader = Reader(tmp_path, batch_size=2 * (MAX_OPEN_FILES + 3), memory_budget_bytes=0, workers=0)
+    assert len(set(next(reader.batches()).keys)) == MAX_OPEN_FILES + 3
+    assert open_files() - before == MAX_OPEN_FILES
     del reader
     gc.collect()
     assert open_files() == before

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.rounding import beyond_rounding, error_of
+from shards.codec import beyond_rounding, max_relative_error
 
 
 @settings(deadline=None)
@@ -26,10 +26,10 @@ def test_the_worst_element_counts_in_sizes_of_its_row():
     stored = torch.zeros(2, 3).half()
     now = torch.tensor([[0.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(
-        error_of(stored, now, torch.tensor([2.0, 2.0])), torch.tensor([0.25, 0.0]), atol=1e-7, rtol=0
+        max_relative_error(stored, now, torch.tensor([2.0, 2.0])), torch.tensor([0.25, 0.0]), atol=1e-7, rtol=0
     )
 
 
 def test_no_number_is_no_small_error():
     now = torch.tensor([[float("nan"), 0.0]])
-    assert error_of(torch.zeros(1, 2).half(), now, torch.ones(1)).isnan().all()
+    assert max_relative_error(torch.zeros(1, 2).half(), now, torch.ones(1)).isnan().all()

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from configs.characters import escaped
 from shards.__main__ import main
 from shards.manifest import Manifest
+from stages.system.refusal import escape_unprintable
 
 ROOT = Path(__file__).parents[2]
 
 
-def flip(file, bit):
+def flip_bit(file, bit):
     """Turn one bit of a file."""
     content = bytearray(file.read_bytes())
     content[bit // 8] ^= 1 << bit % 8
@@ -30,7 +30,7 @@ def test_verify_prints_a_line_for_each_split_and_ok(cache, capsys, inner):
 
 def test_verify_names_the_first_bad_record_and_exits_with_1(cache, capsys):
     place = Manifest.open(cache).shards[1].offsets[2]
-    flip(cache / "data/train-000001.tar", 8 * (place.st_offset + place.st_size - 1))
+    flip_bit(cache / "data/train-000001.tar", 8 * (place.st_offset + place.st_size - 1))
     assert main(["verify", str(cache)]) == 1
     told = capsys.readouterr()
     assert told.out == ""
@@ -48,7 +48,7 @@ def test_show_prints_the_record_that_was_asked_for(cache, capsys):
 
 
 def test_a_strangers_words_reach_no_terminal_as_escapes():
-    assert escaped("a \x1b[31mred\x07 stär\n") == "a \\x1b[31mred\\x07 stär\\n"
+    assert escape_unprintable("a \x1b[31mred\x07 stär\n") == "a \\x1b[31mred\\x07 stär\\n"
 
 
 def test_stats_adds_up(cache, capsys):
@@ -63,7 +63,7 @@ def test_stats_adds_up(cache, capsys):
     assert sum(int(line[-2].replace(",", "")) for line in lines[first_part:]) == split_bytes
 
 
-def test_the_module_tells_a_refusal_in_one_line_and_exits_with_2(tmp_path):
+def test_the_module_prints_a_refusal_in_one_line_and_exits_with_2(tmp_path):
     words = [sys.executable, "-m", "shards", "verify", str(tmp_path)]
     told = subprocess.run(words, cwd=ROOT, check=False, capture_output=True, text=True)
     assert (told.returncode, told.stdout) == (2, "")

@@ -3,10 +3,10 @@ import shutil
 
 import pytest
 
-from configs.refusal import Refused
-from shards import stamps
-from shards.entries import Shard
+from shards import opened as stamps
+from shards.archive import Shard
 from shards.reader import Reader
+from stages.system.refusal import Refused
 
 
 @pytest.fixture
@@ -18,27 +18,27 @@ def hashed(monkeypatch):
     return seen
 
 
-def read(cache):
+def read_all_records(cache):
     """A batch of every sample, from the shards."""
     return next(Reader(cache, batch_size=14, memory_budget_bytes=0).batches())
 
 
 def test_a_shard_is_read_whole_once_a_machine(cache, hashed):
-    read(cache)
+    read_all_records(cache)
     assert sorted(hashed) == ["data/train-000000.tar", "data/train-000001.tar"]
-    read(cache)
+    read_all_records(cache)
     assert len(hashed) == 2
 
 
 def test_a_young_file_is_not_believed(cache, hashed, monkeypatch):
     monkeypatch.setattr(stamps, "RESTED_SECONDS", 1000.0)
-    read(cache)
-    read(cache)
+    read_all_records(cache)
+    read_all_records(cache)
     assert len(hashed) == 4
 
 
 def test_a_stamped_shard_that_changed_is_refused_even_with_its_old_time(cache, hashed):
-    read(cache)
+    read_all_records(cache)
     path = cache / "data/train-000001.tar"
     before = path.stat()
     with open(path, "r+b") as tar:
@@ -46,7 +46,7 @@ def test_a_stamped_shard_that_changed_is_refused_even_with_its_old_time(cache, h
         tar.write(b"\x55")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(Refused, match=r"train-000001\.tar: sha256"):
-        read(cache)
+        read_all_records(cache)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -77,7 +77,7 @@ def test_a_shard_that_changes_under_its_reader_is_refused(cache, hashed, change,
 def test_stamps_lie_with_the_user_and_not_in_the_cache(cache, hashed, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     before = sorted(cache.rglob("*"))
-    read(cache)
+    read_all_records(cache)
     assert sorted(cache.rglob("*")) == before
     assert len([path for path in (tmp_path / "home/sollune/verified").rglob("*") if path.is_file()]) == 2
 
@@ -85,6 +85,6 @@ def test_stamps_lie_with_the_user_and_not_in_the_cache(cache, hashed, tmp_path, 
 def test_without_a_place_for_stamps_every_run_verifies(cache, hashed, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    read(cache)
-    read(cache)
+    read_all_records(cache)
+    read_all_records(cache)
     assert len(hashed) == 4

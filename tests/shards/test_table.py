@@ -5,17 +5,17 @@ import pytest
 import torch
 import zarr
 
-from configs.refusal import Refused
 from shards import table as table_module
-from shards import tabulate
-from shards.damage import Damaged
-from shards.moments import Statistics
+from shards import table as tabulate
+from shards.integrity import Damaged
 from shards.reader import Reader
+from shards.stats import Statistics
 from shards.table import Table, write_table
 from shards.writer import CacheWriter
+from stages.system.refusal import Refused
 
 
-def content(folder):
+def folder_content(folder):
     """Every file of a folder with its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -28,9 +28,9 @@ def test_the_table_says_what_the_shards_say(cache, monkeypatch, rows_per_file):
     table, reader = Table.open(cache), Reader(cache)
     records = [*reader.records("train"), *reader.records("validation")]
     assert table.key.tolist() == [int(record.key) for record in records for _ in range(2)]
-    assert table.draw.tolist() == [0, 1] * 9
-    assert table.s.tolist() == [s for record in records for s in record.draws.s.tolist()]
-    assert table.k.tolist() == [k for record in records for k in record.draws.k.tolist()]
+    assert table.state_index.tolist() == [0, 1] * 9
+    assert table.s.tolist() == [s for record in records for s in record.states.s.tolist()]
+    assert table.k.tolist() == [k for record in records for k in record.states.k.tolist()]
     assert table.blocks == ("mid", "down_0")
     for block in table.blocks:
         expected = torch.cat([record.features.by_block[block] for record in records])
@@ -42,9 +42,9 @@ def test_two_tables_of_the_same_shards_are_the_same_bytes(cache, make_cache, tmp
     other = make_cache(tmp_path / "other")
     write_table(cache)
     write_table(other)
-    assert content(cache / "table.zarr") == content(other / "table.zarr")
+    assert folder_content(cache / "table.zarr") == folder_content(other / "table.zarr")
     write_table(cache)
-    assert content(cache / "table.zarr") == content(other / "table.zarr")
+    assert folder_content(cache / "table.zarr") == folder_content(other / "table.zarr")
 
 
 def test_rows_are_found_by_split_class_and_time(cache):
@@ -61,7 +61,7 @@ def test_statistics_are_those_of_the_training_states_of_each_bin(cache, monkeypa
     monkeypatch.setattr(table_module, "ROWS_AT_ONCE", rows_at_once)
     write_table(cache)
     records = list(Reader(cache).records("train"))
-    s = torch.cat([record.draws.s for record in records])
+    s = torch.cat([record.states.s for record in records])
     found = Table.open(cache).statistics(bins=3)
     assert list(found) == ["mid", "down_0"]
     for block, one in found.items():
@@ -71,8 +71,8 @@ def test_statistics_are_those_of_the_training_states_of_each_bin(cache, monkeypa
             assert one.count[i].item() == len(rows) > 1
             torch.testing.assert_close(one.mean[i], rows.mean(0))
             torch.testing.assert_close(one.std()[i], rows.std(0))
-        torch.testing.assert_close(one.overall().mean[0], seen.mean(0))
-        torch.testing.assert_close(one.overall().std(correction=0)[0], seen.std(0, correction=0))
+        torch.testing.assert_close(one.merge_bins().mean[0], seen.mean(0))
+        torch.testing.assert_close(one.merge_bins().std(correction=0)[0], seen.std(0, correction=0))
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -88,9 +88,9 @@ def test_statistics_are_refused_of_a_damaged_table(cache, cut):
 
 def test_statistics_survive_a_large_mean():
     values = torch.randn(1000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e7
-    found = Statistics.none(1, 2)
+    found = Statistics.empty(1, 2)
     for part in values.split(7):
-        found = found.joined(Statistics.of(part, torch.zeros(len(part), dtype=torch.int64), 1))
+        found = found.merge(Statistics.from_values(part, torch.zeros(len(part), dtype=torch.int64), 1))
     torch.testing.assert_close(found.std()[0], values.std(0), rtol=1e-7, atol=0)
 
 

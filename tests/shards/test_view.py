@@ -3,16 +3,15 @@ import itertools
 import pytest
 from pydantic import ValidationError
 
-from configs.refusal import Refused
-from shards.reader import Reader
-from shards.view import View, chance
+from shards.reader import Reader, View, uniform_of_key
+from stages.system.refusal import Refused
 
 
-def epoch(cache, view, **options):
+def samples_of_epoch(cache, view, **options):
     """(key, draw) of every sample of one epoch."""
     reader = Reader(cache, view=view, batch_size=1, **options)
     batches = itertools.islice(reader.batches(), reader.samples_per_epoch)
-    return sorted((batch.keys[0], int(batch.draw[0])) for batch in batches)
+    return sorted((batch.keys[0], int(batch.state_index[0])) for batch in batches)
 
 
 def expected(make_record, keeps):
@@ -29,24 +28,24 @@ def expected(make_record, keeps):
         (View(s_range=(0.2, 0.7)), lambda _record, s: 0.2 <= s < 0.7),
         (View(guidance_range=(4, 6)), lambda record, _s: 4 <= record.guidance_scale <= 6),
         (View(classes="*/[sd]*", s_range=(0.5, 1)), lambda record, s: "ring" not in record.class_name and s >= 0.5),
-        (View(prompt_fraction=0.6), lambda record, _s: chance(record.key) < 0.6),
+        (View(prompt_fraction=0.6), lambda record, _s: uniform_of_key(record.key) < 0.6),
     ],
 )
 def test_a_view_holds_what_it_says(cache, make_record, view, keeps, memory_budget_bytes):
     wanted = expected(make_record, keeps)
     assert len(wanted) > 0
-    assert epoch(cache, view, memory_budget_bytes=memory_budget_bytes) == wanted
+    assert samples_of_epoch(cache, view, memory_budget_bytes=memory_budget_bytes) == wanted
 
 
 def test_bins_of_s_tile_the_cache(cache):
-    bins = [epoch(cache, View(s_range=(i / 4, (i + 1) / 4))) for i in (1, 2, 3)]
-    rest = epoch(cache, View(s_range=(0.25, 1)))
+    bins = [samples_of_epoch(cache, View(s_range=(i / 4, (i + 1) / 4))) for i in (1, 2, 3)]
+    rest = samples_of_epoch(cache, View(s_range=(0.25, 1)))
     assert sorted(itertools.chain(*bins)) == rest
 
 
 def test_a_smaller_share_of_prompts_lies_inside_a_larger():
     keys = [f"{number:09d}" for number in range(5000)]
-    shares = [{key for key in keys if chance(key) < fraction} for fraction in (0.1, 0.2, 1.0)]
+    shares = [{key for key in keys if uniform_of_key(key) < fraction} for fraction in (0.1, 0.2, 1.0)]
     assert shares[0] < shares[1] < shares[2] == set(keys)
     assert abs(len(shares[0]) - 500) < 4 * (5000 * 0.1 * 0.9) ** 0.5
 

@@ -8,21 +8,21 @@ import datasets
 import pytest
 import webdataset
 
-from configs.refusal import Refused
 from shards.codec import decode, encode
-from shards.manifest import Manifest, Recipe, verify
+from shards.manifest import Manifest, Recipe, open_verified
 from shards.writer import CacheWriter, write_shard
+from stages.system.refusal import Refused
 
 HERE = Path(__file__).parent
 
 
-def content(folder):
+def folder_content(folder):
     """Every file of a folder with its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_two_runs_give_the_same_bytes(make_cache, tmp_path):
-    assert content(make_cache(tmp_path / "a")) == content(make_cache(tmp_path / "b"))
+    assert folder_content(make_cache(tmp_path / "a")) == folder_content(make_cache(tmp_path / "b"))
 
 
 def test_shards_written_in_another_order_give_the_same_cache(cache, make_recipe, make_record, tmp_path):
@@ -30,7 +30,7 @@ def test_shards_written_in_another_order_give_the_same_cache(cache, make_recipe,
     writer.add("validation", 0, map(make_record, range(100, 102)))
     writer.add("train", 1, map(make_record, range(4, 7)))
     writer.add("train", 0, map(make_record, range(4)))
-    assert content(tmp_path / "b") == content(cache)
+    assert folder_content(tmp_path / "b") == folder_content(cache)
 
 
 def test_offsets_point_at_the_members(cache, make_record):
@@ -95,46 +95,46 @@ def test_a_killed_run_goes_on_to_the_bytes_of_an_uninterrupted_one(cache, make_c
     before = (folder / "data/train-000000.tar").stat().st_mtime_ns
     make_cache(folder)
     assert (folder / "data/train-000000.tar").stat().st_mtime_ns == before
-    assert content(folder) == content(cache)
+    assert folder_content(folder) == folder_content(cache)
 
 
 def test_a_shard_that_only_the_journal_knows_is_entered_when_the_cache_is_opened_again(cache, make_recipe, make_cache):
     """Killed between journal and manifest: when nothing else is left to make, nobody would enter the last shard."""
-    whole = content(cache)
-    Manifest.open(cache).without("data/validation-000000.tar").save(cache)
-    assert content(cache) != whole
+    whole = folder_content(cache)
+    Manifest.open(cache).without_shard("data/validation-000000.tar").save(cache)
+    assert folder_content(cache) != whole
     make_cache(cache)
-    assert content(cache) == whole
-    Manifest.open(cache).without("data/validation-000000.tar").save(cache)
+    assert folder_content(cache) == whole
+    Manifest.open(cache).without_shard("data/validation-000000.tar").save(cache)
     CacheWriter(cache, make_recipe())
-    assert content(cache) == whole
+    assert folder_content(cache) == whole
 
 
 def test_a_damaged_shard_counts_as_unfinished_and_is_made_again(cache, make_cache):
-    whole = content(cache)
+    whole = folder_content(cache)
     shard = Manifest.open(cache).shards[0]
     with open(cache / shard.file, "r+b") as tar:
         tar.seek(shard.offsets[0].st_offset + 300)
         tar.write(b"\xff\xff")
     make_cache(cache)
-    assert content(cache) == whole
+    assert folder_content(cache) == whole
 
 
 def test_a_longer_list_of_prompts_remakes_only_the_shard_that_grew(cache, make_recipe):
     writer = CacheWriter(cache, make_recipe())
-    assert writer.has("train", 0, 4)
-    assert not writer.has("train", 1, 4)
-    assert not writer.has("train", 2, 4)
+    assert writer.is_intact("train", 0, 4)
+    assert not writer.is_intact("train", 1, 4)
+    assert not writer.is_intact("train", 2, 4)
 
 
 def test_another_recipe_is_refused_before_anything_is_written(cache):
-    whole = content(cache)
+    whole = folder_content(cache)
     with pytest.raises(Refused, match=r"cache: made by another recipe: sampling\.steps was 25, is now 26;"):
         CacheWriter(cache, Recipe(identity={"sampling": {"steps": 26}}))
-    assert content(cache) == whole
+    assert folder_content(cache) == whole
 
 
-def test_failed_prompts_are_told_and_count_as_done(tmp_path, make_recipe, make_record):
+def test_failed_prompts_are_recorded_and_count_as_done(tmp_path, make_recipe, make_record):
     writer, failures = CacheWriter(tmp_path, make_recipe()), []
 
     def records():
@@ -144,12 +144,12 @@ def test_failed_prompts_are_told_and_count_as_done(tmp_path, make_recipe, make_r
 
     writer.add("train", 0, records(), failures)
     again = CacheWriter(tmp_path, make_recipe())
-    assert again.has("train", 0, 3)
+    assert again.is_intact("train", 0, 3)
     assert [(one.file, one.key, one.reason) for one in again.manifest.failures] == [
         ("data/train-000000.tar", "000000001", "the teacher said nan")
     ]
     again.add("train", 0, map(make_record, range(3)))
-    assert verify(tmp_path).failures == ()
+    assert open_verified(tmp_path).failures == ()
 
 
 def test_nothing_is_left_when_making_a_record_fails(tmp_path, make_record):
@@ -159,7 +159,7 @@ def test_nothing_is_left_when_making_a_record_fails(tmp_path, make_record):
 
     with pytest.raises(ZeroDivisionError):
         write_shard(tmp_path, "train", 0, records())
-    assert content(tmp_path) == {}
+    assert folder_content(tmp_path) == {}
 
 
 @pytest.mark.parametrize(("numbers", "words"), [((1, 1), "keys must rise"), ((2, 1), "keys must rise")])
@@ -168,7 +168,7 @@ def test_keys_of_a_shard_must_rise(tmp_path, make_record, numbers, words):
         write_shard(tmp_path, "train", 0, map(make_record, numbers))
 
 
-def test_records_of_a_shard_must_have_as_many_draws(tmp_path, make_record):
+def test_records_of_a_shard_must_have_as_many_states(tmp_path, make_record):
     with pytest.raises(ValueError, match="000000001 has 3 draws, others have 2"):
         write_shard(tmp_path, "train", 0, [make_record(0), make_record(1, draws=3)])
 
@@ -181,7 +181,7 @@ def test_a_shard_without_records_is_refused(tmp_path):
 FULL = """
 import resource, runpy, sys
 from pathlib import Path
-from configs.refusal import Refused
+from stages.system.refusal import Refused
 from shards.writer import CacheWriter
 made = runpy.run_path(sys.argv[1])
 writer = CacheWriter(Path(sys.argv[2]), made["recipe"]())
@@ -199,5 +199,5 @@ def test_a_file_that_does_not_fit_is_refused_and_leaves_nothing(tmp_path, make_r
     told = subprocess.run(words, cwd=HERE.parents[1], check=True, capture_output=True, text=True)
     assert "data/train-000001.tar: cannot be written (File too large)" in told.stdout
     assert told.stderr == ""
-    assert sorted(content(tmp_path)) == ["data/train-000000.tar", "journal/train-000000.json", "manifest.json"]
-    assert CacheWriter(tmp_path, make_recipe()).has("train", 0, 4)
+    assert sorted(folder_content(tmp_path)) == ["data/train-000000.tar", "journal/train-000000.json", "manifest.json"]
+    assert CacheWriter(tmp_path, make_recipe()).is_intact("train", 0, 4)

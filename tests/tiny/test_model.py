@@ -7,17 +7,18 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from shards.record import BLOCKS
-from stages.flow.bridge import Bridge, Schedule
+from stages.flow.bridge import Bridge
+from stages.flow.schedule import NoiseSchedule
 from stages.nets.components import load_components
 from stages.nets.features import last_resnets
 from stages.nets.scheduler import flow_scheduler
 from stages.prompts import GrammarSource, prompts
-from stages.tiny.check import MODEL, through
+from stages.tiny.check import MODEL, reconstruct
 from stages.tiny.fit import PatchCode, Scenes, draw_scenes, fit_code
-from stages.tiny.judge import load_net
-from stages.tiny.score import score, shares
-from stages.tiny.training import Fit, train
-from stages.tiny.world import grammar
+from stages.tiny.judge import load_classifier
+from stages.tiny.score import accuracies, score
+from stages.tiny.training import TrainingSpec, train
+from stages.tiny.world import world_grammar
 
 SOURCE = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
 
@@ -51,13 +52,13 @@ def test_stock_diffusers_draws_what_it_is_told(pipeline: StableDiffusionPipeline
     texts = [prompt.text for prompt in prompts(SOURCE, 5, "validation", 40)]
     generator = torch.Generator().manual_seed(0)
     asked = {"num_inference_steps": 15, "guidance_scale": 5.0, "generator": generator, "output_type": "pt"}
-    assert shares(score(texts, pipeline(texts, **asked).images))["all"] > 0.8
+    assert accuracies(score(texts, pipeline(texts, **asked).images))["all"] > 0.8
 
 
 @pytest.fixture
 def velocity_pipeline(pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> StableDiffusionPipeline:
     """The stock pipeline with a perfect student in it: the teacher's own velocity, told the time 1000 s."""
-    bridge, answer = Bridge(Schedule.from_config(pipeline.scheduler.config)), pipeline.unet.forward
+    bridge, answer = Bridge(NoiseSchedule.from_config(pipeline.scheduler.config)), pipeline.unet.forward
 
     def forward(
         x: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: object
@@ -78,7 +79,7 @@ def test_a_velocity_model_paints_under_the_exported_scheduler_and_rubbish_as_a_n
     def right() -> float:
         asked = {"num_inference_steps": 15, "guidance_scale": 5.0, "output_type": "pt"}
         painted = velocity_pipeline(texts, generator=torch.Generator().manual_seed(0), **asked)
-        return shares(score(texts, painted.images))["all"]
+        return accuracies(score(texts, painted.images))["all"]
 
     assert right() < 0.5
     monkeypatch.setattr(velocity_pipeline, "scheduler", flow_scheduler())
@@ -86,14 +87,14 @@ def test_a_velocity_model_paints_under_the_exported_scheduler_and_rubbish_as_a_n
 
 
 def test_the_judge_reads_true_pictures(scenes: Scenes) -> None:
-    seen = load_net().attributes(scenes.normalised(torch.arange(200)))
+    seen = load_classifier().predict(scenes.normalised(torch.arange(200)))
     assert (seen == scenes.labels).float().mean() > 0.99
 
 
 def test_the_judge_reads_pictures_that_went_through_the_autoencoder(
     scenes: Scenes, pipeline: StableDiffusionPipeline
 ) -> None:
-    seen = load_net().attributes(through(pipeline.vae, scenes.normalised(torch.arange(200))))
+    seen = load_classifier().predict(reconstruct(pipeline.vae, scenes.normalised(torch.arange(200))))
     assert (seen == scenes.labels).float().mean() > 0.98
 
 
@@ -104,7 +105,7 @@ def test_scaled_latents_have_unit_variance(scenes: Scenes, pipeline: StableDiffu
 
 
 def test_every_word_of_the_world_is_one_token(pipeline: StableDiffusionPipeline) -> None:
-    words = {word for phrase in grammar().phrases for word in phrase.words}
+    words = {word for phrase in world_grammar().phrases for word in phrase.words}
     assert all(len(pipeline.tokenizer.tokenize(word)) == 1 for word in words)
 
 
@@ -122,7 +123,7 @@ def test_the_latent_code_is_white(scenes: Scenes) -> None:
 
 
 def test_a_fit_that_was_interrupted_ends_on_the_same_weights(tmp_path: Path) -> None:
-    fit = Fit("part", steps=6, learning_rate=0.1, warmup_steps=2, save_every=2)
+    fit = TrainingSpec("part", steps=6, learning_rate=0.1, warmup_steps=2, save_every=2)
 
     def fitted(work: Path, stop_at: int) -> torch.Tensor:
         work.mkdir(exist_ok=True)

@@ -5,41 +5,56 @@ import random
 import numpy as np
 
 from stages.prompts import Prompt
-from stages.tiny.world import ATTRIBUTES, BACKGROUND, COLOUR, Scene, draw, grammar, label, read, scene_of
+from stages.tiny.world import (
+    ATTRIBUTES,
+    BACKGROUND,
+    COLOUR,
+    Scene,
+    draw_scene,
+    label,
+    parse_attributes,
+    sample_scene,
+    world_grammar,
+)
 
 
 def test_a_sentence_is_read_back_word_for_word() -> None:
     for index in range(200):
-        prompt = grammar().prompt(5, index)
+        prompt = world_grammar().prompt(5, index)
         assert (
-            grammar().say({name: read(prompt.text)[name] for name in ORDER if name in read(prompt.text)}) == prompt.text
+            world_grammar().compose(
+                {name: parse_attributes(prompt.text)[name] for name in ORDER if name in parse_attributes(prompt.text)}
+            )
+            == prompt.text
         )
 
 
-ORDER = tuple(phrase.name for phrase in grammar().phrases)
+ORDER = tuple(phrase.name for phrase in world_grammar().phrases)
 
 
 def test_every_word_can_be_drawn() -> None:
-    assert set(COLOUR) == set(grammar().words_of("colour"))
-    assert set(BACKGROUND) == set(grammar().words_of("background"))
+    assert set(COLOUR) == set(world_grammar().words_of("colour"))
+    assert set(BACKGROUND) == set(world_grammar().words_of("background"))
 
 
 def test_a_scene_says_what_its_sentence_says_and_fills_in_the_rest() -> None:
-    scene, _ = scene_of(Prompt("a blue star on a green background", "star/blue", 3))
+    scene, _ = sample_scene(Prompt("a blue star on a green background", "star/blue", 3))
     assert (scene.colour, scene.shape, scene.background) == ("blue", "star", "green")
-    others = {scene_of(Prompt("a blue star on a green background", "star/blue", seed))[0].place for seed in range(60)}
-    assert others == set(grammar().words_of("place"))
+    others = {
+        sample_scene(Prompt("a blue star on a green background", "star/blue", seed))[0].place for seed in range(60)
+    }
+    assert others == set(world_grammar().words_of("place"))
 
 
 def test_the_same_seed_draws_the_same_picture() -> None:
     scene = Scene("small", "red", "heart", "left", "white")
-    one, other = (draw(scene, random.Random(seed))[0] for seed in (1, 1))
+    one, other = (draw_scene(scene, random.Random(seed))[0] for seed in (1, 1))
     assert np.array_equal(one, other)
-    assert not np.array_equal(one, draw(scene, random.Random(2))[0])
+    assert not np.array_equal(one, draw_scene(scene, random.Random(2))[0])
 
 
 def test_shapes_stand_where_they_are_told_in_the_colour_they_are_told() -> None:
-    picture, coverage = draw(Scene("large", "red", "square", "left", "white"), random.Random(0))
+    picture, coverage = draw_scene(Scene("large", "red", "square", "left", "white"), random.Random(0))
     rows, columns = np.nonzero(coverage > 128)
     assert columns.mean() < 26
     assert abs(rows.mean() - 32) < 3
@@ -48,11 +63,11 @@ def test_shapes_stand_where_they_are_told_in_the_colour_they_are_told() -> None:
 
 
 def test_edges_are_anti_aliased() -> None:
-    _, coverage = draw(Scene("large", "red", "circle", "middle", "white"), random.Random(0))
+    _, coverage = draw_scene(Scene("large", "red", "circle", "middle", "white"), random.Random(0))
     assert len(np.unique(coverage)) > 10
 
 
 def test_labels_follow_the_order_of_the_attributes() -> None:
     scene = Scene("small", "red", "heart", "left", "white")
-    words = [grammar().words_of(name)[index] for name, index in zip(ATTRIBUTES, label(scene), strict=True)]
+    words = [world_grammar().words_of(name)[index] for name, index in zip(ATTRIBUTES, label(scene), strict=True)]
     assert words == ["small", "red", "heart", "left", "white"]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from shards.batch import Batch
-from stages.nets.student import Student, StudentOutput
-from stages.train.loop import TrainConfig, fit
+from stages.nets.student import Prediction, Student
+from stages.train.loop import fit
 from stages.train.losses import FeatureScale
-from stages.train.machine import Machine
 from stages.train.objective import Objective, ObjectiveConfig
+from stages.train.runtime import Runtime
+from stages.train.setup import TrainConfig
 
 BLOCKS = ("mid", "up_3")
 
@@ -34,10 +35,10 @@ class Toy(nn.Module):
         told = self.tell(torch.cat([cond.mean(dim=1), s[:, None]], dim=1))
         return self.conv(x) + told[:, :, None, None]
 
-    def forward(self, x: Tensor, s: Tensor, cond: Tensor, uncond: Tensor) -> StudentOutput:
+    def forward(self, x: Tensor, s: Tensor, cond: Tensor, uncond: Tensor) -> Prediction:
         v_cond, v_uncond = self.velocity(x, s, cond), self.velocity(x, s, uncond.expand_as(cond))
         pooled = v_cond.mean(dim=(2, 3))
-        return StudentOutput(v_cond, v_uncond, {"mid": pooled, "up_3": 2 * pooled})
+        return Prediction(v_cond, v_uncond, {"mid": pooled, "up_3": 2 * pooled})
 
 
 def make_batch(first: int, size: int = 2) -> Batch:
@@ -61,7 +62,7 @@ def make_batch(first: int, size: int = 2) -> Batch:
         s=s,
         k=(s * 999).long(),
         features={"mid": mid.half(), "up_3": up_3.half()},
-        draw=torch.zeros(size, dtype=torch.int64),
+        state_index=torch.zeros(size, dtype=torch.int64),
     )
 
 
@@ -107,7 +108,7 @@ def train() -> Callable[..., Any]:
             "objective": Objective(ObjectiveConfig(), BLOCKS, SCALE),
             "batches": stream,
             "uncond": torch.zeros(1, 5, 6),
-            "machine": Machine(torch.device("cpu")),
+            "runtime": Runtime(torch.device("cpu")),
             "identity": {"recipe": {"teacher": "abc"}},
             **options,
         }

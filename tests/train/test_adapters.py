@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.nets.lora import LoraConfig, adapters, with_adapters
+from stages.nets.lora import LoraConfig, adapter_parameters, add_adapters
 from stages.nets.student import Student
 from stages.tiny.anatomy import build_unet
 from stages.train.objective import Objective, ObjectiveConfig
@@ -26,7 +26,7 @@ def study(train: Callable[..., Any], unet_batches: Callable[..., Any]) -> Callab
         return train(
             folder,
             {"max_samples": 6, "checkpoint_every_samples": 2},
-            student=with_adapters(Student(build_unet()), ADAPTERS),
+            student=add_adapters(Student(build_unet()), ADAPTERS),
             objective=Objective(ObjectiveConfig(), ()),
             batches=unet_batches(lights_out),
             uncond=torch.zeros(1, 3, 64),
@@ -47,13 +47,13 @@ def test_a_resumed_run_of_adapters_has_the_very_bits_of_an_uninterrupted_one(tmp
 
 def test_the_weights_stay_and_only_adapters_are_trained_averaged_and_kept(tmp_path, study) -> None:
     torch.manual_seed(0)
-    fresh = with_adapters(Student(build_unet()), ADAPTERS)
+    fresh = add_adapters(Student(build_unet()), ADAPTERS)
     trained = study(tmp_path)
     own, before = dict(trained.named_parameters()), dict(fresh.named_parameters())
     moved = {name for name, value in before.items() if not torch.equal(value, own[name])}
-    assert moved == adapters(fresh).keys()
+    assert moved == adapter_parameters(fresh).keys()
     for file in ("student.safetensors", "ema.safetensors"):
-        assert load_file(tmp_path / "checkpoints/000000006" / file).keys() == adapters(fresh).keys()
+        assert load_file(tmp_path / "checkpoints/000000006" / file).keys() == adapter_parameters(fresh).keys()
     journal = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     ratios = next(line["update_ratio"] for line in reversed(journal) if line.get("update_ratio"))
     assert "mid" in ratios

@@ -2,8 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from stages.train.balance import BALANCED_EVERY_SAMPLES, MOST, balance, shares
-from stages.train.optim import OptimizerConfig, build_optimizer, set_learning_rate
+from stages.train.optim import (
+    MAX_SHARE,
+    REBALANCE_EVERY_SAMPLES,
+    OptimizerConfig,
+    balanced_shares,
+    build_optimizer,
+    rebalance,
+    set_learning_rate,
+)
 
 CONFIG = OptimizerConfig(block_rates="balanced", weight_decay=0.1)
 RATE = 1e-6
@@ -36,7 +43,7 @@ def test_balanced_blocks_move_by_one_share_of_their_weights_and_together_as_far_
         weights, moved = step(optimizer, seed)
     ratios = moved / weights
     assert ratios.max() > 1.5 * ratios.min()
-    balanced = torch.tensor(shares(optimizer)) * moved
+    balanced = torch.tensor(balanced_shares(optimizer)) * moved
     together = (moved.norm() / weights.norm()).expand(3)
     torch.testing.assert_close(balanced / weights, together, rtol=1e-4, atol=0)
     torch.testing.assert_close(balanced.norm(), moved.norm(), rtol=1e-4, atol=0)
@@ -47,12 +54,12 @@ def test_a_block_without_weights_keeps_its_rate_and_no_rate_leaves_its_bounds():
     named["mid_block.c"].data.zero_()
     named["down_blocks.0.a"].data.mul_(1e6)
     optimizer = build_optimizer(CONFIG, named)
-    assert shares(optimizer) == [1.0, 1.0, 1.0]
+    assert balanced_shares(optimizer) == [1.0, 1.0, 1.0]
     step(optimizer, 0)
     named["mid_block.c"].data.zero_()
-    down, mid, rest = shares(optimizer)
+    down, mid, rest = balanced_shares(optimizer)
     assert mid == 1.0
-    assert down <= MOST
+    assert down <= MAX_SHARE
     assert rest == pytest.approx(0.1)
 
 
@@ -61,26 +68,26 @@ def test_blocks_are_balanced_at_the_same_samples_whatever_the_batch_size():
         optimizer = build_optimizer(CONFIG, parameters())
         step(optimizer, 0)
         changed_at = None
-        for before in range(0, BALANCED_EVERY_SAMPLES, size):
-            balance(CONFIG, optimizer, before, before + size)
+        for before in range(0, REBALANCE_EVERY_SAMPLES, size):
+            rebalance(CONFIG, optimizer, before, before + size)
             if changed_at is None and any(group["share"] != 1.0 for group in optimizer.param_groups):
                 changed_at = before + size
-        assert changed_at == BALANCED_EVERY_SAMPLES
+        assert changed_at == REBALANCE_EVERY_SAMPLES
 
 
 def test_a_table_of_rates_is_left_alone():
     config = OptimizerConfig(block_rates={"mid": 0.5})
     optimizer = build_optimizer(config, parameters())
     step(optimizer, 0)
-    balance(config, optimizer, 0, BALANCED_EVERY_SAMPLES)
+    rebalance(config, optimizer, 0, REBALANCE_EVERY_SAMPLES)
     assert sorted(group["share"] for group in optimizer.param_groups) == [0.5, 1.0]
 
 
 def test_the_balance_survives_in_the_optimizers_own_state():
     optimizer, resumed = (build_optimizer(CONFIG, parameters()) for _ in range(2))
     step(optimizer, 0)
-    balance(CONFIG, optimizer, 0, BALANCED_EVERY_SAMPLES)
+    rebalance(CONFIG, optimizer, 0, REBALANCE_EVERY_SAMPLES)
     resumed.load_state_dict(optimizer.state_dict())
     found = [group["share"] for group in resumed.param_groups]
-    assert found == shares(optimizer)
+    assert found == balanced_shares(optimizer)
     assert found != [1.0] * 3

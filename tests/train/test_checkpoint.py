@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from benchmarks import saving
-from configs.refusal import Refused
+from stages.system.refusal import Refused
 from stages.train.checkpoint import Checkpoints
+from stages.train.checkpoint_store import CheckpointMeta, KeepConfig, fault_of, identity_differences
 from stages.train.ema import Ema
 from stages.train.optim import OptimizerConfig, build_optimizer
-from stages.train.retention import KeepConfig
 from stages.train.state import TrainingState
-from stages.train.statement import Statement, differences, fault_of
 
 FILES = ["student.safetensors", "ema.safetensors", "optimizer.pt", "memory.pt", "state.json"]
 
@@ -80,10 +79,10 @@ def test_a_whole_checkpoint_that_lacks_only_its_name_gets_it(tmp_path, state, ca
 
 @pytest.mark.parametrize("file", FILES)
 def test_any_flipped_bit_or_cut_is_passed_over_and_left_as_it_is(tmp_path, capsys, file):
-    saving.save_on(tmp_path, tmp_path.with_suffix(".returned"), 24)
+    saving.save_repeatedly(tmp_path, tmp_path.with_suffix(".returned"), 24)
     bit = Random(file).randrange(8 * (tmp_path / "000000024" / file).stat().st_size)
-    for way in (saving.flipped, saving.cut):
-        assert saving.damaged(tmp_path, file, way(bit)) == []
+    for way in (saving.flip_bit, saving.truncate_before_bit):
+        assert saving.damage_and_check(tmp_path, file, way(bit)) == []
         assert f"000000024: passed over, {file} " in capsys.readouterr().out
 
 
@@ -97,28 +96,28 @@ def test_the_statement_is_sealed(tmp_path, state):
 def test_a_process_that_dies_loses_no_checkpoint_whose_saving_had_ended(tmp_path):
     rng = Random(0)
     for _life in range(4):
-        assert saving.killed_at(tmp_path / "life", rng.uniform(0.05, 0.3), 64) == []
-    assert saving.done_in(tmp_path / "life.returned") > 0
+        assert saving.kill_and_check(tmp_path / "life", rng.uniform(0.05, 0.3), 64) == []
+    assert saving.last_completed(tmp_path / "life.returned") > 0
 
 
 def test_dying_before_any_step_on_the_disk_loses_nothing(tmp_path):
-    met, wrong = saving.killed_at_each_step(tmp_path, 40, range(0, 10**6, 6))
+    met, wrong = saving.kill_at_each_step(tmp_path, 40, range(0, 10**6, 6))
     assert wrong == []
     assert met > 5
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.9])
 def test_a_disk_that_is_full_in_the_middle_of_a_file_changes_nothing(tmp_path, share):
-    saving.save_on(tmp_path, tmp_path.with_suffix(".returned"), 24)
+    saving.save_repeatedly(tmp_path, tmp_path.with_suffix(".returned"), 24)
     largest = max(path.stat().st_size for path in (tmp_path / "000000024").iterdir())
-    assert saving.full_after(tmp_path, int(share * largest)) == []
+    assert saving.fill_disk_and_check(tmp_path, int(share * largest)) == []
 
 
 def test_the_best_survives_rotation_and_a_restart(tmp_path, state):
     save(tmp_path, state, 8, 16, 24, 32, scores={8: 0.3, 16: 0.1, 24: 0.2, 32: float("nan")})
     save(tmp_path, state, 40, 48)  # another process: what it knows lies on the disk
     assert names(tmp_path) == ["000000016", "000000040", "000000048"]
-    assert Statement.read(tmp_path / "000000016").score == 0.1
+    assert CheckpointMeta.read(tmp_path / "000000016").score == 0.1
 
 
 def test_a_broken_checkpoint_takes_nobodys_place(tmp_path, state):
@@ -135,10 +134,10 @@ def test_a_broken_checkpoint_takes_nobodys_place(tmp_path, state):
 def test_the_last_good_one_goes_only_after_the_new_one_was_read_back(tmp_path, state, monkeypatch):
     checkpoints = save(tmp_path, state, 8, keep=1)
     order: list[str] = []
-    shelf = checkpoints.shelf
-    discard, is_whole = shelf.discard, shelf.is_whole
+    shelf = checkpoints.store
+    discard, is_intact = shelf.discard, shelf.is_intact
     monkeypatch.setattr(shelf, "discard", lambda folder: (order.append(f"{folder.name} goes"), discard(folder)))
-    monkeypatch.setattr(shelf, "is_whole", lambda folder: order.append(f"{folder.name} read") or is_whole(folder))
+    monkeypatch.setattr(shelf, "is_intact", lambda folder: order.append(f"{folder.name} read") or is_intact(folder))
     state.samples = 16
     checkpoints.save(state)
     assert order[0] == ".000000016.partial read"
@@ -205,7 +204,7 @@ def test_a_run_of_another_recipe_is_refused_with_what_differs(tmp_path, state):
 
 
 def test_longer_training_is_refused_because_of_its_cosine():
-    (line,) = differences({"train": {"max_samples": 8, "seed": 0}}, {"train": {"max_samples": 9, "seed": 0}})
+    (line,) = identity_differences({"train": {"max_samples": 8, "seed": 0}}, {"train": {"max_samples": 9, "seed": 0}})
     assert line == "train.max_samples was 8, is 9: the learning rate's cosine would change"
 
 
@@ -226,7 +225,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, sta
 
 def test_the_last_good_one_stays_when_the_new_one_reads_back_wrongly(tmp_path, state, monkeypatch):
     checkpoints = save(tmp_path, state, 8, keep=1)
-    monkeypatch.setattr("stages.train.shelf.fault_of", lambda _folder: "it rotted")
+    monkeypatch.setattr("stages.train.checkpoint_store.fault_of", lambda _folder: "it rotted")
     monkeypatch.setattr("stages.train.checkpoint.fault_of", lambda _folder: "it rotted")
     state.samples = 16
     with pytest.raises(Refused, match="it rotted"):
@@ -236,7 +235,7 @@ def test_the_last_good_one_stays_when_the_new_one_reads_back_wrongly(tmp_path, s
 
 def test_state_says_what_the_weights_depend_on(tmp_path, state):
     save(tmp_path, state, 8)
-    said = Statement.read(tmp_path / "000000008")
+    said = CheckpointMeta.read(tmp_path / "000000008")
     assert said.identity == {"recipe": "r"}
     assert sorted(said.files) == ["ema.safetensors", "memory.pt", "optimizer.pt", "student.safetensors"]
 

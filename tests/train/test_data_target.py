@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.refusal import Refused
 from shards.batch import Batch, concatenate
-from shards.record import BlockFeatures, Draws, Record
-from stages.flow.solver import guided, unguided
+from shards.record import BlockFeatures, Record, States
+from stages.classes.mixture import DataTarget
+from stages.flow.solver import apply_guidance, remove_guidance
 from stages.flow.timesteps import TimestepDensity
-from stages.nets.student import StudentOutput
-from stages.train.data_target import DataTarget
+from stages.nets.student import Prediction
+from stages.system.refusal import Refused
 from stages.train.losses import FeatureScale
 from stages.train.objective import Losses, Objective, ObjectiveConfig
 
@@ -24,7 +24,7 @@ SCALE = FeatureScale({block: torch.ones(1, 3) for block in BLOCKS})
 
 def record(key: str, guidance_scale: float) -> Record:
     state, x0 = torch.zeros(1, 3, 4, 5).half(), torch.full((3, 4, 5), 0.25).half()
-    draws = Draws(torch.tensor([1]), torch.tensor([0.1]), state, state, state, torch.tensor([False]))
+    draws = States(torch.tensor([1]), torch.tensor([0.1]), state, state, state, torch.tensor([False]))
     head = (key, "a picture", "star/red", 0, guidance_scale)
     return Record(*head, torch.zeros(6, 7).half(), x0, draws, BlockFeatures({"mid": torch.zeros(1, 3).half()}))
 
@@ -32,23 +32,23 @@ def record(key: str, guidance_scale: float) -> Record:
 @pytest.fixture
 def target() -> DataTarget:
     """The first of the two pictures of the batch teaches itself."""
-    return DataTarget.of([record("000000000", 4.0)], {}, seed=3, density=DENSITY)
+    return DataTarget.from_records([record("000000000", 4.0)], {}, seed=3, density=DENSITY)
 
 
 def numbers(*samples: int) -> np.ndarray:
     return np.array(samples)
 
 
-def output(batch: Batch, seed: int = 0) -> StudentOutput:
+def output(batch: Batch, seed: int = 0) -> Prediction:
     generator = torch.Generator().manual_seed(seed)
 
     def off(values: Tensor) -> Tensor:
         return (values.float() + torch.randn(values.shape, generator=generator)).requires_grad_(True)
 
-    return StudentOutput(off(batch.v_cond), off(batch.v_uncond), {b: off(f) for b, f in batch.features.items()})
+    return Prediction(off(batch.v_cond), off(batch.v_uncond), {b: off(f) for b, f in batch.features.items()})
 
 
-def losses(said: StudentOutput, batch: Batch) -> Losses:
+def losses(said: Prediction, batch: Batch) -> Losses:
     objective = Objective(ObjectiveConfig(uncond_weight=0.5), BLOCKS, SCALE)
     return objective(said, batch, torch.tensor([1.0, 2.0]), 0.05, torch.tensor([1.5, 6.0]))
 
@@ -86,13 +86,15 @@ def test_times_follow_the_density(batch, target):
 
 
 def test_a_picture_is_drawn_at_the_scale_that_painted_it_unless_told():
-    found = DataTarget.of([record("000000001", 6.0), record("000000007", 1.0)], {"000000007": 3.0}, 0, DENSITY)
+    found = DataTarget.from_records(
+        [record("000000001", 6.0), record("000000007", 1.0)], {"000000007": 3.0}, 0, DENSITY
+    )
     assert found.guidance == {"000000001": 6.0, "000000007": 3.0}
 
 
 def test_a_picture_that_was_hardly_guided_is_refused_as_data():
     with pytest.raises(Refused, match=r"record 000000007 .* painted at guidance 0.5 - paint at guidance 1 or above"):
-        DataTarget.of([record("000000001", 1.0), record("000000007", 0.5)], {}, 0, DENSITY)
+        DataTarget.from_records([record("000000001", 1.0), record("000000007", 0.5)], {}, 0, DENSITY)
 
 
 def test_rows_that_were_all_answered_lose_the_very_bits_of_rows_that_tell_nothing(batch):
@@ -125,10 +127,10 @@ def test_of_a_row_that_teaches_itself_only_the_conditional_branch_counts(batch):
 def test_a_row_that_teaches_itself_has_nothing_to_learn_where_guidance_at_its_scale_draws_it(batch):
     asked = replace(batch, own_guidance=torch.tensor([4.0, 0.0]))
     v_uncond = torch.randn(batch.v_cond.shape, generator=torch.Generator().manual_seed(5))
-    v_cond = unguided(batch.v_cond.float(), v_uncond, 4.0).requires_grad_(True)
-    found = losses(StudentOutput(v_cond, v_uncond, batch.features), asked)
+    v_cond = remove_guidance(batch.v_cond.float(), v_uncond, 4.0).requires_grad_(True)
+    found = losses(Prediction(v_cond, v_uncond, batch.features), asked)
     found.total.backward()
-    torch.testing.assert_close(guided(v_cond, v_uncond, 4.0)[0], batch.v_cond[0].float())
+    torch.testing.assert_close(apply_guidance(v_cond, v_uncond, 4.0)[0], batch.v_cond[0].float())
     assert found.flow_errors[0] < 1e-12
     assert v_cond.grad[0].abs().max() < 1e-7
     assert found.flow_errors[1] > 0.01

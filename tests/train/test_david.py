@@ -16,21 +16,20 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from benchmarks.killing import ended, forked
+from benchmarks.killing import fork_job, wait_for_exit
 from configs.load import load
 from shards.batch import Batch
 from shards.reader import Reader
 from stages import cache_teacher, distill
-from stages.david.fusion import W
-from stages.david.saved import ready
-from stages.nets.student import Student, StudentOutput
+from stages.david.fusion import DEFAULT_BLOCK_WEIGHTS
+from stages.david.saved import load_or_fit_and_save
+from stages.nets.student import Prediction, Student
 from stages.tiny.anatomy import build_unet
-from stages.train.david import David, DavidConfig, judge_of
-from stages.train.journal import steps_told
+from stages.train.assessor import DavidConfig, DavidWeighter, make_block_weighter
+from stages.train.journal import read_step_lines
 from stages.train.loop import fit
-from stages.train.machine import Machine
-from stages.train.objective import Objective
-from stages.train.statistics import feature_scale
+from stages.train.objective import Objective, feature_scale
+from stages.train.runtime import Runtime
 
 TINY = [Path("configs/tiny.yaml")]
 FEW = ["--count", "60", "--validation-count", "6", "--render.records-per-shard", "30", "--render.states.steps", "8"]
@@ -48,7 +47,7 @@ TRAIN = [
 TRAIN += ["--train.optimizer.warmup-samples", "4", "--grid.sampler.steps", "2", "--train.journal-every-samples", "4"]
 TRAIN += ["--validation.states", "0"]
 CPU = torch.device("cpu")
-BLOCKS = tuple(W)
+BLOCKS = tuple(DEFAULT_BLOCK_WEIGHTS)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache, and in `distill/david` a David who was fitted to it."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     cache_teacher.run(load(cache_teacher.Config, "cache_teacher", TINY, ["--run", str(folder), *FEW]))
-    ready(folder / "distill" / "david", folder / "cache", asked(folder).david.fit, 1000)
+    load_or_fit_and_save(folder / "distill" / "david", folder / "cache", asked(folder).david.fit, 1000)
     return folder
 
 
@@ -64,48 +63,48 @@ def asked(run: Path, *options: str) -> distill.Config:
     return load(distill.Config, "distill", TINY, ["--run", str(run), *TRAIN, *FIT, *options])
 
 
-def david(run: Path, *options: str) -> tuple[David, Batch]:
+def david(run: Path, *options: str) -> tuple[DavidWeighter, Batch]:
     reader = Reader(run / "cache", batch_size=60)
-    found = judge_of(asked(run, *options).david, reader, BLOCKS, run / "distill", 0, CPU, 1000)
-    assert isinstance(found, David)
+    found = make_block_weighter(asked(run, *options).david, reader, BLOCKS, run / "distill", 0, CPU, 1000)
+    assert isinstance(found, DavidWeighter)
     return found, next(reader.batches()).to("cpu", torch.float32)
 
 
-def spoken(judge: David, batch: Batch, features: dict[str, torch.Tensor]) -> torch.Tensor:
+def spoken(judge: DavidWeighter, batch: Batch, features: dict[str, torch.Tensor]) -> torch.Tensor:
     """His lambdas once the warm-up is over."""
-    output = StudentOutput(batch.v_cond, batch.v_uncond, features)
+    output = Prediction(batch.v_cond, batch.v_uncond, features)
     static = torch.ones(len(judge.assessor.blocks))
     return [told(judge, batch, output, static) for _ in range(4)][-1]
 
 
-def told(judge: David, batch: Batch, output: StudentOutput, static: torch.Tensor) -> torch.Tensor:
+def told(judge: DavidWeighter, batch: Batch, output: Prediction, static: torch.Tensor) -> torch.Tensor:
     """His lambdas once he has learnt from this batch."""
     judge.lambdas(static)
-    judge.learn(judge.hear(batch, output, judge.omega(batch)), len(batch))
+    judge.update(judge.observe(batch, output, judge.importance_weight(batch)), len(batch))
     return judge.lambdas(static)
 
 
 def test_a_faultless_student_is_weighed_as_configured(run: Path) -> None:
     judge, batch = david(run)
     found = spoken(judge, batch, dict(batch.features))
-    assert torch.equal(found, judge.voice.quiet)
-    assert judge.told()["coherence"] == dict.fromkeys(judge.assessor.blocks, 1.0)
-    found = judge.variation()
+    assert torch.equal(found, judge.running_assessment.baseline_lambdas)
+    assert judge.metrics()["coherence"] == dict.fromkeys(judge.assessor.blocks, 1.0)
+    found = judge.lambda_variation()
     assert found is not None
-    assert found.silent
+    assert found.is_constant
 
 
 def test_what_he_says_of_a_block_that_counts_nothing_is_no_voice(run: Path) -> None:
     judge, batch = david(run)
-    output = StudentOutput(batch.v_cond, batch.v_uncond, {**batch.features, "up_3": 2 * batch.features["up_3"]})
+    output = Prediction(batch.v_cond, batch.v_uncond, {**batch.features, "up_3": 2 * batch.features["up_3"]})
     for silent in (False, True):
         static = torch.ones(9)
         static[8] = 0 if silent else 1
         for _ in range(4):
             told(judge, batch, output, static)
-        found = judge.variation()
+        found = judge.lambda_variation()
         assert found is not None
-        assert found.silent == silent
+        assert found.is_constant == silent
 
 
 @pytest.mark.parametrize("block", ["down_0", "mid", "up_2"])
@@ -113,7 +112,7 @@ def test_a_block_that_went_wrong_counts_more_and_the_others_as_before(run: Path,
     judge, batch = david(run)
     noise = torch.randn(batch.features[block].shape, generator=torch.Generator().manual_seed(0))
     wrong = batch.features[block] + batch.features[block].std(dim=0) * noise
-    rise = spoken(judge, batch, {**batch.features, block: wrong}) - judge.voice.quiet
+    rise = spoken(judge, batch, {**batch.features, block: wrong}) - judge.running_assessment.baseline_lambdas
     place = judge.assessor.blocks.index(block)
     assert rise[place] > 0.1
     assert rise.count_nonzero() == 1
@@ -121,24 +120,24 @@ def test_a_block_that_went_wrong_counts_more_and_the_others_as_before(run: Path,
 
 def test_nobody_is_fitted_where_nothing_depends_on_him(tmp_path: Path, run: Path) -> None:
     deaf = DavidConfig.model_validate({"fusion": {"formula": "static"}})
-    judge = judge_of(deaf, Reader(run / "cache"), BLOCKS, tmp_path, 0, CPU, 1000)
+    judge = make_block_weighter(deaf, Reader(run / "cache"), BLOCKS, tmp_path, 0, CPU, 1000)
     assert not list(tmp_path.iterdir())
     found = judge.lambdas(torch.full((9,), 2.0))
-    assert found.tolist() == pytest.approx([2 * W[block] for block in BLOCKS])
+    assert found.tolist() == pytest.approx([2 * DEFAULT_BLOCK_WEIGHTS[block] for block in BLOCKS])
 
 
 def test_under_his_choice_of_times_the_weights_average_to_one(run: Path) -> None:
     judge, batch = david(run, "--david.sampling.scheme", "david", "--david.sampling.profile-samples", "60")
-    assert judge.choice is not None
+    assert judge.timestep_sampler is not None
     noise = torch.randn(60, 32, generator=torch.Generator().manual_seed(0)) * (batch.k > 500)[:, None]
     spoken(judge, batch, {**batch.features, "up_3": batch.features["up_3"] + 3 * noise})
-    judge.choice.propose()
-    late = judge.choice.q[10:].sum() / judge.choice.pi[10:].sum()
+    judge.timestep_sampler.update_q()
+    late = judge.timestep_sampler.q[10:].sum() / judge.timestep_sampler.pi[10:].sum()
     assert late > 1.1
     everything = torch.arange(1000)
-    weights = judge.omega(replace(batch, k=everything, s=torch.zeros(1000))).double()
+    weights = judge.importance_weight(replace(batch, k=everything, s=torch.zeros(1000))).double()
     bins = torch.div(everything * 20, 1000, rounding_mode="floor")
-    share = judge.choice.q[bins] / 50
+    share = judge.timestep_sampler.q[bins] / 50
     assert (share * weights).sum() == pytest.approx(1.0, abs=1e-5)
 
 
@@ -158,7 +157,7 @@ def test_a_resumed_run_with_david_ends_on_the_same_bits(run: Path, tmp_path: Pat
         for name in ("whole", "cut")
     )
     assert all(torch.equal(value, two[name]) for name, value in one.items())
-    lines = [steps_told(tmp_path / name / "distill")[-1] for name in ("whole", "cut")]
+    lines = [read_step_lines(tmp_path / name / "distill")[-1] for name in ("whole", "cut")]
     timeless = [
         {name: value for name, value in line.items() if not name.endswith(("_seconds", "_per_second", "_gib"))}
         for line in lines
@@ -176,7 +175,7 @@ def test_the_original_recipe_and_its_repair_run_to_an_export(
     shutil.copytree(run / "distill" / "david", tmp_path / "distill" / "david")
     files = [*TINY, Path(f"configs/{overlay}.yaml")]
     distill.run(load(distill.Config, "distill", files, ["--run", str(tmp_path), *TRAIN, *FIT]))
-    line = steps_told(tmp_path / "distill")[-1]
+    line = read_step_lines(tmp_path / "distill")[-1]
     assert all(value > 0 for value in line["lambdas"].values()) == (overlay == "seed")
     told = json.loads((tmp_path / "distill" / "export" / "diffusers" / "model_index.json").read_text())
     assert told["scheduler"][1].startswith(scheduler)
@@ -191,13 +190,13 @@ Left = tuple[int, int, signal.Signals]
 
 def study(run: Path, folder: Path, *options: str, left: Left | None = None) -> None:
     """What distill does between its start and its export, in less than a second."""
-    config, machine = asked(run, *SHORT, *options), Machine(CPU)
+    config, machine = asked(run, *SHORT, *options), Runtime(CPU)
     torch.manual_seed(0)
     student = Student(build_unet())
-    rows, rank, world = machine.rows(4, config.train.accumulate), machine.rank, machine.world
+    rows, rank, world = machine.local_batch_size(4, config.train.accumulate), machine.rank, machine.world
     reader = Reader(run / "cache", "train", 0, rows, view=config.view, rank=rank, world=world)
     assert reader.samples_per_epoch < 4 * STEPS
-    judge = judge_of(config.david, reader, student.blocks, run / "distill", 0, CPU, 1000)
+    judge = make_block_weighter(config.david, reader, student.blocks, run / "distill", 0, CPU, 1000)
 
     def batches(first: int) -> Iterator[Batch]:
         for number, batch in enumerate(judge.batches(first), first // 4):
@@ -207,7 +206,7 @@ def study(run: Path, folder: Path, *options: str, left: Left | None = None) -> N
 
     objective = Objective(config.objective, student.blocks, feature_scale(run / "cache", config.objective.block_bins))
     uncond = torch.zeros_like(next(reader.batches()).cond[:1]).float()
-    fit(student, objective, batches, uncond, config.train, folder, machine=machine, identity={}, judge=judge)
+    fit(student, objective, batches, uncond, config.train, folder, runtime=machine, identity={}, block_weighter=judge)
     machine.close()
 
 
@@ -227,7 +226,7 @@ def side_by_side(job: Callable[[], None], world: int) -> list[int]:
 
         return one
 
-    return [ended(pid) for pid in [forked(of(str(rank))) for rank in range(world)]]
+    return [wait_for_exit(pid) for pid in [fork_job(of(str(rank))) for rank in range(world)]]
 
 
 def last_files(folder: Path) -> dict[str, str]:

@@ -82,7 +82,7 @@ def test_the_module_gets_its_own_weights_back():
     ema, own = Ema(module), module.weight.detach().clone()
     ema.update(0.0)
     module.weight.data.add_(1.0)
-    with ema.worn():
+    with ema.swapped_in():
         assert torch.equal(module.weight, own)
     assert torch.equal(module.weight, own + 1)
     assert torch.equal(ema.tensors()["weight"], own)

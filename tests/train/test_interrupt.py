@@ -13,7 +13,7 @@ import pytest
 # Prints all the while, as a run does, and leaves a file when it was asked to end.
 PRINTING = """
 import pathlib, sys, time
-from stages.train.interrupt import Interruption
+from stages.system.signals import Interruption
 with Interruption() as interruption:
     print("begun", flush=True)
     until = time.monotonic() + 20

@@ -6,21 +6,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from configs.refusal import Refused
-from stages.train.journal import Journal, Step, Window, flat, forget_after, memory_gib, steps_told
-from stages.train.machine import Machine
+from stages.system.refusal import Refused
+from stages.train.journal import Journal, StepResult, Window, flatten, memory_gib, read_step_lines, truncate_after
 from stages.train.objective import Losses
+from stages.train.runtime import Runtime
 from stages.train.trackers import TrackingConfig
 
 BLOCKS = ("mid", "up_3")
 QUIET = TrackingConfig(to=())
 CPU = torch.device("cpu")
-ALONE = Machine(CPU)
+ALONE = Runtime(CPU)
 
 
 def step(
-    flow_errors: list[float], s: list[float], learning_rate: float = 0.1, omega: list[float] | None = None
-) -> Step:
+    flow_errors: list[float], s: list[float], learning_rate: float = 0.1, importance_weight: list[float] | None = None
+) -> StepResult:
     errors = torch.tensor(flow_errors)
     by_block = torch.stack([torch.ones_like(errors), 3 * torch.ones_like(errors)])
     losses = Losses(
@@ -32,16 +32,16 @@ def step(
         flow_errors=errors,
         guidance_errors=10 * errors,
         block_errors=by_block,
-        omega=torch.ones_like(errors) if omega is None else torch.tensor(omega),
+        importance_weight=torch.ones_like(errors) if importance_weight is None else torch.tensor(importance_weight),
     )
-    return Step(losses, torch.tensor([1.0, 0.5]), 0.05, torch.tensor(s), torch.tensor(2.0), learning_rate, 0.25)
+    return StepResult(losses, torch.tensor([1.0, 0.5]), 0.05, torch.tensor(s), torch.tensor(2.0), learning_rate, 0.25)
 
 
 def test_a_line_holds_the_means_of_its_window():
     window = Window()
     window.add(step([1.0, 3.0], [0.05, 0.95]))
     window.add(step([5.0, 7.0], [0.96, 0.55], learning_rate=0.2))
-    line = window.line(4, BLOCKS)
+    line = window.journal_line(4, BLOCKS)
     assert (line["samples"], line["flow"], line["loss"], line["learning_rate"]) == (4, 4.0, 8.0, 0.2)
     assert line["blocks"] == {"mid": 1.0, "up_3": 3.0}
     assert line["lambdas"] == {"mid": 1.0, "up_3": 0.5}
@@ -53,7 +53,7 @@ def test_every_part_of_the_loss_falls_into_the_bin_of_its_time():
     window = Window()
     window.add(step([1.0, 3.0], [0.05, 0.95]))
     window.add(step([5.0, 7.0], [0.96, 0.55]))
-    line = window.line(4, BLOCKS)
+    line = window.journal_line(4, BLOCKS)
     flow = [1.0, None, None, None, None, 7.0, None, None, None, 4.0]
     assert line["flow_by_s"] == flow
     assert line["guidance_by_s"] == [None if error is None else 10 * error for error in flow]
@@ -62,8 +62,8 @@ def test_every_part_of_the_loss_falls_into_the_bin_of_its_time():
 
 def test_the_effective_size_is_one_for_equal_weights_and_less_for_others():
     window = Window()
-    window.add(step([1.0, 1.0, 1.0, 1.0], [0.05, 0.05, 0.95, 0.95], omega=[1.0, 3.0, 2.0, 2.0]))
-    line = window.line(4, BLOCKS)
+    window.add(step([1.0, 1.0, 1.0, 1.0], [0.05, 0.05, 0.95, 0.95], importance_weight=[1.0, 3.0, 2.0, 2.0]))
+    line = window.journal_line(4, BLOCKS)
     assert line["effective_size"] == pytest.approx(8**2 / (4 * 18))
     assert line["effective_size_by_s"][0] == pytest.approx(16 / (2 * 10))
     assert line["effective_size_by_s"][9] == 1
@@ -77,7 +77,7 @@ def test_the_sums_of_two_processes_make_the_line_of_one_that_saw_all():
         whole.add(half)
         window.add(half)
     sums = {name: value + two.sums()[name] for name, value in one.sums().items()}
-    apart, together = one.line(4, BLOCKS, sums), whole.line(4, BLOCKS)
+    apart, together = one.journal_line(4, BLOCKS, sums), whole.journal_line(4, BLOCKS)
     varying = {"samples_per_second", "window_seconds", "data_wait_seconds"}
     assert {k: v for k, v in apart.items() if k not in varying} == {
         k: v for k, v in together.items() if k not in varying
@@ -91,10 +91,10 @@ class Twin:
     device, world = CPU, 2
 
     def __init__(self, is_main: bool) -> None:
-        self.is_main, self.heard = is_main, 0
+        self.is_main, self.tensor_count = is_main, 0
 
-    def sum(self, tensors):
-        self.heard = len(tensors)
+    def all_reduce_sum(self, tensors):
+        self.tensor_count = len(tensors)
         return [2 * tensor for tensor in tensors]
 
 
@@ -104,10 +104,10 @@ def test_only_the_main_process_writes_and_both_add_up(tmp_path, capsys):
         with Journal(tmp_path, 0, 8, BLOCKS, twin, QUIET) as journal:
             journal.add(step([1.0, 3.0], [0.05, 0.95]), 4)
             journal.write(4)
-            journal.note(4, "validation", {"held_out": 0.5})
-            journal.warn("nothing")
-            journal.pause()
-    assert twins[0].heard == twins[1].heard > 0
+            journal.write_event(4, "validation", {"held_out": 0.5})
+            journal.show_warning("nothing")
+            journal.exclude_pause()
+    assert twins[0].tensor_count == twins[1].tensor_count > 0
     lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     assert [line.get("kind") for line in lines] == [None, "validation"]
     assert lines[0]["flow"] == 2.0
@@ -127,8 +127,8 @@ def test_a_line_of_another_kind_is_no_line_of_training(tmp_path):
     with Journal(tmp_path, 0, 8, BLOCKS, ALONE, QUIET) as journal:
         journal.add(step([1.0, 3.0], [0.05, 0.95]), 2)
         journal.write(2)
-        journal.note(2, "validation", {"held_out": 0.5})
-    assert [line["samples"] for line in steps_told(tmp_path)] == [2]
+        journal.write_event(2, "validation", {"held_out": 0.5})
+    assert [line["samples"] for line in read_step_lines(tmp_path)] == [2]
 
 
 def test_what_happens_between_two_windows_is_told_and_left_out_of_the_rate(tmp_path, monkeypatch):
@@ -139,13 +139,13 @@ def test_what_happens_between_two_windows_is_told_and_left_out_of_the_rate(tmp_p
         now[0] = 2.0
         journal.write(2)
         now[0] = 102.0
-        journal.pause()
+        journal.exclude_pause()
         with journal.bookkeeping():
             now[0] = 103.0
         now[0] = 106.0
         journal.add(step([1.0, 3.0], [0.05, 0.95]), 2)
         journal.write(4)
-    first, second = steps_told(tmp_path)
+    first, second = read_step_lines(tmp_path)
     assert (first["samples_per_second"], first["paused_seconds"]) == (1.0, 0.0)
     assert (second["samples_per_second"], second["paused_seconds"]) == (0.5, 100.0)
     assert second["bookkeeping_seconds"] == 1.0
@@ -157,23 +157,23 @@ def test_memory_is_that_of_the_process_on_a_cpu():
 
 def test_trackers_get_every_number_by_name():
     line = {"samples": 4, "kind": "x", "flow": 1.0, "blocks": {"mid": 2.0}, "flow_by_s": [None, 3.0]}
-    assert dict(flat(line)) == {"flow": 1.0, "blocks/mid": 2.0, "flow_by_s/1": 3.0}
+    assert dict(flatten(line)) == {"flow": 1.0, "blocks/mid": 2.0, "flow_by_s/1": 3.0}
 
 
 def test_a_journal_line_is_made_of_plain_numbers(tmp_path):
     with Journal(tmp_path, 0, 8, BLOCKS, ALONE, QUIET) as journal:
         journal.add(step([1.0, 3.0], [0.05, 0.95]), 2)
         journal.write(2, {"asked": 1})
-    line = steps_told(tmp_path)[0]
+    line = read_step_lines(tmp_path)[0]
     assert line["asked"] == 1
-    assert all(math.isfinite(value) for _, value in flat(line))
+    assert all(math.isfinite(value) for _, value in flatten(line))
 
 
 def test_lines_beyond_the_resumed_sample_and_a_cut_off_line_are_dropped(tmp_path):
     path = tmp_path / "journal.jsonl"
     told = [{"samples": 4}, {"samples": 8}, {"samples": 8, "kind": "validation"}, {"samples": 12}]
     path.write_text("".join(json.dumps(line) + "\n" for line in told) + '{"samp')
-    forget_after(path, 8)
+    truncate_after(path, 8)
     assert [json.loads(line) for line in path.read_text().splitlines()] == told[:3]
 
 
@@ -181,7 +181,7 @@ def test_groups_have_their_own_mean_flow_error_and_one_without_samples_none():
     window = Window(("stars", "rings", "(prior)"))
     window.add(replace(step([1.0, 3.0], [0.05, 0.95]), group=torch.tensor([0, 2])))
     window.add(replace(step([5.0, 7.0], [0.96, 0.55]), group=torch.tensor([2, 2])))
-    assert window.line(4, BLOCKS)["flow_by_class"] == {"stars": 1.0, "rings": None, "(prior)": 5.0}
+    assert window.journal_line(4, BLOCKS)["flow_by_class"] == {"stars": 1.0, "rings": None, "(prior)": 5.0}
     assert window.sums()["by_group"].tolist() == [[1, 0, 3], [1, 0, 15]]
 
 
@@ -201,7 +201,7 @@ BROKEN = (
 def test_a_row_that_is_none_is_refused_by_its_line_and_nothing_is_lost(tmp_path, broken):
     path, good = tmp_path / "journal.jsonl", b'{"samples": 4}\n'
     path.write_bytes(good + broken + good)
-    for read in (lambda: forget_after(path, 4), lambda: steps_told(tmp_path)):
+    for read in (lambda: truncate_after(path, 4), lambda: read_step_lines(tmp_path)):
         with pytest.raises(Refused, match=r"journal\.jsonl:2: no line of a journal .* - remove it"):
             read()
     assert path.read_bytes() == good + broken + good
@@ -220,5 +220,5 @@ def test_a_disk_that_fills_up_under_a_journal_is_refused_with_its_name(tmp_path,
     with Journal(tmp_path, 0, 10, BLOCKS, ALONE, QUIET) as journal:
         monkeypatch.setattr("builtins.open", full)
         with pytest.raises(Refused, match=r"journal\.jsonl: cannot be written \(No space left on device\)"):
-            journal.note(4, "validation", {"held_out": 1.0})
+            journal.write_event(4, "validation", {"held_out": 1.0})
         monkeypatch.undo()

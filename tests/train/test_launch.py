@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.refusal import Refused
-from stages.train.launch import together
+from stages.system.refusal import Refused
+from stages.train.runtime import run_processes
 
 RANK = "import os, signal, sys, time, pathlib; rank = int(os.environ['RANK']); here = pathlib.Path(sys.argv[1]); "
 
@@ -22,7 +22,7 @@ def code_of(act: Callable[[], None]) -> int:
 
 
 def test_each_process_knows_its_rank_and_computes_on_one_thread(tmp_path: Path) -> None:
-    together(
+    run_processes(
         ["-c", RANK + "(here / str(rank)).write_text(os.environ['OMP_NUM_THREADS'])", str(tmp_path)], 2, str(tmp_path)
     )
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
@@ -32,17 +32,17 @@ def test_a_process_that_dies_ends_the_others_and_is_named(tmp_path: Path) -> Non
     words = ["-c", RANK + "os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)", str(tmp_path)]
     began = time.monotonic()
     with pytest.raises(Refused, match=r"process 1 of 2 was ended by SIGKILL, .* the last checkpoint is whole"):
-        together(words, 2, str(tmp_path))
+        run_processes(words, 2, str(tmp_path))
     assert time.monotonic() - began < 30
 
 
 def test_a_process_that_said_why_is_not_explained_again(tmp_path: Path) -> None:
-    assert code_of(lambda: together(["-c", RANK + "sys.exit(2)", str(tmp_path)], 2, str(tmp_path))) == 2
+    assert code_of(lambda: run_processes(["-c", RANK + "sys.exit(2)", str(tmp_path)], 2, str(tmp_path))) == 2
 
 
 def test_a_process_that_failed_as_nobody_foresaw_has_said_so_and_is_not_explained_again(tmp_path: Path) -> None:
     words = ["-c", RANK + "sys.exit(1 - rank or 1)", str(tmp_path)]
-    assert code_of(lambda: together(words, 2, str(tmp_path))) == 1
+    assert code_of(lambda: run_processes(words, 2, str(tmp_path))) == 1
 
 
 POLITE = RANK + (
@@ -58,7 +58,7 @@ def test_signals_reach_every_process(tmp_path: Path) -> None:
         folder = tmp_path / str(signals)
         folder.mkdir()
         words = ["-c", POLITE, str(folder), str(signals)]
-        program = f"from stages.train.launch import together; together({words!r}, 2, {str(folder)!r})"
+        program = f"from stages.train.runtime import run_processes; run_processes({words!r}, 2, {str(folder)!r})"
         launchers.append(subprocess.Popen([sys.executable, "-c", program]))
     await_all(tmp_path, "*/up*", 4)
     for launcher in launchers:

@@ -2,8 +2,7 @@ import io
 
 from rich.console import Console
 
-from stages.train.board import Board, Clock, sparkline
-from stages.train.live import Lines, view_of
+from stages.train.live import Dashboard, LogDisplay, RemainingTime, make_display, sparkline
 
 LINE = {
     "samples": 640,
@@ -54,13 +53,13 @@ def said(console: Console) -> str:
 
 def board(console: Console) -> str:
     """What a board that was told everything leaves on the screen."""
-    shown = Board("runs/[tiny]/distill", 0, 44800, console)
-    shown.progress(640)
-    shown.line({**LINE, "samples": 320, "flow": 1.5}, ())
-    shown.line(LINE, ["upload: no route to host"])
-    shown.note(640, "validation", FOUND)
-    shown.warn(700, "step skipped: a gradient was not finite")
-    text = "".join(segment.text for segment in console.render(shown.drawn(), console.options))
+    shown = Dashboard("runs/[tiny]/distill", 0, 44800, console)
+    shown.show_progress(640)
+    shown.show_line({**LINE, "samples": 320, "flow": 1.5}, ())
+    shown.show_line(LINE, ["upload: no route to host"])
+    shown.show_event(640, "validation", FOUND)
+    shown.show_warning(700, "step skipped: a gradient was not finite")
+    text = "".join(segment.text for segment in console.render(shown.render(), console.options))
     shown.close()
     return text
 
@@ -99,19 +98,19 @@ def test_the_board_fits_a_narrow_terminal_and_one_that_knows_only_ascii():
     narrow = Console(file=io.StringIO(), force_terminal=True, width=60, height=40, color_system=None)
     assert max(map(len, board(narrow).splitlines())) <= 60
     plain = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), force_terminal=True, width=110, height=50)
-    shown = Board("runs/tiny", 0, 10, plain)
-    shown.line(LINE, ())
+    shown = Dashboard("runs/tiny", 0, 10, plain)
+    shown.show_line(LINE, ())
     shown.close()
     plain.file.flush()
 
 
 def test_a_log_gets_one_line_of_names_and_numbers_for_each_line_of_the_journal():
     console = log()
-    lines = Lines(0, 44800, console)
-    lines.progress(640)
+    lines = LogDisplay(0, 44800, console)
+    lines.show_progress(640)
     assert said(console) == ""
-    lines.line(LINE, ["upload: [red] no route"])
-    lines.note(640, "validation", FOUND)
+    lines.show_line(LINE, ["upload: [red] no route"])
+    lines.show_event(640, "validation", FOUND)
     train, warning, validation = said(console).splitlines()
     assert train.startswith("train samples=640 of=44800 loss=1.25 flow=0.75 guidance=0.5 block_term=2.5 grad_norm=3.5 ")
     assert " lr=0.0001 rate=121.2/s wait=1.0% memory=1.50GiB left=" in train
@@ -122,12 +121,12 @@ def test_a_log_gets_one_line_of_names_and_numbers_for_each_line_of_the_journal()
 def test_skipped_steps_and_spikes_are_told_where_there_are_any():
     for skipped, spikes in ((0, 0), (2, 1)):
         console = log()
-        Lines(0, 44800, console).line({**LINE, "skipped": skipped, "spikes": spikes}, ())
+        LogDisplay(0, 44800, console).show_line({**LINE, "skipped": skipped, "spikes": spikes}, ())
         assert ("skipped=2 spikes=1" in said(console)) == (skipped > 0)
 
 
 def test_without_a_terminal_the_view_is_lines(capsys):
-    assert isinstance(view_of("runs/tiny", 0, 10), Lines)
+    assert isinstance(make_display("runs/tiny", 0, 10), LogDisplay)
 
 
 def test_a_sparkline_is_as_high_as_its_values_and_blank_where_there_is_none():
@@ -140,32 +139,32 @@ def test_a_sparkline_is_as_high_as_its_values_and_blank_where_there_is_none():
 def test_the_time_left_follows_from_the_pace_of_this_process(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    clock = Clock(1000, 3000)
-    assert clock.left(1000) == "?"
+    clock = RemainingTime(1000, 3000)
+    assert clock.format(1000) == "?"
     now[0] = 110.0
-    assert clock.left(1500) == "0:00:30"
-    assert clock.left(3001) == "0:00:00"  # the last batch is whole
+    assert clock.format(1500) == "0:00:30"
+    assert clock.format(3001) == "0:00:00"  # the last batch is whole
 
 
 def test_the_board_is_drawn_every_other_second_at_most(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    shown = Board("runs/tiny", 0, 100, terminal())
+    shown = Dashboard("runs/tiny", 0, 100, terminal())
     drawn = []
     monkeypatch.setattr(shown, "_draw", lambda: drawn.append(shown.samples))
     for samples in range(1, 11):
         now[0] += 0.5
-        shown.progress(samples)
+        shown.show_progress(samples)
         if drawn[-1:] == [samples]:
-            shown._drawn_at = now[0]
+            shown._refreshed_at = now[0]
     assert drawn == [4, 8]
 
 
 def test_the_board_has_a_row_for_each_class_with_what_it_loses_and_what_was_examined():
     console = terminal()
-    shown = Board("runs/tiny/classes", 0, 9600, console)
-    shown.line({**LINE, "flow_by_class": {"stars": 0.125, "[rings]": None, "(prior)": 0.25}}, ())
-    shown.note(640, "classes", {"wrong": 0.05, "all": {"stars": 0.9375, "[rings]": 1.0, "(outside)": 0.875}})
+    shown = Dashboard("runs/tiny/classes", 0, 9600, console)
+    shown.show_line({**LINE, "flow_by_class": {"stars": 0.125, "[rings]": None, "(prior)": 0.25}}, ())
+    shown.show_event(640, "classes", {"wrong": 0.05, "all": {"stars": 0.9375, "[rings]": 1.0, "(outside)": 0.875}})
     shown.close()
     rows = [line.strip("│ ").split() for line in said(console).splitlines()]
     assert ["stars", "0.125", "0.9375"] in rows

@@ -8,18 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from configs.refusal import Refused
 from stages.nets.student import Student
+from stages.system.refusal import Refused
 from stages.tiny.anatomy import build_unet
-from stages.train.checkpoint import fault_of
-from stages.train.hooks import Hooks
-from stages.train.journal import steps_told
-from stages.train.judge import Nobody
+from stages.train.assessor import StaticWeights
+from stages.train.checkpoint_store import CheckpointMeta, fault_of
+from stages.train.journal import read_step_lines
+from stages.train.loop import Hooks
 from stages.train.objective import Objective, ObjectiveConfig
-from stages.train.statement import Statement
-from stages.train.step import time_jitter
-from stages.train.validation import Validated
-from stages.train.velocity import RelativeError, VelocityErrors
+from stages.train.step import sample_time_jitter
+from stages.train.validation import RelativeError, ValidationResult, VelocityErrors
 
 
 def files(folder: Path, samples: int) -> dict[str, str]:
@@ -89,7 +87,7 @@ def test_the_student_that_comes_back_wears_its_average(tmp_path, train):
     shown = {}
     averaged = train(
         tmp_path,
-        hooks=Hooks(at_checkpoint=lambda samples, student: shown.update({samples: student.conv.weight.clone()})),
+        hooks=Hooks(on_checkpoint=lambda samples, student: shown.update({samples: student.conv.weight.clone()})),
     )
     assert sorted(shown) == [8, 16, 24]
     assert torch.equal(shown[24], averaged.conv.weight)
@@ -125,41 +123,41 @@ def test_another_configuration_is_refused_but_another_rhythm_is_not(tmp_path, tr
     train(tmp_path, {"keep": {"last": 1}, "checkpoint_every_samples": 6, "journal_every_samples": 2})
 
 
-class Said(Nobody):
+class RecordingWeights(StaticWeights):
     """A judge who remembers how often he was asked, and weighs what he is told to weigh."""
 
-    def __init__(self, spoken: list[float] | None = None, weight: float = 1.0) -> None:
-        self.spoken, self.weight, self.asked = spoken, weight, 0
+    def __init__(self, fixed_lambdas: list[float] | None = None, weight: float = 1.0) -> None:
+        self.fixed_lambdas, self.weight, self.call_count = fixed_lambdas, weight, 0
 
     def lambdas(self, static):
-        return static if self.spoken is None else torch.tensor(self.spoken) + self.asked / 1000
+        return static if self.fixed_lambdas is None else torch.tensor(self.fixed_lambdas) + self.call_count / 1000
 
-    def hear(self, batch, output, omega):
+    def observe(self, batch, output, importance_weight):
         assert output.features["mid"].shape == (2, 3)
-        assert omega.tolist() == [self.weight] * len(batch)
+        assert importance_weight.tolist() == [self.weight] * len(batch)
         return (torch.ones(()),)
 
-    def learn(self, heard, samples):
+    def update(self, observations, samples):
         assert samples == 2
-        self.asked += int(heard[0])
+        self.call_count += int(observations[0])
 
-    def omega(self, batch):
+    def importance_weight(self, batch):
         return torch.full_like(batch.s, self.weight)
 
-    def told(self):
-        return {"asked": self.asked}
+    def metrics(self):
+        return {"asked": self.call_count}
 
     def state_dict(self):
-        return {"asked": self.asked}
+        return {"asked": self.call_count}
 
     def load_state_dict(self, state):
-        self.asked = state["asked"]
+        self.call_count = state["asked"]
 
 
 def test_a_judge_is_asked_at_every_batch_and_reaches_the_journal(tmp_path, train):
-    judge = Said([2.0, 0.5])
+    judge = RecordingWeights([2.0, 0.5])
     train(tmp_path, judge=judge)
-    assert judge.asked == 12
+    assert judge.call_count == 12
     first = json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])
     assert first["lambdas"] == pytest.approx({"mid": 2.0005, "up_3": 0.5005})
     assert first["asked"] == 2
@@ -167,15 +165,15 @@ def test_a_judge_is_asked_at_every_batch_and_reaches_the_journal(tmp_path, train
 
 def test_a_judge_goes_on_from_what_he_remembers(tmp_path, train, power_cut):
     with pytest.raises(InterruptedError):
-        train(tmp_path / "cut", batches=power_cut(14), judge=Said([2.0, 0.5]))
-    resumed = Said([2.0, 0.5])
-    assert same(train(tmp_path / "cut", judge=resumed), train(tmp_path / "whole", judge=Said([2.0, 0.5])))
-    assert resumed.asked == 12
+        train(tmp_path / "cut", batches=power_cut(14), judge=RecordingWeights([2.0, 0.5]))
+    resumed = RecordingWeights([2.0, 0.5])
+    assert same(train(tmp_path / "cut", judge=resumed), train(tmp_path / "whole", judge=RecordingWeights([2.0, 0.5])))
+    assert resumed.call_count == 12
 
 
 def test_a_sample_without_weight_teaches_nothing(tmp_path, train, toy):
     settings = {"optimizer": {"weight_decay": 0.0}}
-    assert same(train(tmp_path / "still", settings, judge=Said(weight=0.0)), toy)
+    assert same(train(tmp_path / "still", settings, judge=RecordingWeights(weight=0.0)), toy)
     assert not same(train(tmp_path / "moved", settings), toy)
 
 
@@ -192,7 +190,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(tmp_path,
 
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as left:
-        train(tmp_path / "left", hooks=Hooks(at_checkpoint=asked_to_stop))
+        train(tmp_path / "left", hooks=Hooks(on_checkpoint=asked_to_stop))
     assert left.value.code == 128 + number
     assert signal.getsignal(number) is before
     assert "left after 10 samples, with a checkpoint" in capsys.readouterr().out
@@ -200,7 +198,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(tmp_path,
 
 
 def test_the_told_time_stays_within_half_a_step_of_a_sampler():
-    apart = 1000 * time_jitter(200, 0.5, torch.Generator().manual_seed(0))
+    apart = 1000 * sample_time_jitter(200, 0.5, torch.Generator().manual_seed(0))
     assert 0.4 < apart.abs().max() <= 0.5001
     assert apart.mean().abs() < 0.1
 
@@ -217,7 +215,7 @@ def test_under_nohup_a_closed_terminal_is_no_reason_to_end(tmp_path, train):
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert same(train(tmp_path / "left", hooks=Hooks(at_checkpoint=closed)), train(tmp_path / "whole"))
+        assert same(train(tmp_path / "left", hooks=Hooks(on_checkpoint=closed)), train(tmp_path / "whole"))
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -236,7 +234,7 @@ def test_a_checkpoint_is_written_although_nobody_can_be_told_any_more(tmp_path, 
             monkeypatch.setattr("stages.train.live.Lines.line", broken)
 
     with pytest.raises(BrokenPipeError):
-        train(tmp_path / "left", hooks=Hooks(at_checkpoint=closed))
+        train(tmp_path / "left", hooks=Hooks(on_checkpoint=closed))
     monkeypatch.undo()
     assert (tmp_path / "left" / "checkpoints" / "000000010").is_dir()
     assert same(train(tmp_path / "left"), train(tmp_path / "whole"))
@@ -244,7 +242,7 @@ def test_a_checkpoint_is_written_although_nobody_can_be_told_any_more(tmp_path, 
 
 def test_a_run_says_what_it_is_once_nothing_can_be_refused(tmp_path, train):
     begun = []
-    hooks = Hooks(begin=lambda: begun.append(1))
+    hooks = Hooks(on_start=lambda: begun.append(1))
     train(tmp_path, hooks=hooks)
     assert begun == [1]
     for changes in ({"optimizer": {"learning_rate": 0.5}}, {"max_samples": 26}, {"accumulate": 3}):
@@ -262,7 +260,7 @@ def test_a_checkpoint_of_another_run_that_is_kept_elsewhere_leaves_nothing(tmp_p
         return Path(shutil.copytree(tmp_path / "there" / "checkpoints" / "000000024", folder / "000000024"))
 
     with pytest.raises(Refused, match=r"learning_rate was 0\.01, is 0\.5"):
-        train(tmp_path / "here", {"optimizer": {"learning_rate": 0.5}}, hooks=Hooks(elsewhere=bring))
+        train(tmp_path / "here", {"optimizer": {"learning_rate": 0.5}}, hooks=Hooks(fetch_checkpoint=bring))
     assert not (tmp_path / "here").exists()
 
 
@@ -290,20 +288,20 @@ def test_a_run_that_goes_on_with_other_micro_batches_says_so(tmp_path, train, po
 def test_a_story_is_asked_at_each_checkpoint_and_at_each_line(tmp_path, train, capsys):
     kept: list[Path] = []
 
-    def found(student) -> Validated:
+    def found(student) -> ValidationResult:
         error = RelativeError(0.25 / (1 + len(kept)), (None,))
-        return Validated(VelocityErrors(error, error, 1), None, None, 0.0)
+        return ValidationResult(VelocityErrors(error, error, 1), None, None, 0.0)
 
     hooks = Hooks(
         validate=found,
-        after_checkpoint=kept.append,
-        extra=lambda: {"uploads": len(kept)},
+        on_checkpoint_saved=kept.append,
+        extra_metrics=lambda: {"uploads": len(kept)},
         warning=lambda: "no connection" if kept else None,
     )
     train(tmp_path, {"checkpoint_every_samples": 12}, hooks=hooks)
     assert [folder.name for folder in kept] == ["000000012", "000000024"]
-    assert [Statement.read(folder).score for folder in kept] == [0.25, 0.125]
-    assert [line["uploads"] for line in steps_told(tmp_path)] == [0, 0, 0, 1, 1, 1]
+    assert [CheckpointMeta.read(folder).score for folder in kept] == [0.25, 0.125]
+    assert [line["uploads"] for line in read_step_lines(tmp_path)] == [0, 0, 0, 1, 1, 1]
     assert capsys.readouterr().out.count("no connection") == 3
 
 
@@ -314,6 +312,6 @@ def test_a_checkpoint_is_brought_from_elsewhere_when_none_is_here(tmp_path, trai
     def bring(folder: Path) -> Path:
         return Path(shutil.copytree(tmp_path / "there" / "checkpoints" / "000000008", folder / "000000008"))
 
-    brought = train(tmp_path / "here", hooks=Hooks(elsewhere=bring))
+    brought = train(tmp_path / "here", hooks=Hooks(fetch_checkpoint=bring))
     assert same(brought, train(tmp_path / "whole"))
     assert not (tmp_path / "here" / "checkpoints" / "000000000").exists()

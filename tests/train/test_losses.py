@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stages.flow.solver import guided
+from stages.flow.solver import apply_guidance
 from stages.train.losses import FeatureScale, block_errors, cosine_errors, guidance_error, velocity_error
 
 
@@ -18,7 +18,7 @@ def test_velocity_error_is_the_mean_square_of_each_sample():
 def test_guidance_error_is_the_error_of_the_guided_velocity_over_its_amplification():
     v_c, v_u, c, u = (normal(2, 3, 4, 5, seed=i).double() for i in range(4))
     w = torch.tensor([1.0, 7.5], dtype=torch.float64)
-    direct = velocity_error(guided(v_c, v_u, w), guided(c, u, w)) / torch.tensor([1.0, 7.5**2 + 6.5**2])
+    direct = velocity_error(apply_guidance(v_c, v_u, w), apply_guidance(c, u, w)) / torch.tensor([1.0, 7.5**2 + 6.5**2])
     assert torch.allclose(guidance_error(v_c - c, v_u - u, w), direct.to(torch.float64), rtol=1e-5)
 
 

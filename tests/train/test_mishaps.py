@@ -5,16 +5,16 @@ from pathlib import Path
 
 import torch
 
-from stages.train.machine import Machine
-from stages.train.mishaps import NEEDED, Mishaps
 from stages.train.objective import Objective, ObjectiveConfig
+from stages.train.runtime import Runtime
+from stages.train.state import MIN_STEPS, Anomalies
 
 
-def settled(path: Path | None = None) -> Mishaps:
+def settled(path: Path | None = None) -> Anomalies:
     """Losses around 1, a tenth up and down."""
-    mishaps = Mishaps(path, spike_sigmas=6.0)
-    for number in range(2 * NEEDED):
-        assert mishaps.see(1.1 if number % 2 else 0.9) is None
+    mishaps = Anomalies(path, spike_sigmas=6.0)
+    for number in range(2 * MIN_STEPS):
+        assert mishaps.add_loss(1.1 if number % 2 else 0.9) is None
     return mishaps
 
 
@@ -24,31 +24,31 @@ def lines(folder: Path) -> list[dict]:
 
 def test_a_loss_far_above_the_others_is_a_spike_and_one_far_below_is_none() -> None:
     mishaps = settled()
-    usual = mishaps.see(3.0)
+    usual = mishaps.add_loss(3.0)
     assert usual is not None
     assert 0.9 < usual < 1.1
-    assert mishaps.see(0.1) is None
+    assert mishaps.add_loss(0.1) is None
     assert mishaps.spikes == 1
 
 
 def test_a_spike_does_not_hide_the_next_but_a_lasting_rise_becomes_the_rule() -> None:
     mishaps = settled()
-    assert [mishaps.see(loss) is not None for loss in (30.0, 1.0, 30.0)] == [True, False, True]
-    found = [mishaps.see(3.0) is not None for _ in range(4 * NEEDED)]
-    assert not any(found[NEEDED:])
+    assert [mishaps.add_loss(loss) is not None for loss in (30.0, 1.0, 30.0)] == [True, False, True]
+    found = [mishaps.add_loss(3.0) is not None for _ in range(4 * MIN_STEPS)]
+    assert not any(found[MIN_STEPS:])
 
 
 def test_nothing_is_a_spike_before_enough_was_seen() -> None:
-    mishaps = Mishaps(spike_sigmas=0.1)
-    assert not any(mishaps.see(10.0**number) for number in range(NEEDED))
+    mishaps = Anomalies(spike_sigmas=0.1)
+    assert not any(mishaps.add_loss(10.0**number) for number in range(MIN_STEPS))
 
 
 def test_they_go_on_from_what_they_remember() -> None:
-    one, two = settled(), Mishaps(spike_sigmas=6.0)
-    one.skip(counts=True)
+    one, two = settled(), Anomalies(spike_sigmas=6.0)
+    one.count_skip(is_consecutive=True)
     two.load_state_dict(one.state_dict())
-    assert (two.skipped, two.in_a_row) == (1, 1)
-    assert two.see(3.0) == one.see(3.0) is not None
+    assert (two.skipped, two.consecutive_skips) == (1, 1)
+    assert two.add_loss(3.0) == one.add_loss(3.0) is not None
 
 
 def test_a_step_that_is_not_finite_is_skipped_written_down_and_forgotten_with_its_life(
@@ -65,13 +65,13 @@ def test_a_step_that_is_not_finite_is_skipped_written_down_and_forgotten_with_it
 
 
 def test_halving_the_scale_of_fp16_is_no_mishap_as_long_as_there_is_something_to_halve(tmp_path, train):
-    machine = Machine(torch.device("cpu"))
+    machine = Runtime(torch.device("cpu"))
     machine.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     objective = Objective(ObjectiveConfig(block_weight=0, guidance_weight=100), ())
-    train(tmp_path, {"max_skips": 1}, machine=machine, objective=objective)
+    train(tmp_path, {"max_skips": 1}, runtime=machine, objective=objective)
     assert {line["in_a_row"] for line in lines(tmp_path)} == {0}
     memory = torch.load(tmp_path / "checkpoints" / "000000024" / "memory.pt", weights_only=True)
     assert memory["scaler"]["scale"] == machine.scaler.get_scale() < 2.0**127
     machine.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     machine.scaler.scale(torch.ones(()))
-    assert not machine.back_off()
+    assert not machine.reduce_loss_scale()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stages.train.ema import Ema
-from stages.train.muon import ALONE, as_matrix
+from stages.train.muon import SINGLE_PROCESS, as_matrix
 from stages.train.optim import OptimizerConfig, build_optimizer, set_learning_rate
 
 CONFIG = OptimizerConfig(kind="muon", learning_rate=0.01, block_rates={"mid": 0.5})
@@ -75,7 +75,7 @@ def test_a_state_that_torchs_muon_wrote_is_taken_over():
     assert all(torch.equal(then[name], now[name]) for name in then)
 
 
-class Together:
+class ThreadProcessGroup:
     """Processes that are threads: a broadcast waits for all of them."""
 
     def __init__(self, rank: int, world: int, meeting: threading.Barrier, table: dict[int, torch.Tensor]) -> None:
@@ -103,8 +103,8 @@ def test_processes_that_share_the_work_end_on_the_same_bits_and_on_those_of_one_
 
     meeting, table = threading.Barrier(world), {}
     with ThreadPoolExecutor(world) as pool:
-        several = list(pool.map(lambda rank: trained(Together(rank, world, meeting, table)), range(world)))
-    alone = trained(ALONE)
+        several = list(pool.map(lambda rank: trained(ThreadProcessGroup(rank, world, meeting, table)), range(world)))
+    alone = trained(SINGLE_PROCESS)
     for name in alone:
         assert all(torch.equal(several[0][name], other[name]) for other in several[1:])
         torch.testing.assert_close(several[0][name], alone[name], atol=1e-6, rtol=0)
@@ -132,7 +132,7 @@ def test_it_reaches_weights_that_wore_their_average_meanwhile():
         optimizer = build_optimizer(CONFIG, parameters)
         learn(parameters, optimizer, steps[:1])
         if parameters is worn:
-            with ema.worn():
+            with ema.swapped_in():
                 pass
             for weight in worn.values():
                 weight.data = weight.data.clone()  # the same numbers, brought back elsewhere

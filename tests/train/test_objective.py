@@ -2,8 +2,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from configs.refusal import Refused
-from stages.nets.student import StudentOutput
+from stages.nets.student import Prediction
+from stages.system.refusal import Refused
 from stages.train.losses import FeatureScale
 from stages.train.objective import Losses, Objective, ObjectiveConfig
 
@@ -20,15 +20,13 @@ def objective(**changes) -> Objective:
     return Objective(ObjectiveConfig(**changes), BLOCKS, SCALE)
 
 
-def exact(batch) -> StudentOutput:
-    return StudentOutput(
-        batch.v_cond.clone(), batch.v_uncond.clone(), {b: f.clone() for b, f in batch.features.items()}
-    )
+def exact(batch) -> Prediction:
+    return Prediction(batch.v_cond.clone(), batch.v_uncond.clone(), {b: f.clone() for b, f in batch.features.items()})
 
 
-def off(batch, by: float = 1.0) -> StudentOutput:
+def off(batch, by: float = 1.0) -> Prediction:
     features = {block: feature + by for block, feature in batch.features.items()}
-    return StudentOutput(batch.v_cond + by, batch.v_uncond - by, features)
+    return Prediction(batch.v_cond + by, batch.v_uncond - by, features)
 
 
 def test_an_exact_student_loses_nothing(batch):
@@ -79,7 +77,7 @@ def test_static_lambdas_are_the_weights_of_the_configuration():
 
 def test_the_cosine_form_needs_no_deviations(batch):
     plain = Objective(ObjectiveConfig(block_form="cosine"), BLOCKS)
-    opposite = StudentOutput(batch.v_cond, batch.v_uncond, {b: -f for b, f in batch.features.items()})
+    opposite = Prediction(batch.v_cond, batch.v_uncond, {b: -f for b, f in batch.features.items()})
     assert plain(opposite, batch, torch.ones(2), 0.05, SCALES).blocks.tolist() == pytest.approx([2.0, 2.0])
 
 
@@ -104,7 +102,7 @@ def test_the_parts_of_each_sample_are_told_before_any_weight(batch):
     assert losses.blocks.tolist() == pytest.approx([1.5, 1.5])
     guided = (2 * w - 1) ** 2 / (w**2 + (w - 1) ** 2)  # branches off by 1 and -1
     assert losses.guidance_errors.tolist() == pytest.approx(guided.tolist())
-    assert torch.equal(losses.omega, omega)
+    assert torch.equal(losses.importance_weight, omega)
 
 
 def test_the_losses_of_equal_chunks_join_to_those_of_the_batch(batch):
@@ -112,12 +110,12 @@ def test_the_losses_of_equal_chunks_join_to_those_of_the_batch(batch):
         objective()(output, batch, torch.ones(2), 0.05, torch.tensor([3.0, 3.0]), torch.tensor(omega))
         for output, omega in ((off(batch), [1.0, 2.0]), (off(batch, 2.0), [0.5, 0.25]))
     )
-    joined = Losses.joined([one, two])
+    joined = Losses.merge_chunks([one, two])
     assert joined.total.item() == pytest.approx((one.total.item() + two.total.item()) / 2)
     assert joined.flow_errors.tolist() == pytest.approx([1.0, 1.0, 4.0, 4.0])
     assert joined.block_errors.shape == (2, 4)
-    assert joined.omega.tolist() == [1.0, 2.0, 0.5, 0.25]
-    assert joined.flow.item() == pytest.approx((joined.omega * joined.flow_errors).mean().item())
+    assert joined.importance_weight.tolist() == [1.0, 2.0, 0.5, 0.25]
+    assert joined.flow.item() == pytest.approx((joined.importance_weight * joined.flow_errors).mean().item())
 
 
 def test_min_snr_weighs_velocity_errors_by_time(batch):
@@ -128,15 +126,15 @@ def test_min_snr_weighs_velocity_errors_by_time(batch):
 
 
 def test_the_unconditional_branch_can_be_left_out(batch):
-    output = StudentOutput(batch.v_cond, batch.v_uncond + 1, batch.features)
+    output = Prediction(batch.v_cond, batch.v_uncond + 1, batch.features)
     assert objective(uncond_weight=0)(output, batch, torch.ones(2), 0.05, SCALES).flow == 0
     assert objective(uncond_weight=1)(output, batch, torch.ones(2), 0.05, SCALES).flow.item() == pytest.approx(0.5)
 
 
 def test_guidance_scales_fill_their_range_and_follow_the_generator(batch):
-    drawn = objective(guidance_range=(3, 3)).guidance_scales(len(batch), generator())
+    drawn = objective(guidance_range=(3, 3)).sample_guidance_scales(len(batch), generator())
     assert drawn.tolist() == [3.0, 3.0]
-    one, two = (objective().guidance_scales(len(batch), generator()) for _ in range(2))
+    one, two = (objective().sample_guidance_scales(len(batch), generator()) for _ in range(2))
     assert torch.equal(one, two)
 
 

@@ -4,7 +4,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from configs.refusal import Refused
+from stages.system.refusal import Refused
 from stages.tiny.anatomy import build_unet
 from stages.train.optim import OptimizerConfig, block_of, build_optimizer, learning_rate, set_learning_rate
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from stages.train import orthogonal
-from stages.train.orthogonal import COEFFICIENTS, ITERATIONS, LEAST_NORM, native_dtype, orthogonalised, shares
+from stages.train import muon as orthogonal
+from stages.train.muon import COEFFICIENTS, ITERATIONS, MIN_NORM, assign_matrices, native_dtype, orthogonalize
 
 
 def matrices(*shapes: tuple[int, int]) -> list[torch.Tensor]:
@@ -19,7 +19,7 @@ def matrices(*shapes: tuple[int, int]) -> list[torch.Tensor]:
 def test_singular_vectors_stay_and_singular_values_come_near_one(shape):
     (matrix,) = matrices(shape)
     u, _, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
-    (result,) = orthogonalised([matrix])
+    (result,) = orthogonalize([matrix])
     inner = u.T @ result.double() @ vt.T
     torch.testing.assert_close(inner, torch.diag(inner.diagonal()), atol=1e-5, rtol=0)
     assert 0.6 < inner.diagonal().min() <= inner.diagonal().max() < 1.25
@@ -27,25 +27,25 @@ def test_singular_vectors_stay_and_singular_values_come_near_one(shape):
 
 def test_it_is_torchs_iteration_in_another_precision():
     for matrix in matrices((5, 9), (9, 5), (4, 4)):
-        theirs = _zeropower_via_newtonschulz(matrix, COEFFICIENTS, ITERATIONS, LEAST_NORM).float()
-        torch.testing.assert_close(orthogonalised([matrix], torch.bfloat16)[0].float(), theirs, atol=2**-5, rtol=0)
-        torch.testing.assert_close(orthogonalised([matrix])[0], theirs, atol=2**-5, rtol=0)
+        theirs = _zeropower_via_newtonschulz(matrix, COEFFICIENTS, ITERATIONS, MIN_NORM).float()
+        torch.testing.assert_close(orthogonalize([matrix], torch.bfloat16)[0].float(), theirs, atol=2**-5, rtol=0)
+        torch.testing.assert_close(orthogonalize([matrix])[0], theirs, atol=2**-5, rtol=0)
 
 
 def test_scale_does_not_matter_and_nothing_stays_nothing():
     (matrix,) = matrices((5, 9))
     for scale in (1e-4, 1e4):
-        torch.testing.assert_close(orthogonalised([scale * matrix])[0], orthogonalised([matrix])[0])
-    assert torch.equal(orthogonalised([torch.zeros(3, 4)])[0], torch.zeros(3, 4))
+        torch.testing.assert_close(orthogonalize([scale * matrix])[0], orthogonalize([matrix])[0])
+    assert torch.equal(orthogonalize([torch.zeros(3, 4)])[0], torch.zeros(3, 4))
 
 
 def test_company_changes_nothing_but_rounding(monkeypatch):
     mixed = matrices((5, 9), (9, 5), (4, 4), (5, 9), (2, 3))
-    alone = [orthogonalised([matrix])[0] for matrix in mixed]
-    for together in (orthogonalised(mixed), None):
+    alone = [orthogonalize([matrix])[0] for matrix in mixed]
+    for together in (orthogonalize(mixed), None):
         if together is None:
             monkeypatch.setattr(orthogonal, "MOST_ELEMENTS", 50)
-            together = orthogonalised(mixed)
+            together = orthogonalize(mixed)
         for one, other in zip(together, alone, strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
@@ -53,7 +53,7 @@ def test_company_changes_nothing_but_rounding(monkeypatch):
 def test_a_processor_computes_in_float32_whatever_it_can_do():
     assert native_dtype(torch.device("cpu")) == torch.float32
     assert native_dtype(torch.device("mps")) == torch.float32
-    assert orthogonalised(matrices((2, 3)))[0].dtype == torch.float32
+    assert orthogonalize(matrices((2, 3)))[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
@@ -65,7 +65,7 @@ def test_a_gpu_computes_in_bfloat16_from_ampere_on(monkeypatch, capability, dtyp
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=30), st.integers(1, 6))
 def test_every_matrix_is_computed_once_and_no_process_does_much_more_than_another(shapes, count):
     work = [torch.empty(shape) for shape in shapes]
-    dealt = shares(work, count)
+    dealt = assign_matrices(work, count)
     assert sorted(i for numbers in dealt for i in numbers) == list(range(len(work)))
     costs = [min(shape) ** 2 * max(shape) for shape in shapes]
     loads = [sum(costs[i] for i in numbers) for numbers in dealt]

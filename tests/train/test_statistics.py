@@ -2,10 +2,10 @@ from pathlib import Path
 
 import torch
 
-from shards.moments import Statistics
-from stages.train import statistics
+from shards.stats import Statistics
+from stages.train import objective as statistics
 from stages.train.losses import FeatureScale
-from stages.train.statistics import feature_scale
+from stages.train.objective import feature_scale
 
 
 def test_the_scale_is_the_one_measured_from_all_states_at_once(monkeypatch) -> None:
@@ -15,7 +15,7 @@ def test_the_scale_is_the_one_measured_from_all_states_at_once(monkeypatch) -> N
 
     class Known:
         def statistics(self, bins: int) -> dict[str, Statistics]:
-            return {"mid": Statistics.of(feature, (s * bins).long(), bins)}
+            return {"mid": Statistics.from_values(feature, (s * bins).long(), bins)}
 
     monkeypatch.setattr(statistics.Table, "open", lambda _folder: Known())
     found = feature_scale(Path("cache"), 10).deviations["mid"]

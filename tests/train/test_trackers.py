@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from configs.refusal import Refused
-from stages.train.trackers import MOST_FAILURES, TrackingConfig, trackers_of
+from stages.system.refusal import Refused
+from stages.train.trackers import MAX_FAILURES, TrackingConfig, make_trackers
 
 WANDB = """
 told = []
@@ -60,7 +60,7 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 
 def test_tensorboard_is_the_default_and_hides_later_steps_of_an_earlier_life(tmp_path):
     for samples, logged in ((0, (4, 8, 12)), (8, (12,))):
-        trackers = trackers_of(TrackingConfig(), tmp_path, samples)
+        trackers = make_trackers(TrackingConfig(), tmp_path, samples)
         assert trackers.start() == []
         for at in logged:
             assert trackers.log({"flow": at + samples}, at) == []
@@ -70,13 +70,13 @@ def test_tensorboard_is_the_default_and_hides_later_steps_of_an_earlier_life(tmp
 
 def test_a_package_that_is_not_installed_is_refused_by_name(tmp_path):
     with pytest.raises(Refused, match=r"tracking\.to: trackio is not installed - pip install trackio"):
-        trackers_of(config("trackio"), tmp_path, 0)
+        make_trackers(config("trackio"), tmp_path, 0)
 
 
 def test_wandb_is_told_the_run_its_configuration_and_every_line_by_samples(tmp_path, package):
     wandb = package("wandb")
     folder = tmp_path / "tiny" / "distill"
-    trackers = trackers_of(config("wandb", project="flows"), folder, 0, {"seed": 3})
+    trackers = make_trackers(config("wandb", project="flows"), folder, 0, {"seed": 3})
     trackers.start()
     trackers.log({"flow": 0.5}, 640)
     trackers.close()
@@ -91,7 +91,7 @@ def test_wandb_is_told_the_run_its_configuration_and_every_line_by_samples(tmp_p
 def test_a_resumed_run_goes_on_under_its_id_and_one_that_begins_anew_does_not(tmp_path, package):
     wandb = package("wandb")
     for samples in (0, 640, 0):
-        trackers_of(config("wandb"), tmp_path, samples).start()
+        make_trackers(config("wandb"), tmp_path, samples).start()
     first, resumed, anew = (more["id"] for word, _, *rest in wandb.told if word == "init" for more in rest)
     assert first == resumed != anew
     assert json.loads((tmp_path / "tracking.json").read_text()) == {"wandb": anew}
@@ -100,7 +100,7 @@ def test_a_resumed_run_goes_on_under_its_id_and_one_that_begins_anew_does_not(tm
 def test_trackio_goes_on_under_the_name_of_the_run(tmp_path, package):
     trackio = package("trackio")
     for samples in (0, 640):
-        trackers = trackers_of(config("trackio", name="mine"), tmp_path, samples)
+        trackers = make_trackers(config("trackio", name="mine"), tmp_path, samples)
         trackers.start()
         trackers.log({"flow": 0.5}, samples + 640)
     inits = [more for word, _, more in trackio.told if word == "init"]
@@ -110,15 +110,15 @@ def test_trackio_goes_on_under_the_name_of_the_run(tmp_path, package):
 
 def test_a_tracker_that_fails_is_told_of_tried_again_and_given_up_in_the_end(tmp_path, package):
     wandb = package("wandb")
-    trackers = trackers_of(config("wandb", "tensorboard"), tmp_path, 0)
+    trackers = make_trackers(config("wandb", "tensorboard"), tmp_path, 0)
     trackers.start()
     wandb.broken = True
     assert trackers.log({"flow": 1.0}, 1) == ["wandb: ConnectionError: no route to host - tried again at the next line"]
     wandb.broken = False
     assert trackers.log({"flow": 2.0}, 2) == []
     wandb.broken = True
-    told = [trackers.log({"flow": 3.0}, 3 + i) for i in range(MOST_FAILURES + 1)]
-    assert [len(troubles) for troubles in told] == [1] * MOST_FAILURES + [0]
+    told = [trackers.log({"flow": 3.0}, 3 + i) for i in range(MAX_FAILURES + 1)]
+    assert [len(troubles) for troubles in told] == [1] * MAX_FAILURES + [0]
     assert told[-2][0].endswith("given up for this run")
     trackers.close()
     assert [step for step, _ in scalars(tmp_path, "flow")] == [1, 2, 3, 4, 5, 6]
@@ -127,7 +127,7 @@ def test_a_tracker_that_fails_is_told_of_tried_again_and_given_up_in_the_end(tmp
 def test_a_tracker_that_does_not_start_is_opened_at_a_later_line(tmp_path, package):
     wandb = package("wandb")
     wandb.deaf = True
-    trackers = trackers_of(config("wandb"), tmp_path, 0)
+    trackers = make_trackers(config("wandb"), tmp_path, 0)
     assert "OSError: not logged in" in trackers.start()[0]
     wandb.deaf = False
     assert trackers.log({"flow": 1.0}, 1) == []
@@ -140,5 +140,5 @@ def test_a_dead_tracker_ends_no_run_and_another_one_makes_no_other_run(tmp_path,
         train(tmp_path / "run", {"tracking": {"to": ["wandb"]}}, batches=power_cut(14))
     train(tmp_path / "run", {"tracking": {"to": []}})
     said = capsys.readouterr().out
-    assert said.count("wandb: ConnectionError") == MOST_FAILURES
+    assert said.count("wandb: ConnectionError") == MAX_FAILURES
     assert "train samples=24 of=24" in said

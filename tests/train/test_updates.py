@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.train.updates import MOST_PER_PARAMETER, UpdateRatios
+from stages.train.optim import MAX_SAMPLED_WEIGHTS, UpdateRatios
 
 
 class Net(nn.Module):
@@ -22,7 +22,7 @@ def move(net: nn.Module, factor: float) -> None:
 def test_a_step_of_a_hundredth_has_a_ratio_of_a_hundredth_in_every_block():
     net = Net()
     updates = UpdateRatios(dict(net.named_parameters()))
-    updates.remember()
+    updates.record_weights()
     move(net, 1.01)
     assert updates.ratios() == pytest.approx({"down_0": 0.01, "mid": 0.01, "rest": 0.01}, rel=1e-3)
     assert updates.ratios() == {}
@@ -31,7 +31,7 @@ def test_a_step_of_a_hundredth_has_a_ratio_of_a_hundredth_in_every_block():
 def test_a_block_that_stays_has_a_ratio_of_zero():
     net = Net()
     updates = UpdateRatios(dict(net.named_parameters()))
-    updates.remember()
+    updates.record_weights()
     move(net.mid_block, 2.0)
     assert updates.ratios() == pytest.approx({"down_0": 0.0, "mid": 1.0, "rest": 0.0})
 
@@ -41,10 +41,10 @@ def test_a_sample_of_the_weights_tells_what_all_of_them_would(layout):
     generator = torch.Generator().manual_seed(0)
     net = Net().to(memory_format=layout)
     conv = net.mid_block["conv"].weight
-    assert conv.numel() > 4 * MOST_PER_PARAMETER
+    assert conv.numel() > 4 * MAX_SAMPLED_WEIGHTS
     before = conv.detach().clone()
     updates = UpdateRatios({"mid_block.conv.weight": conv})
-    updates.remember()
+    updates.record_weights()
     with torch.no_grad():
         # Each place of the kernel moves differently, so that a sample of one place alone would be wrong.
         conv += torch.randn(conv.shape, generator=generator) * torch.arange(9).view(3, 3) / 100
@@ -55,5 +55,5 @@ def test_a_sample_of_the_weights_tells_what_all_of_them_would(layout):
 def test_it_holds_no_more_than_a_few_thousand_weights_of_each_parameter():
     net = Net()
     updates = UpdateRatios(dict(net.named_parameters()))
-    updates.remember()
-    assert max(few.numel() for few in updates._before.values()) <= MOST_PER_PARAMETER
+    updates.record_weights()
+    assert max(few.numel() for few in updates._recorded.values()) <= MAX_SAMPLED_WEIGHTS

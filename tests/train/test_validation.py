@@ -8,15 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shards.reader import Reader
-from shards.recipe import Recipe
-from shards.record import BlockFeatures, Draws, Record
-from shards.view import View
+from shards.manifest import Recipe
+from shards.reader import Reader, View
+from shards.record import BlockFeatures, Record, States
 from shards.writer import CacheWriter
-from stages.nets.student import StudentOutput
-from stages.train.hooks import Hooks
-from stages.train.validation import ROWS_AT_ONCE, Validated, Validation, ValidationConfig
-from stages.train.velocity import RelativeError, VelocityErrors
+from stages.nets.student import Prediction
+from stages.train.loop import Hooks
+from stages.train.validation import (
+    VALIDATION_BATCH_SIZE,
+    RelativeError,
+    Validation,
+    ValidationConfig,
+    ValidationResult,
+    VelocityErrors,
+)
 
 SHAPE = (3, 4, 5)
 UNCOND = torch.zeros(1, 6, 7)
@@ -35,7 +40,7 @@ class FormulaTeacher:
     def __init__(self) -> None:
         self.asked: list[Tensor] = []
 
-    def answer(self, x: Tensor, s: Tensor, k: Tensor, cond: Tensor, uncond: Tensor) -> SimpleNamespace:
+    def predict(self, x: Tensor, s: Tensor, k: Tensor, cond: Tensor, uncond: Tensor) -> SimpleNamespace:
         self.asked.append(x)
         return SimpleNamespace(v_cond=field(x, s, cond), v_uncond=field(x, s, uncond.expand_as(cond)))
 
@@ -43,8 +48,8 @@ class FormulaTeacher:
 class Exact(nn.Module):
     """A student that is its teacher."""
 
-    def forward(self, x: Tensor, s: Tensor, cond: Tensor, uncond: Tensor) -> StudentOutput:
-        return StudentOutput(field(x, s, cond), field(x, s, uncond.expand_as(cond)), {})
+    def forward(self, x: Tensor, s: Tensor, cond: Tensor, uncond: Tensor) -> Prediction:
+        return Prediction(field(x, s, cond), field(x, s, uncond.expand_as(cond)), {})
 
 
 class ByHeart(Exact):
@@ -54,10 +59,10 @@ class ByHeart(Exact):
         super().__init__()
         self.seen = {row.numpy().tobytes() for row in seen}
 
-    def forward(self, x: Tensor, s: Tensor, cond: Tensor, uncond: Tensor) -> StudentOutput:
+    def forward(self, x: Tensor, s: Tensor, cond: Tensor, uncond: Tensor) -> Prediction:
         known = torch.tensor([1.0 if row.numpy().tobytes() in self.seen else 0.5 for row in x]).view(-1, 1, 1, 1)
         out = super().forward(x, s, cond, uncond)
-        return StudentOutput(known * out.v_cond, known * out.v_uncond, {})
+        return Prediction(known * out.v_cond, known * out.v_uncond, {})
 
 
 def record(number: int, renoised: int) -> Record:
@@ -65,7 +70,7 @@ def record(number: int, renoised: int) -> Record:
     cond, x0 = torch.randn(6, 7, generator=generator).half(), torch.randn(SHAPE, generator=generator).half()
     s = torch.rand(3, generator=generator)
     x_t = torch.randn(3, *SHAPE, generator=generator).half()
-    draws = Draws(
+    draws = States(
         k=(s * 999).long(),
         s=s,
         x_t=x_t,
@@ -97,16 +102,16 @@ def validation(folder: Path, states: int = 20, teacher: FormulaTeacher | None = 
 def test_a_student_that_is_its_teacher_has_no_error_and_no_gap(folder):
     found = validation(folder)(Exact())
     assert found.score < 1e-6  # the cache rounds its answers
-    assert found.told()["cache_gap"] == pytest.approx(0, abs=1e-6)
+    assert found.metrics()["cache_gap"] == pytest.approx(0, abs=1e-6)
     assert found.held_out.states == 12
-    assert validation(folder).announced() == (
+    assert validation(folder).summary() == (
         "validation: 12 held-out states, 20 seen ones and their twins under new noise"
     )
 
 
 def test_a_student_that_learnt_the_cache_by_heart_has_a_gap(folder):
-    seen = [row.float() for reader in [Reader(folder)] for one in reader.records() for row in one.draws.x_t]
-    told = validation(folder)(ByHeart(seen)).told()
+    seen = [row.float() for reader in [Reader(folder)] for one in reader.records() for row in one.states.x_t]
+    told = validation(folder)(ByHeart(seen)).metrics()
     assert told["seen"] < 1e-6
     assert told["seen_new_noise"] == pytest.approx(0.25, rel=1e-3)
     assert told["cache_gap"] == pytest.approx(0.25, rel=1e-3)
@@ -116,7 +121,9 @@ def test_a_student_that_learnt_the_cache_by_heart_has_a_gap(folder):
 
 def test_seen_states_are_renoised_pictures_of_the_view(folder):
     made = validation(folder, s_range=(0.0, 0.5))
-    rows = [(key, int(draw)) for _, batch in made._seen for key, draw in zip(batch.keys, batch.draw, strict=True)]
+    rows = [
+        (key, int(draw)) for _, batch in made._seen for key, draw in zip(batch.keys, batch.state_index, strict=True)
+    ]
     assert len(rows) == len(set(rows)) > 0
     assert all(draw > 0 for _, draw in rows)
     assert all(bool((batch.s < 0.5).all()) for _, batch in made._seen)
@@ -125,8 +132,8 @@ def test_seen_states_are_renoised_pictures_of_the_view(folder):
 def test_the_twins_differ_in_their_noise_alone_and_are_rounded_before_the_teacher_is_asked(folder):
     teacher = FormulaTeacher()
     made, again = validation(folder, 20, teacher), validation(folder)
-    assert [len(batch) for batch in made._anew] == [ROWS_AT_ONCE, 4]
-    for (x0, old), new, same, asked in zip(made._seen, made._anew, again._anew, teacher.asked, strict=True):
+    assert [len(batch) for batch in made._renoised] == [VALIDATION_BATCH_SIZE, 4]
+    for (x0, old), new, same, asked in zip(made._seen, made._renoised, again._renoised, teacher.asked, strict=True):
         assert new.keys == old.keys
         assert torch.equal(new.s, old.s)
         assert not torch.equal(new.x_t, old.x_t)
@@ -139,12 +146,12 @@ def test_the_twins_differ_in_their_noise_alone_and_are_rounded_before_the_teache
 
 def test_a_cache_without_renoised_states_tells_of_held_out_ones_alone(tmp_path):
     made = validation(cache(tmp_path / "plain", renoised=0))
-    assert made.announced() == (
+    assert made.summary() == (
         "validation: 12 held-out states, no seen ones: the cache holds no renoised state, so its gap is not measured"
     )
     found = made(Exact())
     assert (found.seen, found.seen_new_noise) == (None, None)
-    assert "cache_gap" not in found.told()
+    assert "cache_gap" not in found.metrics()
     assert found.score < 1e-6
 
 
@@ -160,16 +167,16 @@ class Stub:
     def __init__(self) -> None:
         self.shown: list[Tensor] = []
 
-    def __call__(self, student: nn.Module) -> Validated:
+    def __call__(self, student: nn.Module) -> ValidationResult:
         assert not student.training
         self.shown.append(student.conv.weight.detach().clone())
         error = RelativeError(0.5, (0.5, None))
-        return Validated(VelocityErrors(error, error, 2), error, error, 0.1)
+        return ValidationResult(VelocityErrors(error, error, 2), error, error, 0.1)
 
 
 def test_training_is_measured_with_each_checkpoint_and_not_moved_by_it(tmp_path, train):
     shown, stub = [], Stub()
-    look = Hooks(stub, at_checkpoint=lambda _samples, student: shown.append(student.conv.weight.detach().clone()))
+    look = Hooks(stub, on_checkpoint=lambda _samples, student: shown.append(student.conv.weight.detach().clone()))
     measured = train(tmp_path / "a", hooks=look)
     plain = train(tmp_path / "b")
     assert torch.equal(measured.conv.weight, plain.conv.weight)

@@ -1,0 +1,88 @@
+"""Workers on this machine: each is a process with a pool of its own, so that one that dies takes no other with it."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+
+from tqdm import tqdm
+
+from stages.cache.fill import FillJob, fill
+from stages.cache.fleet import GRACE_SECONDS, Worker
+from stages.system.refusal import Refused
+from stages.system.signals import INTERRUPTED, ignore_terminal_signals, interrupt_on
+from stages.system.tied import suspend_tie, tie_to_parent
+
+EXIT_SECONDS = 5.0
+
+
+def start_workers(job: FillJob, count: int, method: str = "spawn") -> list[Worker]:
+    """Start `count` processes that share a job; worker i is told number i, for the GPU that it takes."""
+    with ignore_terminal_signals():
+        return [_worker(job, number, method) for number in range(count)]
+
+
+def _worker(job: FillJob, number: int, method: str) -> Worker:
+    others = set(multiprocessing.active_children())
+    # Tied before it imports anything slow; the job itself comes after that.
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context(method), tie_to_parent, (os.getpid(),))
+    result = pool.submit(_run_worker, job, number)
+    (process,) = set(multiprocessing.active_children()) - others
+    pool.shutdown(wait=False)  # it ends after its only call
+    return Worker(
+        f"worker {number} (process {process.pid})",
+        result,
+        lambda by_force: process.kill() if by_force else process.terminate(),
+        lambda error: _error_text(error, process),
+    )
+
+
+def _error_text(error: BaseException, process: BaseProcess) -> str:
+    if isinstance(error, BrokenProcessPool):
+        code = _exit_code(process)
+        if code == -signal.SIGKILL:
+            return "was killed (SIGKILL: somebody, or the system for want of memory)"
+        return f"died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+    if isinstance(error, Refused):
+        return str(error)
+    return str(error.__cause__ or repr(error)).strip('"\n')  # the pool hands the traceback over in quotes
+
+
+def _exit_code(process: BaseProcess) -> int:
+    """How a dead process ended; the pool asks too, and whoever of the two was not answered learns it a moment later."""
+    deadline = time.monotonic() + EXIT_SECONDS
+    while (code := process.exitcode) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return code or 0
+
+
+def _run_worker(job: FillJob, number: int) -> int:
+    """Fill the cache beside others until all is made, or the parent says stop, or is no more.
+
+    A pool would wait for another call for ever.
+    """
+    over = threading.Event()
+    threading.Thread(target=_end_with_parent, args=[over], name="parent", daemon=True).start()
+    # tqdm's own lock is a semaphore of the system, which a process that is killed leaves behind.
+    tqdm.set_lock(threading.RLock())
+    try:
+        with suspend_tie(), interrupt_on(signal.SIGTERM):  # and deaf to the terminal
+            writer, make = job.open_worker(number)
+            return fill(writer, job.tasks, job.batch_size, make, show_progress=False)
+    finally:
+        over.set()
+
+
+def _end_with_parent(finished: threading.Event) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        if not finished.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)  # to the process, so that it wakes the main thread
+        finished.wait(GRACE_SECONDS)  # to clear away what is half-written
+        os._exit(INTERRUPTED)

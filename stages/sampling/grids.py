@@ -1,0 +1,180 @@
+"""Fixed noises, and a sheet of pictures as PNG: a row for each prompt, a column for each model.
+
+A contact sheet: many pictures on one page, each with a few words below it.
+
+Pictures at each checkpoint: the teacher beside the student, the same prompts and the same noise every time.
+"""
+
+import json
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from pydantic import Field
+from torch import Tensor
+
+from configs.values import Strict
+from stages.nets.student import Student
+from stages.nets.teacher import Teacher
+from stages.prompts import derived_seed
+from stages.sampling.sampler import Sampler, sample_student, sample_teacher
+from stages.system.atomic import atomic_path
+
+SETTINGS_KEY = "sollune"
+GAP_PIXELS, HEADER_PIXELS, LABEL_PIXELS = 4, 20, 180
+MAX_DOUBLED_PIXELS = 128
+"""Pictures up to this width are shown twice as large."""
+
+
+def fixed_noise(seed: int, index: int, shape: Sequence[int]) -> Float[Tensor, "c h w"]:
+    """Noise number `index` of a seed: the same however many are asked for, drawn on the CPU in fp32."""
+    generator = torch.Generator().manual_seed(derived_seed("noise", seed, index))
+    return torch.randn(tuple(shape), generator=generator)
+
+
+def fixed_noises(seed: int, count: int, shape: Sequence[int]) -> Float[Tensor, "n c h w"]:
+    """Noises 0 ... count - 1 of a seed."""
+    return torch.stack([fixed_noise(seed, index, shape) for index in range(count)])
+
+
+def to_pil_image(picture: Float[Tensor, "3 h w"]) -> Image.Image:
+    """A picture in [0, 1]; a tiny one doubled, pixel by pixel."""
+    pixels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte()
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return (
+        image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST)
+        if image.width <= MAX_DOUBLED_PIXELS
+        else image
+    )
+
+
+def make_sheet(
+    labels: Sequence[str], column_titles: Sequence[str], columns: Sequence[Float[Tensor, "rows 3 h w"]]
+) -> Image.Image:
+    """`labels` at the left of the rows, `heads` above the columns, `columns[j][i]` where row i meets column j."""
+    images = [[to_pil_image(picture) for picture in column] for column in columns]
+    width, height = images[0][0].size
+    canvas = Image.new(
+        "RGB",
+        (LABEL_PIXELS + len(column_titles) * (width + GAP_PIXELS), HEADER_PIXELS + len(labels) * (height + GAP_PIXELS)),
+        "white",
+    )
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    for j, head in enumerate(column_titles):
+        pen.text((LABEL_PIXELS + j * (width + GAP_PIXELS), GAP_PIXELS), head, "black", font)
+        for i, image in enumerate(images[j]):
+            canvas.paste(image, (LABEL_PIXELS + j * (width + GAP_PIXELS), HEADER_PIXELS + i * (height + GAP_PIXELS)))
+    for i, label in enumerate(labels):
+        pen.text(
+            (GAP_PIXELS, HEADER_PIXELS + GAP_PIXELS + i * (height + GAP_PIXELS)),
+            _wrap_label(label, height),
+            "black",
+            font,
+        )
+    return canvas
+
+
+def save_sheet(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+    """Write a PNG that carries the settings that made it, whole or not at all."""
+    info = PngInfo()
+    info.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False, sort_keys=True))
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that `save_sheet` wrote into a PNG."""
+    with Image.open(path) as image:
+        settings: dict[str, Any] = json.loads(image.info[SETTINGS_KEY])
+    return settings
+
+
+def _wrap_label(label: str, height_pixels: int) -> str:
+    """A label in lines that fit beside a picture of that height in pixels; the rest is cut."""
+    return "\n".join(textwrap.wrap(label, LABEL_PIXELS // 7, max_lines=max(1, height_pixels // 16), placeholder=" ..."))
+
+
+SHEET_FILE = "set_aside.png"
+MAX_PICTURES = 400
+"""Pictures on a sheet: the first ones."""
+MAX_WIDTH_PIXELS = 256
+"""Pixels: 2 x SMALL, so that a doubled picture is as it is."""
+LABEL_LINES, LINE_HEIGHT_PIXELS, LETTER_WIDTH_PIXELS = 5, 14, 6.5
+
+
+def make_contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
+    """The pictures in rows, about as many rows as columns, their labels below them."""
+    width, height = pictures[0].size
+    columns = math.ceil(math.sqrt(len(pictures)))
+    wide, high = width + 2 * GAP_PIXELS, height + 2 * GAP_PIXELS + LABEL_LINES * LINE_HEIGHT_PIXELS
+    canvas = Image.new("RGB", (columns * wide, math.ceil(len(pictures) / columns) * high), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        x, y = number % columns * wide + GAP_PIXELS, number // columns * high + GAP_PIXELS
+        canvas.paste(picture, (x, y))
+        lines = textwrap.wrap(label, int(width / LETTER_WIDTH_PIXELS), max_lines=LABEL_LINES, placeholder=" ...")
+        pen.multiline_text((x, y + height + 1), "\n".join(lines), "black", font, spacing=2)
+    return canvas
+
+
+def save_contact_sheet(
+    pictures: Iterable[Float[Tensor, "3 h w"]], labels: Sequence[str], path: Path, settings: Mapping[str, Any]
+) -> None:
+    """Write a sheet of the first pictures; where there are none, an earlier sheet is removed."""
+    if not labels:
+        path.unlink(missing_ok=True)
+        return
+    shown = [_shrink(to_pil_image(picture)) for picture in islice(pictures, MAX_PICTURES)]
+    kept = {**settings, "pictures": len(labels), "shown": len(shown)}
+    save_sheet(make_contact_sheet(shown, labels[: len(shown)]), path, kept)
+
+
+def _shrink(image: Image.Image) -> Image.Image:
+    """Not wider than a sheet of hundreds can bear; tiny ones are doubled already."""
+    image.thumbnail((MAX_WIDTH_PIXELS, MAX_WIDTH_PIXELS))
+    return image
+
+
+FEW_STEPS = 4
+
+
+class GridConfig(Strict):
+    """What the grids show."""
+
+    prompts: tuple[str, ...] = Field(
+        ("a photo of a cat", "a red car", "a house by a lake", "a portrait of a woman"),
+        min_length=1,
+        description="sentences, one row each",
+    )
+    seed: int = Field(0, description="seed of the fixed noises")
+    sampler: Sampler = Field(Sampler(), description="how the pictures are drawn")
+
+
+def comparison_grid_hook(teacher: Teacher, config: GridConfig, folder: Path) -> Callable[[int, Student], None]:
+    """A function of (samples, student) that draws `<folder>/<samples>.png`; a grid that is there already is kept."""
+    cond, uncond = teacher.encode_texts(config.prompts), teacher.uncond
+    noise = fixed_noises(config.seed, len(config.prompts), teacher.components.latent_shape).to(cond.device)
+    few = config.sampler.model_copy(update={"steps": FEW_STEPS})
+    drawn_by_teacher: list[torch.Tensor] = []
+
+    def draw(samples: int, student: Student) -> None:
+        path = folder / f"{samples:09d}.png"
+        if path.exists():
+            return
+        if not drawn_by_teacher:
+            drawn_by_teacher.append(sample_teacher(teacher, cond, uncond, noise, config.sampler))
+        latents = [*drawn_by_teacher, *(sample_student(student, cond, uncond, noise, s) for s in (config.sampler, few))]
+        heads = [f"teacher {config.sampler.steps}", f"student {config.sampler.steps}", f"student {FEW_STEPS}"]
+        columns = [teacher.decode_latents(one) for one in latents]
+        save_sheet(
+            make_sheet(config.prompts, heads, columns), path, {"samples": samples, **config.model_dump(mode="json")}
+        )
+
+    return draw

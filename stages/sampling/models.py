@@ -1,0 +1,170 @@
+"""Whatever paints: a run, an exported folder or file, or a teacher, opened by what lies there."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, get_args
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from stages.flow.bridge import TailPolicy
+from stages.nets.anatomy import check_sd1_architecture
+from stages.nets.components import Components, load_components
+from stages.nets.files import CONFIG_PATTERNS, MODEL_PATTERNS, read_json, resolve_folder
+from stages.nets.saved import is_run, load_run_teacher, load_student, open_run
+from stages.nets.scheduler import vp_scheduler
+from stages.nets.student import Student, make_vp_bridge
+from stages.nets.teacher import Teacher
+from stages.sampling.fields import TwoBranchField, student_field, teacher_field
+from stages.sampling.single_file import load_pipeline, load_single_file, read_single_file, scheduler_shift
+from stages.system.device import device_of
+from stages.system.refusal import Refused
+
+Encode: TypeAlias = Callable[[Sequence[str]], Tensor]
+Decode: TypeAlias = Callable[[Tensor], Tensor]
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+MODEL_INDEX, FACTS_FILE = "model_index.json", "sollune.json"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Everything between sentences and pictures in [0, 1]."""
+
+    field: TwoBranchField
+    encode: Encode
+    decode: Decode
+    latent_shape: tuple[int, int, int]
+    metadata: Mapping[str, Any]
+    """What identifies the weights, for the pictures' metadata."""
+    shift: float = 1.0
+    tokenizer: Any = None
+    """None where it is not known."""
+
+
+def load_model(
+    location: str, device: str, checkpoint: int | None = None, config_from: str | None = None
+) -> LoadedModel:
+    """The model at `location`; where nothing else tells, its scheduler tells a teacher from an exported student.
+
+    Raises `Refused` for what is none of them, and for `checkpoint` and `config_from` where they mean nothing.
+    """
+    where, place = device_of(device), Path(location)
+    if checkpoint is not None and not is_run(place):
+        raise Refused(f"--checkpoint {checkpoint}: {location} is no run folder - leave it out")
+    file = place.is_file() or (place.suffix in SUFFIXES and not place.is_dir())
+    if config_from is not None and not file:
+        raise Refused(f"--config-from {config_from}: {location} is no single file - leave it out")
+    if is_run(place):
+        return _load_run(place, where, checkpoint)
+    return _load_file(place, where, config_from) if file else _load_folder(location, where)
+
+
+def _load_run(folder: Path, device: torch.device, checkpoint: int | None) -> LoadedModel:
+    run = open_run(folder, checkpoint)
+    parts = load_run_teacher(run.origin, device, torch.float32)
+    teacher, student = Teacher(parts, run.origin.tail), load_student(run, parts)
+    solved = student_field(student, vp_scheduler(parts.folder))
+    return LoadedModel(
+        solved,
+        teacher.encode_texts,
+        teacher.decode_latents,
+        parts.latent_shape,
+        {"checkpoint": run.samples},
+        tokenizer=parts.tokenizer,
+    )
+
+
+def _load_folder(location: str, device: torch.device) -> LoadedModel:
+    folder = _find_diffusers_folder(location)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    facts = read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
+    told: dict[str, Any] = {key: facts[key] for key in ("samples", "recipe_sha256") if key in facts}
+    if facts.get("prediction") == "v_prediction":
+        tail: Any = facts.get("tail")
+        if tail not in get_args(TailPolicy):
+            known = ", ".join(get_args(TailPolicy))
+            raise Refused(f"{folder / FACTS_FILE}: tail is {tail!r:.40}, known are {known} - export the run again")
+        parts = load_components(str(folder), device, torch.float32)
+        teacher, student = Teacher(parts, tail), Student(parts.unet, make_vp_bridge("vp_v", parts.schedule, tail))
+        solved = student_field(student.eval(), vp_scheduler(folder))
+        return LoadedModel(
+            solved, teacher.encode_texts, teacher.decode_latents, parts.latent_shape, told, tokenizer=parts.tokenizer
+        )
+    if scheduler.get("prediction_type") == "flow_prediction":
+        check_sd1_architecture(folder)
+        shift = scheduler_shift(scheduler, folder)
+        return _from_pipeline(load_pipeline(folder, device), shift, told)
+    return _from_teacher(load_components(str(folder), device, torch.float32), told)
+
+
+def _load_file(path: Path, device: torch.device, config_from: str | None) -> LoadedModel:
+    if not path.is_file():
+        raise Refused(f"{path}: there is no such file - name a run, a folder or a .safetensors file")
+    file = read_single_file(path)
+    beside = path.parent / "diffusers"
+    if config_from is None and not (file.is_sollune_export and beside.is_dir()):
+        why = (
+            "the sizes of its model and its tokenizer are" if file.is_sollune_export else "how it has to be sampled is"
+        )
+        raise Refused(
+            f"{path}: {why} not in the file - name by --config-from a diffusers folder of the same kind of model"
+            + (
+                ", or keep the export's diffusers/ beside it"
+                if file.is_sollune_export
+                else ", whose scheduler then says it"
+            )
+        )
+    configs = _find_diffusers_folder(config_from, CONFIG_PATTERNS) if config_from else beside
+    shift = file.flow_shift(configs)
+    pipeline = load_single_file(file, configs, device)
+    told = {key: value for key, value in file.metadata.items() if key == "modelspec.hash_sha256"}
+    if shift is not None:
+        return _from_pipeline(pipeline, shift, told)
+    return _from_teacher(Components.from_pipeline(pipeline, str(path), configs), told)
+
+
+def _find_diffusers_folder(location: str, patterns: Sequence[str] = MODEL_PATTERNS) -> Path:
+    """The diffusers folder that `location` is or holds; raises `Refused` when there is none."""
+    inner = Path(location) / "diffusers"
+    try:
+        folder = inner if inner.is_dir() else resolve_folder(location, patterns)
+    except Refused as refusal:
+        raise Refused(
+            f"{location}: neither a run, a folder nor a file, nor a hub repository that can be reached - "
+            "name a folder such as runs/tiny/distill, or the model's diffusers folder"
+        ) from refusal
+    if not (folder / MODEL_INDEX).is_file():
+        runs = sorted(str(one) for one in folder.iterdir() if is_run(one))
+        raise Refused(
+            f"{location}: no run, no export and no diffusers folder lies here ({MODEL_INDEX} is missing) - "
+            f"name {' or '.join(runs) or 'a folder such as runs/tiny/distill'}"
+        )
+    return folder
+
+
+def _from_teacher(parts: Components, metadata: Mapping[str, Any]) -> LoadedModel:
+    teacher = Teacher(parts, "hold")
+    solved = teacher_field(teacher, vp_scheduler(parts.folder))
+    return LoadedModel(
+        solved, teacher.encode_texts, teacher.decode_latents, parts.latent_shape, metadata, tokenizer=parts.tokenizer
+    )
+
+
+def _from_pipeline(pipeline: StableDiffusionPipeline, shift: float, metadata: Mapping[str, Any]) -> LoadedModel:
+    @torch.inference_mode()
+    def encode(texts: Sequence[str]) -> Tensor:
+        cond: Tensor = pipeline.encode_prompt(list(texts), pipeline.device, 1, False)[0]
+        return cond
+
+    @torch.inference_mode()
+    def decode(latents: Tensor) -> Tensor:
+        decoded: Tensor = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+        return (decoded / 2 + 0.5).clamp(0, 1)
+
+    size = pipeline.unet.config.sample_size
+    shape = (pipeline.unet.config.in_channels, size, size)
+    return LoadedModel(
+        student_field(Student(pipeline.unet)), encode, decode, shape, metadata, shift, pipeline.tokenizer
+    )

@@ -1,0 +1,213 @@
+"""Pictures as a stranger makes them: stock diffusers pipelines on folders.
+
+One .safetensors file in the LDM layout: what it says of itself, and the stock pipeline that it makes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from stages.nets.anatomy import check_component_match, check_sd1_architecture
+from stages.nets.files import WEIGHT_FILES, read_json
+from stages.nets.loading import call_library, load_component, load_tokenizer, non_finite_reason
+from stages.nets.student import TIME_SCALE
+from stages.system.refusal import Refused
+
+
+def load_pipeline(folder: Path, device: torch.device) -> StableDiffusionPipeline:
+    """The folder's pipeline with the folder's own scheduler, in fp32 and without a safety checker."""
+    check_component_match(folder)
+    parts = {part: load_component(folder, part, torch.float32) for part in WEIGHT_FILES}
+    parts["tokenizer"] = load_tokenizer(folder)
+    pipeline = call_library(
+        str(folder),
+        folder,
+        lambda: StableDiffusionPipeline.from_pretrained(
+            folder, **parts, safety_checker=None, requires_safety_checker=False, local_files_only=True
+        ),
+    ).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def use_ddim_scheduler(pipeline: StableDiffusionPipeline, teacher_folder: Path) -> None:
+    """Let the pipeline sample as a noise model does, by DDIM on the teacher's schedule."""
+    pipeline.scheduler = DDIMScheduler.from_config(read_json(teacher_folder / "scheduler" / "scheduler_config.json"))
+
+
+def generate_pictures(
+    pipeline: StableDiffusionPipeline,
+    texts: Sequence[str],
+    noise: Float[Tensor, "b c h w"],
+    steps: int,
+    guidance: float,
+    batch_size: int = 50,
+) -> Float[Tensor, "b 3 H W"]:
+    """Pictures in [0, 1], on the CPU."""
+    pictures = []
+    for first in range(0, len(texts), batch_size):
+        rows = slice(first, first + batch_size)
+        painted = pipeline(
+            list(texts[rows]),
+            latents=noise[rows].to(pipeline.device),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="pt",
+        ).images
+        pictures.append(painted.float().cpu())
+    return torch.cat(pictures)
+
+
+COMPONENT_PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.",
+}
+"""Part -> how the names of its tensors begin."""
+OPTIONAL_COMPONENTS = ("vae", "text_encoder")
+"""Parts that a file may leave to the folder: exports hold the UNet alone on request."""
+EXPORT_METADATA = {"prediction": "velocity", "path": "linear", "time_scale": f"{TIME_SCALE:g}"}
+"""What `sollune export` says in a file's metadata, behind `sollune.`, of a model that we can sample."""
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A file's metadata, and the parts of a model that its tensors belong to."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    tensor_counts: Mapping[str, int]
+    """Part -> how many tensors of it the file holds."""
+
+    @property
+    def is_sollune_export(self) -> bool:
+        """Whether `sollune export` wrote it."""
+        return "sollune.prediction" in self.metadata
+
+    def flow_shift(self, configs: Path) -> float | None:
+        """The shift of a model that answers with velocity; None for a teacher.
+
+        A file of ours says so itself. Of another only the scheduler of `configs` tells, as in stock diffusers; raises
+        `Refused` where the file's own metadata says otherwise.
+        """
+        if self.is_sollune_export:
+            return self._metadata_shift()
+        scheduler = read_json(configs / "scheduler" / "scheduler_config.json")
+        flow, said = (
+            scheduler.get("prediction_type") == "flow_prediction",
+            self.metadata.get("modelspec.prediction_type"),
+        )
+        if flow and said in ("epsilon", "v"):
+            raise Refused(
+                f"{self.path}: its metadata say prediction {said}, and {configs} is a flow model - "
+                "name with --config-from the diffusers folder of the model that this file was made from"
+            )
+        return scheduler_shift(scheduler, configs) if flow else None
+
+    def _metadata_shift(self) -> float:
+        said = self.metadata.get("sollune.shift", "nothing")
+        try:
+            shift = float(said)
+            if not 0 < shift < math.inf:
+                raise ValueError(said)
+            return shift
+        except ValueError as error:
+            raise Refused(
+                f"{self.path}: sollune.shift is {said}, not a number above 0 - export the run again"
+            ) from error
+
+
+def scheduler_shift(scheduler: Mapping[str, Any], folder: Path) -> float:
+    """The shift that a folder's scheduler names; raises `Refused` for one that is no shift."""
+    said = scheduler.get("flow_shift", 1.0)
+    if isinstance(said, bool) or not isinstance(said, int | float) or not 0 < said < math.inf:
+        raise Refused(f"{folder}/scheduler: flow_shift is {said!r:.40}, not a number above 0 - fetch the folder again")
+    return float(said)
+
+
+def read_single_file(path: Path) -> SingleFile:
+    """Look into a file without loading it; raises `Refused` for what is no whole SD-1.x model of a known prediction."""
+    if path.suffix != ".safetensors":
+        raise Refused(f"{path}: not a .safetensors file - other formats may run code when opened, so convert it first")
+    try:
+        with safe_open(path, "pt") as opened:
+            told, names = opened.metadata() or {}, list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"{path}: cannot be read ({error}) - export or fetch it again") from error
+    counts = {
+        part: sum(_is_component_tensor(name, prefix) for name in names) for part, prefix in COMPONENT_PREFIXES.items()
+    }
+    file = SingleFile(path, told, {part: count for part, count in counts.items() if count})
+    if "unet" not in file.tensor_counts:
+        raise Refused(
+            f"{path}: holds no UNet in the LDM layout ({COMPONENT_PREFIXES['unet']}...) - name a whole model's file"
+        )
+    for key, value in EXPORT_METADATA.items():
+        if file.is_sollune_export and told.get(f"sollune.{key}") != value:
+            raise Refused(
+                f"{path}: sollune.{key} is {told.get(f'sollune.{key}')}, not {value} - sample its run instead"
+            )
+    return file
+
+
+def load_single_file(file: SingleFile, configs: Path, device: torch.device) -> StableDiffusionPipeline:
+    """The stock pipeline of the file's weights, in fp32; sizes and words, and the parts it lacks, come from `configs`.
+
+    Raises `Refused` unless every tensor of every part is there, in the size that `configs` say.
+    """
+    check_sd1_architecture(configs)
+    check_component_match(configs)
+    tokenizer = load_tokenizer(configs)
+    try:
+        others = {
+            part: load_component(configs, part, torch.float32)
+            for part in OPTIONAL_COMPONENTS
+            if part not in file.tensor_counts
+        }
+        pipeline = StableDiffusionPipeline.from_single_file(
+            str(file.path),
+            config=str(configs),
+            local_files_only=True,
+            dtype=torch.float32,
+            feature_extractor=None,
+            tokenizer=tokenizer,
+            **others,
+        ).to(device)
+    except NotImplementedError as error:  # what torch says of a tensor that nobody filled
+        raise Refused(f"{file.path}: lacks tensors that {configs} ask for - export or fetch it again") from error
+    except (SingleFileComponentError, OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise Refused(
+            f"{file.path}: not of the sizes in {configs} ({reason}) - name its own diffusers folder by --config-from"
+        ) from error
+    for part in COMPONENT_PREFIXES:
+        _refuse_unused_tensors(file, part, getattr(pipeline, part), configs)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _is_component_tensor(name: str, prefix: str) -> bool:
+    """Whether a tensor is one of a part's own; the original autoencoders' files hold their training's loss as well."""
+    return name.startswith(prefix) and not name.startswith("first_stage_model.loss.")
+
+
+def _refuse_unused_tensors(file: SingleFile, component: str, module: nn.Module, configs: Path) -> None:
+    """Raise `Refused` for tensors that diffusers left out of a part, and for values that are no numbers."""
+    if reason := non_finite_reason(module):
+        raise Refused(f"{file.path}: {component}: {reason} - export or fetch it again")
+    # A text encoder's file may hold more than is read of it: position_ids, and what CLIP itself needs.
+    left_out = file.tensor_counts.get(component, 0) - len(module.state_dict())
+    if component != "text_encoder" and left_out > 0:
+        raise Refused(
+            f"{file.path}: holds {left_out} tensors more of the {component} than {configs} know - "
+            "name its own diffusers folder by --config-from"
+        )

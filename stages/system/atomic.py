@@ -1,0 +1,70 @@
+"""Files that appear whole or not at all."""
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from stages.system.disk import refuse_unwritable, refuse_write_errors
+from stages.system.ownership import is_alive, process_token
+
+PARTIAL_SUFFIX = ".partial"
+ABANDONED_AFTER_SECONDS = 3600.0
+FOLDER_FSYNC_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+"""What file systems raise that cannot make a folder durable, such as some of a network."""
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable, where its file system knows how."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in FOLDER_FSYNC_UNSUPPORTED:
+            raise
+    finally:
+        os.close(handle)
+
+
+def temporary_path(path: Path) -> Path:
+    """A temporary name beside `path` that says whose it is."""
+    return path.with_name(f".{path.name}.{process_token()}{PARTIAL_SUFFIX}")
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether nobody writes this `unfinished` file any more; a stranger's counts as forgotten after an hour."""
+    alive = is_alive(path.name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[2])
+    try:
+        return not alive if alive is not None else time.time() - path.stat().st_mtime > ABANDONED_AFTER_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; renamed to it when the block ends well, removed when it does not.
+
+    A link of that name is replaced, not followed: it may lead anywhere. Raises `Refused`, naming `path` and the reason,
+    for whatever the system raises.
+    """
+    temporary = temporary_path(path)
+    with refuse_write_errors(path):
+        refuse_unwritable(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+            fsync_folder(path.parent)
+        finally:
+            with suppress(OSError):  # on a disk that fails this fails too, and would hide why
+                temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the whole new one."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)

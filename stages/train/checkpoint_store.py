@@ -1,0 +1,226 @@
+"""state.json: what a checkpoint says of itself, written last, under a seal, with the hashes of all its other files.
+
+Which checkpoints stay: the last few, one of every so many samples, and the best.
+
+The folder of checkpoints: each gets its name when it is whole, and loses it before it is deleted, in one step each.
+
+A checkpoint is hidden (.000012800.partial) until all of it was read back, and again (.000012800.gone) while it is
+deleted. So whatever has a final name was whole once, at whichever moment a process dies.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from configs.values import Strict
+from shards.integrity import append_seal, seal_fault
+from shards.opened import FileIdentity
+from stages.system.atomic import fsync_folder
+
+META_FILE = "state.json"
+META_SCHEMA = 3
+
+
+class BrokenCheckpoint(Exception):
+    """Why a folder is no whole checkpoint."""
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What a checkpoint says of itself."""
+
+    samples: int
+    score: float | None
+    """Validation error when it was written, the lower the better; None when none was measured."""
+    identity: Mapping[str, Any]
+    """What its weights depend on besides `samples`: another run may not go on from it."""
+    files: Mapping[str, str]
+    """sha256 of every other file."""
+
+    def write(self, folder: Path) -> None:
+        """Write it into the folder that it speaks of."""
+        body = json.dumps({"schema": META_SCHEMA, **asdict(self)}, indent=1, allow_nan=False).removesuffix("\n}")
+        (folder / META_FILE).write_text(append_seal(f"{body},\n"), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "CheckpointMeta":
+        """Raises `Broken` unless it is there, of this schema, and every bit of it is as it was written."""
+        try:
+            content = (folder / META_FILE).read_bytes()
+            said = json.loads(content)
+            schema = said.pop("schema")
+        except FileNotFoundError as error:
+            raise BrokenCheckpoint(f"{META_FILE} is missing, so it was never finished") from error
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise BrokenCheckpoint(f"{META_FILE} cannot be read") from error
+        if schema != META_SCHEMA:
+            raise BrokenCheckpoint(f"its schema is {schema}, this program reads {META_SCHEMA}")
+        if seal_fault(content):
+            raise BrokenCheckpoint(f"{META_FILE} is not the file that was written")
+        del said["sha256"]
+        try:
+            return cls(**said)
+        except TypeError as error:
+            raise BrokenCheckpoint(f"{META_FILE} lacks something or says too much ({error})") from error
+
+
+def samples_of(folder: Path) -> int:
+    """The samples in a checkpoint's name, whether the name is final (000000008) or hidden (.000000008.partial)."""
+    return int(folder.name.lstrip(".").partition(".")[0])
+
+
+def fault_of(folder: Path) -> str | None:
+    """Why this checkpoint cannot be trusted; None when every file was read and is what state.json says."""
+    try:
+        said = CheckpointMeta.read(folder)
+        if said.samples != samples_of(folder):
+            return f"{META_FILE} speaks of {said.samples} samples"
+        for name, expected in said.files.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if sha256(folder / name) != expected:
+                return f"{name} is not the file that was written"
+    except BrokenCheckpoint as broken:
+        return str(broken)
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read ({error.strerror})"
+    return None
+
+
+def identity_differences(then: Any, now: Any, path: str = "") -> list[str]:
+    """Where two nested mappings differ, each as `full.path was A, is B`."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = sorted({*then, *now})
+        return [
+            line for k in keys for line in identity_differences(then.get(k), now.get(k), f"{path}.{k}" if path else k)
+        ]
+    if then == now:
+        return []
+    because = ": the learning rate's cosine would change" if path.endswith("max_samples") else ""
+    return [f"{path} was {then}, is {now}{because}"]
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+class KeepConfig(Strict):
+    """Which checkpoints stay; the best one always does, once a run has measured its error at checkpoints."""
+
+    last: int = Field(2, ge=1, description="newest checkpoints that stay")
+    every_samples: int | None = Field(
+        None, ge=1, description="the first checkpoint at or after each multiple of so many samples stays for good"
+    )
+
+
+def checkpoints_to_keep(scores: Mapping[int, float | None], keep: KeepConfig) -> set[int]:
+    """Those of the whole checkpoints on the disk that stay, each by its samples; `scores` holds their errors.
+
+    The lowest score is the best, the earlier one of two equals; None was not measured. Deciding after every save
+    leaves what deciding once at the end would, because whoever leaves once would never stay later.
+    """
+    ordered = sorted(scores)
+    stay = set(ordered[-keep.last :])
+    if keep.every_samples is not None:
+        turns = groupby(ordered, key=lambda samples: samples // keep.every_samples)  # type: ignore[operator]
+        stay |= {next(found) for multiple, found in turns if multiple > 0}
+    measured = [(score, samples) for samples, score in scores.items() if score is not None]
+    return stay | {samples for _score, samples in sorted(measured)[:1]}
+
+
+PARTIAL_SUFFIX, DISCARDED_SUFFIX = ".partial", ".gone"
+
+
+class CheckpointStore:
+    """The checkpoints that lie in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._intact_stats: dict[str, list[FileIdentity]] = {}
+
+    def list_all(self) -> list[Path]:
+        """Every checkpoint by age, whole or not."""
+        return sorted(path for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+
+    def list_unpublished(self) -> list[Path]:
+        """Every checkpoint that is whole but for its name, by age: `tidy` gives it one."""
+        hidden = sorted(self.folder.glob(f".[0-9]*{PARTIAL_SUFFIX}"))
+        return [partial for partial in hidden if fault_of(partial) is None]
+
+    def path_of(self, samples: int) -> Path:
+        """The final name of a checkpoint."""
+        return self.folder / f"{samples:09d}"
+
+    def partial_path_of(self, samples: int) -> Path:
+        """The name of a checkpoint that is being written."""
+        return self.folder / f".{samples:09d}{PARTIAL_SUFFIX}"
+
+    def is_intact(self, folder: Path) -> bool:
+        """Whether this process has read all of it since anybody wrote to it, and found it whole."""
+        facts = [FileIdentity.from_stat(path.stat()) for path in sorted(folder.iterdir())]
+        if self._intact_stats.get(folder.name) != facts:
+            if fault_of(folder) is not None:
+                return False
+            self._intact_stats[folder.name] = facts
+        return True
+
+    def publish(self, partial: Path) -> Path:
+        """Give a whole checkpoint its final name; what stood there was passed over as broken, or is the same."""
+        final = self.path_of(samples_of(partial))
+        if final.exists():
+            self.discard(final)
+        partial.replace(final)
+        fsync_folder(self.folder)
+        self._intact_stats[final.name] = self._intact_stats.pop(partial.name, [])
+        return final
+
+    def discard(self, folder: Path) -> None:
+        """Take a checkpoint's name away; `sweep` deletes it."""
+        gone = self.folder / f".{folder.name}{DISCARDED_SUFFIX}"
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.replace(gone)
+        self._intact_stats.pop(folder.name, None)
+
+    def delete_discarded(self) -> None:
+        """Delete what was discarded; what a network's disk will not let go yet goes the next time."""
+        for gone in self.folder.glob(f".[0-9]*{DISCARDED_SUFFIX}"):
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def rotate(self, newest: Path, keep: KeepConfig) -> None:
+        """Delete what need not stay, now that `newest` has been read back; a broken one takes nobody's place.
+
+        Left alone is what is newer - broken, or it would have been taken - and what does not speak our schema.
+        """
+        scores: dict[int, float | None] = {}
+        for folder in self.list_all():
+            try:
+                said = CheckpointMeta.read(folder)
+            except BrokenCheckpoint:
+                continue
+            if samples_of(folder) <= samples_of(newest):
+                scores[samples_of(folder)] = said.score
+        if scores.keys() != checkpoints_to_keep(scores, keep):
+            whole = {samples: score for samples, score in scores.items() if self.is_intact(self.path_of(samples))}
+            for samples in sorted(scores.keys() - checkpoints_to_keep(whole, keep)):
+                self.discard(self.path_of(samples))
+        self.delete_discarded()
+
+    def recover(self) -> None:
+        """Finish what a killed process left half done: name what is whole, remove what is half there."""
+        for partial in sorted(self.folder.glob(f".[0-9]*{PARTIAL_SUFFIX}")):
+            if fault_of(partial) is None:
+                print(f"{partial}: whole but for its name, which it gets")
+                self.publish(partial)
+            else:
+                print(f"{partial}: half-written, removed")
+                shutil.rmtree(partial)
+        self.delete_discarded()

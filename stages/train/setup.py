@@ -1,0 +1,182 @@
+"""All that steers a run of training.
+
+What is refused before a run of training writes anything: another run's folder, a batch, a library, a full disk.
+
+How many processes can share a run's batches on this machine.
+"""
+
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from pydantic import Field
+from torch import nn
+
+from configs.values import Strict
+from shards.manifest import Manifest
+from shards.reader import DEFAULT_MEMORY_BUDGET_BYTES
+from stages.nets.anatomy import check_sd1_architecture
+from stages.nets.files import read_json
+from stages.nets.student import Student
+from stages.system.memory import refuse_too_many
+from stages.system.ownership import claim_folder
+from stages.system.refusal import Refused
+from stages.train.checkpoint import CheckpointFetcher, Checkpoints, Resume
+from stages.train.checkpoint_store import KeepConfig
+from stages.train.ema import EmaConfig
+from stages.train.objective import Objective
+from stages.train.optim import OptimizerConfig, build_optimizer
+from stages.train.runtime import Precision, Runtime, batch_split_error
+from stages.train.state import checkpoint_bytes
+from stages.train.trackers import TrackingConfig, refuse_missing_trackers
+
+
+class TrainConfig(Strict):
+    """How long, how fast and how often; one sample is one state with both guidance branches."""
+
+    max_samples: int = Field(
+        48_000, ge=1, description="samples after which training is over, counted from its beginning"
+    )
+    batch_size: int = Field(
+        32, ge=1, description="states a step, of all processes; the student sees each of them under both branches"
+    )
+    seed: int = Field(0, description="seed of the order of the data and of every draw in training")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
+    embedding_jitter: float = Field(
+        0.5, ge=0, description="half-width of the jitter on the time that the student is told, 0 to 1000"
+    )
+    precision: Precision = Field(
+        "fp32",
+        description="bf16, fp16: autocast on an accelerator (fp16 with scaled losses); weights stay fp32, and a CPU "
+        "always computes in fp32",
+    )
+    accumulate: int = Field(
+        1, ge=1, description="micro-batches of each process, one after the other, whose gradients make one step"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute the inside of each block twice instead of keeping it: less memory, more time"
+    )
+    compile: bool = Field(False, description="let torch.compile fuse the UNet's operations; slow first steps")
+    channels_last: bool = Field(False, description="lay the UNet out for the convolutions of recent GPUs")
+    max_skips: int = Field(5, ge=1, description="steps in a row without a finite gradient that end the run")
+    spike_sigmas: float = Field(
+        6.0, gt=0, description="deviations above the running mean of log loss from which a loss is journaled as a spike"
+    )
+    journal_every_samples: int = Field(640, ge=1, description="samples between two lines of the journal")
+    checkpoint_every_samples: int = Field(12_800, ge=1, description="samples between two checkpoints")
+    keep: KeepConfig = KeepConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return -(-self.max_samples // self.batch_size)
+
+    @property
+    def samples(self) -> int:
+        """Samples seen at its end: `max_samples`, or the next whole batch."""
+        return self.steps * self.batch_size
+
+
+NON_IDENTITY_FIELDS = {
+    "journal_every_samples",
+    "checkpoint_every_samples",
+    "keep",
+    "max_skips",
+    "spike_sigmas",
+    "tracking",
+}
+CLAIM_PURPOSE = "train in"
+ARITHMETIC_FIELDS = {"accumulate", "gradient_checkpointing", "compile", "channels_last"}
+"""Free to change as well, but not without a word: a run goes on with other last bits."""
+
+
+def refuse_start(
+    student: Student,
+    objective: Objective,
+    config: TrainConfig,
+    folder: Path,
+    runtime: Runtime,
+    identity: Mapping[str, Any],
+    resume: Resume = "auto",
+    unknown_keys: Collection[str] = (),
+) -> None:
+    """Raise `Refused` for whatever `fit` would refuse of the same words before its first step; nothing changes.
+
+    `unsettled` names what of the identity is not known yet.
+    """
+    runtime.local_batch_size(config.batch_size, config.accumulate)
+    build_optimizer(config.optimizer, trainable_parameters(student))
+    refuse_missing_trackers(config.tracking)
+    checkpoints = Checkpoints(folder / "checkpoints", run_identity(config, objective, identity), config.keep)
+    checkpoints.refuse_other_runs(resume, unknown_keys)
+    checkpoints.refuse_small_disk(checkpoint_bytes(student))
+
+
+def fetch_checkpoint(
+    objective: Objective,
+    config: TrainConfig,
+    folder: Path,
+    identity: Mapping[str, Any],
+    resume: Resume,
+    fetcher: CheckpointFetcher,
+) -> None:
+    """Bring the checkpoint that is kept elsewhere, where none is whole here; `Refused` when it is another run's."""
+    checkpoints = Checkpoints(folder / "checkpoints", run_identity(config, objective, identity), config.keep)
+    checkpoints.fetch(fetcher, resume)
+
+
+def claim_on_main(folder: Path, runtime: Runtime) -> AbstractContextManager[None]:
+    """The run folder, claimed by the main process for all of a run's processes; see `claimed`."""
+    return claim_folder(folder, CLAIM_PURPOSE) if runtime.is_main else nullcontext()
+
+
+def run_identity(config: TrainConfig, objective: Objective, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run must have in common with the one that it continues."""
+    train = config.model_dump(mode="json", exclude=NON_IDENTITY_FIELDS | ARITHMETIC_FIELDS)
+    return {**identity, "train": train, "objective": objective.config.model_dump(mode="json")}
+
+
+def trainable_parameters(student: Student) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+
+
+BYTES_OF_TEACHER_AND_STUDENT = 4 + 4
+BYTES_OF_GRADIENT_AND_AVERAGE = 4 + 4
+BYTES_OF_MOMENTS = {"adamw": 8, "adamw_8bit": 2, "muon": 4}
+"""Of each number of the UNet, at least, in every process."""
+
+
+def refuse_launch(
+    train: TrainConfig, processes: int, device: torch.device, teacher: Path, cache: Path, *, adapters_only: bool = False
+) -> None:
+    """Raise `Refused` unless each process gets rows of every batch, and this machine holds so many; none is started."""
+    if slip := batch_split_error(train.batch_size, processes, train.accumulate):
+        raise Refused(f"processes = {processes}: {slip}, or other processes")
+    if device.type == "cuda" and processes > torch.cuda.device_count():
+        raise Refused(f"processes = {processes}: there are {torch.cuda.device_count()} GPUs - one process for each")
+    held = 0 if adapters_only else BYTES_OF_GRADIENT_AND_AVERAGE + BYTES_OF_MOMENTS[train.optimizer.kind]
+    read = sum(shard.bytes for shard in Manifest.open(cache).shards_of("train"))
+    refuse_too_many(
+        "processes",
+        processes,
+        count_parameters(teacher) * (BYTES_OF_TEACHER_AND_STUDENT + held)
+        + (read if read <= DEFAULT_MEMORY_BUDGET_BYTES else 0),
+        device,
+    )
+
+
+def count_parameters(teacher: Path) -> int:
+    """The numbers in a teacher's UNet, from its config alone."""
+    check_sd1_architecture(teacher)
+    try:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(read_json(teacher / "unet" / "config.json"))
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError):
+        return 0  # each process refuses it when it loads it, and says why
+    return sum(parameter.numel() for parameter in unet.parameters())
