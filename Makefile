@@ -1,4 +1,4 @@
-# sollune: three stories, each a make target. Every target makes .venv first and asks only for what is missing.
+# sollune: three commands, each a make target. Every target makes .venv first and then only what is missing.
 
 CONFIG ?= configs/tiny.yaml
 empty :=
@@ -59,8 +59,8 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export MALLOC_TOP_PAD_ ?= 268435456
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-# $(call story,NAME,OPTIONS): ARGS go to the story that was asked for, not to the ones that it needs first.
-story = $(eval called := yes)$(BIN)/sollune $(1) --config $(CONFIG) --run $(RUN) $(2) $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS))
+# $(call command,NAME,OPTIONS): ARGS go to the target on make's command line, not to those that it needs first.
+command = $(eval called := yes)$(BIN)/sollune $(1) --config $(CONFIG) --run $(RUN) $(2) $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS))
 # $(call rest,FOLDER): what to say when nothing had to be called.
 rest = $(if $(called),:,echo "$(RUN)/$(1) is complete: nothing to do")
 
@@ -74,27 +74,27 @@ help: ## this list
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{ printf "  %-17s %s\n", $$1, $$2 }'
 
-cache-teacher: $(CACHE) ## ask the teacher once, keep its answers in RUN/cache
+cache-teacher: $(CACHE) ## run the teacher once, keep what it predicts in RUN/cache
 	@$(call rest,cache)
 
-distill: $(DISTILL) ## teach a velocity model from the cache, export it to RUN/distill
+distill: $(DISTILL) ## train a velocity model from the cache, export it to RUN/distill
 	@$(call rest,distill)
 
 finetune-classes: $(CLASSES) ## fine-tune it by class priorities, export it to RUN/classes
 	@$(call rest,classes)
 
-# A story writes COMPLETE last. It is called again when its configuration is newer, or when ARGS ask something of it;
+# A command writes COMPLETE last. It is called again when its configuration is newer, or when ARGS are for it;
 # the program then finds what is already there, or says which fields differ.
 $(CACHE): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter cache-teacher,$(MAKECMDGOALS))),FORCE) | $(STAMP)
-	$(call story,cache-teacher,--workers $(PROCESSES))
+	$(call command,cache-teacher,--workers $(PROCESSES))
 	@touch -c $@
 
 $(DISTILL): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter distill,$(MAKECMDGOALS))),FORCE) | $(STAMP) $(CACHE)
-	$(call story,distill,--processes $(PROCESSES))
+	$(call command,distill,--processes $(PROCESSES))
 	@touch -c $@
 
 $(CLASSES): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter finetune-classes,$(MAKECMDGOALS))),FORCE) | $(STAMP) $(DISTILL)
-	$(call story,finetune-classes,--processes $(PROCESSES))
+	$(call command,finetune-classes,--processes $(PROCESSES))
 	@touch -c $@
 
 FORCE:

@@ -125,6 +125,39 @@ def test_every_relative_link_and_anchor_leads_somewhere(page: Path) -> None:
     assert broken_links(read(page)) == []
 
 
+PLACE = re.compile(r"`((?:configs|shards|stages|tests|benchmarks)/[\w./-]*)`")
+NAMED = re.compile(r"((?:`[\w.]+`,? (?:and )?)+)in\s+`((?:configs|shards|stages)/[\w/]+\.py)`")
+
+
+def absent_names(text: str, root: Path) -> list[str]:
+    """Files of the program that a page names and that are not there, and names that are not in the file beside them."""
+    faults = [f"{name} is not there" for name in PLACE.findall(text) if not (root / name).exists()]
+    for names, file in NAMED.findall(text):
+        code = (root / file).read_text() if (root / file).is_file() else ""
+        faults += [
+            f"{name} is not in {file}"
+            for name in re.findall(r"\w+(?=`|\.)", names)
+            if not re.search(rf"\b{name}\b", code)
+        ]
+    return faults
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_files_and_names_of_the_code_are_there(page: Path) -> None:
+    assert absent_names(page.read_text(), ROOT) == []
+
+
+def test_a_name_that_is_not_in_its_file_is_found(tmp_path: Path) -> None:
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "a.py").write_text("class Sampler:\n    def draw(self): ...\n")
+    text = "See `stages/b.py`. `Sampler.draw`, `Field` in `stages/a.py`; `Sampler.solve` in\n`stages/a.py`."
+    assert absent_names(text, tmp_path) == [
+        "stages/b.py is not there",
+        "Field is not in stages/a.py",
+        "solve is not in stages/a.py",
+    ]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_every_block_says_what_it_is(page: Path) -> None:
     assert [f"{page}:{block.line}" for block in read(page).blocks if not block.mark] == []
