@@ -12,12 +12,12 @@ def main() -> int:
     """0 when all prompts are distinct and came in time."""
     began = time.perf_counter()
     source = SymbolicSource()
-    found: list[Prompt] = list(islice(source.iter_prompts(SEED), COUNT))
+    prompts: list[Prompt] = list(islice(source.iter_prompts(SEED), COUNT))
     seconds = time.perf_counter() - began
-    distinct = len({prompt.text for prompt in found})
+    distinct = len({prompt.text for prompt in prompts})
     print(f"{COUNT} prompts at seed {SEED} in {seconds:.1f} s (limit {LIMIT_SECONDS} s), {distinct} distinct")
-    print(f"{source.load().size} distinct sentences in all, {len({prompt.class_name for prompt in found})} classes\n")
-    for prompt in found[:: COUNT // SHOWN]:
+    print(f"{source.load().size} distinct sentences in all, {len({prompt.class_name for prompt in prompts})} classes\n")
+    for prompt in prompts[:: COUNT // SHOWN]:
         print(f"{prompt.text}  [{prompt.class_name}]")
     return 0 if distinct == COUNT and seconds < LIMIT_SECONDS else 1
 

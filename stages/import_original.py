@@ -34,29 +34,27 @@ class Config(Strict):
     teacher: Location = Field(description="diffusers folder or hub id of the model that it was distilled from")
     out: Path = Field(description="run folder that will be made")
     samples: int | None = Field(
-        None, ge=1, description="samples that it has seen; none takes gstep times the batch size that cfg names"
+        None, ge=1, description="samples it was trained on; none takes gstep times the batch size that cfg names"
     )
-    target: Target | None = Field(
-        None, description="what its network answers with; none takes what cfg says, and vp_v where it says nothing"
-    )
+    target: Target | None = Field(None, description="what its network predicts; none takes that of cfg, or else vp_v")
     tail: TailPolicy | None = Field(
-        None, description="its velocity at the noisy end; none takes what cfg says, and hold where it says nothing"
+        None, description="its velocity at the noisy end; none takes that of cfg, or else hold"
     )
 
 
 @dataclass(frozen=True)
 class ImportedWeights:
-    """A checkpoint of nothing but weights: no training goes on from it."""
+    """The state of a checkpoint that holds weights alone, so that no training resumes from it."""
 
     tensors: Mapping[str, Tensor]
     samples: int
 
     def write(self, folder: Path) -> None:
-        """Write the weights as the average that every reader of a run asks for."""
+        """Write the weights as the averaged ones, which every reader of a run reads."""
         save_file({f"unet.{name}": value.contiguous() for name, value in self.tensors.items()}, folder / WEIGHTS_FILE)
 
     def size_bytes(self) -> int:
-        """What `write` needs."""
+        """The bytes that `write` writes."""
         return sum(value.nbytes for value in self.tensors.values())
 
 
@@ -66,16 +64,16 @@ def run(config: Config) -> Path:
         raise Refused(f"{config.out}: holds something already - name a new folder with --out")
     refuse_unwritable(config.out / CHECKPOINTS_FOLDER)
     original = read_original(config.file)
-    samples = config.samples or samples_seen(original)
-    target = config.target or cfg_choice(original, "target", get_args(Target)) or "vp_v"
-    tail = config.tail or cfg_choice(original, "tail", get_args(TailPolicy)) or "hold"
-    parts = load_components(config.teacher, torch.device("cpu"), torch.float32)
-    imported = ImportedWeights(original.weights(parts.unet), samples)
-    made_from = {"file": config.file.name, "sha256": sha256(config.file), "gstep": original.gstep}
-    batch = max(1, samples // max(1, original.gstep))
-    identities = {"imported": made_from, "train": {"batch_size": batch}}
+    samples = config.samples or _sample_count(original)
+    target = config.target or _cfg_choice(original, "target", get_args(Target)) or "vp_v"
+    tail = config.tail or _cfg_choice(original, "tail", get_args(TailPolicy)) or "hold"
+    components = load_components(config.teacher, torch.device("cpu"), torch.float32)
+    imported = ImportedWeights(original.weights(components.unet), samples)
+    source = {"file": config.file.name, "sha256": sha256(config.file), "gstep": original.gstep}
+    batch_size = max(1, samples // max(1, original.gstep))
+    identities = {"imported": source, "train": {"batch_size": batch_size}}
     path = absolute_folder(config.teacher)
-    origin = Origin(config.teacher, component_digests(parts.folder), tail, "", target, teacher_path=path)
+    origin = Origin(config.teacher, component_digests(components.folder), tail, "", target, teacher_path=path)
     with claim_folder(config.out, "import into"):
         folder = Checkpoints(config.out / CHECKPOINTS_FOLDER, identities, KeepConfig()).save(imported)
         origin.save(config.out)
@@ -83,33 +81,34 @@ def run(config: Config) -> Path:
     return folder
 
 
-def samples_seen(original: OriginalCheckpoint) -> int:
-    """The samples that it saw: what an export of ours wrote down, else steps times batch size."""
-    counted = original.cfg.get("samples"), original.cfg.get("batch_size")
-    if isinstance(counted[0], int) and counted[0] > 0:
-        return counted[0]
-    if isinstance(counted[1], int) and counted[1] * original.gstep > 0:
-        return counted[1] * original.gstep
+def _sample_count(original: OriginalCheckpoint) -> int:
+    """Its training samples: as recorded by an export of ours, else steps times batch size."""
+    samples, batch_size = original.cfg.get("samples"), original.cfg.get("batch_size")
+    if isinstance(samples, int) and samples > 0:
+        return samples
+    if isinstance(batch_size, int) and batch_size * original.gstep > 0:
+        return batch_size * original.gstep
     raise Refused(
-        f"{original.file}: cfg.batch_size is {counted[1]} and gstep {original.gstep}, "
-        "so the samples seen are unknown - tell them with --samples"
+        f"{original.file}: cfg.batch_size is {batch_size} and gstep {original.gstep}, "
+        "so the number of training samples is unknown - name it with --samples"
     )
 
 
-def cfg_choice(original: OriginalCheckpoint, key: str, allowed: Sequence[str]) -> Any:
-    """What cfg says of itself, None where it says nothing; raises `Refused` for a word that is unknown."""
-    word = original.cfg.get(key)
-    if word is not None and word not in allowed:
-        raise Refused(f"{original.file}: cfg.{key} is {word!r}, known are {', '.join(allowed)} - tell it with --{key}")
-    return word
+def _cfg_choice(original: OriginalCheckpoint, key: str, allowed: Sequence[str]) -> Any:
+    """An entry of cfg, None where there is none; raises `Refused` for an unknown value."""
+    value = original.cfg.get(key)
+    if value is not None and value not in allowed:
+        known = ", ".join(allowed)
+        raise Refused(f"{original.file}: cfg.{key} is {value!r}, known are {known} - choose one with --{key}")
+    return value
 
 
 def main(argv: Sequence[str]) -> int:
     """`sollune import FILE.pt ...`."""
-    words = ["--file", *argv] if argv and not argv[0].startswith("-") else list(argv)
-    if not words:
+    arguments = ["--file", *argv] if argv and not argv[0].startswith("-") else list(argv)
+    if not arguments:
         raise Refused(f"import: which file? - {USAGE}")
-    config = config_from_arguments(Config, "import", words)
+    config = config_from_arguments(Config, "import", arguments)
     if config is not None:
         run(config)
     return 0

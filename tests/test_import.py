@@ -1,4 +1,4 @@
-"""The original experiment's checkpoint comes in, goes out, and never runs a line of code."""
+"""The original experiment's checkpoint is imported and exported, and no code in it is run."""
 
 import os
 import pickle
@@ -47,7 +47,7 @@ def written(file: Path, student: Weights, prefix: str = "unet.", **changes: obje
     return file
 
 
-def test_an_original_becomes_a_run_that_paints_and_exports(tmp_path: Path, weights: Weights) -> None:
+def test_an_original_becomes_a_run_that_samples_and_exports(tmp_path: Path, weights: Weights) -> None:
     file, run = written(tmp_path / "e11.pt", weights), tmp_path / "run"
     assert main(["import", str(file), "--teacher", TEACHER, "--out", str(run)]) == 0
     saved = open_run(run)
@@ -63,12 +63,12 @@ def test_an_original_becomes_a_run_that_paints_and_exports(tmp_path: Path, weigh
 
 
 @pytest.mark.parametrize("prefix", ["", "unet.", "module.unet.", "_orig_mod.unet.", "module._orig_mod."])
-def test_the_words_that_wrappers_leave_before_a_key_are_taken_off(
+def test_the_prefixes_of_wrappers_are_removed_from_keys(
     tmp_path: Path, unet: UNet2DConditionModel, weights: Weights, prefix: str
 ) -> None:
-    found = read_original(written(tmp_path / "e.pt", weights, prefix)).weights(unet)
-    assert found.keys() == weights.keys()
-    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    stored = read_original(written(tmp_path / "e.pt", weights, prefix)).weights(unet)
+    assert stored.keys() == weights.keys()
+    assert all(torch.equal(stored[name], value) for name, value in weights.items())
 
 
 def test_what_goes_out_comes_back_to_the_last_bit(tmp_path: Path, weights: Weights) -> None:
@@ -154,7 +154,7 @@ def test_the_first_tensor_that_does_not_fit_is_named(unet: UNet2DConditionModel,
     refused(dict(unet.state_dict()), "holds the teacher's own weights")
 
 
-def test_samples_are_asked_for_when_the_file_does_not_tell_them(tmp_path: Path, weights: Weights) -> None:
+def test_samples_are_required_when_the_file_does_not_hold_them(tmp_path: Path, weights: Weights) -> None:
     file, out = written(tmp_path / "e.pt", weights, cfg={}), ["--teacher", TEACHER, "--out", str(tmp_path / "run")]
     assert main(["import", str(file), *out]) == 2
     assert not (tmp_path / "run").exists()

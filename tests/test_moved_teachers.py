@@ -1,4 +1,4 @@
-"""A teacher that moved, and a cache of before: opened where the files are the same, refused where they are not."""
+"""A teacher that moved, and an older cache: opened where the files are the same, refused where they are not."""
 
 import shutil
 from pathlib import Path
@@ -59,12 +59,12 @@ def test_where_it_was_named_comes_before_where_that_was(home: Path, monkeypatch:
 def test_a_teacher_that_lies_nowhere_any_more_is_refused_with_both_places_and_the_option(home: Path) -> None:
     manifest = cache(home / "run", "models/tiny")
     shutil.move(home / "models", home / "moved")
-    for ask in (
+    for open_teacher in (
         lambda: load_run_teacher(Origin.from_manifest(manifest), CPU, torch.float32),
         find_origin(home / "run/cache").teacher_location,
     ):
         with pytest.raises(Refused) as refusal:
-            ask()
+            open_teacher()
         for name in ("'models/tiny'", repr(str(home / "models/tiny")), "--teacher"):
             assert name in str(refusal.value)
     there = Origin.from_manifest(manifest, "moved/tiny")
@@ -72,7 +72,7 @@ def test_a_teacher_that_lies_nowhere_any_more_is_refused_with_both_places_and_th
     assert there.teacher_path == str(home / "moved/tiny")
 
 
-def test_an_origin_of_before_names_one_place(home: Path) -> None:
+def test_an_older_origin_names_one_place(home: Path) -> None:
     origin = Origin("models/tiny", {}, "hold", "abc")
     origin.save(home)
     text = (home / "origin.json").read_text().replace(',\n "teacher_path": null', "")
@@ -84,7 +84,9 @@ def test_an_origin_of_before_names_one_place(home: Path) -> None:
 def by_the_earlier_rule(_before: object, folder: Path) -> dict[str, str]:
     counted = {".json", ".txt", ".safetensors"}
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    return {part: digest_files([one for one in (folder / part).iterdir() if one.suffix in counted]) for part in parts}
+    return {
+        part: digest_files([file for file in (folder / part).iterdir() if file.suffix in counted]) for part in parts
+    }
 
 
 @pytest.fixture
@@ -92,18 +94,18 @@ def old(home: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """The recipe of a cache in `home/run` that was made when every file of a part counted; one lies beside."""
     shutil.copy(home / "models/tiny/unet/config.json", home / "models/tiny/unet/other.json")
     with monkeypatch.context() as patch:
-        patch.setattr(targets, "as_recorded", by_the_earlier_rule)
+        patch.setattr(targets, "digests_as_recorded", by_the_earlier_rule)
         return cache(home / "run", "models/tiny").recipe
 
 
-def test_a_cache_of_before_is_gone_on_with_and_its_teacher_opened(home: Path, old: Recipe) -> None:
+def test_a_older_cache_is_continued_and_its_teacher_opened(home: Path, old: Recipe) -> None:
     longer = cache(home / "run", "models/tiny", "--count", "6")
     assert sum(shard.records for shard in longer.shards_of("train")) == 6
     assert longer.recipe.fingerprint() == old.fingerprint()
     assert load_run_teacher(Origin.from_manifest(longer), CPU, torch.float32).name_facts == {"teacher": "tiny"}
 
 
-def test_a_cache_of_before_is_not_gone_on_with_by_other_weights(home: Path, old: Recipe) -> None:
+def test_a_older_cache_is_not_continued_by_other_weights(home: Path, old: Recipe) -> None:
     config = home / "models/tiny/vae/config.json"
     config.write_text(config.read_text() + "\n")
     with pytest.raises(Refused, match=r"another recipe: teacher\.vae"):

@@ -1,4 +1,4 @@
-"""The whole way with teachers of other than 1000 steps: cached, read by David in all of his bins, and learnt from."""
+"""Teachers of other than 1000 steps: cached, fitted by David in all of its bins, and distilled."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ DAVID = ["--david.fit.steps", "2", "--david.fit.bins", "10", "--david.fit.patter
 
 
 def teacher_with(folder: Path, steps: int) -> Path:
-    """The embedded teacher, whose schedule goes the same way in another number of steps."""
+    """The embedded teacher, with its schedule in another number of steps."""
     shutil.copytree("stages/tiny/model", folder)
     path = folder / "scheduler" / "scheduler_config.json"
     betas = {"beta_start": 0.85 / steps, "beta_end": 12 / steps}
@@ -33,7 +33,7 @@ def teacher_with(folder: Path, steps: int) -> Path:
 
 
 @pytest.mark.parametrize(("steps", "dtype"), [(200, "float32"), (4000, "float32"), (4000, "float16")])
-def test_a_teacher_of_other_than_a_thousand_steps_is_cached_and_learnt_from(
+def test_a_teacher_of_other_than_a_thousand_steps_is_cached_and_distilled(
     tmp_path: Path, steps: int, dtype: str
 ) -> None:
     teacher = teacher_with(tmp_path / "teacher", steps)

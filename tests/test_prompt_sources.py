@@ -8,18 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.prompts import (
-    FileSource,
-    GrammarSource,
-    HubSource,
-    MixtureSource,
-    Prompt,
-    SymbolicSource,
-    TableSource,
-    WeightedSource,
-    source_report,
-)
-from stages.prompts.__main__ import main, tokenizer_of
+from stages.prompts import FileSource, GrammarSource, Prompt, SymbolicSource, source_report
+from stages.prompts.__main__ import load_tokenizer, main
+from stages.prompts.hub import HubSource
+from stages.prompts.source import MixtureSource, WeightedSource
+from stages.prompts.table import TableSource
 from stages.system.refusal import Refused
 
 TEXTS = ["a cat", "a dog, asleep", "an owl"]
@@ -67,12 +60,12 @@ def test_a_column_of_numbers_is_refused(tmp_path: Path) -> None:
 def test_classes_come_from_their_column(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_text("text,kind\na cat,animal/cat\na thing,\n")
-    found = list(islice(TableSource(path=file, class_column="kind").iter_prompts(0), 2))
-    assert [prompt.class_name for prompt in found] == ["animal/cat", "prompt"]
+    listed = list(islice(TableSource(path=file, class_column="kind").iter_prompts(0), 2))
+    assert [prompt.class_name for prompt in listed] == ["animal/cat", "prompt"]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "problem"),
     [
         ("t.xlsx", b"", "unknown kind of table"),
         ("t.jsonl", b"{no}\n", r"t\.jsonl:1: not good JSON"),
@@ -81,10 +74,10 @@ def test_classes_come_from_their_column(tmp_path: Path) -> None:
         ("t.csv", b"text\n\n", "holds no prompt"),
     ],
 )
-def test_bad_tables_are_refused_by_name(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+def test_bad_tables_are_refused_by_name(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
     file = tmp_path / name
     file.write_bytes(content)
-    with pytest.raises(Refused, match=told):
+    with pytest.raises(Refused, match=problem):
         texts_of(TableSource(path=file), 1)
 
 
@@ -147,40 +140,42 @@ def mixture(tmp_path: Path) -> MixtureSource:
 
 
 def test_a_mixture_keeps_its_proportions_and_skips_nothing(tmp_path: Path) -> None:
-    found = list(islice(mixture(tmp_path).iter_prompts(5), 60))
-    parts = [dict(prompt.derivation)["part"][0] for prompt in found]
+    listed = list(islice(mixture(tmp_path).iter_prompts(5), 60))
+    parts = [dict(prompt.derivation)["part"][0] for prompt in listed]
     assert [parts.count(part) for part in "123"] == [30, 20, 10]
-    assert [p.text for p in found if p.text.startswith("line")][:8] == [f"line {i % 7}" for i in range(8)]
+    assert [p.text for p in listed if p.text.startswith("line")][:8] == [f"line {i % 7}" for i in range(8)]
 
 
 def test_prompt_i_of_a_mixture_is_a_function_of_seed_and_i(tmp_path: Path) -> None:
     source = mixture(tmp_path)
-    found = list(islice(source.iter_prompts(5), 60))
+    listed = list(islice(source.iter_prompts(5), 60))
     for start in (0, 1, 7, 31, 59):
-        assert next(source.iter_prompts(5, start)) == found[start]
-    assert next(source.iter_prompts(6, 31)) != found[31]
+        assert next(source.iter_prompts(5, start)) == listed[start]
+    assert next(source.iter_prompts(6, 31)) != listed[31]
 
 
 def test_a_report_names_what_was_left_out_repeated_and_cut(tmp_path: Path) -> None:
     file = tmp_path / "lines.txt"
     file.write_bytes(b"a small red star\n\na small red star\n\xff\n" + b"star " * 90)
     source = FileSource(path=file)
-    said = source_report(source, list(islice(source.iter_prompts(0), 3)), tokenizer_of(MODEL))
-    assert {fault: len(places) for fault, places in said.omitted.items()} == {"empty": 1, "not UTF-8": 1}
-    assert (len(said.repeated), len(said.truncated)) == (1, 1)
-    assert f"the first: {file}:2" in "\n".join(said.lines())
+    report = source_report(source, list(islice(source.iter_prompts(0), 3)), load_tokenizer(MODEL))
+    assert {fault: len(places) for fault, places in report.omitted.items()} == {"empty": 1, "not UTF-8": 1}
+    assert (len(report.repeated), len(report.truncated)) == (1, 1)
+    assert f"the first: {file}:2" in "\n".join(report.lines())
 
 
 def test_a_report_on_good_prompts_is_one_line() -> None:
     grammar = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
-    assert source_report(grammar, [Prompt("a red star", "star/red", 0)], tokenizer_of(MODEL)).lines() == ["prompts: 1"]
+    assert source_report(grammar, [Prompt("a red star", "star/red", 0)], load_tokenizer(MODEL)).lines() == [
+        "prompts: 1"
+    ]
 
 
 def test_the_command_shows_a_tree_a_sample_and_statistics(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "17", "--tree", "--seed", "42"]) == 0
-    told = capsys.readouterr().out
-    assert next(SymbolicSource().iter_prompts(42, 17)).text in told
-    assert "family: " in told
+    output = capsys.readouterr().out
+    assert next(SymbolicSource().iter_prompts(42, 17)).text in output
+    assert "family: " in output
     assert main(["sample", "--count", "3", "--config", "configs/tiny.yaml"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert main(["stats", "--count", "50", "--config", "configs/tiny.yaml", "--tokenizer", str(MODEL)]) == 0
@@ -231,8 +226,8 @@ def test_well_formed_files_keep_their_prompts_and_the_identity_that_caches_carry
     for mark in (b"", b"\xef\xbb\xbf"):
         source = source_of(tmp_path / name, mark + content)
         assert source.identity() == identity
-        found = islice(source.iter_prompts(0), len(expected))
-        assert [(prompt.text, prompt.class_name) for prompt in found] == expected
+        listed = islice(source.iter_prompts(0), len(expected))
+        assert [(prompt.text, prompt.class_name) for prompt in listed] == expected
 
 
 UNUSABLE = {
@@ -287,7 +282,7 @@ def test_a_far_number_is_counted_and_not_read_up_to(tmp_path: Path) -> None:
     assert (far.text, dict(far.derivation)["reading"]) == ("c", str((10**15 + 1) // 3 + 1))
 
 
-def test_a_report_says_what_was_read_as_what(tmp_path: Path) -> None:
+def test_a_report_names_how_each_file_was_read(tmp_path: Path) -> None:
     table = source_of(tmp_path / "t.TSV", b'\xef\xbb\xbftext\tkind\n"a\nb"\tx\n')
     lines = source_report(table, list(islice(table.iter_prompts(0), 1))).lines()
     how = "read as rows of cells parted by tabs in UTF-8 without its byte-order mark, sentences from column 'text'"
@@ -295,7 +290,7 @@ def test_a_report_says_what_was_read_as_what(tmp_path: Path) -> None:
     assert lines[2] == f"prompts: 1 rows over several lines, kept (the first: {tmp_path / 't.TSV'}:2)"
 
 
-def test_the_command_tells_beside_a_sample_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_what_it_left_out_of_a_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "l.txt").write_bytes(b"good\nbad \x07\n")
     source = ["--prompts.source", "file", "--prompts.path", str(tmp_path / "l.txt")]
     assert main(["sample", "--count", "2", *source]) == 0
@@ -315,10 +310,10 @@ def test_every_kind_of_text_column_is_text(values: pa.Array, tmp_path: Path) -> 
 def test_a_tokenizer_without_words_is_refused(tmp_path: Path) -> None:
     for name in ("tokenizer_config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((MODEL / "tokenizer" / name).read_bytes())
-    tokenizer_of(tmp_path)
+    load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(Refused, match="--tokenizer: "):
-        tokenizer_of(tmp_path)
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(Refused, match="--tokenizer: "):
-        tokenizer_of(tmp_path)
+        load_tokenizer(tmp_path)

@@ -36,7 +36,7 @@ def test_forbidden_combinations_are_never_chosen() -> None:
     assert not chosen & pairs
 
 
-def test_about_a_third_of_the_sentences_leave_something_unsaid() -> None:
+def test_about_a_third_of_the_sentences_leave_out_phrases() -> None:
     complete = sum(len(world_grammar().prompt(0, i).text.split()) == 11 for i in range(3000))
     assert 0.62 < complete / 3000 < 0.72
 
@@ -58,7 +58,7 @@ def test_a_prompt_file_gives_classes_and_goes_round_with_fresh_seeds(tmp_path: P
 
 def test_missing_sources_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"gone\.txt"):
-        FileSource(path=tmp_path / "gone.txt").lines()
+        FileSource(path=tmp_path / "gone.txt").identity()
     with pytest.raises(Refused, match=r"gone\.yaml"):
         GrammarSource(grammar=tmp_path / "gone.yaml").load()
 
@@ -81,8 +81,8 @@ def test_a_source_without_sentences_of_a_split_is_refused(tmp_path: Path) -> Non
         ("phrases: [{name: a, words: [x], text: ' '}]\nclass_name: x", "phrases.0.text: ' ': should be a word"),
         ("phrases: [{name: a, words: [x]}]\nclass_name: '{a.upper}'", "should be the name of a phrase"),
         ("phrases: [{name: a, words: [x]}]\nclass_name: '{}'", "should be the name of a phrase"),
-        ("phrases: [{name: a, words: [x]}]\nclass_name: x\nnever: [{a: y}]", "never: a: y: no phrase says that"),
-        ("phrases: [{name: a, words: [x]}]\nclass_name: x\nnever: [{a: x}]", "forbids all"),
+        ("phrases: [{name: a, words: [x]}]\nclass_name: x\nnever: [{a: y}]", "never: a: y: no phrase has this word"),
+        ("phrases: [{name: a, words: [x]}]\nclass_name: x\nnever: [{a: x}]", "forbids every"),
         (
             "phrases: [{name: a, words: [x], optional: true}]\nclass_name: x\nunsaid_share: 1",
             "phrase is optional",
@@ -91,7 +91,7 @@ def test_a_source_without_sentences_of_a_split_is_refused(tmp_path: Path) -> Non
         ("phrases: [{name: a, words: [x]}]", "class_name: required"),
     ],
 )
-def test_a_grammar_that_could_not_speak_is_refused(content: str, reason: str, tmp_path: Path) -> None:
+def test_a_grammar_without_sentences_is_refused(content: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text(content)
     with pytest.raises(Refused, match=reason) as refusal:
         next(GrammarSource(grammar=tmp_path / "g.yaml").iter_prompts(0))

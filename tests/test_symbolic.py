@@ -38,8 +38,8 @@ def test_the_numbers_of_a_space_are_its_derivations_one_to_one() -> None:
 
     for heaviest, least in ((1, 24), (2, 12), (3, 8)):
         space = level("ab", level("cde", level("fghi", Choice(), heaviest), heaviest), heaviest)
-        found = {"".join(options_at(space, number)) for number in range(space.size)}
-        assert least <= len(found) == space.size <= 24
+        texts = {"".join(options_at(space, number)) for number in range(space.size)}
+        assert least <= len(texts) == space.size <= 24
 
 
 def test_weights_hold_where_there_is_room() -> None:
@@ -63,9 +63,9 @@ def test_prompt_i_is_a_function_of_seed_and_i() -> None:
 
 
 def test_after_the_last_distinct_sentence_they_come_again_with_other_pictures() -> None:
-    speaks = SOURCE.load()
-    assert speaks.prompt(0, speaks.size).seed != speaks.prompt(0, 0).seed
-    assert speaks.size > 300_000
+    space = SOURCE.load()
+    assert space.prompt(0, space.size).seed != space.prompt(0, 0).seed
+    assert space.size > 300_000
 
 
 def test_the_shares_of_complexity_hold_and_complexity_counts_clauses() -> None:
@@ -73,13 +73,16 @@ def test_the_shares_of_complexity_hold_and_complexity_counts_clauses() -> None:
     for level, share in enumerate(SOURCE.complexity, 1):
         assert counts[str(level)] / len(MANY) == pytest.approx(share / 9, abs=0.01)
     for prompt in MANY[:500]:
-        said = dict(prompt.derivation)
-        assert len(said) - len(("complexity", "sentence", "family", "subject", "amount")) == int(said["complexity"]) + 1
+        choices = dict(prompt.derivation)
+        assert (
+            len(choices) - len(("complexity", "sentence", "family", "subject", "amount"))
+            == int(choices["complexity"]) + 1
+        )
 
 
-def test_only_the_levels_asked_for_are_said() -> None:
-    asked = SymbolicSource(complexity=(1, 0))
-    assert {dict(p.derivation)["complexity"] for p in islice(asked.iter_prompts(0), 200)} == {"1"}
+def test_only_the_named_levels_are_used() -> None:
+    source = SymbolicSource(complexity=(1, 0))
+    assert {dict(p.derivation)["complexity"] for p in islice(source.iter_prompts(0), 200)} == {"1"}
 
 
 def test_class_names_are_families_and_subjects() -> None:
@@ -88,16 +91,16 @@ def test_class_names_are_families_and_subjects() -> None:
     assert {prompt.class_name.split("/")[0] for prompt in MANY} == set(lexicon.families)
 
 
-def test_the_example_classes_are_found_and_disjoint() -> None:
+def test_the_example_classes_exist_and_are_disjoint() -> None:
     classes = load_classes(Path("configs/classes/sd15.yaml"))
     owners = {owner.name for prompt in MANY if (owner := classes.owner(prompt.class_name))}
     assert owners == {spec.name for spec in classes.classes}
 
 
-def test_every_word_can_be_said_and_nearly_all_are() -> None:
-    said = {(name, text) for prompt in MANY for name, text in prompt.derivation}
+def test_every_word_is_reachable_and_nearly_all_are_used() -> None:
+    used = {(name, text) for prompt in MANY for name, text in prompt.derivation}
     words = {(word.slot, word.text) for word in load_lexicon(PACKAGED).all_words()}
-    assert len(words - said) / len(words) < 0.01
+    assert len(words - used) / len(words) < 0.01
     assert not SOURCE.load().unreachable()
 
 
@@ -112,7 +115,7 @@ def test_numbers_agree() -> None:
             assert not re.search(r"\b(two|three) [^,]*\b(wolf|sheeps|mans|womans|in a woollen coat)\b", prompt.text)
 
 
-def test_plurals_are_regular_unless_told() -> None:
+def test_plurals_are_regular_unless_listed() -> None:
     assert [plural(noun) for noun in ("fox", "puppy", "monkey", "bowl of rice", "cat")] == [
         "foxes", "puppies", "monkeys", "bowls of rice", "cats"]  # fmt: skip
 
@@ -121,12 +124,14 @@ def test_a_word_of_one_letter_has_a_plural() -> None:
     assert plural("y") == "ys"
 
 
-def test_incompatible_things_are_not_said_together() -> None:
+def test_incompatible_words_are_not_combined() -> None:
     for prompt in MANY:
-        said = dict(prompt.derivation)
-        assert "wearing" not in said or said["family"] == "person"
-        assert not ("camera" in said and said.get("medium", "a photo").split()[-2] in ("painting", "drawing", "sketch"))
-        assert not ("colour" in said and "black and white" in said.get("medium", ""))
+        choices = dict(prompt.derivation)
+        assert "wearing" not in choices or choices["family"] == "person"
+        assert not (
+            "camera" in choices and choices.get("medium", "a photo").split()[-2] in ("painting", "drawing", "sketch")
+        )
+        assert not ("colour" in choices and "black and white" in choices.get("medium", ""))
 
 
 def test_nothing_forbidden_is_in_the_lexicon() -> None:
@@ -137,7 +142,7 @@ def test_nothing_forbidden_is_in_the_lexicon() -> None:
     )
 
 
-def test_words_that_can_be_read_in_two_ways_are_found() -> None:
+def test_words_that_can_be_read_in_two_ways_are_detected() -> None:
     def slips(*texts: str) -> list[str]:
         return list(find_ambiguities(Word("slot", text) for text in texts))
 
@@ -167,21 +172,21 @@ def changed(tmp_path: Path, where: str, value: object) -> SymbolicSource:
     return SymbolicSource(complexity=(1,), lexicon=file)
 
 
-def test_a_lexicon_of_ones_own_speaks(tmp_path: Path) -> None:
+def test_a_custom_lexicon_makes_sentences(tmp_path: Path) -> None:
     source = changed(tmp_path, "families.animal.weight", 2)
     assert source.load().size == 4
-    found = [prompt.text for prompt in islice(source.iter_prompts(0), 4)]
-    assert sorted(found) == ["a red fox at home", "a red owl at home", "an old fox at home", "an old owl at home"]
+    texts = [prompt.text for prompt in islice(source.iter_prompts(0), 4)]
+    assert sorted(texts) == ["a red fox at home", "a red owl at home", "an old fox at home", "an old owl at home"]
 
 
 @pytest.mark.parametrize(
-    ("where", "value", "told"),
+    ("where", "value", "problem"),
     [
         ("slots.place", [{"words": ["at home"], "needs": ["wilt"]}], "'wilt'.*did you mean wild"),
-        ("slots.place", [{"words": ["at home"]}, {"words": ["away"], "never": ["wild"]}], "'away' can never be said"),
+        ("slots.place", [{"words": ["at home"]}, {"words": ["away"], "never": ["wild"]}], "'away' is in no sentence"),
         ("levels", {1: [{"text": "{amount} {lok} {subject} {place}"}]}, "'lok' is no slot - did you mean look"),
         ("levels", {1: [{"text": "{amount} {look} {subject}"}]}, "has 1 clauses, should have 2"),
-        ("levels", {1: [{"text": "{look} {subject} {place}"}]}, "must say {amount} and {subject}"),
+        ("levels", {1: [{"text": "{look} {subject} {place}"}]}, "must hold {amount} and {subject}"),
         ("families.animal.groups", [{"words": ["Fox"]}], "'Fox' makes no class name"),
         ("families.animal.groups", [{"words": ["fox", "fox"]}], "'fox' is listed twice"),
         ("families.animal.groups", [{"words": ["owl", "red owl"]}], "can be read in two ways"),
@@ -194,8 +199,8 @@ def test_a_lexicon_of_ones_own_speaks(tmp_path: Path) -> None:
         ("families.animal.wait", 3, "families.animal.wait: 3: unknown key - did you mean weight"),
     ],
 )
-def test_a_wrong_lexicon_is_refused_by_name(tmp_path: Path, where: str, value: object, told: str) -> None:
-    with pytest.raises(Refused, match=rf"own\.yaml: .*{told}"):
+def test_a_wrong_lexicon_is_refused_by_name(tmp_path: Path, where: str, value: object, problem: str) -> None:
+    with pytest.raises(Refused, match=rf"own\.yaml: .*{problem}"):
         changed(tmp_path, where, value).load()
 
 
@@ -212,7 +217,7 @@ def test_a_complexity_that_nothing_can_say_is_refused(tmp_path: Path) -> None:
     }
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
     assert SymbolicSource(complexity=(0, 1), lexicon=tmp_path / "own.yaml").load().size
-    with pytest.raises(Refused, match=r"own\.yaml: no sentence of complexity \(1,\) can be said"):
+    with pytest.raises(Refused, match=r"own\.yaml: no sentence of complexity \(1,\) is possible"):
         SymbolicSource(complexity=(1,), lexicon=tmp_path / "own.yaml").load()
 
 

@@ -1,13 +1,10 @@
-"""Where a model lies, and which files of its folder are read: these and no others make it what it is.
-
-What makes a teacher itself: sha256 over exactly the files that are read of it, by component.
-"""
+"""Where a model lies, which files of its folder are read, and its identity: sha256 over exactly these files."""
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from os.path import lexists  # true for a dangling link, so that it is refused and not passed over
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,8 +33,15 @@ MAX_CONFIG_BYTES = 1 << 26
 """Of a JSON file: the largest is a vocabulary, of about a megabyte."""
 LFS_POINTER_HEAD = b"version https://git-lfs"
 FETCH_REMEDY = "fetch the folder again"
+LEGACY_DIGEST_SUFFIXES = {".json", ".txt", ".safetensors"}
+"""Recipes used to hold a digest of every file of a part with one of these endings, read or not."""
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-"""What safetensors calls the types that weights come in."""
+"""The types of weights, as safetensors names them."""
+
+
+def broken_model(problem: str) -> Refused:
+    """The refusal of a model folder that is damaged or incomplete."""
+    return Refused(f"teacher: {problem} - {FETCH_REMEDY}")
 
 
 def resolve_folder(location: str, patterns: Sequence[str] = MODEL_PATTERNS) -> Path:
@@ -57,7 +61,7 @@ def resolve_folder(location: str, patterns: Sequence[str] = MODEL_PATTERNS) -> P
 
 
 def _pickled_patterns(folder: Path) -> list[str]:
-    """Where the older weights of a hub repository lie, of the parts that have no others; what variants are is left."""
+    """Patterns of a hub repository's pickled weights, for the parts that have no others; variants are left out."""
     patterns = []
     for part, names in WEIGHT_FILES.items():
         if not any((folder / part).glob("*.safetensors")):
@@ -66,18 +70,18 @@ def _pickled_patterns(folder: Path) -> list[str]:
 
 
 def absolute_folder(location: str) -> str | None:
-    """A folder's place on this machine, from wherever a command is started; None for a hub id."""
+    """The absolute path of a folder; None for a hub id."""
     return str(Path(location).absolute()) if Path(location).is_dir() else None
 
 
 def find_teacher(locations: Sequence[str]) -> tuple[str, Path]:
-    """Name and folder of a teacher that was named before: the first place where a model lies, or its hub repository.
+    """Location and folder of a teacher: the first location where a model lies, or its hub repository.
 
     Raises `Refused` when it lies in none of them any more.
     """
-    for place in locations:
-        if (Path(place) / MODEL_INDEX).is_file():
-            return place, Path(place)
+    for location in locations:
+        if (Path(location) / MODEL_INDEX).is_file():
+            return location, Path(location)
     try:
         return locations[0], resolve_folder(locations[0])
     except Refused as refusal:
@@ -90,26 +94,24 @@ def find_teacher(locations: Sequence[str]) -> tuple[str, Path]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A component's config; raises `Refused` with the file's name unless it is one JSON object of finite numbers."""
-    if not _path_exists(path):
+    if not lexists(path):
         raise Refused(f"teacher: {path} is missing - the folder must be a whole diffusers model")
     try:
         content: Any = parse_json(read_bytes(path, f"teacher: {path}", FETCH_REMEDY, MAX_CONFIG_BYTES).decode("utf-8"))
     except ValueError as error:
-        raise Refused(f"teacher: {path} is not JSON ({error}) - {FETCH_REMEDY}") from error
+        raise broken_model(f"{path} is not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise Refused(f"teacher: {path} holds {_type_text(content)}, not the settings of a model - {FETCH_REMEDY}")
+        raise broken_model(f"{path} holds {_type_text(content)}, not the settings of a model")
     return content
 
 
 def component_files(folder: Path, component: str) -> list[Path]:
     """The files of one part that are read; raises `Refused` where one is missing, empty or unreadable."""
     where = folder / component
-    if component == "scheduler":
-        files = [where / "scheduler_config.json"]
-    elif component == "tokenizer":
-        files = _tokenizer_files(where)
-    else:
+    if component in WEIGHT_FILES:
         files = [where / "config.json", *_weight_files(where, WEIGHT_FILES[component])]
+    else:
+        files = _tokenizer_files(where) if component == "tokenizer" else [where / "scheduler_config.json"]
     for file in files:
         _check_file(file)
     return files
@@ -117,7 +119,7 @@ def component_files(folder: Path, component: str) -> list[Path]:
 
 @contextmanager
 def linked_folder(files: Sequence[Path]) -> Iterator[Path]:
-    """A folder of links to these files, so that a library that is given it cannot read any other."""
+    """A temporary folder of links to these files alone, so that a library cannot read any other."""
     with TemporaryDirectory(prefix="sollune-") as folder:
         for file in files:
             (Path(folder) / file.name).symlink_to(file.resolve())
@@ -125,24 +127,22 @@ def linked_folder(files: Sequence[Path]) -> Iterator[Path]:
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    present = [folder / name for name in TOKENIZER_FILES if _path_exists(folder / name)]
+    present = [folder / name for name in TOKENIZER_FILES if lexists(folder / name)]
     names = {file.name for file in present}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
-        raise Refused(
-            f"teacher: {folder}: has no words (tokenizer.json, or vocab.json and merges.txt) - {FETCH_REMEDY}"
-        )
+        raise broken_model(f"{folder}: has no words (tokenizer.json, or vocab.json and merges.txt)")
     config = folder / "tokenizer_config.json"
-    if not _path_exists(config) or "added_tokens_decoder" not in read_json(config):
-        present += [folder / name for name in LEGACY_TOKENIZER_FILES if _path_exists(folder / name)]
+    if not lexists(config) or "added_tokens_decoder" not in read_json(config):
+        present += [folder / name for name in LEGACY_TOKENIZER_FILES if lexists(folder / name)]
     return present
 
 
 def _weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
     for name in names:
         whole, index = folder / name, folder / f"{name}.index.json"
-        if _path_exists(whole):
+        if lexists(whole):
             return [whole]
-        if _path_exists(index):
+        if lexists(index):
             return [index, *_shard_files(index)]
     others = sorted(file.name for file in folder.glob("*") if file.suffix in {".safetensors", ".bin"})
     beside = f"; there is {', '.join(others)}, which is not read under that name" if others else ""
@@ -150,37 +150,28 @@ def _weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
     raise Refused(f"teacher: {folder}: no weights ({' or '.join(names)}{beside}) - {rename}{FETCH_REMEDY}")
 
 
-def _path_exists(file: Path) -> bool:
-    """Whether something of this name lies there: what is no file, such as a link to nothing, is refused, not passed."""
-    return os.path.lexists(file)
-
-
 def _shard_files(index: Path) -> list[Path]:
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise Refused(
-            f"teacher: {index}: weight_map is {_type_text(listed)}, it should list the shards - {FETCH_REMEDY}"
-        )
+        raise broken_model(f"{index}: weight_map is {_type_text(listed)}, it should list the shards")
     names = listed.values()
     if bad := next((name for name in names if not isinstance(name, str) or Path(name).name != name), None):
-        raise Refused(f"teacher: {index}: {bad!r} is no file of this folder - {FETCH_REMEDY}")
+        raise broken_model(f"{index}: {bad!r} is no file of this folder")
     return sorted({index.parent / name for name in names})
 
 
 def _check_file(file: Path) -> None:
-    """Raise `Refused` unless the file is there and is what its name says, as far as its head tells."""
-    if not _path_exists(file):
-        raise Refused(f"teacher: {file} is missing - {FETCH_REMEDY}")
-    plain_file_bytes(
-        file, f"teacher: {file}", FETCH_REMEDY
-    )  # which a pipe has not: reading from it would wait for ever
+    """Raise `Refused` unless the file is there and its head is of the kind that its name promises."""
+    if not lexists(file):
+        raise broken_model(f"{file} is missing")
+    plain_file_bytes(file, f"teacher: {file}", FETCH_REMEDY)  # reading from a pipe would wait for ever
     try:
         with open(file, "rb") as handle:
             head = handle.read(len(LFS_POINTER_HEAD))
     except OSError as error:
-        raise Refused(f"teacher: {file} cannot be read ({error.strerror}) - {FETCH_REMEDY}") from error
+        raise broken_model(f"{file} cannot be read ({error.strerror})") from error
     if not head:
-        raise Refused(f"teacher: {file} is empty - {FETCH_REMEDY}")
+        raise broken_model(f"{file} is empty")
     if head == LFS_POINTER_HEAD:
         raise Refused(f"teacher: {file} is a pointer of Git LFS, not the file itself - run git lfs pull there")
     if file.suffix == ".safetensors":
@@ -192,18 +183,14 @@ def _check_header(file: Path) -> None:
         with safe_open(file, "pt") as tensors:
             types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
-        raise Refused(f"teacher: {file} is not a whole safetensors file ({error}) - {FETCH_REMEDY}") from error
+        raise broken_model(f"{file} is not a whole safetensors file ({error})") from error
     for name, kind in types.items():
         if kind not in FLOAT_TYPES and not name.endswith("position_ids"):
-            raise Refused(f"teacher: {file}: tensor {name} is of type {kind}, weights are floating - {FETCH_REMEDY}")
+            raise broken_model(f"{file}: tensor {name} is of type {kind}, weights are floating")
 
 
 def _type_text(value: object) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
-
-
-LEGACY_DIGEST_SUFFIXES = {".json", ".txt", ".safetensors"}
-"""Recipes used to hold a digest of every file of a part with one of these endings, read or not."""
 
 
 def component_digests(folder: Path) -> dict[str, str]:
@@ -212,9 +199,9 @@ def component_digests(folder: Path) -> dict[str, str]:
 
 
 def digests_as_recorded(recorded: object, folder: Path) -> dict[str, str]:
-    """The identity of a teacher in the words of an earlier recipe, wherever these mean the files that lie here.
+    """The digests of a teacher, of unchanged components as an earlier recipe recorded them.
 
-    Raises `Refused` where the earlier recipe left out the weights, so that nobody can tell.
+    Raises `Refused` as `changed_components` does.
     """
     now = component_digests(folder)
     if not isinstance(recorded, Mapping):
@@ -224,20 +211,22 @@ def digests_as_recorded(recorded: object, folder: Path) -> dict[str, str]:
 
 
 def changed_components(recorded: Mapping[str, str], folder: Path) -> list[str]:
-    """The parts that are not what a recipe says of them, by today's rule or by the earlier one.
+    """The components that match a recipe's digest neither by today's rule nor by the earlier one.
 
     Raises `Refused` where the earlier rule left out the weights that are read.
     """
-    now = component_digests(folder)
-    differing = [part for part, sha256 in recorded.items() if sha256 != now.get(part)]
-    same = [part for part in differing if part in now and recorded[part] == _legacy_digest(folder / part)]
-    for part in same:
-        if left_out := [file for file in component_files(folder, part) if file.suffix not in LEGACY_DIGEST_SUFFIXES]:
+    now, changed = component_digests(folder), []
+    for part, sha256 in recorded.items():
+        if sha256 == now.get(part):
+            continue
+        if part not in now or sha256 != _legacy_digest(folder / part):
+            changed.append(part)
+        elif left_out := [file for file in component_files(folder, part) if file.suffix not in LEGACY_DIGEST_SUFFIXES]:
             raise Refused(
                 f"teacher: {left_out[0]}: was no part of a teacher's identity when this cache was made, so it may be "
                 "another by now - make the cache again in a new run folder"
             )
-    return [part for part in differing if part not in same]
+    return changed
 
 
 def digest_files(files: Sequence[Path]) -> str:
@@ -251,9 +240,8 @@ def digest_files(files: Sequence[Path]) -> str:
 
 
 def _legacy_digest(component_folder: Path) -> str:
-    return digest_files(
-        [path for path in component_folder.iterdir() if path.suffix in LEGACY_DIGEST_SUFFIXES and path.is_file()]
-    )
+    files = [path for path in component_folder.iterdir() if path.suffix in LEGACY_DIGEST_SUFFIXES and path.is_file()]
+    return digest_files(files)
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""One part of a model, loaded by its library from exactly the files that count, and refused unless it is whole."""
+"""One part of a model, loaded by its library from exactly the files that count; raises `Refused` unless complete."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,43 +27,39 @@ Loaded = TypeVar("Loaded")
 def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
     """UNet, autoencoder or text encoder of a folder, frozen.
 
-    Raises `Refused` unless every tensor of it is in its files, in its shape and finite, and nothing else is.
+    Raises `Refused` unless its files hold exactly its tensors, each in its shape and finite.
     """
     files, where = component_files(folder, component), f"teacher: {folder}/{component}"
-    safe = not any(file.suffix == ".bin" for file in files)
-    with linked_folder(files) as only:
-        loaded, report = call_library(
-            where,
-            only,
-            lambda: COMPONENT_CLASSES[component].from_pretrained(
-                only,
-                dtype=dtype,
-                use_safetensors=safe,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            ),
+    options = {
+        "dtype": dtype,
+        "use_safetensors": not any(file.suffix == ".bin" for file in files),
+        "local_files_only": True,
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+    }
+    with linked_folder(files) as links:
+        module, report = call_library(
+            where, links, lambda: COMPONENT_CLASSES[component].from_pretrained(links, **options)
         )
-    if reason := incomplete_reason(report) or non_finite_reason(loaded):
+    if reason := incomplete_reason(report) or non_finite_reason(module):
         raise Refused(f"{where}: {reason} - {FETCH_REMEDY}, or take the config that belongs to it")
-    return loaded.eval().requires_grad_(False)
+    return module.eval().requires_grad_(False)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer of a folder; raises `Refused` unless it has words and fits the text encoder beside it."""
-    files, where = component_files(folder, "tokenizer"), f"teacher: {folder}/tokenizer"
-    with linked_folder(files) as only:
 
-        def load() -> CLIPTokenizer:
-            tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(only, local_files_only=True)
-            check_tokenizer(folder / "tokenizer", tokenizer, read_json(folder / "text_encoder" / "config.json"))
-            return tokenizer
+    def load() -> CLIPTokenizer:
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(links, local_files_only=True)
+        check_tokenizer(folder / "tokenizer", tokenizer, read_json(folder / "text_encoder" / "config.json"))
+        return tokenizer
 
-        return call_library(where, only, load)
+    with linked_folder(component_files(folder, "tokenizer")) as links:
+        return call_library(f"teacher: {folder}/tokenizer", links, load)
 
 
 def call_library(subject: str, folder: Path, load: Callable[[], Loaded]) -> Loaded:
-    """What a library loads, in silence: whatever it raises at a broken file becomes one line."""
+    """The result of a library's call, which prints nothing; any error of a broken file becomes a `Refused`."""
     try:
         with _quiet_libraries():
             return load()
@@ -75,42 +71,36 @@ def call_library(subject: str, folder: Path, load: Callable[[], Loaded]) -> Load
 
 
 def incomplete_reason(report: Mapping[str, Any]) -> str:
-    """What a library's report tells of tensors that it filled with random numbers, or left out; empty for nothing."""
-    slips = (
-        _first_names("missing", sorted(report["missing_keys"])),
-        _first_names("unknown", sorted(report["unexpected_keys"])),
-        _first_names("of another shape", [_shape_mismatch(one) for one in sorted(report["mismatched_keys"], key=str)]),
-        _first_names("not loaded", list(map(str, report.get("error_msgs") or ()))),
-    )
-    return "; ".join(filter(None, slips))
+    """Which tensors a library filled with random numbers or left out, by its report; empty for none."""
+    mismatched = sorted(report["mismatched_keys"], key=str)  # (name, shape in the file, shape in the model)
+    defects = {
+        "missing": sorted(report["missing_keys"]),
+        "unknown": sorted(report["unexpected_keys"]),
+        "of another shape": [f"{name} ({list(shape)}, the config says {list(own)})" for name, shape, own in mismatched],
+        "not loaded": list(map(str, report.get("error_msgs") or ())),
+    }
+    return "; ".join(_defect_text(defect, names) for defect, names in defects.items() if names)
 
 
 def non_finite_reason(module: nn.Module) -> str:
-    """The first tensor that holds what is no number, and how often; empty where none does."""
+    """The first tensor with values that are not finite, and how many; empty where there is none."""
     for name, value in module.state_dict().items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            count = int((~value.isfinite()).sum())
+        if value.is_floating_point() and (count := int((~value.isfinite()).sum())):
             return f"tensor {name} is not finite in {count} of {value.numel()} values"
     return ""
 
 
-def _first_names(defect: str, names: Sequence[str]) -> str:
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} {defect}, such as {names[0]}" if names else ""
-
-
-def _shape_mismatch(mismatched: Any) -> str:
-    """transformers and diffusers tell (name, shape in the file, shape in the model)."""
-    name, found, expected = mismatched
-    return f"{name} ({list(found)}, the config says {list(expected)})"
+def _defect_text(defect: str, names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} {defect}, such as {names[0]}"
 
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """What the libraries would print of missing tensors is read from their report instead."""
+    """Without the libraries' progress bars and warnings: their report is read instead."""
     libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in libraries]
     bars: Any = transformers_logging
-    shown = bars.is_progress_bar_enabled()
+    bars_enabled = bars.is_progress_bar_enabled()
     try:
         for library in libraries:
             library.set_verbosity(library.CRITICAL)
@@ -119,5 +109,5 @@ def _quiet_libraries() -> Iterator[None]:
     finally:
         for library, level in zip(libraries, levels, strict=True):
             library.set_verbosity(level)
-        if shown:
+        if bars_enabled:
             bars.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""LoRA: a student whose weights stay as they are while small products beside some of them learn (peft's layers).
+"""LoRA: a student whose weights are frozen and whose low-rank adapters are trained (peft's layers).
 
 Hu et al. 2021 (arXiv:2106.09685): W x becomes W x + (alpha / rank) B A x, where B begins at zero.
 """
@@ -23,7 +23,7 @@ LAYER_SUFFIXES: Mapping[LayerKind, tuple[str, ...]] = {
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
     "resnet": ("conv1", "conv2", "conv_shortcut"),
 }
-"""The last words of diffusers' names for the layers of each kind."""
+"""How diffusers' names for the layers of each kind end."""
 ADAPTER_NAME = "default"
 
 
@@ -39,12 +39,12 @@ class LoraConfig(Strict):
 
     @property
     def scale(self) -> float:
-        """What the product of an adapter's halves is multiplied by."""
+        """The factor alpha / rank of B A."""
         return (self.alpha or self.rank) / self.rank
 
 
 def add_adapters(student: Student, config: LoraConfig) -> Student:
-    """The same student with fresh adapters, which are all that is trained of it and change nothing yet.
+    """The same student with fresh adapters, its only trainable parameters, which change nothing yet.
 
     Raises `Refused` without peft.
     """
@@ -66,7 +66,7 @@ def adapter_parameters(student: Student) -> dict[str, nn.Parameter]:
 
 
 def lora_state_dict(student: Student, scale: float) -> dict[str, Tensor]:
-    """The adapters in diffusers' layout, `unet.<layer>.lora_A.weight`, to be added once: the scale is within B."""
+    """The adapters in diffusers' layout, `unet.<layer>.lora_A.weight`, with the scale multiplied into B."""
     return {
         name.replace(f".{ADAPTER_NAME}.", "."): (scale * value if ".lora_B." in name else value).detach().cpu().clone()
         for name, value in adapter_parameters(student).items()
@@ -74,7 +74,7 @@ def lora_state_dict(student: Student, scale: float) -> dict[str, Tensor]:
 
 
 def merge_adapters(student: Student) -> Student:
-    """The same student, frozen, with its adapters added to its weights, so that it is one like any other."""
+    """The same student, frozen, with its adapters, if it has any, added to its weights."""
     if adapter_parameters(student):
         student.unet.fuse_lora()
         student.unet.unload_lora()
@@ -82,17 +82,16 @@ def merge_adapters(student: Student) -> Student:
 
 
 def load_adapters(student: Student, tensors: Mapping[str, Any]) -> None:
-    """Take over adapters; raises `RuntimeError` unless they are just this student's."""
+    """Load adapters in place; raises `RuntimeError` unless they are exactly this student's."""
     own = {name: value for name, value in student.state_dict().items() if f".{ADAPTER_NAME}." not in name}
     student.load_state_dict({**own, **tensors})
 
 
 def _init_adapters(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
-    """peft draws from the global generator: draw the same distribution again, from our own."""
+    """Sample each A again: from peft's distribution, but not from the global generator."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in parameters.items():
             if ".lora_A." in name:
-                drawn = torch.empty(value.shape)
-                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-                value.copy_(drawn)
+                initial = nn.init.kaiming_uniform_(torch.empty(value.shape), a=math.sqrt(5), generator=generator)
+                value.copy_(initial)

@@ -1,7 +1,7 @@
 """The original experiment's checkpoint: one .pt file {cfg, student, opt, sched, gstep}, read without running its code.
 
 `cfg` is its trainer's settings as a plain dict, `student` the state dict of a module that holds the UNet as `unet`,
-`gstep` counts optimizer steps (david.md 2.3). Wrappers of torch leave their own words before a key.
+`gstep` counts optimizer steps (david.md 2.3). Wrappers of torch put prefixes before the keys of `student`.
 """
 
 import pickle
@@ -20,7 +20,7 @@ from torch import Tensor
 from stages.system.refusal import Refused
 
 CHECKPOINT_KEYS = ("cfg", "student", "opt", "sched", "gstep")
-KEY_PREFIXES = ("module.", "_orig_mod.", "unet.")
+PREFIXES = re.compile(r"^(module\.|_orig_mod\.|unet\.)+")
 """Of `DistributedDataParallel`, of `torch.compile`, of the trainer's student."""
 UNPICKLE_ERRORS = (RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError, pickle.UnpicklingError)
 """What a broken or hostile pickle makes torch's restricted reader raise."""
@@ -28,7 +28,7 @@ UNPICKLE_ERRORS = (RuntimeError, EOFError, ValueError, TypeError, AttributeError
 
 @dataclass(frozen=True)
 class OriginalCheckpoint:
-    """What such a file holds; the state of its optimizer is not read."""
+    """The content of such a file, without the state of its optimizer."""
 
     file: Path
     cfg: Mapping[str, Any]
@@ -38,32 +38,30 @@ class OriginalCheckpoint:
     def weights(self, unet: UNet2DConditionModel) -> dict[str, Tensor]:
         """The student's UNet in fp32, under diffusers' names.
 
-        Raises `Refused` with the first tensor that is unknown, missing, of another shape, or holds no numbers, and for
-        a file that holds the weights of `unet` itself.
+        Raises `Refused` with the first tensor that is unknown, missing, of another shape or not finite, and for a file
+        that holds the weights of `unet` itself.
         """
-        found, expected = self._unprefixed_student(), unet.state_dict()
-        if unknown := sorted(found.keys() - expected.keys()):
+        stored, expected = self._unprefixed_student(), unet.state_dict()
+        if unknown := sorted(stored.keys() - expected.keys()):
             raise Refused(f"{self.file}: tensor {unknown[0]} is none of the UNet's - name the teacher it was made from")
-        if missing := sorted(expected.keys() - found.keys()):
+        if missing := sorted(expected.keys() - stored.keys()):
             raise Refused(f"{self.file}: tensor {missing[0]} is missing - fetch the file again")
-        for name, value in found.items():
+        for name, value in stored.items():
             self._check_tensor(name, value, expected[name].shape)
-        weights = {name: value.float() for name, value in found.items()}
+        weights = {name: value.float() for name, value in stored.items()}
         if all(torch.equal(value, expected[name].cpu().float()) for name, value in weights.items()):
             raise Refused(f"{self.file}: holds the teacher's own weights, no student's - take another file")
         return weights
 
     def _unprefixed_student(self) -> dict[str, Any]:
-        """What `student` holds, without the words of wrappers before its keys."""
-        bare: dict[str, Any] = {}
+        """The content of `student`, its keys without the prefixes of wrappers."""
+        values: dict[str, Any] = {}
         for key, value in self.student.items():
-            name = str(key)
-            while prefix := next((prefix for prefix in KEY_PREFIXES if name.startswith(prefix)), None):
-                name = name.removeprefix(prefix)
-            if name in bare:
+            name = PREFIXES.sub("", str(key))
+            if name in values:
                 raise Refused(f"{self.file}: tensor {name} comes twice, the second time as {key} - fetch it again")
-            bare[name] = value
-        return bare
+            values[name] = value
+        return values
 
     def _check_tensor(self, name: str, value: Any, shape: torch.Size) -> None:
         if not isinstance(value, Tensor):
@@ -76,25 +74,25 @@ class OriginalCheckpoint:
 
 
 def read_original(file: Path) -> OriginalCheckpoint:
-    """Open such a file, its tensors left on the disk until they are asked for; raises `Refused` for anything else."""
+    """Open such a file, its tensors mapped from the disk; raises `Refused` for anything else."""
     if file.exists() and not file.is_file():  # opening a pipe would wait for its writer
         raise Refused(f"{file}: cannot be read (it is no file) - name a .pt file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that it will not read: what it raises then says more
+            warnings.simplefilter("ignore")  # about pickles that it does not read: its error says more
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except OSError as error:
         raise Refused(f"{file}: cannot be read ({error.strerror}) - name a .pt file") from error
     except UNPICKLE_ERRORS as error:
-        asked = re.search(r"GLOBAL:? ([\w.]+)", str(error))
-        why = f"asks to run {asked[1]}, and no code of a file is run" if asked else "is no whole file of torch.save"
+        code = re.search(r"GLOBAL:? ([\w.]+)", str(error))
+        why = f"asks to run {code[1]}, and no code of a file is run" if code else "is no whole file of torch.save"
         raise Refused(f"{file}: {why} - get it anew from where you trust it") from error
-    parts = ("cfg", "student", "gstep")
-    if not isinstance(content, dict) or not set(parts) <= content.keys():
+    keys = ("cfg", "student", "gstep")
+    if not isinstance(content, dict) or not set(keys) <= content.keys():
         raise Refused(
             f"{file}: is no checkpoint of the original experiment, which holds {', '.join(CHECKPOINT_KEYS)} - name one"
         )
-    cfg, student, gstep = (content[part] for part in parts)
+    cfg, student, gstep = (content[key] for key in keys)
     if not (isinstance(cfg, Mapping) and isinstance(student, Mapping) and isinstance(gstep, int)):
         raise Refused(f"{file}: cfg and student should be mappings, gstep a whole number - fetch it again")
     return OriginalCheckpoint(file, cfg, student, gstep)

@@ -1,9 +1,8 @@
-"""What a run folder of `distill` or `finetune-classes` left for others: its teacher, its tail policy, its weights."""
+"""A run folder of `distill` or `finetune-classes` for its readers: its teacher, its tail policy, its weights."""
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from shards.manifest import Manifest
 from stages.flow.bridge import TailPolicy
-from stages.nets.components import Components, load_components_from
+from stages.nets.components import Components, load_components
 from stages.nets.files import absolute_folder, changed_components, find_teacher
 from stages.nets.lora import LoraConfig, add_adapters, load_adapters, merge_adapters
 from stages.nets.student import Student, Target, make_vp_bridge
@@ -34,7 +33,7 @@ BASE_FILE = "base.safetensors"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a student comes from; it lies in the run folder, so that the run outlives its cache."""
+    """Where a student comes from; stored in the run folder, so that the run outlives its cache."""
 
     teacher: str
     """A diffusers folder or a hub repository."""
@@ -42,24 +41,25 @@ class Origin:
     """What the teacher was when the cache was made, by component."""
     tail: TailPolicy
     recipe_sha256: str
-    """Of the cache that taught it; empty for a student that was imported."""
+    """Of its training cache; empty for a student that was imported."""
     target: Target = "velocity"
-    """What the student's network answers with."""
+    """What the student's network predicts."""
     lora: Mapping[str, Any] | None = None
     """The `LoraConfig` of a run whose checkpoints hold adapters alone."""
     teacher_path: str | None = None
-    """Where a teacher that is a folder of this machine lay, whatever folder a command is started in."""
+    """The absolute path of a teacher that is a folder of this machine."""
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, teacher: str | None = None, target: Target = "velocity") -> "Origin":
-        """The origin of a student of this cache; `teacher` says where the teacher lies now, if it moved."""
+        """The origin of a student of this cache; `teacher` is the teacher's new location, if it moved."""
         recipe = manifest.recipe
-        made_by: Any = recipe.identity["teacher"]
+        digests: Any = recipe.identity["teacher"]
         render: Any = recipe.identity["render"]
-        location = teacher or str(recipe.information["teacher_location"])
-        path = absolute_folder(teacher) if teacher else recipe.information.get("teacher_path")
+        location = str(recipe.information["teacher_location"])
+        path = recipe.information.get("teacher_path")
         sha256 = recipe.fingerprint()
-        return cls(location, made_by, render["tail"], sha256, target, teacher_path=str(path) if path else None)
+        origin = cls(location, digests, render["tail"], sha256, target, teacher_path=str(path) if path else None)
+        return origin.with_teacher(teacher)
 
     @classmethod
     def open(cls, folder: Path) -> "Origin":
@@ -76,19 +76,19 @@ class Origin:
             raise Refused(f"{path}: cannot be read ({reason}) - start the run's command again, it writes it") from error
 
     def with_teacher(self, teacher: str | None) -> "Origin":
-        """The same, with the teacher lying elsewhere if told so."""
+        """The same with another location of the teacher, if there is one."""
         return self if teacher is None else replace(self, teacher=teacher, teacher_path=absolute_folder(teacher))
 
     def teacher_locations(self) -> tuple[str, ...]:
-        """Where to look for the teacher: where it was named, then where that was on the machine that named it."""
+        """Where to look for the teacher: its location as named, then its absolute path of then."""
         return (self.teacher, *([self.teacher_path] if self.teacher_path else []))
 
     def with_lora(self, lora: LoraConfig | None) -> "Origin":
-        """The origin of a run that goes on from this one, with adapters or as a whole."""
+        """The origin of a run that continues from this one, with adapters or all weights."""
         return replace(self, lora=lora.model_dump(mode="json") if lora else None)
 
     def export_facts(self, components: Components, samples: int) -> dict[str, Any]:
-        """What an export tells about its student."""
+        """The facts that an export stores about its student."""
         recipe = {"recipe_sha256": self.recipe_sha256} if self.recipe_sha256 else {}
         lora = {"lora": self.lora} if self.lora else {}
         return {**components.name_facts, "tail": self.tail, **recipe, **lora, "samples": samples}
@@ -100,14 +100,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run folder and one of its checkpoints."""
+    """A run folder and one of its checkpoints, written after `samples` training samples."""
 
     folder: Path
     origin: Origin
     weights: Path
     """The averaged weights of the checkpoint."""
     samples: int
-    """Samples seen when it was written."""
 
 
 def is_run(folder: Path) -> bool:
@@ -116,37 +115,35 @@ def is_run(folder: Path) -> bool:
 
 
 def cache_folder(run_folder: Path) -> Path:
-    """The cache that a run was distilled from: it lies beside the run."""
+    """The cache that a run was distilled from, beside the run folder."""
     return run_folder.parent / "cache"
 
 
 def open_run(folder: Path, samples: int | None = None) -> SavedRun:
-    """The run with the checkpoint at `samples`, or the one that it ended with, or else its newest.
-
-    Raises `Refused` when there is none.
-    """
+    """The run with the checkpoint at `samples`, or its final one, or else its newest; raises `Refused` for none."""
     if not is_run(folder):
         raise Refused(
             f"{folder}: no run lies here ({ORIGIN_FILE} is missing) - name a folder such as runs/tiny/distill"
         )
-    found = _checkpoint_weights(folder)
-    if not found:
+    weights = _checkpoint_weights(folder)
+    if not weights:
         raise Refused(f"{folder}: no checkpoint yet (checkpoints/<samples>/{WEIGHTS_FILE}) - let the run write one")
-    chosen = _final_checkpoint(folder, found) if samples is None else samples
-    if chosen not in found:
-        raise Refused(f"{folder}: no checkpoint at {samples} samples - there are {', '.join(map(str, sorted(found)))}")
-    return SavedRun(folder, Origin.open(folder), found[chosen], chosen)
+    chosen = _final_checkpoint(folder, weights) if samples is None else samples
+    if chosen not in weights:
+        known = ", ".join(map(str, sorted(weights)))
+        raise Refused(f"{folder}: no checkpoint at {samples} samples - there are {known}")
+    return SavedRun(folder, Origin.open(folder), weights[chosen], chosen)
 
 
 def load_run_teacher(origin: Origin, device: torch.device, dtype: torch.dtype) -> Components:
-    """The teacher of a run; raises `Refused` when it is nowhere, or no longer the one that filled the cache."""
+    """The teacher of a run; raises `Refused` when it is missing or no longer the one that made the cache."""
     location, folder = find_teacher(origin.teacher_locations())
     if changed := changed_components(origin.teacher_sha256, folder):
         raise Refused(
             f"teacher: {folder}: {', '.join(changed)} changed since the cache was made - "
             "put the same model there, say where it lies now with --teacher, or make the cache again"
         )
-    return load_components_from(folder, location, device, dtype)
+    return load_components(location, device, dtype, folder)
 
 
 def load_student(run: SavedRun, components: Components) -> Student:
@@ -158,38 +155,38 @@ def load_student(run: SavedRun, components: Components) -> Student:
 
 
 def load_with_adapters(run: SavedRun, components: Components) -> Student:
-    """The same with its adapters, if it has any, still beside the weights."""
+    """The same with its adapters, if it has any, not merged."""
     origin, base = run.origin, run.folder / BASE_FILE
     student = Student.from_teacher(components.unet, make_vp_bridge(origin.target, components.schedule, origin.tail))
-    if origin.lora is None:
-        _load_weights(run.weights, partial(_load_unet, student), "choose another checkpoint")
-        return student
-    _load_weights(base, partial(_load_unet, student), "start the run's command again, it writes it")
-    student = add_adapters(student, LoraConfig.model_validate(origin.lora))
-    _load_weights(run.weights, partial(load_adapters, student), "choose another checkpoint")
+    if origin.lora is not None:
+        _load_weights(base, student, _load_unet, "start the run's command again, it writes it")
+        student = add_adapters(student, LoraConfig.model_validate(origin.lora))
+    load = _load_unet if origin.lora is None else load_adapters
+    _load_weights(run.weights, student, load, "choose another checkpoint")
     return student
 
 
 def save_base(folder: Path, origin: Origin, student: Student) -> None:
-    """Leave in the folder of a run of adapters the weights of the student that it goes on from.
+    """Write the student's weights, beside which adapters are trained, into the run folder; nothing without adapters.
 
-    Raises `Refused` when checkpoints lie there that were begun otherwise; nothing has changed then.
+    Raises `Refused` as `refuse_other_base` does.
     """
     refuse_other_base(folder, origin, student)
-    if origin.lora is None:
-        return
-    with atomic_path(folder / BASE_FILE) as temporary:
-        save_file(_cpu_state_dict(student), temporary)
+    if origin.lora is not None:
+        with atomic_path(folder / BASE_FILE) as temporary:
+            save_file(_cpu_state_dict(student), temporary)
 
 
 def refuse_other_base(folder: Path, origin: Origin, student: Student) -> None:
-    """Raise `Refused` when checkpoints lie in the folder that were begun with other adapters or from another model."""
+    """Raise `Refused` when the folder holds checkpoints of other adapters or of another base model."""
     if not (_checkpoint_weights(folder) and is_run(folder)):
         return
     if (then := Origin.open(folder).lora) != origin.lora:
         raise Refused(f"{folder}: was begun with lora = {then}, not {origin.lora} - take another run folder, or that")
-    held = _load_or_empty(folder / BASE_FILE) if origin.lora is not None else {}
-    if held and not _same_tensors(held, _cpu_state_dict(student)):
+    if origin.lora is None or not (stored := _load_or_empty(folder / BASE_FILE)):
+        return
+    weights = _cpu_state_dict(student)
+    if stored.keys() != weights.keys() or any(not torch.equal(stored[name], weights[name]) for name in weights):
         raise Refused(f"{folder / BASE_FILE}: is not the model that this run goes on from - take another run folder")
 
 
@@ -198,36 +195,34 @@ def _cpu_state_dict(student: Student) -> dict[str, Tensor]:
 
 
 def _load_or_empty(file: Path) -> dict[str, Tensor]:
-    """What a file holds; nothing when it is missing or broken, and has to be written again."""
+    """The tensors of a file; none when it is missing or broken and has to be written again."""
     try:
         return load_file(file)
     except (SafetensorError, OSError):
         return {}
 
 
-def _same_tensors(stored: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
-    return stored.keys() == weights.keys() and all(torch.equal(stored[name], value) for name, value in weights.items())
-
-
 def _load_unet(student: Student, weights: Mapping[str, Tensor]) -> None:
     student.unet.load_state_dict({name.removeprefix("unet."): value for name, value in weights.items()})
 
 
-def _load_weights(file: Path, apply: Callable[[dict[str, Tensor]], object], hint: str) -> None:
+def _load_weights(
+    file: Path, student: Student, load: Callable[[Student, Mapping[str, Tensor]], None], hint: str
+) -> None:
     try:
-        apply(load_file(file))
+        load(student, load_file(file))
     except (SafetensorError, OSError, RuntimeError) as error:
         raise Refused(f"{file}: not the student's weights ({in_one_line(error)}) - {hint}") from error
 
 
 def _final_checkpoint(folder: Path, checkpoints: Mapping[int, Path]) -> int:
-    """The checkpoint that a finished run took, which is not its newest where another was better; else the newest."""
+    """The checkpoint that a finished run chose, which need not be its newest; else the newest."""
     mark = folder / COMPLETE_MARK
-    said = mark.read_text(encoding="utf-8", errors="replace").strip() if mark.is_file() else ""
-    return int(said) if said.isdecimal() and int(said) in checkpoints else max(checkpoints)
+    samples = mark.read_text(encoding="utf-8", errors="replace").strip() if mark.is_file() else ""
+    return int(samples) if samples.isdecimal() and int(samples) in checkpoints else max(checkpoints)
 
 
 def _checkpoint_weights(folder: Path) -> dict[int, Path]:
-    """Samples seen -> averaged weights."""
-    found = (folder / CHECKPOINTS_FOLDER).glob(f"[0-9]*/{WEIGHTS_FILE}")
-    return {int(path.parent.name): path for path in found if path.parent.name.isdecimal()}
+    """Training samples -> averaged weights."""
+    files = (folder / CHECKPOINTS_FOLDER).glob(f"[0-9]*/{WEIGHTS_FILE}")
+    return {int(path.parent.name): path for path in files if path.parent.name.isdecimal()}

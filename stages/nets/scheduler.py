@@ -7,19 +7,13 @@ from diffusers import DDIMScheduler, UniPCMultistepScheduler
 from stages.nets.files import read_json
 
 VP_SETTINGS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "timestep_spacing",
-    "steps_offset",
-)
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    "timestep_spacing", "steps_offset",
+)  # fmt: skip
 
 
 def flow_scheduler(flow_shift: float = 1.0) -> UniPCMultistepScheduler:
-    """The one stock scheduler with which the stock pipeline samples a velocity model (formats.md 3.1).
+    """The stock scheduler with which the stock pipeline samples a velocity model (formats.md 3.1).
 
     Order 1 is Euler's predictor with UniPC's corrector: together of order 2, at one call a step. Higher orders do worse
     under guidance at few steps. On a half-trained embedded teacher's velocity, guidance 5, relative squared error
@@ -38,7 +32,7 @@ def flow_scheduler(flow_shift: float = 1.0) -> UniPCMultistepScheduler:
 
 
 def vp_scheduler(teacher_folder: Path) -> DDIMScheduler:
-    """DDIM on the teacher's own betas and steps, for a model that answers with v-prediction on the teacher's path."""
+    """DDIM on the teacher's own betas and steps, for a student that predicts v on the teacher's path."""
     config = read_json(teacher_folder / "scheduler" / "scheduler_config.json")
     kept = {name: config[name] for name in VP_SETTINGS if name in config}
     return DDIMScheduler(**kept, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False)

@@ -1,4 +1,4 @@
-"""The student: the teacher's UNet, told the path time 1000 s and answering with the velocity, or v-prediction."""
+"""The student: the teacher's UNet at path time 1000 s, which predicts the velocity, or v on the teacher's path."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,19 +14,19 @@ from stages.flow.schedule import NoiseSchedule
 from stages.nets.features import FeatureTap, copy_without_hooks, last_resnets
 
 Target: TypeAlias = Literal["velocity", "vp_v"]
-"""What the network answers with: the velocity of the linear path, or v-prediction on the teacher's own."""
+"""What the network predicts: the velocity of the linear path, or v on the teacher's own."""
 
 TIME_SCALE = 1000.0
 
 
 def make_vp_bridge(target: Target, schedule: NoiseSchedule, tail: TailPolicy) -> Bridge | None:
-    """The bridge that a student of this target speaks through."""
+    """The bridge of a student whose network predicts v on the teacher's path; None for a velocity network."""
     return None if target == "velocity" else Bridge(replace(schedule, prediction_type="v_prediction"), tail)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Velocities of both branches and the pooled features of the conditional one."""
+    """Velocities of both branches in fp32 and the pooled features of the conditional one, of teacher or student."""
 
     v_cond: Float[Tensor, "b c h w"]
     v_uncond: Float[Tensor, "b c h w"]
@@ -37,9 +37,9 @@ class Student(nn.Module):
     """A velocity field v(x, s, cond) on the linear path."""
 
     def __init__(self, unet: UNet2DConditionModel, vp_bridge: Bridge | None = None) -> None:
-        """With `vp`, the bridge of a v-predicting schedule, the network itself lives on the teacher's VP path.
+        """With `vp_bridge`, of a v-predicting schedule, the network is evaluated on the teacher's VP path.
 
-        It is then shown x g(s) at the fractional step k(s) and answers with v-prediction; outside it is the same field.
+        Its input is then x g(s) at the fractional step k(s); the velocity field stays one on the linear path.
         """
         super().__init__()
         self.unet, self.vp_bridge = unet, vp_bridge
@@ -62,7 +62,7 @@ class Student(nn.Module):
         compile: bool = False,  # noqa: A002
         channels_last: bool = False,
     ) -> None:
-        """How the UNet computes, which changes neither its names nor, but for rounding, its answers."""
+        """How the UNet computes; names stay, and outputs but for rounding."""
         self.unet.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
@@ -76,16 +76,8 @@ class Student(nn.Module):
         if self.vp_bridge is None:
             return self._network_output(x, TIME_SCALE * s, cond)
         k = self.vp_bridge.k_of_s(s)
-        return self.vp_bridge.velocity(
-            x.float(), s, k, self._network_output(self.vp_bridge.teacher_input(x, s), k, cond)
-        )
-
-    def _network_output(
-        self, network_input: Float[Tensor, "b c h w"], timestep: Float[Tensor, " b"], cond: Float[Tensor, "b l d"]
-    ) -> Float[Tensor, "b c h w"]:
-        dtype = self.unet.dtype
-        answer: Tensor = self.unet(network_input.to(dtype), timestep.to(torch.float32), cond.to(dtype)).sample
-        return answer.float()
+        output = self._network_output(self.vp_bridge.teacher_input(x, s), k, cond)
+        return self.vp_bridge.velocity(x.float(), s, k, output)
 
     def forward(
         self,
@@ -98,3 +90,10 @@ class Student(nn.Module):
         both = torch.cat([cond, uncond.expand_as(cond)])
         v_cond, v_uncond = self.velocity(x.repeat(2, 1, 1, 1), s.repeat(2), both).chunk(2)
         return Prediction(v_cond, v_uncond, self.feature_tap.pop_features(slice(0, len(x))))
+
+    def _network_output(
+        self, network_input: Float[Tensor, "b c h w"], timestep: Float[Tensor, " b"], cond: Float[Tensor, "b l d"]
+    ) -> Float[Tensor, "b c h w"]:
+        dtype = self.unet.dtype
+        output: Tensor = self.unet(network_input.to(dtype), timestep.to(torch.float32), cond.to(dtype)).sample
+        return output.float()

@@ -1,4 +1,4 @@
-"""Whether a tokenizer is the one that a text encoder was trained with, as far as their files can tell."""
+"""Whether a tokenizer fits a text encoder, as far as their files show."""
 
 import json
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from stages.nets.files import FETCH_REMEDY, read_json
 from stages.system.refusal import Refused
 
 PROBE_SENTENCE = "Two small birds, 1 red & 1 blue"
-"""Words, capitals, digits and marks: it must come back but for blanks and capitals, which CLIP's does not keep."""
+"""Words, capitals, digits and marks: decoding must restore all but blanks and capitals, which CLIP's drops."""
 LEGACY_TOKEN_IDS = (0, 1, 2)
-"""Of bos, pad and eos in the config of CLIP-L, and so of Stable Diffusion 1.5, which its tokenizer never used."""
+"""Of bos, pad and eos in the config of CLIP-L, and so of SD1.5, whose tokenizer never used them."""
 WORD_END, MERGES_HEADER = "</w>", "#version"
 
 
@@ -26,15 +26,15 @@ def check_tokenizer(where: Path, tokenizer: CLIPTokenizer, text_encoder: Mapping
 
 
 def _check_size(where: Path, tokenizer: CLIPTokenizer, text_encoder: Mapping[str, Any]) -> None:
-    for ours, value, theirs in (
+    for name, value, key in (
         ("tokens", len(tokenizer), "vocab_size"),
         ("model_max_length", tokenizer.model_max_length, "max_position_embeddings"),
     ):
-        if value != text_encoder[theirs]:
-            _refuse(where, f"{ours} = {value}, the text encoder's {theirs} is {text_encoder[theirs]}")
-    most = max(tokenizer.get_vocab().values())
-    if most >= text_encoder["vocab_size"]:
-        _refuse(where, f"has a token of number {most}, the text encoder knows {text_encoder['vocab_size']}")
+        if value != text_encoder[key]:
+            _refuse(where, f"{name} = {value}, the text encoder's {key} is {text_encoder[key]}")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= text_encoder["vocab_size"]:
+        _refuse(where, f"has a token of number {largest}, the text encoder knows {text_encoder['vocab_size']}")
 
 
 def _check_special_tokens(where: Path, tokenizer: CLIPTokenizer, text_encoder: Mapping[str, Any]) -> None:
@@ -51,41 +51,33 @@ def _check_special_tokens(where: Path, tokenizer: CLIPTokenizer, text_encoder: M
 
 
 def _check_words(where: Path, tokenizer: CLIPTokenizer) -> None:
-    numbers = tokenizer(PROBE_SENTENCE, add_special_tokens=False, verbose=False).input_ids
-    back = str(tokenizer.decode(numbers, clean_up_tokenization_spaces=False))
-    if _normalize(back) != _normalize(PROBE_SENTENCE):
-        _refuse(where, f"{PROBE_SENTENCE!r} comes back as {back!r:.80}")
-    model = _tokenizer_model(tokenizer)
-    made = {"".join(pair) for pair in model["merges"]}
-    special = set(tokenizer.all_special_tokens)
-    lost = [word for word in model["vocab"] if len(word.removesuffix(WORD_END)) > 1 and word not in made | special]
+    ids = tokenizer(PROBE_SENTENCE, add_special_tokens=False, verbose=False).input_ids
+    decoded = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    if "".join(decoded.split()).casefold() != "".join(PROBE_SENTENCE.split()).casefold():
+        _refuse(where, f"{PROBE_SENTENCE!r} comes back as {decoded!r:.80}")
+    vocabulary, merges = _vocabulary_and_merges(tokenizer)
+    reachable = {"".join(pair) for pair in merges} | set(tokenizer.all_special_tokens)
+    lost = [word for word in vocabulary if len(word.removesuffix(WORD_END)) > 1 and word not in reachable]
     if lost:
         _refuse(where, f"{len(lost)} of its tokens are never made by a merge, such as {min(lost)!r}")
 
 
 def _check_plain_files(where: Path, tokenizer: CLIPTokenizer) -> None:
-    """What other programs read, vocab.json and merges.txt, must be what was loaded, tokenizer.json as a rule."""
-    model = _tokenizer_model(tokenizer)
-    vocabulary, merges = where / "vocab.json", where / "merges.txt"
-    if vocabulary.is_file() and read_json(vocabulary) != model["vocab"]:
+    """Refuse vocab.json and merges.txt, which other programs read, unless they hold what was loaded."""
+    vocabulary, merges = _vocabulary_and_merges(tokenizer)
+    vocabulary_file, merges_file = where / "vocab.json", where / "merges.txt"
+    if vocabulary_file.is_file() and read_json(vocabulary_file) != vocabulary:
         _refuse(where, "vocab.json and tokenizer.json hold other tokens")
-    if merges.is_file():
-        lines = [line for line in merges.read_text(encoding="utf-8").split("\n") if line]
-        if [line for line in lines if not line.startswith(MERGES_HEADER)] != [
-            " ".join(pair) for pair in model["merges"]
-        ]:
+    if merges_file.is_file():
+        lines = merges_file.read_text(encoding="utf-8").split("\n")
+        if [line for line in lines if line and not line.startswith(MERGES_HEADER)] != list(map(" ".join, merges)):
             _refuse(where, "merges.txt and tokenizer.json hold other merges")
 
 
-def _tokenizer_model(tokenizer: CLIPTokenizer) -> dict[str, Any]:
-    """Tokens and merges that were loaded; merges are pairs in whichever form this version of the library writes."""
+def _vocabulary_and_merges(tokenizer: CLIPTokenizer) -> tuple[dict[str, int], list[list[str]]]:
+    """What was loaded; versions of the library write a merge as a list of two tokens or as one text."""
     model: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    return {"vocab": model["vocab"], "merges": merges}
-
-
-def _normalize(text: str) -> str:
-    return "".join(text.split()).casefold()
+    return model["vocab"], [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
 
 
 def _refuse(where: Path, reason: str) -> NoReturn:

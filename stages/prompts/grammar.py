@@ -2,21 +2,18 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from string import Formatter
 from typing import Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from configs.load import first_error
 from configs.values import NonEmpty, Strict
-from configs.yaml_text import read_yaml
-from stages.prompts.prompt import Prompt, derived_seed
+from stages.prompts.prompt import ComposedSource, Prompt, derived_seed, load_model
 from stages.system.refusal import Refused, did_you_mean
 
-MOST_TRIES = 10_000
+MAX_TRIES = 10_000
 
 
 class Phrase(Strict):
@@ -28,14 +25,14 @@ class Phrase(Strict):
     optional: bool = False
 
     @model_validator(mode="after")
-    def _one_place(self) -> "Phrase":
-        if [field for field in _fields(self.text) if field != ("", "", None)] or len(_fields(self.text)) > 1:
+    def _check_text(self) -> "Phrase":
+        if _fields(self.text) not in ([], [("", "", None)]):
             raise ValueError(f"phrase {self.name!r}: text {self.text!r} should hold {{}} once, for the word")
         return self
 
 
 class Grammar(Strict):
-    """A sentence is "a" and one word for each phrase; a share of the sentences leaves optional phrases unsaid."""
+    """A sentence is "a" and one word for each phrase; a share of the sentences leaves out optional phrases."""
 
     phrases: tuple[Phrase, ...] = Field(min_length=1)
     unsaid_share: float = Field(0.0, ge=0, le=1)
@@ -52,26 +49,25 @@ class Grammar(Strict):
                 raise ValueError(
                     f"class_name: {{{name}}} should be the name of a phrase - {did_you_mean(name, list(words))}"
                 )
-        for pair in self.never:
-            for name, word in pair.items():
-                if word not in words.get(name, ()):
-                    known = list(words.get(name, words))
-                    raise ValueError(f"never: {name}: {word}: no phrase says that - {did_you_mean(word, known)}")
+        for name, word in (item for combination in self.never for item in combination.items()):
+            if word not in words.get(name, ()):
+                known = list(words.get(name, words))
+                raise ValueError(f"never: {name}: {word}: no phrase has this word - {did_you_mean(word, known)}")
         if self.unsaid_share and all(phrase.optional for phrase in self.phrases):
-            raise ValueError("every phrase is optional, so a sentence could say nothing - leave one that is not")
+            raise ValueError("every phrase is optional, so a sentence could be empty - leave one that is not")
         return self
 
     def words_of(self, name: str) -> tuple[str, ...]:
-        """The words that the phrase `name` may say."""
+        """The words of the phrase `name`."""
         return next(phrase.words for phrase in self.phrases if phrase.name == name)
 
     def sample_words(self, rng: random.Random) -> dict[str, str]:
         """One word for every phrase, never a forbidden combination."""
-        for _ in range(MOST_TRIES):
-            chosen = {phrase.name: rng.choice(phrase.words) for phrase in self.phrases}
-            if not any(pair.items() <= chosen.items() for pair in self.never):
-                return chosen
-        raise Refused("prompts.grammar: `never` forbids all that the phrases could say - forbid less")
+        for _ in range(MAX_TRIES):
+            words = {phrase.name: rng.choice(phrase.words) for phrase in self.phrases}
+            if not any(combination.items() <= words.items() for combination in self.never):
+                return words
+        raise Refused("prompts.grammar: `never` forbids every combination of words - forbid less")
 
     def sample_omissions(self, rng: random.Random) -> set[str]:
         """The names of the phrases left out: none, or a non-empty random subset of the optional ones."""
@@ -81,22 +77,22 @@ class Grammar(Strict):
         return set(rng.sample(optional, rng.randint(1, len(optional))))
 
     def compose(self, words: dict[str, str]) -> str:
-        """The sentence for the words given; phrases without a word are left out."""
-        said = [phrase.text.format(words[phrase.name]) for phrase in self.phrases if phrase.name in words]
-        article = "an" if said[0][0] in "aeiou" else "a"
-        return " ".join([article, *said])
+        """The sentence of these words by phrase; phrases without a word are left out."""
+        texts = [phrase.text.format(words[phrase.name]) for phrase in self.phrases if phrase.name in words]
+        article = "an" if texts[0][0] in "aeiou" else "a"
+        return " ".join([article, *texts])
 
     def prompt(self, seed: int, index: int) -> Prompt:
         """Prompt number `index` of the endless list that belongs to `seed`."""
         rng = random.Random(derived_seed("grammar", seed, index))
-        chosen = self.sample_words(rng)
-        unsaid = self.sample_omissions(rng)
-        text = self.compose({name: word for name, word in chosen.items() if name not in unsaid})
-        said = tuple((name, word if name not in unsaid else f"({word}, unsaid)") for name, word in chosen.items())
-        return Prompt(text, self.class_name.format(**chosen), derived_seed("picture", seed, index), said)
+        words = self.sample_words(rng)
+        omitted = self.sample_omissions(rng)
+        text = self.compose({name: word for name, word in words.items() if name not in omitted})
+        derivation = tuple((name, f"({word}, unsaid)" if name in omitted else word) for name, word in words.items())
+        return Prompt(text, self.class_name.format(**words), derived_seed("picture", seed, index), derivation)
 
 
-class GrammarSource(Strict):
+class GrammarSource(ComposedSource):
     """Sentences from a symbolic grammar."""
 
     source: Literal["grammar"] = Field("grammar", description="what kind of source")
@@ -107,35 +103,14 @@ class GrammarSource(Strict):
         return load_grammar(self.grammar)
 
     def identity(self) -> str:
-        """What the prompts depend on."""
+        """A digest of all that the prompts depend on."""
         return hashlib.sha256(self.load().model_dump_json().encode()).hexdigest()
-
-    def format_lines(self) -> list[str]:
-        """Nothing: a grammar is read in one way only."""
-        return []
-
-    def unusable_rows(self, prompt_count: int) -> dict[str, list[str]]:
-        """None: a grammar's sentences are all usable."""
-        return {}
-
-    def iter_prompts(self, seed: int, start: int = 0) -> Iterator[Prompt]:
-        """Prompts start, start + 1, ... of this seed."""
-        grammar, index = self.load(), start
-        while True:
-            yield grammar.prompt(seed, index)
-            index += 1
 
 
 @lru_cache
 def load_grammar(path: Path) -> Grammar:
-    """Read a grammar file; raises `Refused` with its name and the first thing that is wrong."""
-    content = read_yaml(path, f"prompts.grammar: {path}", "name a grammar file (YAML: phrases, class_name)")
-    try:
-        return Grammar.model_validate(content)
-    except ValidationError as error:
-        place, slip = first_error(error, Grammar, content)
-        where = f"{'.'.join(map(str, place))}: " if place else ""
-        raise Refused(f"{path}: {where}{slip}") from error
+    """Read a grammar file; raises `Refused` with its name and its first error."""
+    return load_model(path, Grammar, "prompts.grammar", "name a grammar file (YAML: phrases, class_name)")
 
 
 def _fields(text: str) -> list[tuple[str, str | None, str | None]]:

@@ -15,7 +15,7 @@ from stages.prompts.table import ColumnSource, TableRow
 from stages.system.refusal import Refused
 
 READ_ERRORS = (OSError, ValueError, NotImplementedError, LookupError, TypeError)
-"""What datasets and arrow say of files that hold something else."""
+"""What datasets and arrow raise for files of another format."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -47,18 +47,16 @@ class HubSource(ColumnSource):
             ) from error
 
     def identity(self) -> str:
-        """What the prompts depend on: the dataset's commit, or the files of a local folder."""
+        """A digest of all that the prompts depend on: the dataset's commit, or the files of a local folder."""
         folder = Path(self.dataset)
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        said = [f"{path.relative_to(folder)} {_sha256(path)}" for path in files]
-        said = said or [self.dataset, self._commit()]
-        asked = [self.subset, self.part, self.column, self.class_column]
-        return hashlib.sha256(json.dumps([said, asked]).encode()).hexdigest()
+        content = [f"{path.relative_to(folder)} {_sha256(path)}" for path in files] or [self.dataset, self._commit()]
+        settings = [self.subset, self.part, self.column, self.class_column]
+        return hashlib.sha256(json.dumps([content, settings]).encode()).hexdigest()
 
     def format_lines(self) -> list[str]:
         """How the dataset is read."""
-        classes = f", classes from column {self.class_column!r}" if self.class_column else ""
-        return [f"{self.dataset}/{self.part} read as a dataset, sentences from column {self.column!r}{classes}"]
+        return [f"{self.dataset}/{self.part} read as a dataset, {self.column_text}"]
 
     def _commit(self) -> str:
         from huggingface_hub import snapshot_download
@@ -67,15 +65,15 @@ class HubSource(ColumnSource):
         if self.revision and COMMIT.fullmatch(self.revision):
             return self.revision
         try:
-            # Of the folder that it returns, named by the commit, only the name is wanted: works from a local copy too.
-            found = snapshot_download(
+            # The folder that it returns is named by the commit, also in a local copy.
+            folder = snapshot_download(
                 self.dataset, repo_type="dataset", revision=self.revision, allow_patterns=["README.md"]
             )
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise Refused(
                 f"prompts.dataset: {self.dataset!r} is neither a folder nor a hub dataset that can be reached"
             ) from error
-        return Path(found).name
+        return Path(folder).name
 
     def __str__(self) -> str:
         return f"{self.dataset}/{self.part} (column {self.column})"

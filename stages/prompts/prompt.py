@@ -1,13 +1,18 @@
-"""What a prompt is, and which split owns it.
-
-Modules of the optional extras.
-"""
+"""What a prompt is, which split owns it, and what sources of composed sentences have in common."""
 
 import hashlib
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
 
+from pydantic import ValidationError
+
+from configs.load import first_error
+from configs.values import Strict
+from configs.yaml_text import read_yaml
 from stages.system.refusal import Refused
 
 Split = Literal["train", "validation"]
@@ -22,7 +27,7 @@ class Prompt:
     class_name: str
     seed: int
     derivation: tuple[tuple[str, str], ...] = ()
-    """How the sentence came about: (choice, what was chosen), in the order of choosing."""
+    """How the sentence was made: (choice, what was chosen), in the order of choosing."""
 
 
 def derived_seed(*parts: object) -> int:
@@ -36,11 +41,52 @@ def split_of(text: str) -> Split:
     return "validation" if derived_seed("split", text) % VALIDATION_ONE_IN == 0 else "train"
 
 
-def import_extra(module: str, what: str) -> Any:
+class SentenceMaker(Protocol):
+    """A loaded grammar or lexicon."""
+
+    def prompt(self, seed: int, index: int) -> Prompt:
+        """Prompt number `index` of this seed."""
+
+
+class ComposedSource(Strict):
+    """What sources of composed sentences have in common: every sentence is usable, and nothing depends on a format."""
+
+    def load(self) -> SentenceMaker:
+        """Read the source's file; raises `Refused` with its name."""
+        raise NotImplementedError
+
+    def format_lines(self) -> list[str]:
+        """Nothing to report: the file is read in one way only."""
+        return []
+
+    def unusable_rows(self, prompt_count: int) -> dict[str, list[str]]:
+        """None: all composed sentences are usable."""
+        return {}
+
+    def iter_prompts(self, seed: int, start: int = 0) -> Iterator[Prompt]:
+        """Prompts start, start + 1, ... of this seed, without end."""
+        maker = self.load()
+        return (maker.prompt(seed, index) for index in count(start))
+
+
+Model = TypeVar("Model", bound=Strict)
+
+
+def load_model(path: Path, model: type[Model], option: str, hint: str) -> Model:
+    """A YAML file as a model; raises `Refused` with the file's name and its first error."""
+    content = read_yaml(path, f"{option}: {path}", hint)
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        keys, problem = first_error(error, model, content)
+        where = f"{'.'.join(map(str, keys))}: " if keys else ""
+        raise Refused(f"{path}: {where}{problem}") from error
+
+
+def import_extra(module: str, purpose: str) -> Any:
     """A module of the optional extra; raises `Refused` with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise Refused(
-            f"prompts: {what} needs the package {module.partition('.')[0]} - pip install 'sollune[datasets]'"
-        ) from error
+        package = module.partition(".")[0]
+        raise Refused(f"prompts: {purpose} needs the package {package} - pip install 'sollune[datasets]'") from error

@@ -1,14 +1,9 @@
-"""Several sources in fixed proportions.
-
-Any source of prompts, and the prompts of a split.
-
-What was wrong with a list of prompts: nothing is dropped without being told.
-"""
+"""All prompt sources, their mixture, the prompts of a split, and the report on a list of prompts."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, JsonValue
 
@@ -20,16 +15,15 @@ from stages.prompts.symbolic import SymbolicSource
 from stages.prompts.table import FileSource, TableSource
 from stages.system.refusal import Refused
 
-SingleSource = Annotated[
-    SymbolicSource | GrammarSource | FileSource | TableSource | HubSource, Field(discriminator="source")
-]
+SingleSource: TypeAlias = SymbolicSource | GrammarSource | FileSource | TableSource | HubSource
+"""Every source but the mixture, distinguished by the field `source`: a new source is added here alone."""
 
 
 class WeightedSource(Strict):
     """One source of a mixture."""
 
     weight: int = Field(1, ge=1, le=10_000, description="prompts from here, relative to the other parts")
-    prompts: SingleSource
+    prompts: Annotated[SingleSource, Field(discriminator="source")]
 
 
 class MixtureSource(Strict):
@@ -39,9 +33,9 @@ class MixtureSource(Strict):
     parts: tuple[WeightedSource, ...] = Field(min_length=1, description="list of {weight, prompts: {source, ...}}")
 
     def identity(self) -> str:
-        """What the prompts depend on."""
-        said = [f"{part.weight} {part.prompts.source} {part.prompts.identity()}" for part in self.parts]
-        return hashlib.sha256("\n".join(said).encode()).hexdigest()
+        """A digest of all that the prompts depend on."""
+        parts = [f"{part.weight} {part.prompts.source} {part.prompts.identity()}" for part in self.parts]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def format_lines(self) -> list[str]:
         """How each part is read."""
@@ -49,48 +43,45 @@ class MixtureSource(Strict):
 
     def unusable_rows(self, prompt_count: int) -> dict[str, list[str]]:
         """The places of unusable rows of all parts, by reason."""
-        found: dict[str, list[str]] = {}
-        for part, taken in zip(self.parts, self._part_counts(prompt_count), strict=True):
-            for fault, places in part.prompts.unusable_rows(taken).items():
-                found.setdefault(fault, []).extend(places)
-        return found
+        faults: dict[str, list[str]] = {}
+        for part, part_count in zip(self.parts, self._part_counts(prompt_count), strict=True):
+            for fault, places in part.prompts.unusable_rows(part_count).items():
+                faults.setdefault(fault, []).extend(places)
+        return faults
 
     def iter_prompts(self, seed: int, start: int = 0) -> Iterator[Prompt]:
         """Prompts start, start + 1, ...: number i is number j of part p, both a function of i and the weights."""
-        turns = self.part_order()
-        drawn = [
-            part.prompts.iter_prompts(derived_seed("mixture", seed, p), taken)
-            for p, (part, taken) in enumerate(zip(self.parts, self._part_counts(start), strict=True))
+        order = self._part_order()
+        iterators = [
+            part.prompts.iter_prompts(derived_seed("mixture", seed, p), part_count)
+            for p, (part, part_count) in enumerate(zip(self.parts, self._part_counts(start), strict=True))
         ]
         index = start
         while True:
-            p = turns[index % len(turns)]
-            prompt = next(drawn[p])
-            said = (("part", f"{p + 1} of {len(self.parts)}: {self.parts[p].prompts.source}"), *prompt.derivation)
-            yield Prompt(prompt.text, prompt.class_name, prompt.seed, said)
+            p = order[index % len(order)]
+            prompt = next(iterators[p])
+            part = ("part", f"{p + 1} of {len(self.parts)}: {self.parts[p].prompts.source}")
+            yield Prompt(prompt.text, prompt.class_name, prompt.seed, (part, *prompt.derivation))
             index += 1
 
-    def part_order(self) -> tuple[int, ...]:
-        """Whose turn it is in one round of sum(weights) prompts: always the part that is furthest behind its share."""
+    def _part_order(self) -> tuple[int, ...]:
+        """The part of each of the sum(weights) prompts of a round: always the one furthest behind its share."""
         weights = [part.weight for part in self.parts]
-        credit, turns = [0] * len(weights), []
+        credit, order = [0] * len(weights), []
         for _ in range(sum(weights)):
             credit = [have + weight for have, weight in zip(credit, weights, strict=True)]
-            turns.append(credit.index(max(credit)))
-            credit[turns[-1]] -= sum(weights)
-        return tuple(turns)
+            order.append(credit.index(max(credit)))
+            credit[order[-1]] -= sum(weights)
+        return tuple(order)
 
     def _part_counts(self, count: int) -> list[int]:
         """How many of the first `count` prompts come from each part."""
-        turns = self.part_order()
-        rounds, rest = divmod(count, len(turns))
-        return [rounds * part.weight + turns[:rest].count(p) for p, part in enumerate(self.parts)]
+        order = self._part_order()
+        rounds, rest = divmod(count, len(order))
+        return [rounds * part.weight + order[:rest].count(p) for p, part in enumerate(self.parts)]
 
 
-PromptSource = Annotated[
-    SymbolicSource | GrammarSource | FileSource | TableSource | HubSource | MixtureSource,
-    Field(discriminator="source"),
-]
+PromptSource = Annotated[SingleSource | MixtureSource, Field(discriminator="source")]
 
 
 def source_identity(source: PromptSource, seed: int) -> dict[str, JsonValue]:
@@ -103,74 +94,72 @@ def prompts(source: PromptSource, seed: int, split: Split, count: int) -> list[P
 
     Raises `Refused` when the source has no sentence of that split (looked for among 1000 times as many).
     """
-    found: list[Prompt] = []
+    chosen: list[Prompt] = []
     for tried, prompt in enumerate(source.iter_prompts(seed)):
-        if len(found) == count:
+        if len(chosen) == count:
             break
         if tried > 1000 * (count + VALIDATION_ONE_IN):
-            raise Refused(f"prompts: {len(found)} of {count} {split} prompts found - the source has too few sentences")
+            raise Refused(f"prompts: {len(chosen)} of {count} {split} prompts found - the source has too few sentences")
         if split_of(prompt.text) == split:
-            found.append(prompt)
-    return found
+            chosen.append(prompt)
+    return chosen
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """Counts and first places; unusable rows were left out, the other prompts are there."""
+    """What is notable about a list of prompts; unusable rows are not in it, repeated and truncated prompts are."""
 
     prompts: int
     omitted: Mapping[str, Sequence[str]]
     """Reason -> places in the source."""
     repeated: Sequence[str]
-    """Sentences that had been asked before; their pictures have seeds of their own."""
+    """Sentences that were in the list before; their pictures have seeds of their own."""
     truncated: Sequence[str]
     """Sentences whose end the teacher does not read."""
-    longest: int | None = None
-    """Tokens that the teacher reads; none when it was not asked."""
-    format_lines: Sequence[str] = ()
+    max_tokens: int | None
+    """Tokens that the teacher reads; None for an unknown tokenizer."""
+    format_lines: Sequence[str]
     """How each file of the source was read."""
 
     def lines(self) -> list[str]:
-        """One line, one more for each file that was read, and for each thing that is not as it should be."""
-        said = [f"prompts: {self.prompts}", *(f"prompts: {line}" for line in self.format_lines)]
-        said += omission_lines(self.omitted)
+        """One line, one more for each file that was read, and for each kind of notable prompt."""
+        lines = [f"prompts: {self.prompts}", *(f"prompts: {line}" for line in self.format_lines)]
+        lines += omission_lines(self.omitted)
         if self.repeated:
-            said.append(f"prompts: {len(self.repeated)} said before, kept (the first: {self.repeated[0]!r})")
-        if self.truncated:
-            first = self.truncated[0]
-            said.append(
-                f"prompts: {len(self.truncated)} longer than {self.longest} tokens, cut there (the first: {first!r})"
-            )
-        return said
+            lines.append(f"prompts: {len(self.repeated)} repeated, kept (the first: {self.repeated[0]!r})")
+        return lines + _truncation_lines(list(map(repr, self.truncated)), self.max_tokens)
 
 
 def source_report(source: PromptSource, prompts: Sequence[Prompt], tokenizer: Any = None) -> SourceReport:
-    """What is to be said about prompts taken from a source; lengths only where the teacher's tokenizer is known."""
+    """The report on prompts taken from a source; lengths only where the teacher's tokenizer is known."""
     texts = [prompt.text for prompt in prompts]
-    seen: set[str] = set()
-    repeated = [text for text in texts if text in seen or seen.add(text)]  # type: ignore[func-returns-value]
-    longest = tokenizer.model_max_length if tokenizer is not None else None
-    faults = source.unusable_rows(VALIDATION_ONE_IN * len(texts))
-    return SourceReport(len(texts), faults, repeated, truncated_texts(tokenizer, texts), longest, source.format_lines())
+    earlier: set[str] = set()
+    repeated = [text for text in texts if text in earlier or earlier.add(text)]  # type: ignore[func-returns-value]
+    omitted = source.unusable_rows(VALIDATION_ONE_IN * len(texts))
+    max_tokens = tokenizer.model_max_length if tokenizer is not None else None
+    truncated = _truncated_texts(tokenizer, texts)
+    return SourceReport(len(texts), omitted, repeated, truncated, max_tokens, source.format_lines())
 
 
-def omission_lines(faults: Mapping[str, Sequence[str]]) -> list[str]:
+def omission_lines(omitted: Mapping[str, Sequence[str]]) -> list[str]:
     """A line for each reason why rows of a source were left out."""
-    return [f"prompts: {len(places)} {fault}, left out (the first: {places[0]})" for fault, places in faults.items()]
+    return [f"prompts: {len(places)} {fault}, left out (the first: {places[0]})" for fault, places in omitted.items()]
 
 
 def truncation_lines(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> list[str]:
     """A line about the texts (place, text) whose end a model does not read; none where all is read, or unknown."""
-    long = set(truncated_texts(tokenizer, [text for _, text in texts]))
-    places = [place for place, text in texts if text in long]
-    if not places:
+    if tokenizer is None:
         return []
-    return [
-        f"prompts: {len(places)} longer than {tokenizer.model_max_length} tokens, cut there (the first: {places[0]})"
-    ]
+    truncated = set(_truncated_texts(tokenizer, [text for _, text in texts]))
+    return _truncation_lines([place for place, text in texts if text in truncated], tokenizer.model_max_length)
 
 
-def truncated_texts(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text, begin and end included, nothing cut."""
+    return [len(ids) for ids in tokenizer(list(texts), truncation=False).input_ids] if texts else []
+
+
+def _truncated_texts(tokenizer: Any, texts: Sequence[str]) -> list[str]:
     """The texts with more tokens than a model reads; none where its tokenizer is not known."""
     if tokenizer is None:
         return []
@@ -178,6 +167,6 @@ def truncated_texts(tokenizer: Any, texts: Sequence[str]) -> list[str]:
     return [text for text, count in zip(texts, counts, strict=True) if count > tokenizer.model_max_length]
 
 
-def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """Tokens of each text, begin and end included, nothing cut."""
-    return [len(ids) for ids in tokenizer(list(texts), truncation=False).input_ids] if texts else []
+def _truncation_lines(places: Sequence[str], max_tokens: int | None) -> list[str]:
+    summary = f"prompts: {len(places)} longer than {max_tokens} tokens, cut there"
+    return [f"{summary} (the first: {places[0]})"] if places else []

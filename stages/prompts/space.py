@@ -1,12 +1,9 @@
-"""Shuffles that need no memory: bijections of 0..size-1 computed one number at a time.
-
-The space of all sentences as a tree of choices in which every number is one sentence, and no two are the same.
+"""The space of all sentences as a tree of choices in which every number is one sentence, and its shuffle.
 
 A choice of size n owns the numbers 0..n-1. Each option gets a run of them in proportion to its weight, no longer than
-the number of ways to go on from there; what is left of the number, scattered evenly over those ways, is the number of
-the next choice. Number -> derivation is therefore one to one *by construction*, weights hold exactly as long as there
-is room for them, and neither needs a memory of what was drawn before. (A choice without room behind it, such as the
-last of a sentence, is uniform.)
+the number of derivations behind it; the rest of the number, scattered evenly over these, is the number of the next
+choice. Number -> derivation is therefore one to one *by construction*, and weights hold exactly where the options have
+enough derivations behind them (the last choice of a sentence is uniform). Neither needs the earlier numbers.
 """
 
 from bisect import bisect_right
@@ -22,7 +19,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """Where `index` goes in the shuffle of 0..size-1 that belongs to `key`.
+    """The image of `index` in the permutation of 0..size-1 that belongs to `key`.
 
     A Feistel network over the least even number of bits, walked along its cycle until it lands below `size`
     (Black and Rogaway 2002).
@@ -59,7 +56,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Option(Generic[T]):
-    """Something that may be chosen, and what may follow."""
+    """A value that may be chosen, and the choice after it."""
 
     value: T
     weight: int
@@ -68,7 +65,7 @@ class Option(Generic[T]):
 
 @dataclass(frozen=True)
 class Choice(Generic[T]):
-    """Options and everything behind them; without options, the end of a sentence. `start[j]` begins option j's run."""
+    """Options and all derivations behind them; none at the end of a sentence. `start[j]` begins option j's run."""
 
     options: tuple[Option[T], ...] = ()
     start: tuple[int, ...] = ()
@@ -77,7 +74,7 @@ class Choice(Generic[T]):
 
 
 def make_choice(options: Iterable[Option[T]]) -> Choice[T]:
-    """Options side by side; those that lead nowhere are left out."""
+    """A choice between options; those without a derivation are left out."""
     kept = tuple(option for option in options if option.next_choice.size and option.weight)
     if not kept:
         return Choice(size=0)
@@ -90,21 +87,20 @@ def options_at(root: Choice[T], number: int) -> Iterator[T]:
     """The options that belong to `number`, from the root to the end."""
     while root.options:
         number = number * root.stride % root.size
-        place = bisect_right(root.start, number) - 1
-        yield root.options[place].value
-        number -= root.start[place]
-        root = root.options[place].next_choice
+        j = bisect_right(root.start, number) - 1
+        yield root.options[j].value
+        number, root = number - root.start[j], root.options[j].next_choice
 
 
 def values(root: Choice[T]) -> set[T]:
-    """Everything that can be chosen somewhere."""
-    found: set[T] = set()
-    seen: set[int] = set()
-    todo = [root]
-    while todo:
-        here = todo.pop()
-        if id(here) not in seen:
-            seen.add(id(here))
-            found |= {option.value for option in here.options}
-            todo += [option.next_choice for option in here.options if id(option.next_choice) not in seen]
-    return found
+    """All values of the tree."""
+    reached: set[T] = set()
+    visited: set[int] = set()
+    pending = [root]
+    while pending:
+        choice = pending.pop()
+        if id(choice) not in visited:
+            visited.add(id(choice))
+            reached |= {option.value for option in choice.options}
+            pending += [option.next_choice for option in choice.options]
+    return reached

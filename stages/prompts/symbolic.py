@@ -9,9 +9,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from configs.values import Strict
 from stages.prompts.lexicon import AMOUNT, PACKAGED, SUBJECT, Lexicon, Word, class_of, load_lexicon
-from stages.prompts.prompt import Prompt, derived_seed
+from stages.prompts.prompt import ComposedSource, Prompt, derived_seed
 from stages.prompts.space import Choice, Option, make_choice, options_at, permute, values
 from stages.system.refusal import Refused
 
@@ -22,14 +21,14 @@ Link = tuple[str, str | Word]
 """(the name of a choice, what was chosen)."""
 
 
-class SymbolicSource(Strict):
+class SymbolicSource(ComposedSource):
     """Sentences from a lexicon of subjects, attributes, actions, settings, styles, lights, cameras and moods."""
 
     source: Literal["symbolic"] = Field("symbolic", description="what kind of source")
     complexity: tuple[int, ...] = Field(
         (1, 2, 3, 2, 1),
         min_length=1,
-        description="shares of the levels 1, 2, ...; a sentence of level n says n + 1 things of its subject",
+        description="shares of the levels 1, 2, ...; a sentence of level n has n + 1 clauses about its subject",
     )
     lexicon: Path | None = Field(None, description="YAML file of a lexicon of one's own; none is the packaged one")
 
@@ -45,24 +44,9 @@ class SymbolicSource(Strict):
         return load_sentence_space(self.lexicon or PACKAGED, self.complexity)
 
     def identity(self) -> str:
-        """What the prompts depend on."""
-        said = load_lexicon(self.lexicon or PACKAGED).model_dump_json()
-        return hashlib.sha256(f"{GENERATOR}{self.complexity}{said}".encode()).hexdigest()
-
-    def format_lines(self) -> list[str]:
-        """Nothing: a lexicon is read in one way only."""
-        return []
-
-    def unusable_rows(self, prompt_count: int) -> dict[str, list[str]]:
-        """None: a lexicon's sentences are all usable."""
-        return {}
-
-    def iter_prompts(self, seed: int, start: int = 0) -> Iterator[Prompt]:
-        """Prompts start, start + 1, ... of this seed; `size` distinct ones, then they come again reshuffled."""
-        speaks, index = self.load(), start
-        while True:
-            yield speaks.prompt(seed, index)
-            index += 1
+        """A digest of all that the prompts depend on."""
+        lexicon = load_lexicon(self.lexicon or PACKAGED).model_dump_json()
+        return hashlib.sha256(f"{GENERATOR}{self.complexity}{lexicon}".encode()).hexdigest()
 
 
 class SentenceSpace:
@@ -87,13 +71,13 @@ class SentenceSpace:
         return self.root.size
 
     def prompt(self, seed: int, index: int) -> Prompt:
-        """Prompt number `index` of the endless list that belongs to `seed`."""
-        again, within = divmod(index, self.size)
-        number = permute(within, self.size, derived_seed("symbolic", seed, again))
+        """Prompt number `index` of this seed: `size` distinct ones, then all of them again in another order."""
+        shuffle, place = divmod(index, self.size)
+        number = permute(place, self.size, derived_seed("symbolic", seed, shuffle))
         return compose_prompt(dict(options_at(self.root, number)), derived_seed("picture", seed, index))
 
     def unreachable(self) -> list[Word]:
-        """Words that no sentence says."""
+        """Words that are in no sentence."""
         reached = {(name, link.text) for name, link in values(self.root) if isinstance(link, Word)}
         return [word for word in self._lexicon.all_words() if (word.slot, word.text) not in reached]
 
@@ -111,12 +95,12 @@ class SentenceSpace:
             yield Option(("family", name), family.weight, make_choice(members))
 
     def _slot_choice(self, slots: tuple[str, ...], scene: frozenset[str]) -> Choice[Link]:
-        """What may be said in the slots left; scenes that differ only in tags nobody asks about share one answer."""
+        """The choices of the remaining slots, cached by the tags that their words need or exclude."""
         if not slots:
             return Choice()
         key = (slots, scene & frozenset[str]().union(*(self._relevant_tags[slot] for slot in slots)))
         if key not in self._choice_cache:
-            # By text, so that a word that two fitting groups list is said once.
+            # By text, so that a word listed in two fitting groups is one option.
             fitting = {word.text: word for word in self._words[slots[0]] if word.fits(key[1])}
             self._choice_cache[key] = make_choice(
                 Option((word.slot, word), word.weight, self._slot_choice(slots[1:], key[1] | word.tags))
@@ -129,25 +113,24 @@ def compose_prompt(links: Mapping[str, str | Word], seed: int) -> Prompt:
     """The sentence of a derivation, with articles, plurals and possessives in agreement."""
     words = {name: word for name, word in links.items() if isinstance(word, Word)}
     many = "plural" in words[AMOUNT].tags
-    said = {name: word.text.replace("{its}", "their" if many else "its") for name, word in words.items()}
-    said[SUBJECT] = words[SUBJECT].plural if many else words[SUBJECT].text
-    text = VOWEL_SOUND.sub("an ", str(links["sentence"]).format(**said))
+    texts = {name: word.text.replace("{its}", "their" if many else "its") for name, word in words.items()}
+    texts[SUBJECT] = words[SUBJECT].plural if many else words[SUBJECT].text
+    text = VOWEL_SOUND.sub("an ", str(links["sentence"]).format(**texts))
     derivation = tuple((name, link if isinstance(link, str) else link.text) for name, link in links.items())
     return Prompt(text, class_of(str(links["family"]), words[SUBJECT]), seed, derivation)
 
 
 @lru_cache
 def load_sentence_space(path: Path, complexity: tuple[int, ...]) -> SentenceSpace:
-    """The speaker of a lexicon file; raises `Refused` for levels it does not have and words that nothing can say."""
+    """The sentences of a lexicon file; raises `Refused` for unknown levels, unreachable words and an empty space."""
     lexicon = load_lexicon(path)
     for level in range(1, len(complexity) + 1):
         if level not in lexicon.levels:
-            raise Refused(
-                f"prompts.complexity: {level}: no such level - known here: {', '.join(map(str, lexicon.levels))}"
-            )
+            known = ", ".join(map(str, lexicon.levels))
+            raise Refused(f"prompts.complexity: {level}: no such level - known here: {known}")
     for word in SentenceSpace(lexicon, dict.fromkeys(lexicon.levels, 1)).unreachable():
-        raise Refused(f"{path}: {word.slot}: {word.text!r} can never be said - check its needs and never")
-    found = SentenceSpace(lexicon, dict(enumerate(complexity, 1)))
-    if not found.size:
-        raise Refused(f"{path}: no sentence of complexity {complexity} can be said - check the words' needs and never")
-    return found
+        raise Refused(f"{path}: {word.slot}: {word.text!r} is in no sentence - check its needs and never")
+    space = SentenceSpace(lexicon, dict(enumerate(complexity, 1)))
+    if not space.size:
+        raise Refused(f"{path}: no sentence of complexity {complexity} is possible - check the words' needs and never")
+    return space

@@ -1,6 +1,5 @@
 """The untrained parts of the embedded teacher: the anatomy of Stable Diffusion 1.5 at a tenth of its width."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +17,12 @@ TEXT_WIDTH = 64
 def build_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-pair tokenizer with merges that make every word of the world one token."""
     extra = ("a", "an", "and", "the", "of", "photo", "picture")
-    spoken = " ".join(f"{phrase.text} {' '.join(phrase.words)}" for phrase in world_grammar().phrases).replace("{}", "")
+    texts = " ".join(f"{phrase.text} {' '.join(phrase.words)}" for phrase in world_grammar().phrases).replace("{}", "")
     vocabulary = list(bytes_to_unicode().values())  # type: ignore[no-untyped-call]
     vocabulary += [f"{letter}</w>" for letter in vocabulary]
     merges: list[str] = []
     # Longest words first: an earlier merge wins, so no short word's merge can cut a long word apart.
-    for word in sorted({*spoken.split(), *extra}, key=lambda word: (-len(word), word)):
+    for word in sorted({*texts.split(), *extra}, key=lambda word: (-len(word), word)):
         pieces = [*word[:-1], f"{word[-1]}</w>"]
         while len(pieces) > 1:
             merge, whole = f"{pieces[0]} {pieces[1]}", pieces[0] + pieces[1]
@@ -32,8 +31,7 @@ def build_tokenizer() -> CLIPTokenizer:
             pieces = [whole, *pieces[2:]]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     ids = {piece: index for index, piece in enumerate(vocabulary)}
-    # It takes pairs, whatever its annotation says.
-    pairs: Any = [tuple(merge.split()) for merge in merges]
+    pairs: Any = [tuple(merge.split()) for merge in merges]  # its annotation names another type
     return CLIPTokenizer(vocab=ids, merges=pairs, model_max_length=TOKENS)
 
 
@@ -105,9 +103,3 @@ def build_scheduler() -> DDIMScheduler:
         steps_offset=1,
         prediction_type="epsilon",
     )
-
-
-def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write the tokenizer in both layouts: tokenizer.json, and vocab.json + merges.txt for transformers 4."""
-    tokenizer.save_pretrained(folder)
-    tokenizer.backend_tokenizer.model.save(str(folder))

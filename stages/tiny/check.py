@@ -1,7 +1,7 @@
-"""The gates that the embedded teacher has to pass before it is shipped."""
+"""The accuracies that the embedded teacher must reach before it is shipped."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,10 +21,12 @@ PROMPTS = 500
 
 
 def complete_sentences(scenes: Scenes) -> list[str]:
-    """The sentence of each picture with nothing unsaid, so that every attribute is judged."""
-    labels = scenes.labels.tolist()
-    words = [[world_grammar().words_of(name)[i] for name, i in zip(ATTRIBUTES, row, strict=True)] for row in labels]
-    return [world_grammar().compose(dict(zip(ATTRIBUTES, row, strict=True))) for row in words]
+    """The full sentence of each picture, so that every attribute is scored."""
+    grammar = world_grammar()
+    return [
+        grammar.compose({name: grammar.words_of(name)[i] for name, i in zip(ATTRIBUTES, row, strict=True)})
+        for row in scenes.labels.tolist()
+    ]
 
 
 @torch.inference_mode()
@@ -34,16 +36,12 @@ def reconstruct(vae: AutoencoderKL, pictures: Float[Tensor, "b 3 h w"]) -> Float
     return torch.cat(parts).clamp(-1, 1)
 
 
-def training_sentences(count: int) -> list[str]:
-    """Sentences the teacher can be asked."""
-    return [world_grammar().prompt(SEED + 2, index).text for index in range(count)]
-
-
 def held_out_sentences(count: int) -> list[str]:
-    """Sentences that name, one after the other, the colour-shape pairs that no training picture showed."""
-    pairs, sizes, places = world_grammar().never, world_grammar().words_of("size"), world_grammar().words_of("place")
+    """Sentences that name, in turn, the colour-shape pairs that are in no training picture."""
+    grammar = world_grammar()
+    pairs, sizes, places = grammar.never, grammar.words_of("size"), grammar.words_of("place")
     return [
-        world_grammar().compose({"size": sizes[i % 2], **pairs[i % len(pairs)], "place": places[i // 2 % len(places)]})
+        grammar.compose({"size": sizes[i % 2], **pairs[i % len(pairs)], "place": places[i // 2 % len(places)]})
         for i in range(count)
     ]
 
@@ -61,39 +59,38 @@ def generate_pictures(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -
 
 
 def measure_accuracies(model: Path = MODEL) -> dict[str, Mapping[str, float]]:
-    """What the judge says of true pictures, of the same through the autoencoder, and of the teacher's."""
+    """Accuracies of true pictures, of the same through the autoencoder, and of the teacher's, by the classifier."""
     pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     scenes = draw_scenes(PICTURES, seed=SEED + 1)
     truth, sentences = scenes.normalised(torch.arange(PICTURES)), complete_sentences(scenes)
-    sources: dict[str, Callable[[], tuple[Sequence[str], Tensor]]] = {
-        "judge on true pictures": lambda: (sentences, truth / 2 + 0.5),
-        "through the autoencoder": lambda: (sentences, reconstruct(pipeline.vae, truth) / 2 + 0.5),
-        "teacher": lambda: ((texts := training_sentences(PROMPTS)), generate_pictures(pipeline, texts)),
-        "teacher, held-out pairs": lambda: (
-            (texts := held_out_sentences(PROMPTS // 5)),
-            generate_pictures(pipeline, texts),
-        ),
+    prompts = [world_grammar().prompt(SEED + 2, index).text for index in range(PROMPTS)]
+    held_out = held_out_sentences(PROMPTS // 5)
+    scores = {
+        "classifier on true pictures": score(sentences, truth / 2 + 0.5),
+        "through the autoencoder": score(sentences, reconstruct(pipeline.vae, truth) / 2 + 0.5),
+        "teacher": score(prompts, generate_pictures(pipeline, prompts)),
+        "teacher, held-out pairs": score(held_out, generate_pictures(pipeline, held_out)),
     }
-    return {name: accuracies(score(*source())) for name, source in sources.items()}
+    return {name: accuracies(values) for name, values in scores.items()}
 
 
-MIN_ACCURACY = {"judge on true pictures": 0.99, "through the autoencoder": 0.98, "teacher": 0.95}
+MIN_ACCURACY = {"classifier on true pictures": 0.99, "through the autoencoder": 0.98, "teacher": 0.95}
 MIN_ACCURACY_ALL = {"teacher": 0.85}
 COLUMNS = (*ATTRIBUTES, "all")
 
 
 def passes(name: str, row: Mapping[str, float]) -> bool:
-    """Whether a source reaches its gate; what nothing said (nan) cannot fail."""
-    each_attribute = not any(row[column] < MIN_ACCURACY.get(name, 0.0) for column in ATTRIBUTES)
-    return each_attribute and row["all"] >= MIN_ACCURACY_ALL.get(name, 0.0)
+    """Whether a source reaches its minima; an attribute that no sentence names (nan) cannot fail."""
+    any_below = any(row[attribute] < MIN_ACCURACY.get(name, 0.0) for attribute in ATTRIBUTES)
+    return not any_below and row["all"] >= MIN_ACCURACY_ALL.get(name, 0.0)
 
 
-def table(found: Mapping[str, Mapping[str, float]]) -> str:
-    """The gates as a Markdown table, in percent."""
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """The accuracies as a Markdown table, in percent."""
     lines = [f"| % right | {' | '.join(COLUMNS)} | gate |", f"|---|{'---|' * (len(COLUMNS) + 1)}"]
-    for name, row in found.items():
+    for name, row in rows.items():
         cells = ["-" if math.isnan(row[column]) else f"{100 * row[column]:.1f}" for column in COLUMNS]
         gate = ("passed" if passes(name, row) else "MISSED") if name in MIN_ACCURACY else "none"
         lines.append(f"| {name} | {' | '.join(cells)} | {gate} |")
@@ -111,15 +108,15 @@ cores, with `--parts teacher` in one process and the rest in another), and measu
 
 {table}
 
-Judged are {pictures} pictures that no part was fitted to, and {prompts} prompts at 25 DDIM steps and guidance 5 by the
-stock pipeline. Held-out pairs are the five colour-shape pairs of `grammar.yaml` that no training picture showed.
+Scored are {pictures} pictures that no part was fitted to, and {prompts} prompts at 25 DDIM steps and guidance 5 by the
+stock pipeline. Held-out pairs are the five colour-shape pairs of `grammar.yaml` that are in no training picture.
 The weights are MIT, like the code.
 """
 
 
 def check(model: Path = MODEL) -> bool:
-    """Measure the gates, print them and write them into the model's README; whether every gate is passed."""
-    found = measure_accuracies(model)
-    print(table(found))
-    atomic_write(model / "README.md", README.format(table=table(found), pictures=PICTURES, prompts=PROMPTS))
-    return all(passes(name, row) for name, row in found.items())
+    """Measure the accuracies, print them and write them into the model's README; whether all reach their minimum."""
+    rows = measure_accuracies(model)
+    print(table(rows))
+    atomic_write(model / "README.md", README.format(table=table(rows), pictures=PICTURES, prompts=PROMPTS))
+    return all(passes(name, row) for name, row in rows.items())

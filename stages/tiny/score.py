@@ -1,40 +1,66 @@
-"""How well pictures show what their sentences say, by the judge."""
+"""The attribute classifier, and how well pictures show the attributes that their sentences name."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from stages.tiny.judge import AttributeClassifier, load_classifier
 from stages.tiny.world import ATTRIBUTES, parse_attributes, world_grammar
+
+FILE = Path(__file__).with_name("model") / "judge" / "judge.safetensors"
+
+
+class AttributeClassifier(nn.Module):
+    """Pictures [b, 3, 64, 64] in [-1, 1] -> one row of logits per attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = [len(world_grammar().words_of(name)) for name in ATTRIBUTES]
+        layers: list[nn.Module] = []
+        for before, after in pairwise((3, 16, 32, 64, 64)):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.SiLU()]
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 128), nn.SiLU())
+        self.head = nn.Linear(128, sum(self.counts))
+
+    def forward(self, pictures: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b n"], ...]:
+        """Logits of every attribute, in the order of ATTRIBUTES."""
+        logits: Tensor = self.head(self.trunk(pictures))
+        return tuple(logits.split(self.counts, dim=1))
+
+    @torch.inference_mode()
+    def predict(self, pictures: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b 5"]:
+        """The most likely word of each attribute, as indices."""
+        return torch.stack([logits.argmax(1) for logits in self(pictures)], dim=1)
 
 
 @lru_cache(maxsize=1)
-def attribute_classifier() -> AttributeClassifier:
-    """The shipped judge, loaded once."""
-    return load_classifier()
+def load_classifier() -> AttributeClassifier:
+    """The shipped classifier, frozen and loaded once."""
+    net = AttributeClassifier()
+    net.load_state_dict({name: value.float() for name, value in load_file(FILE).items()})
+    return net.eval().requires_grad_(False)
 
 
 def score(texts: Sequence[str], pictures: Float[Tensor, "b 3 64 64"]) -> Mapping[str, Float[Tensor, " b"]]:
-    """Attribute -> 1 where the picture (in [0, 1]) shows the word said, 0 where not, nan where nothing was said."""
-    seen = attribute_classifier().predict(pictures.float().cpu() * 2 - 1)
-    said = [parse_attributes(text) for text in texts]
-    return {
-        name: torch.tensor([word_score(name, words, int(index)) for words, index in zip(said, seen[:, i], strict=True)])
-        for i, name in enumerate(ATTRIBUTES)
-    }
-
-
-def word_score(name: str, stated: Mapping[str, str], predicted: int) -> float:
-    """1, 0 or nan for one attribute of one picture."""
-    return float("nan") if name not in stated else float(world_grammar().words_of(name)[predicted] == stated[name])
+    """Attribute -> 1 where the picture (in [0, 1]) shows the named word, 0 where not, nan where none is named."""
+    predicted = load_classifier().predict(pictures.float().cpu() * 2 - 1).tolist()
+    scores: dict[str, list[float]] = {name: [] for name in ATTRIBUTES}
+    for text, indices in zip(texts, predicted, strict=True):
+        named = parse_attributes(text)
+        for name, index in zip(ATTRIBUTES, indices, strict=True):
+            word = world_grammar().words_of(name)[index]
+            scores[name].append(float(word == named[name]) if name in named else math.nan)
+    return {name: torch.tensor(values) for name, values in scores.items()}
 
 
 def accuracies(scores: Mapping[str, Float[Tensor, " b"]]) -> dict[str, float]:
-    """Mean of each attribute where it was said, and the share of pictures with everything right (`all`)."""
-    wrong = torch.stack([value == 0 for value in scores.values()])
-    return {name: float(value.nanmean()) for name, value in scores.items()} | {
-        "all": float((~wrong.any(0)).float().mean())
-    }
+    """Mean of each attribute where it is named, and the share of pictures with everything right (`all`)."""
+    any_wrong = torch.stack([value == 0 for value in scores.values()]).any(0)
+    means = {name: float(value.nanmean()) for name, value in scores.items()}
+    return means | {"all": float((~any_wrong).float().mean())}

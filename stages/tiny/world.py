@@ -1,4 +1,4 @@
-"""The embedded world: a sentence says what a 64x64 picture shows; what it leaves unsaid, the picture chooses freely."""
+"""The embedded world: a sentence names attributes of a 64x64 picture; those that it leaves out are random."""
 
 import math
 import random
@@ -88,22 +88,22 @@ class Scene:
 
 
 def parse_attributes(text: str) -> dict[str, str]:
-    """What a sentence of this world says: attribute -> word; unsaid attributes are absent."""
+    """The attributes that a sentence of this world names: attribute -> word."""
     words = text.split()
-    found: dict[str, str] = {}
+    attributes: dict[str, str] = {}
     if "background" in words:
-        at = words.index("background")
-        found["background"] = words[at - 1]
-        words = words[: at - 1]
+        place = words.index("background")
+        attributes["background"] = words[place - 1]
+        words = words[: place - 1]
     for name in ("size", "colour", "shape", "place"):
-        spoken = [word for word in words if word in world_grammar().words_of(name)]
-        if spoken:
-            found[name] = spoken[-1]
-    return found
+        for word in words:
+            if word in world_grammar().words_of(name):
+                attributes[name] = word
+    return attributes
 
 
 def sample_scene(prompt: Prompt) -> tuple[Scene, random.Random]:
-    """A scene that fits the sentence, and the generator that goes on to draw it."""
+    """A scene that fits the sentence, and the generator with which it is drawn."""
     rng = random.Random(prompt.seed)
     free = {name: rng.choice(world_grammar().words_of(name)) for name in ATTRIBUTES}
     return Scene(**{**free, **parse_attributes(prompt.text)}), rng

@@ -16,12 +16,12 @@ def test_the_nine_blocks_are_named_in_the_order_in_which_they_run() -> None:
 
 def test_a_feature_is_the_spatial_mean_of_the_blocks_last_resnet() -> None:
     torch.manual_seed(0)
-    unet, seen = build_unet(), []
-    unet.mid_block.resnets[-1].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    unet, outputs = build_unet(), []
+    unet.mid_block.resnets[-1].register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     tap = FeatureTap(unet)
     unet(torch.randn(3, 4, LATENT, LATENT), torch.tensor([1, 2, 3]), torch.randn(3, 5, TEXT_WIDTH))
     features = tap.pop_features(slice(0, 2))
-    assert torch.equal(features["mid"], seen[0].mean((2, 3))[:2])
+    assert torch.equal(features["mid"], outputs[0].mean((2, 3))[:2])
     assert all(len(feature) == 2 for feature in features.values())
 
 

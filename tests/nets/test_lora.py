@@ -1,4 +1,4 @@
-"""Laws of adapters: nothing at first, nothing but them learns, and merged they are the same model."""
+"""Laws of adapters: they change nothing at first, they alone are trained, and merged they are the same model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ def student(parts: Components) -> Student:
 
 
 def stir(student: Student) -> dict[str, Tensor]:
-    """Give the adapters values that training could have given them, and return these."""
+    """Set the adapters to values that training could have produced, and return these."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in adapter_parameters(student).values():
@@ -77,7 +77,7 @@ def test_adapters_begin_alike_whatever_was_drawn_before(parts: Components) -> No
     torch.rand(5)
     second = add_adapters(Student.from_teacher(parts.unet), LoraConfig(rank=2))
     pairs = zip(adapter_parameters(first).values(), adapter_parameters(second).values(), strict=True)
-    assert all(torch.equal(one, two) for one, two in pairs)
+    assert all(torch.equal(left, right) for left, right in pairs)
 
 
 def test_merged_adapters_are_the_same_field_to_rounding_under_the_plain_names(student: Student) -> None:
@@ -155,7 +155,7 @@ def test_a_run_goes_on_only_with_the_adapters_and_the_base_that_it_began_with(
     assert Origin.open(tmp_path) == origin
 
 
-def test_a_lost_base_is_asked_for_and_written_again(tmp_path: Path, student: Student, parts: Components) -> None:
+def test_a_lost_base_is_refused_and_written_again(tmp_path: Path, student: Student, parts: Components) -> None:
     origin = run_of(tmp_path, student)
     (tmp_path / BASE_FILE).write_bytes(b"broken")
     with pytest.raises(Refused, match="start the run's command again, it writes it"):

@@ -1,4 +1,4 @@
-"""Laws of the student: what its network is told, and what its answer means."""
+"""Laws of the student: the input of its network, and the meaning of its output."""
 
 from dataclasses import replace
 
@@ -31,15 +31,15 @@ def test_a_student_of_v_prediction_is_the_field_of_a_v_predicting_teacher(parts:
     torch.testing.assert_close(output.v_uncond, answer.v_uncond, atol=2e-4, rtol=2e-4)
 
 
-def test_a_student_of_the_velocity_is_told_a_thousand_s_and_shown_the_state(parts: Components) -> None:
-    student, seen = Student.from_teacher(parts.unet), []
-    student.unet.register_forward_pre_hook(lambda _unet, inputs: seen.append(inputs))
+def test_a_student_of_the_velocity_takes_the_state_and_a_thousand_s(parts: Components) -> None:
+    student, inputs_of_calls = Student.from_teacher(parts.unet), []
+    student.unet.register_forward_pre_hook(lambda _unet, inputs: inputs_of_calls.append(inputs))
     s = torch.tensor([0.1234, 0.5, 1.0])
     with torch.no_grad():
         student.velocity(X, s, torch.zeros(3, 2, 64))
-    shown, told, _cond = seen[0]
-    assert torch.equal(shown, X)
-    assert told.tolist() == pytest.approx([123.4, 500.0, 1000.0])
+    network_input, timestep, _cond = inputs_of_calls[0]
+    assert torch.equal(network_input, X)
+    assert timestep.tolist() == pytest.approx([123.4, 500.0, 1000.0])
 
 
 def test_only_v_prediction_needs_a_bridge(parts: Components) -> None:

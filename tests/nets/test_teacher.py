@@ -1,4 +1,4 @@
-"""Laws of the frozen teacher: in which precision it is asked, and that rows do not mix."""
+"""Laws of the frozen teacher: in which precision it computes, and that rows do not mix."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_half_precision_is_used_where_the_bridge_does_not_magnify_its_error(
         assert (error < 0.01).all()
 
 
-def test_rows_asked_in_two_precisions_come_back_in_their_order(parts: Components, mixed: Prediction) -> None:
+def test_rows_computed_in_two_precisions_come_back_in_their_order(parts: Components, mixed: Prediction) -> None:
     teacher = Teacher(parts, "hold", torch.float16)
     for row in range(len(K)):
         alone = predictions(teacher, slice(row, row + 1))
@@ -62,7 +62,7 @@ def test_a_second_teacher_of_the_same_parts_leaves_the_first_as_it_was(parts: Co
     assert all(torch.equal(again.features[block], full.features[block]) for block in full.features)
 
 
-def test_a_recipe_tells_the_precision(parts: Components) -> None:
+def test_a_recipe_holds_the_precision(parts: Components) -> None:
     assert Teacher(parts, "hold").precision == "float32"
     assert Teacher(parts, "hold", torch.float16).precision == "float16, float32 above k = 700"
 

@@ -1,4 +1,4 @@
-"""The embedded teacher as it is shipped: a real folder that draws what it is told."""
+"""The embedded teacher as it is shipped: a real folder that generates what a sentence names."""
 
 from pathlib import Path
 
@@ -14,10 +14,8 @@ from stages.nets.features import last_resnets
 from stages.nets.scheduler import flow_scheduler
 from stages.prompts import GrammarSource, prompts
 from stages.tiny.check import MODEL, reconstruct
-from stages.tiny.fit import PatchCode, Scenes, draw_scenes, fit_code
-from stages.tiny.judge import load_classifier
-from stages.tiny.score import accuracies, score
-from stages.tiny.training import TrainingSpec, train
+from stages.tiny.fit import PatchCode, Scenes, TrainingSpec, draw_scenes, fit_code, train
+from stages.tiny.score import accuracies, load_classifier, score
 from stages.tiny.world import world_grammar
 
 SOURCE = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
@@ -25,7 +23,7 @@ SOURCE = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
-    """Loaded as anybody would load Stable Diffusion 1.5."""
+    """Loaded by the stock call for Stable Diffusion 1.5."""
     pipe = StableDiffusionPipeline.from_pretrained(MODEL)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -47,17 +45,17 @@ def test_it_has_the_anatomy_and_schedule_of_stable_diffusion() -> None:
     assert float(parts.schedule.alpha_bar[-1]) == pytest.approx(0.00466, abs=2e-5)
 
 
-def test_stock_diffusers_draws_what_it_is_told(pipeline: StableDiffusionPipeline) -> None:
+def test_stock_diffusers_generates_what_a_sentence_names(pipeline: StableDiffusionPipeline) -> None:
     assert isinstance(pipeline.scheduler, DDIMScheduler)
     texts = [prompt.text for prompt in prompts(SOURCE, 5, "validation", 40)]
     generator = torch.Generator().manual_seed(0)
-    asked = {"num_inference_steps": 15, "guidance_scale": 5.0, "generator": generator, "output_type": "pt"}
-    assert accuracies(score(texts, pipeline(texts, **asked).images))["all"] > 0.8
+    options = {"num_inference_steps": 15, "guidance_scale": 5.0, "generator": generator, "output_type": "pt"}
+    assert accuracies(score(texts, pipeline(texts, **options).images))["all"] > 0.8
 
 
 @pytest.fixture
 def velocity_pipeline(pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> StableDiffusionPipeline:
-    """The stock pipeline with a perfect student in it: the teacher's own velocity, told the time 1000 s."""
+    """The stock pipeline with a perfect student in it: the teacher's own velocity at the time 1000 s."""
     bridge, answer = Bridge(NoiseSchedule.from_config(pipeline.scheduler.config)), pipeline.unet.forward
 
     def forward(
@@ -71,31 +69,31 @@ def velocity_pipeline(pipeline: StableDiffusionPipeline, monkeypatch: pytest.Mon
     return pipeline
 
 
-def test_a_velocity_model_paints_under_the_exported_scheduler_and_rubbish_as_a_noise_model(
+def test_a_velocity_model_generates_under_the_exported_scheduler_and_rubbish_as_a_noise_model(
     velocity_pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = [prompt.text for prompt in prompts(SOURCE, 5, "validation", 40)]
 
     def right() -> float:
-        asked = {"num_inference_steps": 15, "guidance_scale": 5.0, "output_type": "pt"}
-        painted = velocity_pipeline(texts, generator=torch.Generator().manual_seed(0), **asked)
-        return accuracies(score(texts, painted.images))["all"]
+        options = {"num_inference_steps": 15, "guidance_scale": 5.0, "output_type": "pt"}
+        generated = velocity_pipeline(texts, generator=torch.Generator().manual_seed(0), **options)
+        return accuracies(score(texts, generated.images))["all"]
 
     assert right() < 0.5
     monkeypatch.setattr(velocity_pipeline, "scheduler", flow_scheduler())
     assert right() > 0.8
 
 
-def test_the_judge_reads_true_pictures(scenes: Scenes) -> None:
-    seen = load_classifier().predict(scenes.normalised(torch.arange(200)))
-    assert (seen == scenes.labels).float().mean() > 0.99
+def test_the_classifier_reads_true_pictures(scenes: Scenes) -> None:
+    predicted = load_classifier().predict(scenes.normalised(torch.arange(200)))
+    assert (predicted == scenes.labels).float().mean() > 0.99
 
 
-def test_the_judge_reads_pictures_that_went_through_the_autoencoder(
+def test_the_classifier_reads_pictures_that_went_through_the_autoencoder(
     scenes: Scenes, pipeline: StableDiffusionPipeline
 ) -> None:
-    seen = load_classifier().predict(reconstruct(pipeline.vae, scenes.normalised(torch.arange(200))))
-    assert (seen == scenes.labels).float().mean() > 0.98
+    predicted = load_classifier().predict(reconstruct(pipeline.vae, scenes.normalised(torch.arange(200))))
+    assert (predicted == scenes.labels).float().mean() > 0.98
 
 
 def test_scaled_latents_have_unit_variance(scenes: Scenes, pipeline: StableDiffusionPipeline) -> None:
@@ -109,9 +107,9 @@ def test_every_word_of_the_world_is_one_token(pipeline: StableDiffusionPipeline)
     assert all(len(pipeline.tokenizer.tokenize(word)) == 1 for word in words)
 
 
-def test_a_score_is_nan_where_nothing_was_said() -> None:
-    found = score(["a red star"], torch.zeros(1, 3, 64, 64))
-    assert {name for name, value in found.items() if value.isnan().all()} == {"size", "place", "background"}
+def test_a_score_is_nan_where_nothing_is_named() -> None:
+    scores = score(["a red star"], torch.zeros(1, 3, 64, 64))
+    assert {name for name, value in scores.items() if value.isnan().all()} == {"size", "place", "background"}
 
 
 def test_the_latent_code_is_white(scenes: Scenes) -> None:
@@ -136,7 +134,8 @@ def test_a_fit_that_was_interrupted_ends_on_the_same_weights(tmp_path: Path) -> 
                 raise KeyboardInterrupt
             return layer(torch.randn(4, 3, generator=generator)).square().mean()
 
-        return train(fit, layer, loss, work).weight.detach()
+        train(fit, layer, loss, work)
+        return layer.weight.detach()
 
     with pytest.raises(KeyboardInterrupt):
         fitted(tmp_path / "twice", stop_at=4)

@@ -37,7 +37,7 @@ def test_every_word_can_be_drawn() -> None:
     assert set(BACKGROUND) == set(world_grammar().words_of("background"))
 
 
-def test_a_scene_says_what_its_sentence_says_and_fills_in_the_rest() -> None:
+def test_a_scene_shows_what_its_sentence_names_and_fills_in_the_rest() -> None:
     scene, _ = sample_scene(Prompt("a blue star on a green background", "star/blue", 3))
     assert (scene.colour, scene.shape, scene.background) == ("blue", "star", "green")
     others = {
@@ -53,7 +53,7 @@ def test_the_same_seed_draws_the_same_picture() -> None:
     assert not np.array_equal(one, draw_scene(scene, random.Random(2))[0])
 
 
-def test_shapes_stand_where_they_are_told_in_the_colour_they_are_told() -> None:
+def test_shapes_have_the_named_place_and_colour() -> None:
     picture, coverage = draw_scene(Scene("large", "red", "square", "left", "white"), random.Random(0))
     rows, columns = np.nonzero(coverage > 128)
     assert columns.mean() < 26
