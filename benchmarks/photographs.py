@@ -1,14 +1,14 @@
 """Do a few photographs teach what the model never saw? `python -m benchmarks.photographs RUN`.
 
 pairs  the colour-shape pairs that no sentence of the embedded world ever has, each a class with pictures of the world
-       and sentences beside them. Its teacher draws most of them all the same, so `before` is not 0.
-token  classic dreambooth: one word that the model has never read ("a zork") for one look (a large purple star on a
-       green background), which it cannot draw before; the judge looks for that look.
+       and sentences beside them. Its teacher generates most of them all the same, so `before` is not 0.
+token  classic dreambooth: a word outside the model's training texts ("a zork") for one look (a large purple star on a
+       green background), which the model cannot generate before; the scorer checks for that look.
 
-Each is a run of its own in FOLDER (default RUN/photographs) from the distilled student of RUN, which goes on where it
-was left. Further options go to finetune-classes. Printed: the judge's share of pictures that show all that was said,
-before and after, at sentences that no picture of the class has (or at the word itself), and at held-out sentences of
-the world.
+Each is a run of its own in FOLDER (default RUN/photographs) from the distilled student of RUN, which resumes where it
+stopped. Further options go to finetune-classes. Printed: the share of pictures that show every attribute of their
+prompt, by the scorer, before and after, for sentences that no picture of the class has (or for the word itself), and
+for held-out sentences of the world.
 """
 
 import random
@@ -25,8 +25,9 @@ from PIL import Image
 from benchmarks.classes import exam_options, options, prepare
 from configs.load import load
 from stages import finetune_classes
-from stages.classes import OUTSIDE_LABEL, load_classes, outside_prompts
 from stages.classes.exam import ALL_SHOWN, Exam
+from stages.classes.selection import OUTSIDE_LABEL, outside_prompts
+from stages.classes.specification import load_classes
 from stages.evaluate.metrics import Scorer
 from stages.nets.saved import load_run_teacher, load_student, open_run
 from stages.nets.teacher import Teacher
@@ -41,22 +42,22 @@ WORD, LOOK = "a zork", "a large purple star on a green background"
 
 @dataclass(frozen=True)
 class Case:
-    """Classes of photographs, and what is asked of each."""
+    """Classes of photographs, and the prompts of their test."""
 
     training_prompts: Mapping[str, Sequence[Prompt]]
-    """class -> what its pictures show: a sentence of the world each"""
+    """class -> a sentence of the world for each of its pictures"""
     captions: Mapping[str, str]
-    """class -> the caption in place of these sentences"""
+    """class -> the caption that replaces these sentences"""
     test_prompts: Mapping[str, Sequence[Prompt]]
 
     def scorer(self) -> Scorer:
-        """The judge, who is told what a caption means."""
+        """The scorer of the world, with captions replaced by their sentences."""
         meant = {caption: self.training_prompts[name][0].text for name, caption in self.captions.items()}
 
-        def judged(texts: Sequence[str], pictures: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        def score_meaning(texts: Sequence[str], pictures: torch.Tensor) -> Mapping[str, torch.Tensor]:
             return score.score([meant.get(text, text) for text in texts], pictures)
 
-        return judged
+        return score_meaning
 
 
 def sentences(colour: str, shape: str, rng: random.Random) -> Iterator[str]:
@@ -65,28 +66,28 @@ def sentences(colour: str, shape: str, rng: random.Random) -> Iterator[str]:
     while True:
         chosen = {phrase.name: rng.choice(phrase.words) for phrase in grammar.phrases}
         chosen |= {"colour": colour, "shape": shape}
-        unsaid = grammar.sample_omissions(rng)
-        yield grammar.compose({name: word for name, word in chosen.items() if name not in unsaid})
+        omitted = grammar.sample_omissions(rng)
+        yield grammar.compose({name: word for name, word in chosen.items() if name not in omitted})
 
 
-def pairs(pictures: int, questions: int) -> Case:
-    """Every pair that the world never shows."""
-    shown: dict[str, list[Prompt]] = {}
-    asked: dict[str, list[Prompt]] = {}
+def pairs(pictures: int, tests: int) -> Case:
+    """Every pair that the world never has."""
+    training: dict[str, list[Prompt]] = {}
+    test: dict[str, list[Prompt]] = {}
     for pair in world.world_grammar().never:
         colour, shape = pair["colour"], pair["shape"]
         name, rng = f"{shape}/{colour}", random.Random(derived_seed("photographs", colour, shape))
-        said = sentences(colour, shape, rng)
-        shown[name] = [Prompt(text, name, derived_seed(name, i)) for i, text in enumerate(islice(said, pictures))]
-        known = {prompt.text for prompt in shown[name]}
-        asked[name] = list(islice((Prompt(text, name, 0) for text in said if text not in known), questions))
-    return Case(shown, {}, asked)
+        texts = sentences(colour, shape, rng)
+        training[name] = [Prompt(text, name, derived_seed(name, i)) for i, text in enumerate(islice(texts, pictures))]
+        known = {prompt.text for prompt in training[name]}
+        test[name] = list(islice((Prompt(text, name, 0) for text in texts if text not in known), tests))
+    return Case(training, {}, test)
 
 
-def token(pictures: int, questions: int) -> Case:
-    """One look under a word of its own."""
-    shown = {WORD: [Prompt(LOOK, WORD, derived_seed("photographs", WORD, i)) for i in range(pictures)]}
-    return Case(shown, {WORD: WORD}, {WORD: [Prompt(WORD, WORD, 0)] * questions})
+def token(pictures: int, tests: int) -> Case:
+    """One look, named by a new word."""
+    training = {WORD: [Prompt(LOOK, WORD, derived_seed("photographs", WORD, i)) for i in range(pictures)]}
+    return Case(training, {WORD: WORD}, {WORD: [Prompt(WORD, WORD, 0)] * tests})
 
 
 CASES = {"pairs": pairs, "token": token}
@@ -116,16 +117,16 @@ def measure(case: Case, home: Path, config: finetune_classes.Config) -> dict[str
     classes, count = load_classes(config.classes), config.exam.pictures
     rest = outside_prompts(config.prompts, config.seed, "validation", classes, count)
     exam = Exam(teacher, {**case.test_prompts, OUTSIDE_LABEL: rest}, case.scorer(), config.exam)
-    found = {when: exam(load_student(run, parts)) for when, run in runs.items()}
-    return {name: {when: found[when][name][ALL_SHOWN] for when in found} for name in exam.texts}
+    results = {when: exam(load_student(run, parts)) for when, run in runs.items()}
+    return {name: {when: results[when][name][ALL_SHOWN] for when in results} for name in exam.texts}
 
 
-def report(found: Mapping[str, Mapping[str, float]]) -> str:
+def report(results: Mapping[str, Mapping[str, float]]) -> str:
     """The table in Markdown, and whether it is as it should be."""
     lines = ["| all at once | before | after |", "|---|---|---|"]
-    lines += [f"| {name} | {100 * one['before']:.1f} % | {100 * one['after']:.1f} % |" for name, one in found.items()]
-    missed = [name for name, one in found.items() if name != OUTSIDE_LABEL and one["after"] < MIN_LEARNT]
-    lost = found[OUTSIDE_LABEL]["before"] - found[OUTSIDE_LABEL]["after"]
+    lines += [f"| {name} | {100 * one['before']:.1f} % | {100 * one['after']:.1f} % |" for name, one in results.items()]
+    missed = [name for name, one in results.items() if name != OUTSIDE_LABEL and one["after"] < MIN_LEARNT]
+    lost = results[OUTSIDE_LABEL]["before"] - results[OUTSIDE_LABEL]["after"]
     return "\n".join(
         [
             *lines,
@@ -141,15 +142,15 @@ def main() -> int:
     parser = options(__doc__)
     parser.add_argument("--only", choices=list(CASES), help="one of the cases")
     parser.add_argument("--photographs", type=int, default=20, help="pictures of each class")
-    asked, rest = parser.parse_known_args()
-    for name in [asked.only] if asked.only else list(CASES):
-        case, home = CASES[name](asked.photographs, asked.pictures), (asked.folder or asked.run / "photographs") / name
-        prepare(home, asked.run)
-        words = ["--run", str(home), "--classes", str(write_photographs(case, home)), *exam_options(asked), *rest]
-        config = load(finetune_classes.Config, "finetune_classes", asked.config, words)
+    args, rest = parser.parse_known_args()
+    for name in [args.only] if args.only else list(CASES):
+        case, home = CASES[name](args.photographs, args.pictures), (args.folder or args.run / "photographs") / name
+        prepare(home, args.run)
+        overrides = ["--run", str(home), "--classes", str(write_photographs(case, home)), *exam_options(args), *rest]
+        config = load(finetune_classes.Config, "finetune_classes", args.config, overrides)
         finetune_classes.run(config)
-        print(f"\n{name}: {asked.photographs} photographs a class, {asked.pictures} pictures asked, ", end="")
-        print(f"{asked.steps} steps, guidance {asked.guidance}\n\n{report(measure(case, home, config))}")
+        print(f"\n{name}: {args.photographs} photographs a class, {args.pictures} test pictures, ", end="")
+        print(f"{args.steps} steps, guidance {args.guidance}\n\n{report(measure(case, home, config))}")
         sys.stdout.flush()
     return 0
 

@@ -1,7 +1,6 @@
-"""Story three: classes that matter are painted by the teacher and studied again, without forgetting the rest."""
+"""`sollune finetune-classes`: generate pictures of the classes and train on them, without forgetting the rest."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,20 +17,14 @@ from shards.reader import Reader
 from shards.writer import CacheWriter
 from stages.cache.fill import ShardTask, fill, refuse_surplus, tasks_of
 from stages.cache.targets import RenderConfig, recipe_in, recipe_of
-from stages.classes import (
-    DEFAULT_PICTURES,
-    ClassFile,
-    load_classes,
-    prior_sampling_weights,
-    prompts_identity,
-    sampling_weights,
-)
 from stages.classes.exam import ExamConfig, exam_prompts, save_table, show_table
 from stages.classes.gate import GateConfig, apply_gate, select_scorer, summary_line
 from stages.classes.ledger import Ledger
-from stages.classes.mixture import DEFAULT_PRIOR_SHARE, DataTarget, Groups, Mixture, split_batch_size
+from stages.classes.mixture import DEFAULT_PRIOR_SHARE, DataTarget, Mixture, class_numbers, split_batch_size
 from stages.classes.monitor import ClassMonitor, StopConfig
 from stages.classes.pictures import PicturePlan, PicturesConfig, picture_record_maker, plan_pictures
+from stages.classes.selection import DEFAULT_PICTURES, prior_sampling_weights, prompts_identity, sampling_weights
+from stages.classes.specification import ClassFile, load_classes
 from stages.evaluate.metrics import Scorer
 from stages.export import export_all, export_lora, export_paths
 from stages.export.existing import refuse_occupied
@@ -47,7 +40,7 @@ from stages.system.device import device_of
 from stages.system.ownership import refuse_claimed
 from stages.train.checkpoint import Resume
 from stages.train.checkpoint_store import sha256
-from stages.train.loop import Hooks, fit
+from stages.train.loop import fit
 from stages.train.objective import Objective, ObjectiveConfig, feature_scale
 from stages.train.runtime import Runtime, is_launched, launch
 from stages.train.setup import CLAIM_PURPOSE, TrainConfig, claim_on_main, refuse_launch, refuse_start
@@ -57,33 +50,27 @@ class Config(Strict):
     """Fine-tune RUN/distill on the classes of a class file; everything goes to RUN/classes."""
 
     run: Path = Field(description="run folder; reads RUN/cache and RUN/distill, writes RUN/classes")
-    teacher: Location | None = Field(
-        None, description="where the teacher lies now, if it moved since the cache was made"
-    )
-    classes: Path = Field(description="YAML file of the classes; `sollune classes show FILE` tells what it means")
+    teacher: Location | None = Field(None, description="where the teacher is now, if it moved since the cache was made")
+    classes: Path = Field(description="YAML file of the classes; `sollune classes show FILE` prints its plan")
     prompts: PromptSource = Field(description="where the sentences of the classes come from")
     seed: int = Field(1, description="seed of the prompts and of their pictures")
     count: int = Field(DEFAULT_PICTURES, ge=1, description="pictures in all, shared among the classes by priority")
     render: RenderConfig = Field(RenderConfig(), description="how prompts become records")
-    pictures: PicturesConfig = Field(PicturesConfig(), description="where they come from, and what they teach")
+    pictures: PicturesConfig = Field(PicturesConfig(), description="where they come from, and their targets")
     gate: GateConfig = Field(GateConfig(), description="which pictures are set aside")
-    prior_share: float = Field(
-        DEFAULT_PRIOR_SHARE, gt=0, lt=1, description="share of each batch that comes from the distillation cache"
-    )
+    prior_share: float = Field(DEFAULT_PRIOR_SHARE, gt=0, lt=1, description="share of RUN/cache in each batch")
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(block_weight=0), description="terms of the loss")
     lora: LoraConfig | None = Field(None, description="train adapters beside the weights instead of these; none: all")
     scorer: ImportString[Any] | None = Field(
-        None,
-        description="function (texts, pictures) -> attribute -> shown or not, for gate, exams and table; none compares "
-        "with the teacher only",
+        None, description="function (texts, pictures) -> attribute -> shown or not; none: compare with the teacher only"
     )
     exam: ExamConfig = Field(ExamConfig(), description="how each class is measured: before, at checkpoints and after")
     stop: StopConfig | None = Field(
-        None, description="end when classes gain no more or others lose, and take the best checkpoint; none: the last"
+        None, description="end when classes gain no more or others lose, at the best checkpoint; none: the last"
     )
-    hub: HubConfig = Field(HubConfig(), description="where the run is kept beyond this machine")
-    resume: Resume = Field("auto", description="auto: from the newest whole checkpoint; never: refuse a run's folder")
+    hub: HubConfig = Field(HubConfig(), description="repository to which the run is uploaded")
+    resume: Resume = Field("auto", description="auto: from the newest intact checkpoint; never: refuse a run's folder")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
     processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
 
@@ -96,11 +83,11 @@ class Config(Strict):
 
 
 def run(config: Config) -> None:
-    """Paint, study, measure and export, in as many processes as asked for; what is finished already is kept."""
+    """Generate, train, measure and export, in `config.processes` processes; finished work is kept."""
     if config.processes == 1 or is_launched():
-        machine = Runtime(device_of(config.device), config.train.precision)
-        with machine.report_refusal_once():
-            finetune(config, machine)
+        runtime = Runtime(device_of(config.device), config.train.precision)
+        with runtime.report_refusal_once():
+            finetune(config, runtime)
         return
     refuse_claimed(config.run / "classes", CLAIM_PURPOSE)
     _, teacher = find_teacher(open_run(config.run / "distill").origin.with_teacher(config.teacher).teacher_locations())
@@ -110,10 +97,10 @@ def run(config: Config) -> None:
 
 
 def finetune(config: Config, runtime: Runtime) -> None:
-    """What each process does: refuse what cannot be done; then paint, train, measure and export."""
+    """The work of each process: refuse what is impossible; then generate, train, measure and export."""
     runtime.local_batch_size(config.train.batch_size, config.train.accumulate)
     split_batch_size(config.train.batch_size, config.prior_share)
-    folder, device = config.run / "classes", runtime.device
+    cache, folder, device = config.run / "cache", config.run / "classes", runtime.device
     runtime.on_main(refuse_claimed, folder, CLAIM_PURPOSE)
     saved = open_run(config.run / "distill")
     origin = saved.origin.with_teacher(config.teacher).with_lora(config.lora)
@@ -122,44 +109,143 @@ def finetune(config: Config, runtime: Runtime) -> None:
 
     facts = origin.export_facts(teacher.components, 0) | {"classes": [spec.name for spec in classes.classes]}
     runtime.on_main(refuse_occupied, folder / "export", export_paths(origin, facts))
-    distilled = partial(load_student, saved, teacher.components)
-    asked = runtime.on_main(exam_prompts, config.prompts, config.seed, classes, config.exam.pictures)
-    student = distilled()
+    load_distilled = partial(load_student, saved, teacher.components)
+    prompts = runtime.on_main(exam_prompts, config.prompts, config.seed, classes, config.exam.pictures)
+    student = load_distilled()
     runtime.on_main(refuse_other_base, folder, origin, student)
     student = add_adapters(student, config.lora) if config.lora else student.requires_grad_(True)
-    cache = config.run / "cache"
     objective = Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins))
-    listed = runtime.on_main(plan_class_pictures, config, teacher, classes)
-    Reader(cache, "train").batch(np.arange(1))  # a shard's content is checked when it is first read
+    plan = runtime.on_main(plan_class_pictures, config, teacher, classes)
+    Reader(cache, "train").batch(np.arange(1))  # the content of a shard is checked at its first read
 
-    def refuse_run(ledger: Ledger | None) -> None:
-        """What an earlier run in the folder was may not change; what pictures decide is known once they are judged."""
-        known = classes_run_identity(config, listed.recipe, saved.weights, ledger)
-        unsettled = () if ledger else ("pictures", "guidance")
-        refuse_start(student, objective, config.train, folder, runtime, known, config.resume, unsettled)
+    def check_run(ledger: Ledger | None) -> None:
+        """Refuse a run folder of other settings; those that depend on the pictures are known only with the ledger."""
+        identity = classes_run_identity(config, plan.recipe, saved.weights, ledger)
+        unknown = () if ledger else ("pictures", "guidance")
+        refuse_start(student, objective, config.train, folder, runtime, identity, config.resume, unknown)
 
-    runtime.on_main(refuse_run, None)
-    # Without a scorer all is measured against the teacher, who cannot draw what photographs alone show.
+    runtime.on_main(check_run, None)
+    # Without a scorer all is measured against the teacher, which does not know what photographs alone show.
     weights = {spec.name: classes.sampling_share(spec) for spec in classes.classes if config.scorer or spec.has_prompts}
-    watch = ClassMonitor(teacher, distilled, asked, weights, config.scorer, config.exam, config.stop, folder)
-    scorers: list[Scorer | None] = []
+    monitor = ClassMonitor(teacher, load_distilled, prompts, weights, config.scorer, config.exam, config.stop, folder)
+    scorers: list[Scorer | None] = []  # on the main process alone, since models are not broadcast
     runtime.on_main(lambda: scorers.append(select_scorer(config.gate, config.scorer, device)))
 
-    def begin() -> None:
-        """What the run leaves of itself before its first step."""
+    def make_pictures() -> None:
+        fill_class_cache(config, teacher, plan)
+        print(summary_line(apply_gate(folder, plan, teacher, scorers[0], config.gate, config.pictures, check_run)))
+
+    def save_run_files() -> None:
         if config.lora:
-            save_base(folder, origin, distilled())
+            save_base(folder, origin, load_distilled())
         save_settings(config, origin, class_file)
 
-    with make_uploader(config.hub, folder, runtime.is_main) as courier, claim_on_main(folder, runtime):
-        runtime.on_main(lambda: make_and_filter_pictures(config, teacher, listed, scorers[0], refuse_run))
-        hooks = replace(with_upload_hooks(watch.hooks(), courier), on_start=begin)
-        student = merge_adapters(
-            train_student(config, runtime, teacher, classes, student, objective, saved.weights, hooks)
+    with make_uploader(config.hub, folder, runtime.is_main) as uploader, claim_on_main(folder, runtime):
+        runtime.on_main(make_pictures)
+        ledger = Ledger.open(folder)
+        mixture = make_mixture(config, runtime, classes, ledger)
+        student = fit(
+            student,
+            objective,
+            mixture.batches,
+            teacher.uncond,
+            config.train,
+            folder,
+            runtime=runtime,
+            identity=classes_run_identity(config, mixture.classes.manifest.recipe, saved.weights, ledger),
+            groups=mixture.group_names,
+            resume=config.resume,
+            hooks=replace(with_upload_hooks(monitor.hooks(), uploader), on_start=save_run_files),
         )
-        runtime.on_main(export_student, config, origin, teacher, classes, watch, student)
-        courier.send_export(folder / "export")
+        student = merge_adapters(student)
+        runtime.on_main(export_student, config, origin, teacher, classes, monitor, student)
+        uploader.send_export(folder / "export")
         runtime.close()
+
+
+def plan_class_pictures(config: Config, teacher: Teacher, classes: ClassFile) -> PicturePlan:
+    """The pictures of the classes; prints them, raises `Refused` where there cannot be any, and writes nothing."""
+    distilled, cache = config.run / "cache", config.run / "classes" / "cache"
+    prior_sampling_weights(classes, Reader(distilled, "train").class_names)
+    source = prompts_identity(config.prompts, config.seed, classes, config.count)
+    recipe = recipe_of(teacher, config.render, source, existing=recipe_in(cache))
+    plan = plan_pictures(classes, config.prompts, config.seed, config.count, config.pictures, distilled, recipe)
+    for line in plan.truncation_lines(teacher.components.tokenizer):
+        print(line)
+    counts = plan.counts_by_source()
+    for spec in classes.classes:
+        pictures = ", ".join(f"{count} {source}" for (name, source), count in counts.items() if name == spec.name)
+        share = f"{100 * classes.sampling_share(spec):.0f} % of the samples"
+        print(f"class {spec.name}: {spec.priority}, {share}, pictures: {pictures}")
+    open_class_cache(config, plan)
+    return plan
+
+
+def open_class_cache(config: Config, plan: PicturePlan) -> tuple[CacheWriter, list[ShardTask]]:
+    """The classes' cache and its shards; raises `Refused` where it holds others."""
+    writer = CacheWriter(config.run / "classes" / "cache", plan.recipe)
+    tasks = tasks_of({"train": plan.prompts}, config.render.records_per_shard)
+    refuse_surplus(writer, tasks)
+    return writer, tasks
+
+
+def fill_class_cache(config: Config, teacher: Teacher, plan: PicturePlan) -> None:
+    """Make the missing records of pictures."""
+    writer, tasks = open_class_cache(config, plan)
+    make = picture_record_maker(teacher, config.run / "cache", config.render.states, config.pictures.fit_steps)
+    fill(writer, tasks, config.render.batch_size, make)
+
+
+def refill_class_cache(config: Config, origin: Origin) -> None:
+    """Make the missing records of an existing cache of the classes, with the teacher of `origin`."""
+    teacher = Teacher(load_run_teacher(origin, device_of(config.device), torch.float32), origin.tail)
+    fill_class_cache(config, teacher, plan_class_pictures(config, teacher, load_classes(config.classes)))
+
+
+def save_settings(config: Config, origin: Origin, class_file: bytes | None = None) -> None:
+    """Save in RUN/classes all settings from which it can be made again; the class file with these bytes, if given."""
+    folder = config.run / "classes"
+    save_resolved(config, folder / "config.yaml", "finetune_classes")
+    atomic_write(folder / "classes.yaml", config.classes.read_bytes() if class_file is None else class_file)
+    origin.save(folder)
+
+
+def classes_run_identity(
+    config: Config, recipe: Recipe, start_weights: Path, ledger: Ledger | None
+) -> dict[str, JsonValue]:
+    """All that decides the weights beyond the training's own settings; without a ledger, as far as it is known."""
+    return {
+        "recipe": recipe.fingerprint(),
+        "pictures": ledger.sha256() if ledger else "",
+        "prior": Manifest.open(config.run / "cache").recipe.fingerprint(),
+        "prior_share": config.prior_share,
+        "start": sha256(start_weights),
+        **({"exam": config.exam.model_dump(mode="json", exclude={"pictures"})} if config.stop else {}),
+        **({"guidance": config.pictures.guidance} if ledger and ledger.usable_keys("data", "photograph") else {}),
+        **({"lora": config.lora.model_dump(mode="json")} if config.lora else {}),
+    }
+
+
+def make_mixture(config: Config, runtime: Runtime, classes: ClassFile, ledger: Ledger) -> Mixture:
+    """The batches of the kept pictures and of the distillation cache."""
+    seed, (in_classes, in_prior) = config.train.seed, split_batch_size(config.train.batch_size, config.prior_share)
+    cache, prior_cache = config.run / "classes" / "cache", config.run / "cache"
+    reader = Reader(cache, "train")
+    kept, data_keys = set(ledger.usable_keys()), set(ledger.usable_keys("data"))
+    guidance = dict.fromkeys(ledger.usable_keys("data", "photograph"), config.pictures.guidance)
+    counts = Counter(head.class_name for head in reader.headers() if head.key in kept)
+    own = (record for record in reader.records() if record.key in data_keys)
+    prior = prior_sampling_weights(classes, Reader(prior_cache, "train").class_names)
+    density = config.render.states.density
+    return Mixture(
+        classes=Reader(cache, "train", seed, in_classes, keys=kept, class_weights=sampling_weights(classes, counts)),
+        prior=Reader(prior_cache, "train", seed, in_prior, class_weights=prior),
+        class_names=tuple(spec.name for spec in classes.classes),
+        class_numbers=class_numbers(classes, counts),
+        data_target=DataTarget.from_records(own, guidance, seed, density) if data_keys else None,
+        rank=runtime.rank,
+        world=runtime.world,
+    )
 
 
 def export_student(
@@ -175,137 +261,8 @@ def export_student(
     save_table(classes, results, folder / "per_class.csv")
     show_table(classes, results)
 
-    exported = export_all(
-        student, teacher.components.folder, folder / "export", origin.export_facts(teacher.components, samples)
-    )
+    facts = origin.export_facts(teacher.components, samples)
+    exported = export_all(student, teacher.components.folder, folder / "export", facts)
     exported += export_lora(open_run(folder, samples), folder / "export")
     atomic_write(folder / "COMPLETE", f"{samples}\n")
     print(f"{', '.join(map(str, exported))}: written and verified; table in {folder / 'per_class.csv'}")
-
-
-def plan_class_pictures(config: Config, teacher: Teacher, classes: ClassFile) -> PicturePlan:
-    """Which pictures the classes get, and from where; raises `Refused` where that cannot be, and writes nothing."""
-    distilled = config.run / "cache"
-    prior_sampling_weights(classes, Reader(distilled, "train").class_names)
-    source, cache = (
-        prompts_identity(config.prompts, config.seed, classes, config.count),
-        config.run / "classes" / "cache",
-    )
-    recipe = recipe_of(teacher, config.render, source, existing=recipe_in(cache))
-    listed = plan_pictures(classes, config.prompts, config.seed, config.count, config.pictures, distilled, recipe)
-    for line in listed.truncation_lines(teacher.components.tokenizer):
-        print(line)
-    counts = listed.counts_by_source()
-    for spec in classes.classes:
-        pictures = ", ".join(f"{count} {source}" for (name, source), count in counts.items() if name == spec.name)
-        print(
-            f"class {spec.name}: {spec.priority}, {100 * classes.sampling_share(spec):.0f} % of the draws, "
-            f"pictures: {pictures}"
-        )
-    open_class_cache(config, listed)
-    return listed
-
-
-def open_class_cache(config: Config, plan: PicturePlan) -> tuple[CacheWriter, list[ShardTask]]:
-    """The classes' cache and its shards; raises `Refused` where it holds others."""
-    writer = CacheWriter(config.run / "classes" / "cache", plan.recipe)
-    tasks = tasks_of({"train": plan.prompts}, config.render.records_per_shard)
-    refuse_surplus(writer, tasks)
-    return writer, tasks
-
-
-def make_and_filter_pictures(
-    config: Config, teacher: Teacher, plan: PicturePlan, scorer: Scorer | None, check_ledger: Callable[[Ledger], None]
-) -> None:
-    """Make what is missing of the pictures, and write down which of them are used: pictures.json, set_aside.png."""
-    fill_class_cache(config, teacher, plan)
-    print(
-        summary_line(
-            apply_gate(config.run / "classes", plan, teacher, scorer, config.gate, config.pictures, check_ledger)
-        )
-    )
-
-
-def fill_class_cache(config: Config, teacher: Teacher, plan: PicturePlan) -> None:
-    """Make the records of all pictures of the classes, like those of story one."""
-    writer, tasks = open_class_cache(config, plan)
-    make = picture_record_maker(teacher, config.run / "cache", config.render.states, config.pictures.fit_steps)
-    fill(writer, tasks, config.render.batch_size, make)
-
-
-def save_settings(config: Config, origin: Origin, class_file: bytes | None = None) -> None:
-    """Leave beside the classes' cache all that it takes to make it again; the class file as it was when it was read."""
-    folder = config.run / "classes"
-    save_resolved(config, folder / "config.yaml", "finetune_classes")
-    atomic_write(folder / "classes.yaml", config.classes.read_bytes() if class_file is None else class_file)
-    origin.save(folder)
-
-
-def refill_class_cache(config: Config, origin: Origin) -> None:
-    """Paint what is missing of the classes' cache, with the teacher that painted the rest."""
-    teacher = Teacher(load_run_teacher(origin, device_of(config.device), torch.float32), origin.tail)
-    fill_class_cache(config, teacher, plan_class_pictures(config, teacher, load_classes(config.classes)))
-
-
-def train_student(
-    config: Config,
-    runtime: Runtime,
-    teacher: Teacher,
-    classes: ClassFile,
-    student: Student,
-    objective: Objective,
-    start_weights: Path,
-    hooks: Hooks,
-) -> Student:
-    """Train on batches of class pictures, weighted by priority, and of the distillation cache."""
-    folder = config.run / "classes"
-    ledger = Ledger.open(folder)
-    mixture = make_mixture(config, runtime, classes, ledger)
-    return fit(
-        student,
-        objective,
-        mixture.batches,
-        teacher.uncond,
-        config.train,
-        folder,
-        runtime=runtime,
-        identity=classes_run_identity(config, mixture.classes.manifest.recipe, start_weights, ledger),
-        groups=mixture.groups.names,
-        resume=config.resume,
-        hooks=hooks,
-    )
-
-
-def classes_run_identity(
-    config: Config, recipe: Recipe, start_weights: Path, ledger: Ledger | None
-) -> dict[str, JsonValue]:
-    """What the weights depend on beyond the training's own settings; without a ledger, as far as it is known."""
-    return {
-        "recipe": recipe.fingerprint(),
-        "pictures": ledger.sha256() if ledger else "",
-        "prior": Manifest.open(config.run / "cache").recipe.fingerprint(),
-        "prior_share": config.prior_share,
-        "start": sha256(start_weights),
-        **({"exam": config.exam.model_dump(mode="json", exclude={"pictures"})} if config.stop else {}),
-        **({"guidance": config.pictures.guidance} if ledger and ledger.usable_keys("data", "photograph") else {}),
-        **({"lora": config.lora.model_dump(mode="json")} if config.lora else {}),
-    }
-
-
-def make_mixture(config: Config, runtime: Runtime, classes: ClassFile, ledger: Ledger) -> Mixture:
-    """The stream of the pictures that are kept, and of the distillation cache."""
-    seed, (in_classes, in_prior) = config.train.seed, split_batch_size(config.train.batch_size, config.prior_share)
-    cache, painted = config.run / "classes" / "cache", Reader(config.run / "classes" / "cache", "train")
-    kept, taught = set(ledger.usable_keys()), set(ledger.usable_keys("data"))
-    shown = dict.fromkeys(ledger.usable_keys("data", "photograph"), config.pictures.guidance)
-    records = Counter(head.class_name for head in painted.headers() if head.key in kept)
-    own = (record for record in painted.records() if record.key in taught)
-    prior = prior_sampling_weights(classes, Reader(config.run / "cache", "train").class_names)
-    return Mixture(
-        classes=Reader(cache, "train", seed, in_classes, keys=kept, class_weights=sampling_weights(classes, records)),
-        prior=Reader(config.run / "cache", "train", seed, in_prior, class_weights=prior),
-        groups=Groups.from_classes(classes, records),
-        data_target=DataTarget.from_records(own, shown, seed, config.render.states.density) if taught else None,
-        rank=runtime.rank,
-        world=runtime.world,
-    )

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from stages.classes import load_classes
+from stages.classes.specification import load_classes
 from stages.prompts import SymbolicSource, prompts
 from stages.prompts.lexicon import CLASS_NAME, PACKAGED, Word, find_ambiguities, load_lexicon, plural
 from stages.prompts.space import Choice, Option, even_stride, make_choice, options_at, permute

@@ -1,33 +1,20 @@
-"""`sollune classes show FILE` and `sollune classes suggest RUN`: a class file, looked at before it is painted."""
+"""`sollune classes show FILE` and `sollune classes suggest RUN`: a class file before anything is generated for it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from configs.load import config_from_arguments
-from stages.classes import plan as outlook
-from stages.classes import plan as quota_table
-from stages.classes import suggestion as suggest
+from configs.values import Strict
+from stages.classes import plan, suggestion
 from stages.system.refusal import Refused, did_you_mean
 
 USAGE = "usage: sollune classes show FILE [--config FILE.yaml ...] | suggest RUN --config FILE.yaml [--out FILE]"
 
-
-def show_classes(argv: Sequence[str]) -> None:
-    """Print what a class file would mean; --config takes a finetune_classes section's prompts, run and lengths."""
-    argv = ["--classes", *argv] if argv and not argv[0].startswith("-") else argv
-    config = config_from_arguments(outlook.Config, "finetune_classes", argv, "sollune classes show")
-    if config is not None:
-        quota_table.print_plan(config)
-
-
-def suggest_classes(argv: Sequence[str]) -> None:
-    """Measure which classes need it most; --config takes an evaluate section's prompts and scorer."""
-    argv = ["--run", *argv] if argv and not argv[0].startswith("-") else argv
-    config = config_from_arguments(suggest.Config, "evaluate", argv, "sollune classes suggest")
-    if config is not None:
-        suggest.run(config)
-
-
-COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {"show": show_classes, "suggest": suggest_classes}
+COMMANDS: Mapping[str, tuple[type[Strict], str, str, Callable[[Any], None]]] = {
+    "show": (plan.Config, "finetune_classes", "--classes", plan.print_plan),
+    "suggest": (suggestion.Config, "evaluate", "--run", suggestion.run),
+}
+"""Name -> configuration, the section of --config that it takes, the option of the first argument, function."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,7 +22,13 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{USAGE}\nsollune classes show --help and sollune classes suggest --help list the options.")
         return 0
-    if argv[0] not in COMMANDS:
-        raise Refused(f"classes {argv[0]}: unknown command - {did_you_mean(argv[0], list(COMMANDS))}")
-    COMMANDS[argv[0]](argv[1:])
+    name, *options = argv
+    if name not in COMMANDS:
+        raise Refused(f"classes {name}: unknown command - {did_you_mean(name, list(COMMANDS))}")
+    config_type, section, first_option, function = COMMANDS[name]
+    if options and not options[0].startswith("-"):
+        options = [first_option, *options]
+    config = config_from_arguments(config_type, section, options, f"sollune classes {name}")
+    if config is not None:
+        function(config)
     return 0

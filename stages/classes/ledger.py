@@ -1,13 +1,13 @@
-"""pictures.json: of every picture of the classes where it comes from, what it teaches, and whether it is used."""
+"""pictures.json: source, learning target and gate result of every picture of the classes."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
 from stages.system.atomic import atomic_write
 from stages.system.refusal import Refused
@@ -23,19 +23,22 @@ LearningTarget = Literal["teacher", "data"]
 class Picture:
     """One picture of a class; its key is that of its record."""
 
-    class_name: str
+    class_name: Annotated[str, Field(alias="class")]
     """the class's name in the class file"""
     source: PictureSource
     target: LearningTarget
-    """teacher: its stored velocities are learnt; data: its own, eps - x0, under fresh noise"""
+    """teacher: the stored velocities of the teacher; data: eps - x0, under new noise for each sample"""
     kept: bool
     reason: str
-    """why it is set aside; empty for what is kept"""
+    """why the gate rejected it; empty for what is kept"""
+
+
+PICTURE: TypeAdapter[Picture] = TypeAdapter(Picture)
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """All pictures of RUN/classes/cache by key, and what they were judged by."""
+    """All pictures of RUN/classes/cache by key, and the settings of the gate that judged them."""
 
     judged_by: Mapping[str, JsonValue]
     pictures: Mapping[str, Picture]
@@ -44,45 +47,35 @@ class Ledger:
         """The keys that training may use, of one target and source or of all."""
         return [
             key
-            for key, one in self.pictures.items()
-            if one.kept and target in (None, one.target) and source in (None, one.source)
+            for key, picture in self.pictures.items()
+            if picture.kept and target in (None, picture.target) and source in (None, picture.source)
         ]
 
     def rejected_pictures(self) -> dict[str, Picture]:
-        """The pictures that it may not use."""
-        return {key: one for key, one in self.pictures.items() if not one.kept}
+        """The pictures that training may not use."""
+        return {key: picture for key, picture in self.pictures.items() if not picture.kept}
 
     def sha256(self) -> str:
-        """The fingerprint of all it says."""
+        """The fingerprint of the file's content."""
         return hashlib.sha256(self._text().encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write the file atomically."""
         atomic_write(folder / LEDGER_FILE, self._text())
 
     def _text(self) -> str:
-        lines = [f"{json.dumps(key)}: {json.dumps(_to_json(one))}" for key, one in self.pictures.items()]
-        listed = ",\n  ".join(lines)
+        entries = {key: PICTURE.dump_python(picture, by_alias=True) for key, picture in self.pictures.items()}
+        listed = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items())
         return f'{{\n "judged_by": {json.dumps(self.judged_by)},\n "pictures": {{\n  {listed}\n }}\n}}\n'
 
     @classmethod
     def open(cls, folder: Path) -> "Ledger":
         """The ledger of RUN/classes; raises `Refused` when it is missing or broken."""
-        path = folder / LEDGER_FILE
+        path, way_out = folder / LEDGER_FILE, "start finetune-classes again, it writes it"
         try:
-            said = parse_json(read_clean_text(path, str(path), "start finetune-classes again, it writes it"))
-            pictures = {
-                key: TypeAdapter(Picture).validate_python(_from_json(one)) for key, one in said["pictures"].items()
-            }
-            return cls(said["judged_by"], pictures)
+            content = parse_json(read_clean_text(path, str(path), way_out))
+            pictures = {key: PICTURE.validate_python(entry) for key, entry in content["pictures"].items()}
+            return cls(content["judged_by"], pictures)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise Refused(f"{path}: cannot be read ({reason}) - start finetune-classes again, it writes it") from error
-
-
-def _to_json(picture: Picture) -> dict[str, Any]:
-    return {("class" if name == "class_name" else name): value for name, value in vars(picture).items()}
-
-
-def _from_json(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {("class_name" if name == "class" else name): value for name, value in entry.items()}
+            raise Refused(f"{path}: cannot be read ({reason}) - {way_out}") from error

@@ -1,84 +1,81 @@
-"""When training on classes ends before its last sample, and which of its checkpoints is the best.
+"""The exam at checkpoints: when class finetuning ends early, and which checkpoint is the best.
 
-Both are functions of what the journal tells of the checkpoints so far, so a run that goes on decides as one that was
-never left.
-
-The classes at each checkpoint: what the student draws of each, against the distilled student that it began as.
+Both are functions of the journal's events at the checkpoints so far, so a resumed run decides as an uninterrupted one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from configs.values import Strict
-from stages.classes.exam import ALL_SHOWN, Exam, ExamConfig, class_grid_hook
+from stages.classes.exam import ALL_SHOWN, Exam, ExamConfig, MetricsByClass
 from stages.evaluate.metrics import Scorer
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt
+from stages.sampling.grids import grid_hook
 from stages.system.refusal import Refused
 from stages.train.journal import read_events
 from stages.train.loop import Hooks
 
+EVENT_KIND = "classes"
 PERCENT = 100.0
 
 
 class StopConfig(Strict):
-    """End when the classes gain no more, or the rest loses, and take the best checkpoint.
+    """End when the classes gain no more, or anything else loses, and take the best checkpoint.
 
     A small exam is noisy: of 16 pictures one is 6 points, and a share of .95 has a standard error of 5. So this is off
-    unless asked for, and better asked for with a larger `exam.checkpoint_pictures`.
+    by default, and better used with a larger `exam.checkpoint_pictures`.
     """
 
-    patience: int = Field(
-        3, ge=1, description="checkpoints in a row without a better score, weighted by class, after which training ends"
-    )
+    patience: int = Field(3, ge=1, description="checkpoints in a row without a better score after which training ends")
     most_lost: float | None = Field(
         20.0,
         gt=0,
-        description="points (percent of right pictures) that no class, and not what lies outside of all, may lose "
-        "against the distilled student; needs a scorer; none looks at the classes' score alone",
+        description="points (percent of right pictures) that no class, nor prompts outside all classes, may lose "
+        "against the distilled student; needs a scorer; none: no limit",
     )
 
 
 @dataclass(frozen=True)
 class CheckpointScore:
-    """What one checkpoint was worth."""
+    """The exam at one checkpoint."""
 
     samples: int
     score: float
-    """the lower the better"""
+    """lower is better"""
     points_lost: Mapping[str, float]
-    """points lost against the start, of each class and of the rest; empty where nobody counts right pictures"""
+    """points lost against the distilled student, by class and outside of all; empty without a scorer"""
 
     @classmethod
     def from_event(cls, event: Mapping[str, Any]) -> "CheckpointScore":
-        """What a line of the journal says."""
+        """From the journal's event."""
         return cls(event["samples"], event["wrong"], event.get("lost", {}))
 
     def regressed_class(self, config: StopConfig) -> str | None:
-        """What lost more than it may, if anything did."""
+        """The class that lost most, if it lost more than `most_lost`."""
         worst = max(self.points_lost, key=lambda name: self.points_lost[name], default=None)
         most = config.most_lost
         return worst if worst is not None and most is not None and self.points_lost[worst] > most else None
 
 
 def best_checkpoint(scores: Sequence[CheckpointScore], config: StopConfig) -> CheckpointScore:
-    """The checkpoint with the lowest score of those that lose nothing; the earlier of two equal ones.
+    """The checkpoint with the lowest score of those without a regressed class; the earlier of two equal ones.
 
     Raises `Refused` when there is none.
     """
-    allowed = [mark for mark in scores if mark.regressed_class(config) is None]
+    allowed = [one for one in scores if one.regressed_class(config) is None]
     if not allowed:
-        told = "; ".join(f"after {mark.samples} samples {_describe_loss(mark, config)}" for mark in scores)
+        losses = "; ".join(f"after {one.samples} samples {_describe_loss(one, config)}" for one in scores)
         raise Refused(
-            f"stop: no checkpoint is as good elsewhere as the distilled student ({told}) - lower "
+            f"stop: no checkpoint is as good elsewhere as the distilled student ({losses}) - lower "
             "train.optimizer.learning_rate or raise prior_share, or stop.most_lost where the exam is small"
         )
-    return min(allowed, key=lambda mark: (mark.score, mark.samples))
+    return min(allowed, key=lambda one: (one.score, one.samples))
 
 
 def stop_reason(scores: Sequence[CheckpointScore], config: StopConfig) -> str | None:
@@ -87,11 +84,11 @@ def stop_reason(scores: Sequence[CheckpointScore], config: StopConfig) -> str | 
         return None
     if scores[-1].regressed_class(config) is not None:
         return f"ended, {_describe_loss(scores[-1], config)}"
-    top = best_checkpoint(scores, config)
-    since = sum(mark.samples > top.samples for mark in scores)
+    best = best_checkpoint(scores, config)
+    since = sum(one.samples > best.samples for one in scores)
     if since < config.patience:
         return None
-    return f"ended, no better score in {since} checkpoints than {top.score:.4f} after {top.samples} samples"
+    return f"ended, no better score in {since} checkpoints than {best.score:.4f} after {best.samples} samples"
 
 
 def _describe_loss(checkpoint: CheckpointScore, config: StopConfig) -> str:
@@ -99,73 +96,60 @@ def _describe_loss(checkpoint: CheckpointScore, config: StopConfig) -> str:
     return f"{name} has lost {checkpoint.points_lost[name]:.1f} points" if name is not None else "nothing is lost"
 
 
-EVENT_KIND = "classes"
-MetricsByClass = Mapping[str, Mapping[str, float]]
-"""Class -> quantity -> value."""
-
-
 @dataclass(frozen=True)
 class ExamResult:
-    """What an exam found, beside what it found of the distilled student."""
+    """The metrics of a checkpoint's student, and those of the distilled student."""
 
     current: MetricsByClass
     baseline: MetricsByClass
     weights: Mapping[str, float]
     stop: StopConfig | None = None
-
-    @property
-    def kind(self) -> str:
-        """What the journal calls it."""
-        return EVENT_KIND
+    kind: ClassVar[str] = EVENT_KIND
 
     @property
     def value(self) -> float | None:
-        """The share of wrong pictures, or the paired error where nobody counts; the mean over classes by weight.
+        """The share of wrong pictures, or the paired error without a scorer: the mean over classes by weight.
 
-        None where no class has any.
+        None where no class has a weight.
         """
         if not self.weights:
             return None
-        wrong = {
-            name: 1 - found[ALL_SHOWN] if ALL_SHOWN in found else found["paired_error"]
-            for name, found in self.current.items()
-        }
+        own = {name: self.current[name] for name in self.weights}
+        wrong = {name: 1 - one[ALL_SHOWN] if ALL_SHOWN in one else one["paired_error"] for name, one in own.items()}
         return sum(weight * wrong[name] for name, weight in self.weights.items()) / sum(self.weights.values())
 
     @property
     def points_lost(self) -> dict[str, float]:
-        """Points lost, of each class and of what lies outside; empty where nobody counts right pictures."""
+        """Points lost, of each class and outside of all; empty without a scorer."""
         return {
-            name: PERCENT * (self.baseline[name][ALL_SHOWN] - found[ALL_SHOWN])
-            for name, found in self.current.items()
-            if ALL_SHOWN in found
+            name: PERCENT * (self.baseline[name][ALL_SHOWN] - metrics[ALL_SHOWN])
+            for name, metrics in self.current.items()
+            if ALL_SHOWN in metrics
         }
 
     @property
     def score(self) -> float | None:
-        """The value; None where more is lost than may be, for this is never the best."""
+        """The value; None where a class regressed, for such a checkpoint is never the best."""
         value = self.value
-        lost = (
-            self.stop and value is not None and CheckpointScore(0, value, self.points_lost).regressed_class(self.stop)
-        )
-        return None if lost else value
+        if value is None or self.stop is None:
+            return value
+        return None if CheckpointScore(0, value, self.points_lost).regressed_class(self.stop) else value
 
     def metrics(self) -> dict[str, Any]:
-        """What the journal writes."""
-        shown = [
-            quantity
+        """The content of the journal's event."""
+        by_class = {
+            quantity: {name: one[quantity] for name, one in self.current.items()}
             for quantity in (ALL_SHOWN, "paired_error")
             if all(quantity in one for one in self.current.values())
-        ]
-        by_class = {quantity: {name: one[quantity] for name, one in self.current.items()} for quantity in shown}
+        }
         wrong = {} if self.value is None else {"wrong": self.value}
         return {**wrong, **by_class, **({"lost": self.points_lost} if self.points_lost else {})}
 
 
 class ClassMonitor:
-    """Examines the student of each checkpoint, and says from the journal of the run in `folder` when it is enough.
+    """Examines the student of each checkpoint, and decides from the journal in `folder` when training ends.
 
-    Everything is a function of what lies on the disk, and the distilled student is asked once in each life of a run.
+    All decisions follow from files; the distilled student is examined once for each start of a run.
     """
 
     def __init__(
@@ -179,9 +163,9 @@ class ClassMonitor:
         stop: StopConfig | None,
         folder: Path,
     ) -> None:
-        """`distilled` brings the student that training begins with; `weights` tell what each class counts.
+        """`load_distilled` loads the student at the start of training; `weights` are those of the classes in the score.
 
-        Raises `Refused` when training shall end by the score of classes none of which has one.
+        Raises `Refused` where training ends by a score, and no class has one.
         """
         if stop is not None and not weights:
             raise Refused("stop: there is no scorer, and no teacher for photographs - name a scorer, or leave stop out")
@@ -189,19 +173,24 @@ class ClassMonitor:
         self._load_distilled, self._baseline = load_distilled, dict[str, dict[str, float]]()
         self._checkpoint_exam = Exam(teacher, prompts, scorer, config, config.checkpoint_pictures)
         self._full_exam = Exam(teacher, prompts, scorer, config)
-        self._save_grid = class_grid_hook(teacher, load_distilled, prompts, config, folder / "grids")
+        texts = [own[0].text for own in prompts.values()]
+        labels = [f"{name}: {text}" for name, text in zip(prompts, texts, strict=True)]
+        titles, settings = ("teacher", "distilled", "finetuned"), {"prompts": texts, **config.model_dump(mode="json")}
+        self._save_grid = grid_hook(
+            teacher, texts, labels, titles, config.seed, (config.sampler,), folder / "grids", settings, load_distilled
+        )
 
     def hooks(self) -> Hooks:
-        """What training calls."""
+        """For the training loop."""
         return Hooks(validate=self, on_checkpoint=self._save_grid, stop_reason=self.stop_reason)
 
     def __call__(self, student: Student) -> ExamResult:
-        """Ask a checkpoint's student a few pictures of each class."""
+        """Examine a checkpoint's student with few pictures of each class."""
         self._baseline = self._baseline or self._checkpoint_exam(self._load_distilled())
         return ExamResult(self._checkpoint_exam(student), self._baseline, self.weights, self.stop)
 
     def compare_models(self, student: Student) -> dict[str, dict[str, dict[str, float]]]:
-        """Ask for all pictures, before and after."""
+        """The full exam of the distilled student and of this one."""
         return {"before": self._full_exam(self._load_distilled()), "after": self._full_exam(student)}
 
     def stop_reason(self, samples: int) -> str | None:
@@ -209,8 +198,8 @@ class ClassMonitor:
         return None if self.stop is None else stop_reason(self._checkpoint_scores(samples), self.stop)
 
     def best_checkpoint(self, samples: int) -> int:
-        """The checkpoint to take after so many samples: the newest, or the best where training ends by the score."""
+        """The checkpoint to export after so many samples: the last, or with `stop` the best."""
         return samples if self.stop is None else best_checkpoint(self._checkpoint_scores(samples), self.stop).samples
 
     def _checkpoint_scores(self, samples: int) -> list[CheckpointScore]:
-        return [CheckpointScore.from_event(note) for note in read_events(self.folder, EVENT_KIND, samples)]
+        return [CheckpointScore.from_event(event) for event in read_events(self.folder, EVENT_KIND, samples)]

@@ -1,7 +1,4 @@
-"""A picture file of a stranger -> an upright RGB picture of the model's size; whatever is wrong with it is one line.
-
-A user's own photographs of a class, each with its caption.
-"""
+"""The photographs of a class: untrusted picture files with captions -> upright RGB pictures of the model's size."""
 
 import hashlib
 import struct
@@ -16,86 +13,36 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor, stack
+from torch import Tensor
 
-from stages.classes import CLASS_MARK, ClassSpec
+from stages.classes.selection import CLASS_MARK
+from stages.classes.specification import ClassSpec
 from stages.prompts import Prompt, derived_seed
 from stages.system.refusal import Refused, first_invalid_character, format_value, invalid_character_reason
 from stages.system.text import read_bytes, read_clean_text
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-"""Only these decoders are tried, whatever a file pretends to be."""
+"""Pillow's decoders by file name ending; no others are tried, whatever the content."""
 ANIMATED_FORMATS = {"PNG", "WEBP"}
-"""Kinds whose pictures may be films; the second picture in a camera's jpeg is its depth or its preview."""
+"""Formats with animations; the second picture in a camera's jpeg is its depth or its preview."""
+EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "RGBX", "La", "RGBa"}
+"""Pillow's modes with up to 8 bits a channel; it truncates the others instead of scaling them."""
 MAX_PIXELS = 1 << 26
-"""8192 x 8192: beyond any camera that is held in a hand, and 200 MB when unpacked."""
+"""8192 x 8192: more than any hand-held camera has, and 200 MB in memory."""
 MAX_FILE_BYTES = 1 << 28
+MAX_CAPTION_BYTES = 1 << 14
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, ArithmeticError, TypeError, AttributeError, struct.error,
     zlib.error,
 )  # fmt: skip
-"""What the decoders of Pillow say of bytes that are not what their header promises."""
-EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "RGBX", "La", "RGBa"}
-"""Pillow's kinds of picture with up to 8 bits a channel; it would cut off the others instead of scaling them."""
-
-
-def open_picture(content: bytes, file: Path) -> Image.Image:
-    """The picture, turned as its camera says, what is transparent on white; raises `Refused` naming the file."""
-    if not content:
-        raise Refused(f"{file}: is empty - save it again as png, or remove it")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # raised below MOST_PIXELS too, if set so
-            with Image.open(BytesIO(content), formats=sorted(set(FORMATS.values()))) as image:
-                _refuse_unfit(image, file)
-                image.load()
-                return _flatten_alpha(ImageOps.exif_transpose(image))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Refused(f"{file}: too many pixels ({error}) - make it smaller") from error
-    except UnidentifiedImageError as error:
-        raise Refused(
-            f"{file}: not a picture that can be read (its content is no png, jpg or webp) - convert it, or remove it"
-        ) from error
-    except DECODE_ERRORS as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise Refused(
-            f"{file}: not a picture that can be read ({reason}) - save it again as png, or remove it"
-        ) from error
-
-
-def crop_and_resize(image: Image.Image, pixels: int) -> Float[Tensor, "3 pixels pixels"]:
-    """The middle square of a picture in [0, 1], resampled by Lanczos' kernel."""
-    square = ImageOps.fit(image, (pixels, pixels), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
-
-
-def _refuse_unfit(image: Image.Image, file: Path) -> None:
-    """Judge what the header says, before anything is unpacked."""
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise Refused(f"{file}: {width} x {height} pixels, at most {MAX_PIXELS} are read - make it smaller")
-    if image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False):
-        raise Refused(f"{file}: is a film of {getattr(image, 'n_frames', 2)} pictures - save the one that is meant")
-    if image.mode not in EIGHT_BIT_MODES:
-        raise Refused(f"{file}: has more than 8 bits a channel ({image.mode}) - save it with 8")
-
-
-def _flatten_alpha(image: Image.Image) -> Image.Image:
-    """RGB without transparency."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    seen = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
-
-
-MAX_CAPTION_BYTES = 1 << 14
+"""What Pillow's decoders raise for malformed content."""
 WINDOWS_METADATA_FILES = {"thumbs.db", "desktop.ini"}
-"""Files that Windows puts into folders of pictures and hides there."""
+"""Hidden files that Windows puts into folders of pictures."""
 
 
 @dataclass(frozen=True)
 class Photograph(Prompt):
-    """A caption with the file that shows it."""
+    """A caption with its picture file."""
 
     file: Path = field(kw_only=True)
     sha256: str = field(kw_only=True)
@@ -119,18 +66,63 @@ def hidden_file_lines(spec: ClassSpec) -> list[str]:
 
 
 def load_photographs(photographs: Sequence[Photograph], pixels: int) -> Float[Tensor, "b 3 pixels pixels"]:
-    """What they show, in [0, 1]; raises `Refused` for a file that is no longer what was listed."""
+    """The pictures in [0, 1]; raises `Refused` for a file that has changed since it was listed."""
     pictures = []
     for photograph in photographs:
         content = read_bytes(photograph.file, str(photograph.file), "start the command again", MAX_FILE_BYTES)
         if hashlib.sha256(content).hexdigest() != photograph.sha256:
             raise Refused(f"{photograph.file}: changed while it was read - start the command again")
         pictures.append(crop_and_resize(open_picture(content, photograph.file), pixels))
-    return stack(pictures)
+    return torch.stack(pictures)
+
+
+def open_picture(content: bytes, file: Path) -> Image.Image:
+    """The RGB picture, turned as its EXIF data require, on white; raises `Refused` naming the file."""
+    if not content:
+        raise Refused(f"{file}: is empty - save it again as png, or remove it")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # its limit may be below MAX_PIXELS
+            with Image.open(BytesIO(content), formats=sorted(set(FORMATS.values()))) as image:
+                _refuse_unfit(image, file)
+                image.load()
+                return _flatten_alpha(ImageOps.exif_transpose(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Refused(f"{file}: too many pixels ({error}) - make it smaller") from error
+    except DECODE_ERRORS as error:
+        reason, way_out = " ".join(str(error).split())[:120] or type(error).__name__, "save it again as png"
+        if isinstance(error, UnidentifiedImageError):
+            reason, way_out = "its content is no png, jpg or webp", "convert it"
+        raise Refused(f"{file}: not a picture that can be read ({reason}) - {way_out}, or remove it") from error
+
+
+def crop_and_resize(image: Image.Image, pixels: int) -> Float[Tensor, "3 pixels pixels"]:
+    """The middle square of a picture in [0, 1], resampled with the Lanczos kernel."""
+    square = ImageOps.fit(image, (pixels, pixels), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+
+
+def _refuse_unfit(image: Image.Image, file: Path) -> None:
+    """Check the header, before the pixels are decoded."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Refused(f"{file}: {width} x {height} pixels, at most {MAX_PIXELS} are read - make it smaller")
+    if image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False):
+        raise Refused(
+            f"{file}: is an animation of {getattr(image, 'n_frames', 2)} pictures - save the one that is meant"
+        )
+    if image.mode not in EIGHT_BIT_MODES:
+        raise Refused(f"{file}: has more than 8 bits a channel ({image.mode}) - save it with 8")
+
+
+def _flatten_alpha(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def _list_folder(folder: Path, class_name: str) -> list[Path]:
-    """All that lies in a folder, by name."""
     if not folder.is_dir():
         raise Refused(f"class {class_name!r}: images: {folder} is no folder - name one with png, jpg or webp files")
     try:
@@ -146,11 +138,8 @@ def _list_visible_files(folder: Path, class_name: str) -> list[Path]:
     visible = [path for path in _list_folder(folder, class_name) if not _is_hidden(path)]
     for path in visible:
         if (fault := invalid_character_reason(path.name)) or not path.name.isprintable():
-            why = (
-                f"{fault} ({first_invalid_character(path.name)})"
-                if fault
-                else "of several lines or invisible characters"
-            )
+            invalid = f"{fault} ({first_invalid_character(path.name)})" if fault else ""
+            why = invalid or "of several lines or invisible characters"
             raise Refused(f"{folder}: {format_value(path.name)}: a file name {why} - rename it")
         if path.is_dir():
             raise Refused(f"{path}: is a folder, and only files right in {folder} are read - move it out of there")
@@ -164,19 +153,19 @@ def _list_visible_files(folder: Path, class_name: str) -> list[Path]:
 
 
 def _match_captions(files: Sequence[Path]) -> dict[str, Path]:
-    """Name without ending -> caption; raises `Refused` unless each belongs to one picture, which has no other."""
+    """Stem -> caption; raises `Refused` unless each caption has one picture, and each picture at most one caption."""
     pictures, captions = [file for file in files if _is_picture(file)], dict[str, Path]()
     for caption in filter(_is_caption, files):
-        shown_by = [file.name for file in pictures if file.stem == caption.stem]
-        if not shown_by:
-            name = caption.stem.casefold()  # of a.png: a.png.txt and A.txt come near to a.txt
+        matching = [file.name for file in pictures if file.stem == caption.stem]
+        if not matching:
+            name = caption.stem.casefold()  # a.png.txt and A.txt are near misses of a.txt
             near = [file for file in pictures if name in (file.name.casefold(), file.stem.casefold())]
-            picture, wanted = (near[0].name, near[0].stem) if near else ("a picture of that name", "NAME")
-            raise Refused(f"{caption}: a caption without a picture - that of {picture} is named {wanted}.txt")
-        if len(shown_by) > 1:
-            raise Refused(f"{caption}: is the caption of {' and '.join(shown_by)} - give each a name of its own")
+            picture, stem = (near[0].name, near[0].stem) if near else ("a picture of that name", "NAME")
+            raise Refused(f"{caption}: a caption without a picture - that of {picture} is named {stem}.txt")
+        if len(matching) > 1:
+            raise Refused(f"{caption}: is the caption of {' and '.join(matching)} - give each a name of its own")
         if caption.stem in captions:
-            raise Refused(f"{caption}: {shown_by[0]} has another caption, {captions[caption.stem].name} - remove one")
+            raise Refused(f"{caption}: {matching[0]} has another caption, {captions[caption.stem].name} - remove one")
         captions[caption.stem] = caption
     return captions
 
@@ -195,23 +184,15 @@ def _is_hidden(file: Path) -> bool:
 
 def _make_photograph(spec: ClassSpec, file: Path, caption: Path | None) -> Photograph:
     content = read_bytes(file, str(file), "remove it", MAX_FILE_BYTES)
-    open_picture(content, file)  # refused here, before the teacher has painted anything
-    sha256 = hashlib.sha256(content).hexdigest()
-    seed, name = derived_seed("photograph", sha256), f"photograph{CLASS_MARK}{spec.name}"
-    text = _class_caption(spec, file) if caption is None else _read_caption(caption, file)
-    return Photograph(text, name, seed, file=file, sha256=sha256)
-
-
-def _class_caption(spec: ClassSpec, file: Path) -> str:
-    """The caption of a class, for a photograph that has none."""
-    if spec.caption is None:
+    open_picture(content, file)  # refused before the teacher generates anything
+    text = spec.caption
+    if caption is not None:
+        lines = read_clean_text(caption, f"{caption}", f"write what {file.name} shows", MAX_CAPTION_BYTES)
+        text = " ".join(lines.split())
+        if not text:
+            raise Refused(f"{caption}: is empty - write what {file.name} shows, or remove it")
+    if text is None:
         raise Refused(f"{file}: has no caption - write {file.stem}.txt beside it, or `caption` of class {spec.name!r}")
-    return spec.caption
-
-
-def _read_caption(caption: Path, file: Path) -> str:
-    """The caption of a photograph, on one line."""
-    text = read_clean_text(caption, f"{caption}", f"write what {file.name} shows", MAX_CAPTION_BYTES)
-    if not text.strip():
-        raise Refused(f"{caption}: is empty - write what {file.name} shows, or remove it")
-    return " ".join(text.split())
+    sha256 = hashlib.sha256(content).hexdigest()
+    name, seed = f"photograph{CLASS_MARK}{spec.name}", derived_seed("photograph", sha256)
+    return Photograph(text, name, seed, file=file, sha256=sha256)

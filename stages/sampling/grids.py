@@ -158,23 +158,45 @@ class GridConfig(Strict):
 
 
 def comparison_grid_hook(teacher: Teacher, config: GridConfig, folder: Path) -> Callable[[int, Student], None]:
-    """A function of (samples, student) that draws `<folder>/<samples>.png`; a grid that is there already is kept."""
-    cond, uncond = teacher.encode_texts(config.prompts), teacher.uncond
-    noise = fixed_noises(config.seed, len(config.prompts), teacher.components.latent_shape).to(cond.device)
-    few = config.sampler.model_copy(update={"steps": FEW_STEPS})
-    drawn_by_teacher: list[torch.Tensor] = []
+    """The grid hook of distillation: the teacher, and the student with as many steps and with few."""
+    steps, few = config.sampler.steps, config.sampler.model_copy(update={"steps": FEW_STEPS})
+    titles = (f"teacher {steps}", f"student {steps}", f"student {FEW_STEPS}")
+    settings = config.model_dump(mode="json")
+    return grid_hook(
+        teacher, config.prompts, config.prompts, titles, config.seed, (config.sampler, few), folder, settings
+    )
 
-    def draw(samples: int, student: Student) -> None:
+
+def grid_hook(
+    teacher: Teacher,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    titles: Sequence[str],
+    seed: int,
+    samplers: Sequence[Sampler],
+    folder: Path,
+    settings: Mapping[str, Any],
+    load_baseline: Callable[[], Student] | None = None,
+) -> Callable[[int, Student], None]:
+    """A function of (samples, student) that writes `<folder>/<samples>.png`, unless the file exists.
+
+    A row for each text; columns: the teacher and, if any, a baseline student, both sampled once and with the first
+    sampler; then the student with each sampler.
+    """
+    cond, uncond = teacher.encode_texts(texts), teacher.uncond
+    inputs = cond, uncond, fixed_noises(seed, len(texts), teacher.components.latent_shape).to(cond.device)
+    fixed: list[Tensor] = []
+
+    def save_grid(samples: int, student: Student) -> None:
         path = folder / f"{samples:09d}.png"
         if path.exists():
             return
-        if not drawn_by_teacher:
-            drawn_by_teacher.append(sample_teacher(teacher, cond, uncond, noise, config.sampler))
-        latents = [*drawn_by_teacher, *(sample_student(student, cond, uncond, noise, s) for s in (config.sampler, few))]
-        heads = [f"teacher {config.sampler.steps}", f"student {config.sampler.steps}", f"student {FEW_STEPS}"]
-        columns = [teacher.decode_latents(one) for one in latents]
-        save_sheet(
-            make_sheet(config.prompts, heads, columns), path, {"samples": samples, **config.model_dump(mode="json")}
-        )
+        if not fixed:
+            fixed.append(sample_teacher(teacher, *inputs, samplers[0]))
+            if load_baseline:
+                fixed.append(sample_student(load_baseline(), *inputs, samplers[0]))
+        latents = [*fixed, *(sample_student(student, *inputs, sampler) for sampler in samplers)]
+        sheet = make_sheet(labels, titles, [teacher.decode_latents(column) for column in latents])
+        save_sheet(sheet, path, {"samples": samples, **settings})
 
-    return draw
+    return save_grid

@@ -3,7 +3,8 @@
 from itertools import islice
 from pathlib import Path
 
-from stages.classes import ClassFile, ClassSpec, outside_prompts
+from stages.classes.selection import outside_prompts
+from stages.classes.specification import ClassFile, ClassSpec
 from stages.prompts import GrammarSource, split_of
 
 SOURCE = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
@@ -14,10 +15,10 @@ def classes(pattern: str) -> ClassFile:
 
 
 def test_they_are_the_first_of_their_split_that_no_class_claims() -> None:
-    found = outside_prompts(SOURCE, 3, "validation", classes("[!s]*"), 20)
+    outside = outside_prompts(SOURCE, 3, "validation", classes("[!s]*"), 20)
     listed = islice(SOURCE.iter_prompts(3), 5000)
     expected = [prompt for prompt in listed if prompt.class_name[0] == "s" and split_of(prompt.text) == "validation"]
-    assert found == expected[:20]
+    assert outside == expected[:20]
 
 
 def test_classes_that_own_everything_leave_none() -> None:

@@ -1,4 +1,4 @@
-"""Laws of the gate: what is set aside, why, and that nothing is lost by it."""
+"""Laws of the gate: which pictures are rejected and why, and that none is deleted."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -35,21 +35,21 @@ def teacher() -> Teacher:
 
 
 def latent(teacher: Teacher, text: str, seed: int) -> Tensor:
-    words = text.split()
-    pixels, _ = draw_scene(Scene(words[1], words[2], words[3], words[6], words[9]), random.Random(seed))
+    parts = text.split()
+    pixels, _ = draw_scene(Scene(parts[1], parts[2], parts[3], parts[6], parts[9]), random.Random(seed))
     return teacher.encode_pictures(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)[0]
 
 
 def record(number: int, text: str, x0: Tensor) -> Record:
     state = torch.zeros(1, 4, 8, 8).half()
-    draws = States(torch.tensor([1]), torch.tensor([0.1]), state, state, state, torch.tensor([False]))
+    states = States(torch.tensor([1]), torch.tensor([0.1]), state, state, state, torch.tensor([False]))
     features = BlockFeatures({"mid": torch.zeros(1, 3).half()})
-    return Record(f"{number:09d}", text, "class", number, 1.0, torch.zeros(2, 3).half(), x0.half(), draws, features)
+    return Record(f"{number:09d}", text, "class", number, 1.0, torch.zeros(2, 3).half(), x0.half(), states, features)
 
 
 @pytest.fixture
-def listed() -> PicturePlan:
-    """Stars: two that differ, the first again, and a moon that is called a star; moons: a photograph called a star."""
+def plan() -> PicturePlan:
+    """Stars: two that differ, the first again, and a moon with a star's text; moons: a photograph with that text."""
     prompts: list[Prompt] = [Prompt(STAR, "star/red", i) for i in range(4)]
     prompts += [Photograph(STAR, "photograph@moons", 4, file=Path("a.png"), sha256="")]
     return PicturePlan(prompts, ["stars"] * 4 + ["moons"], Recipe(identity={}))
@@ -63,40 +63,44 @@ def folder(tmp_path: Path, teacher: Teacher) -> Path:
     return tmp_path
 
 
-Judge = Callable[..., Ledger]
+def accept(ledger: Ledger) -> None:
+    """The check of a run that accepts every ledger."""
+
+
+Gate = Callable[..., Ledger]
 
 
 @pytest.fixture
-def judged(folder: Path, listed: PicturePlan, teacher: Teacher) -> Judge:
+def gate(folder: Path, plan: PicturePlan, teacher: Teacher) -> Gate:
     def of(**config: object) -> Ledger:
-        return apply_gate(folder, listed, teacher, score, GateConfig.model_validate(config), PicturesConfig())
+        return apply_gate(folder, plan, teacher, score, GateConfig.model_validate(config), PicturesConfig(), accept)
 
     return of
 
 
-def test_what_shows_something_else_and_what_shows_the_same_again_is_set_aside_with_the_reason(judged: Judge) -> None:
-    ledger = judged()
+def test_wrong_pictures_and_near_duplicates_are_rejected_with_the_reason(gate: Gate) -> None:
+    ledger = gate()
     reasons = {int(key): one.reason for key, one in ledger.rejected_pictures().items()}
     assert reasons == {2: "like 000000000 (1.000)", 3: "score 0 is below 0.2"}
     assert ledger.usable_keys() == ["000000000", "000000001", "000000004"]
     assert summary_line(ledger) == "set aside: 2 of 5 pictures, 1 by their score, 1 as near-duplicates (stars 2)"
 
 
-def test_photographs_are_not_scored_and_teach_the_data(judged: Judge) -> None:
-    ledger = judged()
+def test_photographs_are_not_scored_and_have_the_target_data(gate: Gate) -> None:
+    ledger = gate()
     assert ledger.usable_keys("data") == ["000000004"]
     assert ledger.pictures["000000004"].source == "photograph"
     assert ledger.usable_keys("teacher") == ["000000000", "000000001"]
 
 
-def test_a_gate_without_thresholds_keeps_everything(judged: Judge, folder: Path) -> None:
-    assert len(judged(score=None, duplicate=None).usable_keys()) == 5
+def test_a_gate_without_thresholds_keeps_everything(gate: Gate, folder: Path) -> None:
+    assert len(gate(score=None, duplicate=None).usable_keys()) == 5
     assert not (folder / "set_aside.png").exists()
 
 
-def test_what_is_set_aside_is_drawn_and_not_deleted(judged: Judge, folder: Path) -> None:
+def test_rejected_pictures_are_shown_on_a_sheet_and_not_deleted(gate: Gate, folder: Path) -> None:
     tars = (folder / "cache" / "data" / "train-000000.tar").read_bytes()
-    judged()
+    gate()
     assert read_settings(folder / "set_aside.png")["pictures"] == 2
     with Image.open(folder / "set_aside.png") as sheet:
         assert sheet.width == 2 * 136
@@ -104,47 +108,47 @@ def test_what_is_set_aside_is_drawn_and_not_deleted(judged: Judge, folder: Path)
     assert (folder / "cache" / "data" / "train-000000.tar").read_bytes() == tars
 
 
-def test_the_ledger_is_read_back_as_it_was_written_and_not_made_twice(judged: Judge, folder: Path) -> None:
-    ledger = judged()
+def test_the_ledger_is_read_back_as_it_was_written_and_not_made_twice(gate: Gate, folder: Path) -> None:
+    ledger = gate()
     assert Ledger.open(folder) == ledger
     (folder / "set_aside.png").unlink()
-    assert judged() == ledger
-    assert not (folder / "set_aside.png").exists()  # nothing was looked at again
-    assert judged(duplicate=None) != ledger
+    assert gate() == ledger
+    assert not (folder / "set_aside.png").exists()  # nothing was scored again
+    assert gate(duplicate=None) != ledger
 
 
-def test_a_broken_ledger_is_refused_by_its_name_and_made_anew(judged: Judge, folder: Path) -> None:
-    ledger, path = judged(), folder / "pictures.json"
+def test_a_broken_ledger_is_refused_by_its_name_and_made_anew(gate: Gate, folder: Path) -> None:
+    ledger, path = gate(), folder / "pictures.json"
     path.write_text(path.read_text().replace('"kept": true', '"kept": "perhaps"', 1))
     with pytest.raises(Refused, match=r"pictures\.json: cannot be read"):
         Ledger.open(folder)
-    assert judged() == ledger
+    assert gate() == ledger
     assert Ledger.open(folder) == ledger
 
 
 def test_a_class_that_loses_all_its_pictures_is_refused_with_counts_and_threshold(
-    folder: Path, listed: PicturePlan, teacher: Teacher
+    folder: Path, plan: PicturePlan, teacher: Teacher
 ) -> None:
-    def nothing(texts: Sequence[str], pictures: Tensor) -> Mapping[str, Tensor]:
+    def low(texts: Sequence[str], pictures: Tensor) -> Mapping[str, Tensor]:
         return {"clip": torch.full([len(texts)], 0.11)}
 
     reason = r"class 'stars': none of its 4 pictures is left \(4 by their score, 0 as near-duplicates, 0 not made\)"
     with pytest.raises(Refused, match=reason):
-        apply_gate(folder, listed, teacher, nothing, GateConfig(), PicturesConfig())
+        apply_gate(folder, plan, teacher, low, GateConfig(), PicturesConfig(), accept)
     assert (folder / "set_aside.png").exists()
     assert not (folder / "pictures.json").exists()
 
 
-def test_only_kept_pictures_are_in_the_stream(judged: Judge, folder: Path) -> None:
-    kept = judged().usable_keys()
+def test_only_kept_pictures_are_in_the_batches(gate: Gate, folder: Path) -> None:
+    kept = gate().usable_keys()
     reader = Reader(folder / "cache", batch_size=6, keys=kept)
     assert reader.samples_per_epoch == 3
     assert set(next(reader.batches()).keys) == set(kept)
-    weighed = Reader(folder / "cache", batch_size=6, keys=kept, class_weights={"class": 1.0})
-    assert set(next(weighed.batches()).keys) <= set(kept)
+    weighted = Reader(folder / "cache", batch_size=6, keys=kept, class_weights={"class": 1.0})
+    assert set(next(weighted.batches()).keys) <= set(kept)
 
 
-def test_the_lowest_of_what_was_said_counts_and_what_was_not_said_does_not() -> None:
+def test_the_lowest_score_counts_and_nan_does_not() -> None:
     nan = float("nan")
     scores = {"shape": torch.tensor([1.0, 1.0, nan, nan]), "colour": torch.tensor([0.3, nan, 0.0, nan])}
     torch.testing.assert_close(lowest_scores(scores), torch.tensor([0.3, 1.0, 0.0, nan]), equal_nan=True)
@@ -158,7 +162,7 @@ def test_a_picture_is_compared_with_those_that_stay() -> None:
     assert list(find_duplicates(torch.cat([x0[:1], x0[:1] / 3]), 1.0)) == [(1, 0, pytest.approx(1.0))]
 
 
-def test_encoded_bytes_do_not_depend_on_what_is_set_aside(judged: Judge, folder: Path) -> None:
+def test_encoded_bytes_do_not_depend_on_the_gate(gate: Gate, folder: Path) -> None:
     before = [encode(one) for one in Reader(folder / "cache").records()]
-    judged()
+    gate()
     assert [encode(one) for one in Reader(folder / "cache").records()] == before

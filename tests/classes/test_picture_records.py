@@ -1,4 +1,4 @@
-"""Laws of the records of pictures: a photograph becomes one like any other, and no death changes a byte."""
+"""Laws of the records of pictures: photographs become ordinary records, and no kill changes a byte."""
 
 import random
 from collections.abc import Callable
@@ -17,10 +17,11 @@ from shards.writer import CacheWriter
 from stages.cache import claims
 from stages.cache.fill import fill, tasks_of
 from stages.cache.targets import RenderConfig, StatesConfig, draw_randomness, make_records, recipe_of
-from stages.classes import ClassFile, prompts_identity
 from stages.classes.gate import GateConfig, apply_gate
 from stages.classes.ledger import Ledger
 from stages.classes.pictures import PicturePlan, PicturesConfig, picture_record_maker, plan_pictures
+from stages.classes.selection import prompts_identity
+from stages.classes.specification import ClassFile
 from stages.nets.components import load_components
 from stages.nets.teacher import Teacher
 from stages.prompts import GrammarSource, prompts
@@ -41,9 +42,9 @@ def teacher() -> Teacher:
 def run(tmp_path_factory: pytest.TempPathFactory, teacher: Teacher) -> Path:
     """A distillation cache of four prompts, and a folder with two photographs of brown hearts."""
     folder = tmp_path_factory.mktemp("run")
-    asked = prompts(SOURCE, 0, "train", 4)
+    cached = prompts(SOURCE, 0, "train", 4)
     writer = CacheWriter(folder / "cache", recipe_of(teacher, RENDER, {"seed": 0}))
-    writer.add("train", 0, make_records(teacher, asked, [f"{i:09d}" for i in range(4)], RENDER.states))
+    writer.add("train", 0, make_records(teacher, cached, [f"{i:09d}" for i in range(4)], RENDER.states))
     (folder / "own").mkdir()
     for i in range(2):
         pixels, _ = draw_scene(Scene("large", "brown", "heart", "left", "white"), random.Random(i))
@@ -52,10 +53,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, teacher: Teacher) -> Path:
 
 
 @pytest.fixture(scope="module")
-def listed(run: Path, teacher: Teacher) -> PicturePlan:
-    """A painted star, something cached, and the photographs."""
-    asked = prompts(SOURCE, 0, "train", 4)
-    taken = {"name": "taken", "pattern": asked[0].class_name, "priority": "top", "pictures": 1}
+def plan(run: Path, teacher: Teacher) -> PicturePlan:
+    """A generated star, a cached record, and the photographs."""
+    cached = prompts(SOURCE, 0, "train", 4)
+    taken = {"name": "taken", "pattern": cached[0].class_name, "priority": "top", "pictures": 1}
     stars = {"name": "stars", "pattern": "star/*", "priority": "top", "pictures": 2}
     own = {"name": "own", "priority": "top", "images": run / "own", "caption": CAPTION}
     classes = ClassFile.model_validate({"classes": [taken, stars, own]})
@@ -64,15 +65,15 @@ def listed(run: Path, teacher: Teacher) -> PicturePlan:
 
 
 @pytest.fixture(scope="module")
-def records(run: Path, teacher: Teacher, listed: PicturePlan) -> list[Record]:
-    keys = [f"{i:09d}" for i in range(len(listed.prompts))]
-    return picture_record_maker(teacher, run / "cache", RENDER.states)(listed.prompts, keys)
+def records(run: Path, teacher: Teacher, plan: PicturePlan) -> list[Record]:
+    keys = [f"{i:09d}" for i in range(len(plan.prompts))]
+    return picture_record_maker(teacher, run / "cache", RENDER.states)(plan.prompts, keys)
 
 
-def test_a_photographs_latent_shows_what_the_photograph_does(
-    records: list[Record], listed: PicturePlan, teacher: Teacher
+def test_a_photographs_latent_decodes_to_the_photograph(
+    records: list[Record], plan: PicturePlan, teacher: Teacher
 ) -> None:
-    own = [record for i, record in enumerate(records) if listed.source_at(i) == "photograph"]
+    own = [record for i, record in enumerate(records) if plan.source_at(i) == "photograph"]
     assert [record.text for record in own] == [CAPTION] * 2
     shown = teacher.decode_latents(torch.stack([record.x0.float() for record in own]))
     for i, picture in enumerate(shown):
@@ -81,8 +82,8 @@ def test_a_photographs_latent_shows_what_the_photograph_does(
         assert difference.square().mean().sqrt() < 0.06
 
 
-def test_fitted_latents_show_a_photograph_that_the_encoder_misreads(teacher: Teacher) -> None:
-    # The autoencoder was never shown cyan stars; the judge takes what is left of this one for another shape.
+def test_fitted_latents_decode_to_a_photograph_that_the_encoder_misses(teacher: Teacher) -> None:
+    # The autoencoder was not trained on cyan stars; the scorer takes its reconstruction for another shape.
     text = "a small cyan star at the middle on a gray background"
     pixels, _ = draw_scene(Scene("small", "cyan", "star", "middle", "gray"), random.Random(0))
     photograph = torch.from_numpy(pixels).permute(2, 0, 1) / 255
@@ -95,7 +96,7 @@ def test_fitted_latents_show_a_photograph_that_the_encoder_misreads(teacher: Tea
     assert score([text], shown[40])["shape"] == 1
 
 
-def test_how_photographs_are_fitted_belongs_to_the_recipe(run: Path, teacher: Teacher) -> None:
+def test_fit_steps_belong_to_the_recipe(run: Path, teacher: Teacher) -> None:
     own = {"name": "own", "priority": "top", "images": run / "own", "caption": CAPTION}
     classes = ClassFile.model_validate({"classes": [own]})
     recipe = recipe_of(teacher, RENDER, prompts_identity(SOURCE, 1, classes, 3))
@@ -106,54 +107,56 @@ def test_how_photographs_are_fitted_belongs_to_the_recipe(run: Path, teacher: Te
     assert differences(plain, fitted) == ["photographs.fit_steps was absent, is now 2"]
 
 
-def test_all_states_of_a_photograph_lie_on_its_straight_path_and_hold_the_teachers_answers(
-    records: list[Record], listed: PicturePlan, teacher: Teacher
+def test_all_states_of_a_photograph_are_on_its_straight_path_and_hold_the_teachers_predictions(
+    records: list[Record], plan: PicturePlan, teacher: Teacher
 ) -> None:
     record = records[-1]
-    draws, config = record.states, RENDER.states.model_copy(update={"renoised_states": 3})
-    assert not draws.trajectory.any()
+    states, config = record.states, RENDER.states.model_copy(update={"renoised_states": 3})
+    assert not states.trajectory.any()
     assert record.guidance_scale == 1
-    eps = draw_randomness(listed.prompts[-1], config, (4, 8, 8)).renoised_noise
-    s = draws.s[:, None, None, None]
-    torch.testing.assert_close(draws.x_t.float(), (1 - s) * record.x0.float() + s * eps, atol=2e-3, rtol=2e-3)
-    again = teacher.predict(draws.x_t.float(), draws.s, draws.k, record.cond.float().expand(3, -1, -1), teacher.uncond)
-    torch.testing.assert_close(again.v_cond.half(), draws.v_cond, atol=4e-3, rtol=4e-3)
+    eps = draw_randomness(plan.prompts[-1], config, (4, 8, 8)).renoised_noise
+    s = states.s[:, None, None, None]
+    torch.testing.assert_close(states.x_t.float(), (1 - s) * record.x0.float() + s * eps, atol=2e-3, rtol=2e-3)
+    again = teacher.predict(
+        states.x_t.float(), states.s, states.k, record.cond.float().expand(3, -1, -1), teacher.uncond
+    )
+    torch.testing.assert_close(again.v_cond.half(), states.v_cond, atol=4e-3, rtol=4e-3)
     torch.testing.assert_close(again.features["mid"].half(), record.features.by_block["mid"], atol=4e-3, rtol=4e-3)
 
 
-def test_a_record_of_the_cache_is_taken_as_it_is(records: list[Record], listed: PicturePlan, run: Path) -> None:
-    number = next(i for i in range(len(records)) if listed.source_at(i) == "reused")
+def test_a_reused_record_is_unchanged(records: list[Record], plan: PicturePlan, run: Path) -> None:
+    number = next(i for i in range(len(records)) if plan.source_at(i) == "reused")
     first = Reader(run / "cache").record_at(0)
     assert encode(records[number])[1] == encode(first)[1]
     assert (records[number].text, records[number].seed) == (first.text, first.seed)
 
 
 @pytest.fixture
-def job(run: Path, listed: PicturePlan, teacher: Teacher) -> Callable[[Path], None]:
-    """Everything that happens to pictures before a training reads them."""
+def make_pictures(run: Path, plan: PicturePlan, teacher: Teacher) -> Callable[[Path], None]:
+    """All steps from the plan to the ledger."""
 
-    def work(folder: Path) -> None:
+    def run_all(folder: Path) -> None:
         make = picture_record_maker(teacher, run / "cache", RENDER.states)
-        fill(CacheWriter(folder / "cache", listed.recipe), tasks_of({"train": listed.prompts}, 2), 2, make)
-        apply_gate(folder, listed, teacher, None, GateConfig(duplicate=0.2), PicturesConfig())
+        fill(CacheWriter(folder / "cache", plan.recipe), tasks_of({"train": plan.prompts}, 2), 2, make)
+        apply_gate(folder, plan, teacher, None, GateConfig(duplicate=0.2), PicturesConfig(), lambda _ledger: None)
 
-    return work
+    return run_all
 
 
 def test_a_kill_before_any_step_on_the_disk_changes_no_byte_in_the_end(
-    job: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_pictures: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.1)  # how long a claim that nobody signed is respected
-    assert wait_for_exit(fork_job(lambda: job(tmp_path / "whole"))) == 0
-    found = read_files(tmp_path / "whole")
-    assert {"pictures.json", "set_aside.png", "cache/data/train-000002.tar"} <= set(found)
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.1)  # how long an unsigned claim is respected
+    assert wait_for_exit(fork_job(lambda: make_pictures(tmp_path / "whole"))) == 0
+    expected = read_files(tmp_path / "whole")
+    assert {"pictures.json", "set_aside.png", "cache/data/train-000002.tar"} <= set(expected)
     assert any(one.source == "photograph" and not one.kept for one in Ledger.open(tmp_path / "whole").pictures.values())
     killed = 0
     for step in range(3, 200, 17):
         folder = tmp_path / f"killed{step}"
-        if not kill_before_step(lambda folder=folder: job(folder), step):  # type: ignore[misc]
+        if not kill_before_step(lambda folder=folder: make_pictures(folder), step):  # type: ignore[misc]
             break
         killed += 1
-        assert wait_for_exit(fork_job(lambda folder=folder: job(folder))) == 0  # type: ignore[misc]
-        assert read_files(folder) == found
+        assert wait_for_exit(fork_job(lambda folder=folder: make_pictures(folder))) == 0  # type: ignore[misc]
+        assert read_files(folder) == expected
     assert killed >= 4

@@ -1,4 +1,4 @@
-"""Laws of stage three's batches: who is drawn how often, and how much of the past stays in each batch."""
+"""Laws of the batches of class finetuning: sampling shares, prior rows, data targets, and the settings' refusals."""
 
 from collections import Counter
 from dataclasses import replace
@@ -13,8 +13,9 @@ from shards.manifest import Recipe
 from shards.reader import Reader
 from shards.record import BlockFeatures, Record, States
 from shards.writer import CacheWriter
-from stages.classes import ClassFile, ClassSpec, sampling_weights
-from stages.classes.mixture import DataTarget, Groups, Mixture, split_batch_size
+from stages.classes.mixture import DataTarget, Mixture, class_numbers, split_batch_size
+from stages.classes.selection import sampling_weights
+from stages.classes.specification import ClassFile, ClassSpec
 from stages.finetune_classes import Config
 from stages.flow.timesteps import TimestepDensity
 from stages.system.refusal import Refused
@@ -29,10 +30,10 @@ FILE = ClassFile(
 
 def record(number: int, class_name: str) -> Record:
     state = torch.full((2, 3, 4, 5), float(number)).half()
-    draws = States(torch.tensor([1, 2]), torch.tensor([0.1, 0.2]), state, state, state, torch.tensor([True, False]))
+    states = States(torch.tensor([1, 2]), torch.tensor([0.1, 0.2]), state, state, state, torch.tensor([True, False]))
     features = BlockFeatures({"mid": torch.zeros(2, 3).half()})
     cond, x0 = torch.zeros(6, 7).half(), torch.zeros(3, 4, 5).half()
-    return Record(f"{number:09d}", "a picture", class_name, number, 5.0, cond, x0, draws, features)
+    return Record(f"{number:09d}", "a picture", class_name, number, 5.0, cond, x0, states, features)
 
 
 def cache(folder: Path, class_names: list[str]) -> Path:
@@ -48,20 +49,21 @@ def mixture(tmp_path: Path) -> Mixture:
     return Mixture(
         classes=Reader(cache(tmp_path / "classes", names), "train", 0, 6, class_weights=weights),
         prior=Reader(cache(tmp_path / "prior", ["heart/red", "moon/red", "moon/blue"]), "train", 0, 2),
-        groups=Groups.from_classes(FILE, names),
+        class_names=("stars", "rings"),
+        class_numbers=class_numbers(FILE, names),
     )
 
 
-def test_a_class_keeps_its_share_however_its_records_are_spread_over_names() -> None:
+def test_a_class_keeps_its_share_for_any_spread_of_its_records_over_names() -> None:
     weights = sampling_weights(FILE, Counter({"star/red": 3, "star/blue": 1, "ring/red": 9, "moon/red": 5}))
     assert weights == pytest.approx({"star/red": 0.6, "star/blue": 0.2, "ring/red": 0.2, "moon/red": 0.0})
 
 
-def test_drawn_shares_are_the_stated_ones_within_three_standard_errors(mixture: Mixture) -> None:
+def test_sampled_shares_are_the_stated_ones_within_three_standard_errors(mixture: Mixture) -> None:
     batches = list(islice(mixture.batches(0), 400))
-    drawn = Counter(name.split("/")[0] for batch in batches for name in batch.class_names[:6])
+    counts = Counter(name.split("/")[0] for batch in batches for name in batch.class_names[:6])
     n, share = 2400, 0.8
-    assert abs(drawn["star"] / n - share) < 3 * (share * (1 - share) / n) ** 0.5
+    assert abs(counts["star"] / n - share) < 3 * (share * (1 - share) / n) ** 0.5
 
 
 def test_every_batch_holds_the_same_number_of_prior_rows(mixture: Mixture) -> None:
@@ -69,7 +71,7 @@ def test_every_batch_holds_the_same_number_of_prior_rows(mixture: Mixture) -> No
         assert [name.split("/")[0] in ("heart", "moon") for name in batch.class_names] == [False] * 6 + [True] * 2
 
 
-def test_the_stream_goes_on_at_any_batch(mixture: Mixture) -> None:
+def test_the_stream_resumes_at_any_batch(mixture: Mixture) -> None:
     fifth = next(islice(mixture.batches(0), 5, None))
     again = next(mixture.batches(5 * 8))
     assert fifth.keys == again.keys
@@ -94,17 +96,17 @@ def test_a_share_that_leaves_a_stream_without_rows_is_refused(share: float) -> N
 
 
 @pytest.fixture
-def told_apart(mixture: Mixture) -> Mixture:
-    """The third star teaches itself; each row says which class it is of, or that it is of the prior."""
+def labelled(mixture: Mixture) -> Mixture:
+    """The third star has the target data; each row has the number of its class or of the prior."""
     reader = mixture.classes
     data = DataTarget.from_records([reader.record("000000002")], {"000000002": 3.0}, seed=0, density=TimestepDensity())
-    return replace(mixture, data=data)
+    return replace(mixture, data_target=data)
 
 
-def test_rows_that_teach_themselves_are_the_same_on_every_number_of_ranks(told_apart: Mixture) -> None:
-    whole = list(islice(told_apart.batches(2 * 8), 6))
+def test_rows_with_data_targets_are_the_same_on_every_number_of_ranks(labelled: Mixture) -> None:
+    whole = list(islice(labelled.batches(2 * 8), 6))
     assert any(batch.own_guidance is not None for batch in whole)
-    ranks = [replace(told_apart, rank=rank, world=2).batches(2 * 8) for rank in range(2)]
+    ranks = [replace(labelled, rank=rank, world=2).batches(2 * 8) for rank in range(2)]
     for batch in whole:
         for rank in range(2):
             part, of = next(ranks[rank]), batch.rows(slice(rank, None, 2))
@@ -115,27 +117,27 @@ def test_rows_that_teach_themselves_are_the_same_on_every_number_of_ranks(told_a
             assert ([0.0] * 4 if part.own_guidance is None else part.own_guidance.tolist()) == own
 
 
-def test_rows_that_teach_themselves_are_the_same_when_a_run_goes_on(told_apart: Mixture) -> None:
-    fifth, again = next(islice(told_apart.batches(0), 5, None)), next(told_apart.batches(5 * 8))
+def test_rows_with_data_targets_are_the_same_when_a_run_resumes(labelled: Mixture) -> None:
+    fifth, again = next(islice(labelled.batches(0), 5, None)), next(labelled.batches(5 * 8))
     assert torch.equal(fifth.x_t, again.x_t)
     assert torch.equal(fifth.s, again.s)
 
 
-def test_each_row_is_counted_to_its_class_or_to_the_prior(told_apart: Mixture) -> None:
-    assert told_apart.groups.names == ("stars", "rings", "(prior)")
-    for batch in islice(told_apart.batches(0), 10):
+def test_each_row_is_counted_to_its_class_or_to_the_prior(labelled: Mixture) -> None:
+    assert labelled.group_names == ("stars", "rings", "(prior)")
+    for batch in islice(labelled.batches(0), 10):
         expected = [0 if name.startswith("star") else 1 for name in batch.class_names[:6]] + [2, 2]
         assert batch.group.tolist() == expected
 
 
-def test_pictures_that_are_hardly_guided_may_not_teach_themselves() -> None:
-    config, words = [Path("configs/tiny.yaml")], ["--render.states.guidance-min", "0.5", "--pictures.painted"]
-    with pytest.raises(Refused, match=r"pictures\.painted = data, but they are painted at guidance 0\.5"):
-        load(Config, "finetune_classes", config, [*words, "data"])
-    assert load(Config, "finetune_classes", config, [*words, "teacher"]).pictures.target_for("painted") == "teacher"
+def test_generated_pictures_with_guidance_below_one_may_not_have_the_target_data() -> None:
+    config, options = [Path("configs/tiny.yaml")], ["--render.states.guidance-min", "0.5", "--pictures.painted"]
+    with pytest.raises(Refused, match=r"pictures\.painted = data, but they are generated at guidance 0\.5"):
+        load(Config, "finetune_classes", config, [*options, "data"])
+    assert load(Config, "finetune_classes", config, [*options, "teacher"]).pictures.target_for("painted") == "teacher"
 
 
-def test_an_end_by_lost_pictures_needs_somebody_who_counts_them() -> None:
-    words = ["--stop.patience", "2", "--scorer", "None"]
+def test_a_stop_by_lost_pictures_needs_a_scorer() -> None:
+    options = ["--stop.patience", "2", "--scorer", "None"]
     with pytest.raises(Refused, match=r"most_lost counts right pictures"):
-        load(Config, "finetune_classes", [Path("configs/tiny.yaml")], words)
+        load(Config, "finetune_classes", [Path("configs/tiny.yaml")], options)

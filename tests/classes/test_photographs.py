@@ -1,4 +1,4 @@
-"""Laws of photographs: what is made of a stranger's file, and how each slip is told."""
+"""Laws of photographs: how an untrusted file is decoded, and the message about each fault."""
 
 import os
 import struct
@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.classes import ClassSpec
 from stages.classes.photographs import (
     crop_and_resize,
     hidden_file_lines,
@@ -18,6 +17,7 @@ from stages.classes.photographs import (
     load_photographs,
     open_picture,
 )
+from stages.classes.specification import ClassSpec
 from stages.system.refusal import Refused
 
 
@@ -25,8 +25,8 @@ def spec(folder: Path, caption: str | None = "a zork") -> ClassSpec:
     return ClassSpec(name="zorks", priority="top", images=folder, caption=caption)
 
 
-def save(path: Path, image: Image.Image | None = None, **words: object) -> Path:
-    (image or Image.new("RGB", (6, 4), "red")).save(path, **words)  # type: ignore[arg-type]
+def save(path: Path, image: Image.Image | None = None, **options: object) -> Path:
+    (image or Image.new("RGB", (6, 4), "red")).save(path, **options)  # type: ignore[arg-type]
     return path
 
 
@@ -34,17 +34,17 @@ def opened(path: Path) -> Image.Image:
     return open_picture(path.read_bytes(), path)
 
 
-def test_captions_lie_beside_the_files_and_a_class_can_speak_for_the_rest(tmp_path: Path) -> None:
+def test_captions_are_beside_the_files_and_the_caption_of_the_class_is_for_the_rest(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", "c.webp"):
         save(tmp_path / name)
     (tmp_path / "c.txt").write_text("  a zork\n on a   tree ")
-    found = list_photographs(spec(tmp_path))
-    assert [(one.file.name, one.text) for one in found] == [
+    photographs = list_photographs(spec(tmp_path))
+    assert [(one.file.name, one.text) for one in photographs] == [
         ("a.JPG", "a zork"),
         ("b.png", "a zork"),
         ("c.webp", "a zork on a tree"),
     ]
-    assert {one.class_name for one in found} == {"photograph@zorks"}
+    assert {one.class_name for one in photographs} == {"photograph@zorks"}
 
 
 def test_a_caption_loses_its_byte_order_mark_and_may_end_in_capitals(tmp_path: Path) -> None:
@@ -174,17 +174,17 @@ def huge(folder: Path) -> str:
     return r"a\.png: 8500 x 8500 pixels, at most \d+ are read - make it smaller"
 
 
-SLIPS = [missing_caption, empty_caption, caption_of_bytes, no_picture, another_format_in_disguise, cut, foreign_file]
-SLIPS += [caption_with_two_endings, caption_in_capitals, caption_of_two_pictures, caption_that_is_a_link_to_nothing]
-SLIPS += [caption_that_is_a_pipe, folder_inside]
-SLIPS += [empty_folder, sixteen_bits, bomb, huge]
+FAULTS = [missing_caption, empty_caption, caption_of_bytes, no_picture, another_format_in_disguise, cut, foreign_file]
+FAULTS += [caption_with_two_endings, caption_in_capitals, caption_of_two_pictures, caption_that_is_a_link_to_nothing]
+FAULTS += [caption_that_is_a_pipe, folder_inside]
+FAULTS += [empty_folder, sixteen_bits, bomb, huge]
 
 
-@pytest.mark.parametrize("slip", SLIPS)
-def test_each_slip_is_one_line_that_names_the_file(slip, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    told = slip(tmp_path)
-    with pytest.raises(Refused, match=told) as refusal:
-        list_photographs(spec(tmp_path, None if "caption" in slip.__name__ else "a zork"))
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_one_line_that_names_the_file(fault, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    message = fault(tmp_path)
+    with pytest.raises(Refused, match=message) as refusal:
+        list_photographs(spec(tmp_path, None if "caption" in fault.__name__ else "a zork"))
     assert "\n" not in str(refusal.value)
 
 
@@ -210,7 +210,7 @@ def test_a_damaged_file_is_opened_or_refused_and_never_anything_else(tmp_path: P
         assert refused > 30
 
 
-def test_a_picture_is_turned_as_the_camera_says(tmp_path: Path) -> None:
+def test_a_picture_is_turned_by_its_exif_orientation(tmp_path: Path) -> None:
     image = Image.new("RGB", (8, 4), "black")
     image.paste("white", (0, 0, 4, 4))
     exif = Image.Exif()
@@ -220,11 +220,11 @@ def test_a_picture_is_turned_as_the_camera_says(tmp_path: Path) -> None:
     assert [turned.getpixel((1, y)) for y in (1, 6)] == [(255, 255, 255), (0, 0, 0)]
 
 
-def test_what_is_transparent_is_white(tmp_path: Path) -> None:
+def test_transparent_pixels_become_white(tmp_path: Path) -> None:
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 255))
     image.paste((0, 0, 0, 0), (0, 0, 2, 4))
-    seen = opened(save(tmp_path / "a.png", image))
-    assert [seen.getpixel((x, 1)) for x in (0, 3)] == [(255, 255, 255), (255, 0, 0)]
+    rgb = opened(save(tmp_path / "a.png", image))
+    assert [rgb.getpixel((x, 1)) for x in (0, 3)] == [(255, 255, 255), (255, 0, 0)]
 
 
 def test_the_middle_square_is_kept_and_resampled(tmp_path: Path) -> None:
@@ -237,8 +237,8 @@ def test_the_middle_square_is_kept_and_resampled(tmp_path: Path) -> None:
 
 def test_a_photograph_that_changes_after_it_was_listed_is_refused(tmp_path: Path) -> None:
     file = save(tmp_path / "a.png")
-    found = list_photographs(spec(tmp_path))
-    assert load_photographs(found, 8).shape == (1, 3, 8, 8)
+    photographs = list_photographs(spec(tmp_path))
+    assert load_photographs(photographs, 8).shape == (1, 3, 8, 8)
     save(file, Image.new("RGB", (6, 4), "blue"))
     with pytest.raises(Refused, match=r"a\.png: changed while it was read"):
-        load_photographs(found, 8)
+        load_photographs(photographs, 8)
