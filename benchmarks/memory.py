@@ -1,8 +1,8 @@
 """What training needs on a card at SD1.5's size: `python -m benchmarks.memory [--config A.yaml --config B.yaml]`.
 
-Unless told otherwise, configs/sd15.yaml under each of configs/cards. Nothing is computed but bytes: one micro-batch
-runs forward and backward on tensors without content, and every storage that comes and goes is counted, checkpointing
-and autocast included. What is not counted: the card's own context, the allocator's gaps, convolutions' workspaces.
+By default configs/sd15.yaml under each of configs/cards. Only bytes are computed: one micro-batch runs forward and
+backward on tensors without content, and every storage is counted while it is held, checkpointing and autocast
+included. Not counted: the card's own context, the allocator's gaps, workspaces of convolutions.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from stages.train.optim import uses_muon
 from stages.train.setup import TrainConfig
 
 GIB = 2**30
-SENTENCE, LATENT = (77, CONTEXT), (4, 64, 64)
+PROMPT, LATENT = (77, CONTEXT), (4, 64, 64)
 BASE, CARDS = Path("configs/sd15.yaml"), Path("configs/cards")
 QUANTISED_FROM, QUANTISED_BLOCK = 4096, 256
 """bitsandbytes: a smaller tensor keeps 32-bit moments; each block of numbers has one scale of 4 bytes."""
 
 
 class StorageCounter(TorchDispatchMode):
-    """Counts the bytes of the storages that were made while the mode was on and are still held."""
+    """Counts the bytes of the storages that were allocated in this mode and are still held."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class StorageCounter(TorchDispatchMode):
         self._held: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What the function gives, with its storages counted in."""
-        made = function(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self.count_storage, made)
+        """The function's result, with its storages counted."""
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.count_storage, result)
         self.peak_bytes = max(self.peak_bytes, self.current_bytes)
-        return made
+        return result
 
     def count_storage(self, tensor: Tensor) -> None:
-        """Count a tensor's storage in, unless it is known."""
+        """Count a tensor's storage, unless it is counted already."""
         storage = tensor.untyped_storage()
         place, size = storage._cdata, storage.nbytes()
         if place not in self._held:
@@ -62,7 +62,7 @@ class StorageCounter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes on the card, all of them at the same moment: the fullest one of a step."""
+    """Bytes on the card at the peak of a step."""
 
     weights: int
     gradients: int
@@ -71,7 +71,7 @@ class MemoryUse:
     working: int
     """activations, and the weights' copies in autocast's precision"""
     teacher: int
-    """in fp32, for the pictures beside: unet, vae and text encoder"""
+    """in fp32, for the comparison grids: unet, vae and text encoder"""
 
     @property
     def total(self) -> int:
@@ -96,7 +96,7 @@ def size_of(module: nn.Module) -> int:
 
 
 def moment_bytes(name: str, parameter: nn.Parameter, kind: str) -> int:
-    """AdamW's two moments of a parameter, or the one of a matrix that Muon moves."""
+    """Bytes of AdamW's two moments of a parameter, or of Muon's one."""
     numbers = parameter.numel()
     if kind == "muon" and uses_muon(name, parameter):
         return 4 * numbers
@@ -106,27 +106,27 @@ def moment_bytes(name: str, parameter: nn.Parameter, kind: str) -> int:
 
 
 def working_bytes(student: Student, config: TrainConfig) -> int:
-    """The most that a micro-batch holds beside weights and gradients; the gradients are there from the step before."""
+    """The most that a micro-batch holds beside weights and gradients; gradients exist from the step before."""
     if config.gradient_checkpointing:
         student.unet.enable_gradient_checkpointing()
     if config.precision != "fp32":
-        compute_norms_as_a_gpu_does(student)
+        compute_norms_in_fp32(student)
     rows = config.batch_size // config.accumulate
     with StorageCounter() as live:
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)
             live.count_storage(parameter)
-        there = live.current_bytes
-        x, s, cond = torch.zeros(rows, *LATENT), torch.zeros(rows), torch.zeros(rows, *SENTENCE)
+        before = live.current_bytes
+        x, s, cond = torch.zeros(rows, *LATENT), torch.zeros(rows), torch.zeros(rows, *PROMPT)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision != "fp32"):
-            output = student(x, s, cond, torch.zeros(1, *SENTENCE))
+            output = student(x, s, cond, torch.zeros(1, *PROMPT))
         parts = [output.v_cond, output.v_uncond, *output.features.values()]
         torch.stack([part.square().mean() for part in parts]).sum().backward()
-    return live.peak_bytes - there
+    return live.peak_bytes - before
 
 
-def compute_norms_as_a_gpu_does(module: nn.Module) -> None:
-    """Autocast gives norms in fp32 on a GPU, on a CPU in the lower precision: there every second activation is half."""
+def compute_norms_in_fp32(module: nn.Module) -> None:
+    """As autocast does on a GPU; on a CPU it computes norms, and keeps activations, in the lower precision."""
     for part in module.modules():
         if isinstance(part, nn.GroupNorm | nn.LayerNorm):
             part.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
@@ -134,11 +134,11 @@ def compute_norms_as_a_gpu_does(module: nn.Module) -> None:
 
 def row(name: str, config: TrainConfig) -> str:
     """A line of the table."""
-    found = memory_use(config)
+    use = memory_use(config)
     how = [config.precision, config.optimizer.kind, "checkpointing" if config.gradient_checkpointing else "plain"]
     batch = f"{config.accumulate} x {config.batch_size // config.accumulate}"
-    parts = [f"{getattr(found, field.name) / GIB:.1f}" for field in fields(found)]
-    return f"| {name} | {', '.join(how)} | {batch} | " + " | ".join(parts) + f" | **{found.total / GIB:.1f}** |"
+    parts = [f"{getattr(use, field.name) / GIB:.1f}" for field in fields(use)]
+    return f"| {name} | {', '.join(how)} | {batch} | " + " | ".join(parts) + f" | **{use.total / GIB:.1f}** |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,13 +146,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, action="append", help="files of one configuration, later over earlier")
     parser.add_argument("options", nargs="*", help="after --, options of distill such as --train.batch-size 8")
-    said = parser.parse_args(argv)
-    asked = [said.config] if said.config else [[BASE, card] for card in sorted(CARDS.glob("*.yaml"))]
+    arguments = parser.parse_args(argv)
+    configurations = [arguments.config] if arguments.config else [[BASE, card] for card in sorted(CARDS.glob("*.yaml"))]
     print("GiB of a card, SD1.5's size, one process\n")
     print(f"| configuration | how | batch | {' | '.join(field.name for field in fields(MemoryUse))} | sum |")
     print("|---|---|---|" + "---|" * (len(fields(MemoryUse)) + 1))
-    for files in asked:
-        print(row(files[-1].stem, load(Config, "distill", files, said.options).train), flush=True)
+    for files in configurations:
+        print(row(files[-1].stem, load(Config, "distill", files, arguments.options).train), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """What a step of training costs, beside two other ways: `python -m benchmarks.training [--size full]`.
 
-shards   `fit` as the story calls it, both branches and features from a cache of random records, nobody judging.
-online   the very same, but velocities and features of both branches are asked of a frozen teacher at every step. Its
-         states are given: neither the solver that finds them, nor the VAE, nor the text encoder is in its time.
+shards   `fit` as `sollune distill` calls it: both branches and features from a cache of random records, no assessor.
+online   the same, but a frozen teacher predicts velocities and features of both branches at every step. Its states are
+         cached: neither the solver that makes them, nor the VAE, nor the text encoder is in its time.
 example  the loop of diffusers' training example on one branch, with twice the batch: as many rows through the UNet.
 
 They take turns. At full size (SD1.5's, random weights, gradient checkpointing, one state a step) each is a process of
-its own, which tells its peak memory; no checkpoint is written; and the online step is the sum of one from shards and
-one of the teacher's answers, because the two together do not fit into 23 GB. `--only shards` measures one of them.
-`--clock cpu` counts this process's own seconds, for a CPU that others use as well.
+its own, whose peak memory is measured; no checkpoint is written; and the online step is the sum of one from shards and
+one of the teacher's predictions, because both together do not fit into 23 GB. `--only shards` measures one of them.
+`--clock cpu` counts this process's CPU seconds, for a CPU that is shared.
 """
 
 import argparse
@@ -61,7 +61,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": now, "cpu": time.process_time}
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured: a UNet, the sentence that it hears, and how it is trained."""
+    """What is measured: a UNet, the length of its prompts, and its training."""
 
     full: bool
     steps: int
@@ -78,9 +78,9 @@ class Setup:
         """A new one, with gradient checkpointing at full size."""
         if not self.full:
             return UNet2DConditionModel.from_pretrained(EMBEDDED / "unet")
-        made = full_size.unet()
-        made.enable_gradient_checkpointing()
-        return made
+        unet = full_size.unet()
+        unet.enable_gradient_checkpointing()
+        return unet
 
 
 @dataclass
@@ -95,18 +95,18 @@ class LoopTiming:
 
 
 def records(setup: Setup, unet: UNet2DConditionModel, count: int) -> Iterator[Record]:
-    """Random numbers in the shape of this teacher's answers."""
+    """Random numbers in the shape of this teacher's predictions."""
     latent, width = unet.config["sample_size"], unet.config["cross_attention_dim"]
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
         x_t, v_cond, v_uncond = torch.randn(3, STATES_PER_RECORD, 4, latent, latent, generator=generator).half()
         k = torch.randint(1000, (STATES_PER_RECORD,), generator=generator)
-        draws = States(k, k / 1000, x_t, v_cond, v_uncond, torch.ones(STATES_PER_RECORD, dtype=torch.bool))
+        states = States(k, k / 1000, x_t, v_cond, v_uncond, torch.ones(STATES_PER_RECORD, dtype=torch.bool))
         features = {
             b: torch.randn(STATES_PER_RECORD, n, generator=generator).half() for b, n in feature_widths(unet).items()
         }
         cond = torch.randn(setup.tokens, width, generator=generator).half()
-        yield Record(f"{number:09d}", "a", "none", number, 5.0, cond, x_t[0], draws, BlockFeatures(features))
+        yield Record(f"{number:09d}", "a", "none", number, 5.0, cond, x_t[0], states, BlockFeatures(features))
 
 
 def reader_of(setup: Setup, unet: UNet2DConditionModel, folder: Path) -> Reader:
@@ -122,24 +122,24 @@ def from_shards(setup: Setup, device: torch.device) -> LoopTiming:
 
 
 def online(setup: Setup, device: torch.device) -> LoopTiming:
-    """The loop with a teacher in it; at full size the teacher alone, one answer for each step."""
+    """The loop with a teacher in it; at full size the teacher alone, one prediction for each step."""
     unet = setup.unet().eval().requires_grad_(False).to(device)
     schedule = NoiseSchedule.from_config(read_json(EMBEDDED / "scheduler" / "scheduler_config.json"))
     absent: Any = None
     teacher = Teacher(Components("", Path(), unet, absent, absent, absent, schedule), "hold")
 
-    def answered(batch: Batch) -> Batch:
-        given = batch.to(device, torch.float32)
-        said = teacher.predict(given.x_t, given.s, given.k, given.cond, torch.zeros_like(given.cond[:1]))
-        return replace(given, v_cond=said.v_cond, v_uncond=said.v_uncond, features=said.features)
+    def predicted(batch: Batch) -> Batch:
+        moved = batch.to(device, torch.float32)
+        output = teacher.predict(moved.x_t, moved.s, moved.k, moved.cond, torch.zeros_like(moved.cond[:1]))
+        return replace(moved, v_cond=output.v_cond, v_uncond=output.v_uncond, features=output.features)
 
     if not setup.full:
-        return measure_fit(setup, device, lambda reader: lambda start: map(answered, reader.batches(start)))
+        return measure_fit(setup, device, lambda reader: lambda start: map(predicted, reader.batches(start)))
     with tempfile.TemporaryDirectory() as folder:
         batches, seconds = reader_of(setup, unet, Path(folder)).batches(0), []
         for _ in range(setup.steps):
             batch, began = next(batches), setup.now()
-            answered(batch)
+            predicted(batch)
             seconds.append(setup.now() - began)
     return LoopTiming(seconds)
 
@@ -167,10 +167,10 @@ def measure_fit(setup: Setup, device: torch.device, batches_of: Callable[[Reader
 
     def timed(batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
-            asked = setup.now()
+            start = setup.now()
             batch = next(batches)
             arrived.append(setup.now())
-            waits.append(arrived[-1] - asked)
+            waits.append(arrived[-1] - start)
             yield batch
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as clocks:
@@ -207,8 +207,8 @@ def measure_contender(name: str, setup: Setup, device: str) -> LoopTiming:
     if not setup.full:
         return CONTENDERS[name](setup, device_of(device))
     # spawned, so that nothing of this process counts in its memory
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as one:
-        return one.submit(measure_in_process, name, setup, device).result()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(measure_in_process, name, setup, device).result()
 
 
 def measure_in_process(name: str, setup: Setup, device: str) -> LoopTiming:
@@ -218,16 +218,16 @@ def measure_in_process(name: str, setup: Setup, device: str) -> LoopTiming:
 
 def setup_of(full: bool, steps: int, batch_size: int, clock: str, optimizer: str) -> Setup:
     """The configuration of the size, for so many steps."""
-    words = ["--train.optimizer.kind", optimizer]
-    train = load(Config, "distill", [Path(f"configs/{'sd15' if full else 'tiny'}.yaml")], words).train
+    arguments = ["--train.optimizer.kind", optimizer]
+    train = load(Config, "distill", [Path(f"configs/{'sd15' if full else 'tiny'}.yaml")], arguments).train
     changes = {"batch_size": batch_size, "max_samples": steps * batch_size}
     return Setup(full, steps, 77 if full else 24, train.model_copy(update=changes), clock)
 
 
-def table(found: dict[str, list[LoopTiming]], setup: Setup) -> list[str]:
+def table(timings: dict[str, list[LoopTiming]], setup: Setup) -> list[str]:
     """Medians over the rounds; ratios are taken round by round."""
     lines = ["| loop | step | over ours | data wait | bookkeeping |", "|---|---|---|---|---|"]
-    steps = {name: [statistics.median(one.steps) for one in rounds] for name, rounds in found.items()}
+    steps = {name: [statistics.median(timing.steps) for timing in rounds] for name, rounds in timings.items()}
     if setup.full and {"shards", "online"} <= steps.keys():
         steps["online"] = [a + b for a, b in zip(steps["shards"], steps["online"], strict=True)]
     for name, seconds in steps.items():
@@ -236,17 +236,17 @@ def table(found: dict[str, list[LoopTiming]], setup: Setup) -> list[str]:
             ratios = [a / b for a, b in zip(seconds, steps["shards"], strict=True)]
             cells[1] = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         if name == "shards":
-            cells[2] = f"{statistics.median(one.waiting_share for one in found[name]):.2%}"
-            cells[3] = f"{statistics.median(one.bookkeeping_share for one in found[name]):.2%}"
+            cells[2] = f"{statistics.median(timing.waiting_share for timing in timings[name]):.2%}"
+            cells[3] = f"{statistics.median(timing.bookkeeping_share for timing in timings[name]):.2%}"
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
-def checkpoint_line(found: list[LoopTiming], setup: Setup) -> str:
+def checkpoint_line(timings: list[LoopTiming], setup: Setup) -> str:
     """What checkpoints cost, as often as the configuration writes them."""
-    seconds = statistics.median(one.checkpoint for one in found)
+    seconds = statistics.median(timing.checkpoint for timing in timings)
     between = setup.config.checkpoint_every_samples / setup.config.batch_size
-    share = seconds / (between * statistics.median(step for one in found for step in one.steps))
+    share = seconds / (between * statistics.median(step for timing in timings for step in timing.steps))
     return f"a checkpoint, written and read back: {seconds:.2f} s, every {between:.0f} steps: {share:.2%}"
 
 
@@ -256,35 +256,39 @@ def main() -> int:
     parser.add_argument("--size", choices=("tiny", "full"), default="tiny")
     parser.add_argument("--steps", type=int, help="of a turn (default: 41; 2 at full size)")
     parser.add_argument("--batch-size", type=int, help="states of a step (default: 32; 1 at full size)")
-    parser.add_argument("--optimizer", default="adamw", help="of our loop; the example always learns by AdamW")
+    parser.add_argument("--optimizer", default="adamw", help="of our loop; the example always trains with AdamW")
     parser.add_argument("--rounds", type=int, help="default: 5; 1 at full size")
     parser.add_argument("--only", choices=NAMES, action="append")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--device", default="auto")
-    said = parser.parse_args()
-    full = said.size == "full"
+    options = parser.parse_args()
+    full = options.size == "full"
     setup = setup_of(
-        full, said.steps or (2 if full else 41), said.batch_size or (1 if full else 32), said.clock, said.optimizer
+        full,
+        options.steps or (2 if full else 41),
+        options.batch_size or (1 if full else 32),
+        options.clock,
+        options.optimizer,
     )
-    found: dict[str, list[LoopTiming]] = {name: [] for name in said.only or NAMES}
-    for _ in range(said.rounds or (1 if full else 5)):
-        for name, rounds in found.items():
-            rounds.append(measure_contender(name, setup, said.device))
+    timings: dict[str, list[LoopTiming]] = {name: [] for name in options.only or NAMES}
+    for _ in range(options.rounds or (1 if full else 5)):
+        for name, rounds in timings.items():
+            rounds.append(measure_contender(name, setup, options.device))
             if full:
                 each = ", ".join(f"{seconds:.1f}" for seconds in rounds[-1].steps)
                 print(f"{name}: steps of {each} s, at most {rounds[-1].peak_bytes / 1e9:.2f} GB in memory", flush=True)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    turns = f"{setup.steps} steps a turn, {len(next(iter(found.values())))} rounds, {where}, {said.clock} clock"
-    print(f"\n{said.size}, {setup.config.batch_size} states a step, {turns}\n")
-    print("\n".join(table(found, setup)))
-    if "shards" not in found:
+    turns = f"{setup.steps} steps a turn, {len(next(iter(timings.values())))} rounds, {where}, {options.clock} clock"
+    print(f"\n{options.size}, {setup.config.batch_size} states a step, {turns}\n")
+    print("\n".join(table(timings, setup)))
+    if "shards" not in timings:
         return 0
     if not full:
-        print(f"\n{checkpoint_line(found['shards'], setup)}")
-    ours = found["shards"]
+        print(f"\n{checkpoint_line(timings['shards'], setup)}")
+    ours = timings["shards"]
     shares = [
-        statistics.median(one.waiting_share for one in ours),
-        statistics.median(one.bookkeeping_share for one in ours),
+        statistics.median(timing.waiting_share for timing in ours),
+        statistics.median(timing.bookkeeping_share for timing in ours),
     ]
     print(f"\nlimit of each share {LIMIT:.0%}")
     return 0 if max(shares) <= LIMIT else 1

@@ -1,6 +1,6 @@
-"""What the training example of diffusers does with a batch, one branch: noise, add_noise, UNet, mean square, update.
+"""The training step of diffusers' example, one branch: noise, add_noise, UNet, mean square, update.
 
-Its pictures and sentences are encoded already and its batches made, so none of its time is data's.
+Its pictures and prompts are encoded and its batches made beforehand, so its time is without data loading.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,11 +31,11 @@ def step_seconds(
     seconds = []
     for _ in range(steps):
         latents, cond = (part.to(accelerator.device) for part in next(batches))
-        began = now()
+        start = now()
         noise = torch.randn_like(latents)
         k = torch.randint(0, schedule.config["num_train_timesteps"], (len(latents),), device=latents.device)
-        said = unet(schedule.add_noise(latents, noise, k), k, cond, return_dict=False)[0]
-        loss = F.mse_loss(said.float(), noise.float(), reduction="mean")
+        output = unet(schedule.add_noise(latents, noise, k), k, cond, return_dict=False)[0]
+        loss = F.mse_loss(output.float(), noise.float(), reduction="mean")
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
@@ -43,5 +43,5 @@ def step_seconds(
         optimizer.zero_grad()
         average.step(accelerator.unwrap_model(unet).parameters())
         accelerator.gather(loss.detach().repeat(len(latents))).mean().item()
-        seconds.append(now() - began)
+        seconds.append(now() - start)
     return seconds

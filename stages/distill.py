@@ -1,4 +1,4 @@
-"""Story two: teach a velocity model what the teacher answered, from the shards alone."""
+"""`sollune distill`: train a velocity model on the teacher's cached predictions."""
 
 from dataclasses import replace
 from functools import partial
@@ -29,7 +29,7 @@ from stages.train.checkpoint import Resume
 from stages.train.loop import Hooks, fit
 from stages.train.objective import Objective, ObjectiveConfig, feature_scale
 from stages.train.runtime import Runtime, is_launched, launch
-from stages.train.setup import CLAIM_PURPOSE, TrainConfig, claim_on_main, fetch_checkpoint, refuse_launch, refuse_start
+from stages.train.setup import CLAIM_PURPOSE, TrainConfig, claim_on_main, refuse_launch, refuse_start, run_checkpoints
 from stages.train.validation import Validation, ValidationConfig
 
 
@@ -42,19 +42,19 @@ class Config(Strict):
     )
     target: Target = Field(
         "velocity",
-        description="velocity: of the straight path, told 1000 s; vp_v: v-prediction on the teacher's path, as the "
-        "original experiment had it (exported for DDIM and its kin)",
+        description="velocity: of the straight path, time input 1000 s; vp_v: v-prediction on the teacher's path, as "
+        "in the original experiment (exported for DDIM and related schedulers)",
     )
     graft: bool = Field(
         True, description="start from the closed-form graft of the time embedding; for target velocity alone"
     )
-    view: View = Field(View(), description="which samples of the cache are learnt from; all unless told")
+    view: View = Field(View(), description="which samples of the cache are trained on; all by default")
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="terms of the loss")
-    david: DavidConfig = Field(DavidConfig(), description="who judges the blocks, and what his word is worth")
+    david: DavidConfig = Field(DavidConfig(), description="the assessor of the blocks, and its influence on the loss")
     validation: ValidationConfig = Field(ValidationConfig(), description="states measured at each checkpoint")
-    grid: GridConfig = Field(GridConfig(), description="pictures drawn at each checkpoint")
-    hub: HubConfig = Field(HubConfig(), description="where the run is kept beyond this machine")
+    grid: GridConfig = Field(GridConfig(), description="comparison grid generated at each checkpoint")
+    hub: HubConfig = Field(HubConfig(), description="where the run is uploaded to")
     resume: Resume = Field("auto", description="auto: from the newest whole checkpoint; never: refuse a run's folder")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
     processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
@@ -62,27 +62,26 @@ class Config(Strict):
     @model_validator(mode="after")
     def _check_graft_target(self) -> "Config":
         if self.graft and self.target != "velocity":
-            raise ValueError("graft is for target velocity: a vp_v student is told the teacher's own steps")
+            raise ValueError("graft is for target velocity: a vp_v student takes the teacher's own steps")
         return self
 
 
 def run(config: Config) -> None:
-    """Train from wherever the run was left, then export, in as many processes as asked for; nothing is done twice."""
+    """Train from the last checkpoint on, then export, in `processes` processes; finished work is not repeated."""
     if config.processes == 1 or is_launched():
-        machine = Runtime(device_of(config.device), config.train.precision)
-        with machine.report_refusal_once():
-            distill(config, machine)
+        runtime = Runtime(device_of(config.device), config.train.precision)
+        with runtime.report_refusal_once():
+            distill(config, runtime)
         return
     refuse_claimed(config.run / "distill", CLAIM_PURPOSE)
-    _, teacher = find_teacher(
-        Origin.from_manifest(Manifest.open(config.run / "cache"), config.teacher).teacher_locations()
-    )
+    origin = Origin.from_manifest(Manifest.open(config.run / "cache"), config.teacher)
+    _, teacher = find_teacher(origin.teacher_locations())
     refuse_launch(config.train, config.processes, device_of(config.device), teacher, config.run / "cache")
     launch(config, "distill", config.processes)
 
 
 def distill(config: Config, runtime: Runtime) -> None:
-    """What each process does: refuse what cannot be done; then train, and export."""
+    """The work of each process: refuse what cannot be done, then train and export."""
     cache, folder, device = config.run / "cache", config.run / "distill", runtime.device
     seed, rank, world = config.train.seed, runtime.rank, runtime.world
     rows = runtime.local_batch_size(config.train.batch_size, config.train.accumulate)
@@ -92,16 +91,14 @@ def distill(config: Config, runtime: Runtime) -> None:
     held_out = Reader(cache, "validation", seed)
     origin = Origin.from_manifest(manifest, config.teacher, config.target)
     teacher = Teacher(load_run_teacher(origin, device, torch.float32), origin.tail)
+    schedule = teacher.components.schedule
+    exported = export_paths(origin, origin.export_facts(teacher.components, 0))
+    runtime.on_main(refuse_occupied, folder / "export", exported)
 
-    runtime.on_main(
-        refuse_occupied, folder / "export", export_paths(origin, origin.export_facts(teacher.components, 0))
-    )
-    student = Student.from_teacher(
-        teacher.components.unet, make_vp_bridge(config.target, teacher.components.schedule, origin.tail)
-    )
-    left = graft_time_embedding(student.unet, teacher.bridge) if config.graft else None
+    student = Student.from_teacher(teacher.components.unet, make_vp_bridge(config.target, schedule, origin.tail))
+    error = graft_time_embedding(student.unet, teacher.bridge) if config.graft else None
     runtime.print_on_main(
-        f"student: time embedding grafted, relative error {left:.3f}" if config.graft else "student: a plain copy"
+        f"student: time embedding grafted, relative error {error:.3f}" if config.graft else "student: a plain copy"
     )
     objective = Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins))
     identity = {
@@ -112,43 +109,41 @@ def distill(config: Config, runtime: Runtime) -> None:
         "david": config.david.model_dump(mode="json"),
     }
     runtime.on_main(refuse_start, student, objective, config.train, folder, runtime, identity, config.resume)
-    reader.batch(np.arange(1))  # a shard is read, and its content checked, when the first of it is asked for
+    reader.batch(np.arange(1))  # the content of a shard is checked when its first record is read
 
     validation = Validation(config.validation, held_out, reader, teacher)
     runtime.on_main(lambda: print(validation.summary(), flush=True))
-    steps = teacher.components.schedule.steps
     grids = comparison_grid_hook(teacher, config.grid, folder / "grids")
     hooks = Hooks(on_start=partial(save_settings, config, origin), validate=validation, on_checkpoint=grids)
-    with make_uploader(config.hub, folder, runtime.is_main) as courier, claim_on_main(folder, runtime):
-        # Before David is fitted, for it may be another run's.
-        runtime.on_main(
-            fetch_checkpoint, objective, config.train, folder, identity, config.resume, courier.fetch_checkpoint
-        )
-        judge = runtime.main_first(
-            make_block_weighter, config.david, reader, student.blocks, folder, seed, device, steps
+    with make_uploader(config.hub, folder, runtime.is_main) as uploader, claim_on_main(folder, runtime):
+        # Before David is fitted, because the checkpoint may be another run's.
+        checkpoints = run_checkpoints(folder, config.train, objective, identity)
+        runtime.on_main(checkpoints.fetch, uploader.fetch_checkpoint, config.resume)
+        weighter = runtime.main_first(
+            make_block_weighter, config.david, reader, student.blocks, folder, seed, device, schedule.steps
         )
         student = fit(
             student,
             objective,
-            judge.batches,
+            weighter.batches,
             teacher.uncond,
             config.train,
             folder,
             runtime=runtime,
             identity=identity,
-            hooks=replace(with_upload_hooks(hooks, courier), fetch_checkpoint=None),
-            block_weighter=judge,
+            hooks=replace(with_upload_hooks(hooks, uploader), fetch_checkpoint=None),
+            block_weighter=weighter,
             samples_per_epoch=reader.samples_per_epoch,
             resume=config.resume,
         )
-        runtime.print_on_main(judge.summary())
+        runtime.print_on_main(weighter.summary())
         runtime.on_main(export_student, config, origin, teacher, student)
-        courier.send_export(folder / "export")
+        uploader.send_export(folder / "export")
         runtime.close()
 
 
 def save_settings(config: Config, origin: Origin) -> None:
-    """Leave in the run folder all that it takes to do it again."""
+    """Save in the run folder what it takes to repeat the run."""
     folder = config.run / "distill"
     save_resolved(config, folder / "config.yaml", "distill")
     origin.save(folder)

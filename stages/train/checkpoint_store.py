@@ -1,11 +1,7 @@
-"""state.json: what a checkpoint says of itself, written last, under a seal, with the hashes of all its other files.
-
-Which checkpoints stay: the last few, one of every so many samples, and the best.
-
-The folder of checkpoints: each gets its name when it is whole, and loses it before it is deleted, in one step each.
+"""The folder of checkpoints, the metadata of each (`state.json`), and the rule which of them are kept.
 
 A checkpoint is hidden (.000012800.partial) until all of it was read back, and again (.000012800.gone) while it is
-deleted. So whatever has a final name was whole once, at whichever moment a process dies.
+deleted. Each renaming is atomic, so whatever has a final name was whole once, whenever a process dies.
 """
 
 import hashlib
@@ -34,28 +30,28 @@ class BrokenCheckpoint(Exception):
 
 @dataclass(frozen=True)
 class CheckpointMeta:
-    """What a checkpoint says of itself."""
+    """`state.json`: written last, sealed, with the hashes of all other files."""
 
     samples: int
     score: float | None
     """Validation error when it was written, the lower the better; None when none was measured."""
     identity: Mapping[str, Any]
-    """What its weights depend on besides `samples`: another run may not go on from it."""
+    """What its weights depend on besides `samples`; only a run of the same identity resumes from it."""
     files: Mapping[str, str]
     """sha256 of every other file."""
 
     def write(self, folder: Path) -> None:
-        """Write it into the folder that it speaks of."""
+        """Write it into the checkpoint's folder."""
         body = json.dumps({"schema": META_SCHEMA, **asdict(self)}, indent=1, allow_nan=False).removesuffix("\n}")
         (folder / META_FILE).write_text(append_seal(f"{body},\n"), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "CheckpointMeta":
-        """Raises `Broken` unless it is there, of this schema, and every bit of it is as it was written."""
+        """Raises `BrokenCheckpoint` unless it exists, has this schema, and no bit of it has changed."""
         try:
             content = (folder / META_FILE).read_bytes()
-            said = json.loads(content)
-            schema = said.pop("schema")
+            fields = json.loads(content)
+            schema = fields.pop("schema")
         except FileNotFoundError as error:
             raise BrokenCheckpoint(f"{META_FILE} is missing, so it was never finished") from error
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -64,11 +60,11 @@ class CheckpointMeta:
             raise BrokenCheckpoint(f"its schema is {schema}, this program reads {META_SCHEMA}")
         if seal_fault(content):
             raise BrokenCheckpoint(f"{META_FILE} is not the file that was written")
-        del said["sha256"]
+        del fields["sha256"]
         try:
-            return cls(**said)
+            return cls(**fields)
         except TypeError as error:
-            raise BrokenCheckpoint(f"{META_FILE} lacks something or says too much ({error})") from error
+            raise BrokenCheckpoint(f"{META_FILE} has missing or unknown fields ({error})") from error
 
 
 def samples_of(folder: Path) -> int:
@@ -77,12 +73,12 @@ def samples_of(folder: Path) -> int:
 
 
 def fault_of(folder: Path) -> str | None:
-    """Why this checkpoint cannot be trusted; None when every file was read and is what state.json says."""
+    """Why this checkpoint cannot be used; None when every file was read and has the hash in state.json."""
     try:
-        said = CheckpointMeta.read(folder)
-        if said.samples != samples_of(folder):
-            return f"{META_FILE} speaks of {said.samples} samples"
-        for name, expected in said.files.items():
+        meta = CheckpointMeta.read(folder)
+        if meta.samples != samples_of(folder):
+            return f"{META_FILE} is of {meta.samples} samples"
+        for name, expected in meta.files.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if sha256(folder / name) != expected:
@@ -108,13 +104,13 @@ def identity_differences(then: Any, now: Any, path: str = "") -> list[str]:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
+    """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 class KeepConfig(Strict):
-    """Which checkpoints stay; the best one always does, once a run has measured its error at checkpoints."""
+    """Which checkpoints stay; the one with the lowest validation error always does, if a run measures it."""
 
     last: int = Field(2, ge=1, description="newest checkpoints that stay")
     every_samples: int | None = Field(
@@ -123,25 +119,25 @@ class KeepConfig(Strict):
 
 
 def checkpoints_to_keep(scores: Mapping[int, float | None], keep: KeepConfig) -> set[int]:
-    """Those of the whole checkpoints on the disk that stay, each by its samples; `scores` holds their errors.
+    """The samples of those whole checkpoints that stay; `scores` maps the samples of each to its validation error.
 
     The lowest score is the best, the earlier one of two equals; None was not measured. Deciding after every save
-    leaves what deciding once at the end would, because whoever leaves once would never stay later.
+    leaves what deciding once at the end would, because a checkpoint that is deleted would never be kept later.
     """
     ordered = sorted(scores)
-    stay = set(ordered[-keep.last :])
+    kept = set(ordered[-keep.last :])
     if keep.every_samples is not None:
-        turns = groupby(ordered, key=lambda samples: samples // keep.every_samples)  # type: ignore[operator]
-        stay |= {next(found) for multiple, found in turns if multiple > 0}
+        intervals = groupby(ordered, key=lambda samples: samples // keep.every_samples)  # type: ignore[operator]
+        kept |= {next(members) for multiple, members in intervals if multiple > 0}
     measured = [(score, samples) for samples, score in scores.items() if score is not None]
-    return stay | {samples for _score, samples in sorted(measured)[:1]}
+    return kept | {samples for _score, samples in sorted(measured)[:1]}
 
 
 PARTIAL_SUFFIX, DISCARDED_SUFFIX = ".partial", ".gone"
 
 
 class CheckpointStore:
-    """The checkpoints that lie in a folder."""
+    """The checkpoints in a folder: listed, renamed and deleted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -152,9 +148,8 @@ class CheckpointStore:
         return sorted(path for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
 
     def list_unpublished(self) -> list[Path]:
-        """Every checkpoint that is whole but for its name, by age: `tidy` gives it one."""
-        hidden = sorted(self.folder.glob(f".[0-9]*{PARTIAL_SUFFIX}"))
-        return [partial for partial in hidden if fault_of(partial) is None]
+        """Every checkpoint that is whole but not renamed yet, by age: `recover` does that."""
+        return [partial for partial in self._list_partial() if fault_of(partial) is None]
 
     def path_of(self, samples: int) -> Path:
         """The final name of a checkpoint."""
@@ -165,16 +160,16 @@ class CheckpointStore:
         return self.folder / f".{samples:09d}{PARTIAL_SUFFIX}"
 
     def is_intact(self, folder: Path) -> bool:
-        """Whether this process has read all of it since anybody wrote to it, and found it whole."""
-        facts = [FileIdentity.from_stat(path.stat()) for path in sorted(folder.iterdir())]
-        if self._intact_stats.get(folder.name) != facts:
+        """Whether it is whole; read only once by this process, as long as no file changes."""
+        stats = [FileIdentity.from_stat(path.stat()) for path in sorted(folder.iterdir())]
+        if self._intact_stats.get(folder.name) != stats:
             if fault_of(folder) is not None:
                 return False
-            self._intact_stats[folder.name] = facts
+            self._intact_stats[folder.name] = stats
         return True
 
     def publish(self, partial: Path) -> Path:
-        """Give a whole checkpoint its final name; what stood there was passed over as broken, or is the same."""
+        """Rename a whole checkpoint to its final name; one that has it already is broken, or the same."""
         final = self.path_of(samples_of(partial))
         if final.exists():
             self.discard(final)
@@ -184,30 +179,30 @@ class CheckpointStore:
         return final
 
     def discard(self, folder: Path) -> None:
-        """Take a checkpoint's name away; `sweep` deletes it."""
+        """Rename a checkpoint, so that `delete_discarded` deletes it."""
         gone = self.folder / f".{folder.name}{DISCARDED_SUFFIX}"
         shutil.rmtree(gone, ignore_errors=True)
         folder.replace(gone)
         self._intact_stats.pop(folder.name, None)
 
     def delete_discarded(self) -> None:
-        """Delete what was discarded; what a network's disk will not let go yet goes the next time."""
+        """Delete what was discarded; what a network disk still holds is deleted the next time."""
         for gone in self.folder.glob(f".[0-9]*{DISCARDED_SUFFIX}"):
             shutil.rmtree(gone, ignore_errors=True)
 
     def rotate(self, newest: Path, keep: KeepConfig) -> None:
-        """Delete what need not stay, now that `newest` has been read back; a broken one takes nobody's place.
+        """Delete what is not kept, now that `newest` has been read back; a broken one does not count as kept.
 
-        Left alone is what is newer - broken, or it would have been taken - and what does not speak our schema.
+        Newer checkpoints (broken, or one would have been taken) and those of another schema are left alone.
         """
         scores: dict[int, float | None] = {}
         for folder in self.list_all():
             try:
-                said = CheckpointMeta.read(folder)
+                meta = CheckpointMeta.read(folder)
             except BrokenCheckpoint:
                 continue
             if samples_of(folder) <= samples_of(newest):
-                scores[samples_of(folder)] = said.score
+                scores[samples_of(folder)] = meta.score
         if scores.keys() != checkpoints_to_keep(scores, keep):
             whole = {samples: score for samples, score in scores.items() if self.is_intact(self.path_of(samples))}
             for samples in sorted(scores.keys() - checkpoints_to_keep(whole, keep)):
@@ -215,8 +210,8 @@ class CheckpointStore:
         self.delete_discarded()
 
     def recover(self) -> None:
-        """Finish what a killed process left half done: name what is whole, remove what is half there."""
-        for partial in sorted(self.folder.glob(f".[0-9]*{PARTIAL_SUFFIX}")):
+        """Finish the work of a killed process: rename what is whole, delete what is incomplete."""
+        for partial in self._list_partial():
             if fault_of(partial) is None:
                 print(f"{partial}: whole but for its name, which it gets")
                 self.publish(partial)
@@ -224,3 +219,6 @@ class CheckpointStore:
                 print(f"{partial}: half-written, removed")
                 shutil.rmtree(partial)
         self.delete_discarded()
+
+    def _list_partial(self) -> list[Path]:
+        return sorted(self.folder.glob(f".[0-9]*{PARTIAL_SUFFIX}"))

@@ -1,4 +1,4 @@
-"""A moving average of the weights whose memory is counted in samples."""
+"""An exponential moving average of the weights whose decay is counted in samples."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -14,13 +14,13 @@ from configs.values import Strict
 
 
 class EmaConfig(Strict):
-    """How far back the averaged weights remember.
+    """The profile of the average over past weights.
 
-    half_life is plain exponential decay, counted in samples; power is EDM2's profile, whose memory grows with the run.
+    half_life is plain exponential decay, counted in samples; power is EDM2's profile, whose width grows with the run.
     """
 
     profile: Literal["half_life", "power"] = Field(
-        "half_life", description="what a weight of the past counts: 2^-(age / half-life), or a power of its moment"
+        "half_life", description="importance of past weights: 2^-(age / half-life), or a power of the samples seen then"
     )
     half_life_samples: int = Field(
         8000, ge=1, description="half_life: samples after which a weight counts half in the average"
@@ -28,7 +28,7 @@ class EmaConfig(Strict):
     ramp_ratio: float = Field(
         0.05,
         gt=0,
-        description="half_life: it is at most this share of the samples seen, so that the start is forgotten",
+        description="half_life: its upper limit as a share of the samples seen, so that the start is forgotten",
     )
     sigma_rel: float = Field(
         0.05, gt=0, lt=12**-0.5, description="power: deviation of the profile, as a share of all samples seen"
@@ -36,9 +36,9 @@ class EmaConfig(Strict):
 
 
 def decay(config: EmaConfig, before: int, after: int) -> float:
-    """What is left of the average while the samples seen rise from `before` to `after`.
+    """The factor on the average while the samples seen rise from `before` to `after`.
 
-    Both profiles have decay(a, b) decay(b, c) = decay(a, c): the batch size never moves them.
+    Both profiles have decay(a, b) decay(b, c) = decay(a, c), so they do not depend on the batch size.
     """
     if before <= 0:
         return 0.0
@@ -59,7 +59,7 @@ def _half_life_decay(config: EmaConfig, before: int, after: int) -> float:
 
 
 def _power_decay(gamma: float, before: int, after: int) -> float:
-    """What the profile n^gamma leaves: (before / after)^(gamma + 1).
+    """(before / after)^(gamma + 1), of the profile n^gamma.
 
     Karras et al. 2024 (arXiv:2312.02696), section 3.1: their (1 - 1/t)^(gamma + 1), for a step of any size.
     """
@@ -67,7 +67,7 @@ def _power_decay(gamma: float, before: int, after: int) -> float:
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The exponent of the power profile whose deviation is this share of its length (same place, solved).
+    """The exponent of the power profile whose deviation is this share of its length (same section, solved).
 
     sigma_rel^2 = (gamma + 1) (gamma + 2)^-2 (gamma + 3)^-1 is a cubic; its largest root is the one above 0.
     """
@@ -76,18 +76,17 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 class Ema:
-    """The average of what is trained of a module, beside it; both in fp32, as master weights are."""
+    """The average of a module's trained parameters, in their dtype: fp32."""
 
     def __init__(self, module: nn.Module) -> None:
-        trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-        names, parameters = zip(*trained, strict=True)
-        self._names: tuple[str, ...] = names
-        self._parameters: list[Tensor] = list(parameters)
-        self._averages: list[Tensor] = [p.detach().clone() for p in parameters]
+        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._names = tuple(trained)
+        self._parameters: list[Tensor] = list(trained.values())
+        self._averages: list[Tensor] = [parameter.detach().clone() for parameter in trained.values()]
 
     @torch.no_grad()
     def update(self, decay_factor: float) -> None:
-        """average <- kept average + (1 - kept) weights."""
+        """average <- decay_factor average + (1 - decay_factor) weights."""
         torch._foreach_lerp_(self._averages, self._parameters, 1 - decay_factor)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -96,19 +95,19 @@ class Ema:
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over averages that `tensors` once gave."""
+        """Copy averages that `tensors` returned."""
         for name, average in zip(self._names, self._averages, strict=True):
             average.copy_(tensors[name])
 
     @torch.no_grad()
     def copy_to_module(self) -> None:
-        """Give the averages to the module, for good."""
+        """Overwrite the module's weights by the averages."""
         for parameter, average in zip(self._parameters, self._averages, strict=True):
             parameter.copy_(average)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Let the module wear the averages for a while; its own weights come back untouched, and nothing is copied."""
+        """Exchange the module's weights and the averages within the context; nothing is copied."""
         self._swap()
         try:
             yield

@@ -33,37 +33,21 @@ def guidance_error(
 
 @dataclass(frozen=True)
 class FeatureScale:
-    """How far each pooled channel of each block varies; apart for each of several equal bins of s."""
+    """Standard deviation of each pooled channel of each block, in each of several equal bins of s."""
 
     deviations: Mapping[str, Float[Tensor, "bins n"]]
 
-    @classmethod
-    def measure(
-        cls, features: Mapping[str, Float[Tensor, "m n"]], s: Float[Tensor, " m"], bins: int = 1
-    ) -> "FeatureScale":
-        """Standard deviations over m states; a bin with fewer than two of them takes those of all states."""
-        bin_index = bin_of_time(s, bins)
-        rows = [(bin_index == i).nonzero().squeeze(1) for i in range(bins)]
-        return cls({block: _deviations(feature.float(), rows) for block, feature in features.items()})
-
     def at(self, s: Float[Tensor, " b"]) -> Mapping[str, Float[Tensor, "b n"]]:
-        """The deviations that hold at these times."""
+        """The deviations at these times."""
         return {block: deviation[bin_of_time(s, len(deviation))] for block, deviation in self.deviations.items()}
 
     def to(self, device: torch.device) -> "FeatureScale":
-        """The same numbers on another device."""
+        """The same deviations on another device."""
         return FeatureScale({block: deviation.to(device) for block, deviation in self.deviations.items()})
 
 
-def _deviations(feature: Float[Tensor, "m n"], rows: list[Tensor]) -> Float[Tensor, "bins n"]:
-    overall = feature.std(dim=0)
-    return floor_deviations(
-        torch.stack([feature[index].std(dim=0) if len(index) > 1 else overall for index in rows]), overall
-    )
-
-
 def floor_deviations(per_bin: Float[Tensor, "bins n"], overall: Float[Tensor, " n"]) -> Float[Tensor, "bins n"]:
-    """Deviations of the bins, none below a hundredth of its block's: a channel that hardly moves would outweigh all."""
+    """Deviations of the bins, at least a hundredth of the block's mean, lest a nearly constant channel outweigh all."""
     return per_bin.clamp_min(DEVIATION_FLOOR * float(overall.mean()))
 
 

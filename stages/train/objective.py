@@ -1,9 +1,4 @@
-"""What the student is asked to match: both velocities, their guidance, and what each block says.
-
-How hard the block term pulls: by its weight alone, or held at a share of the whole pull on the weights.
-
-How far the teacher's features vary, read from the table of a cache.
-"""
+"""The training loss: both velocities, their guidance and the block term, with the weight of the block term."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,21 +50,19 @@ class ObjectiveConfig(Strict):
         {"up_3": 0.0}, description="weight w_b of single blocks within the block term; 1 for a block not named"
     )
     blocks_until: float | None = Field(
-        0.6,
-        gt=0,
-        description="share of training at which the block term has sunk to 0, in a straight line; none keeps it",
+        0.6, gt=0, description="share of training at which the block term has fallen to 0, linearly; none keeps it"
     )
     block_share: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="share of the gradient's norm at which the block term starts, and is held before it sinks: its "
-        "weight follows from measured gradients; none takes block_weight as it stands",
+        description="the block term's share of the gradient norm, before it falls: its weight follows from measured "
+        "gradients; none takes block_weight as it is",
     )
     loss_weighting: Literal["uniform", "min_snr", "vp"] = Field(
         "uniform",
-        description="weight w(s) of the velocity errors: 1; min((1 - s)^2, gamma s^2); or vp, s^2 + (1 - s)^2, which "
-        "makes of them errors of v-prediction on the teacher's path",
+        description="weight w(s) of the velocity errors: 1; min((1 - s)^2, gamma s^2); or vp, s^2 + (1 - s)^2: errors "
+        "of v-prediction on the teacher's path",
     )
     min_snr_gamma: float = Field(5.0, gt=0, description="gamma of the min_snr weighting, a signal-to-noise ratio")
 
@@ -82,9 +75,7 @@ class ObjectiveConfig(Strict):
 
     def annealed_block_weight(self, progress: float) -> float:
         """Weight of the block term after the share `progress` of training."""
-        if self.blocks_until is None:
-            return self.block_weight
-        return self.block_weight * max(0.0, 1 - progress / self.blocks_until)
+        return self.block_weight * (1 if self.blocks_until is None else max(0.0, 1 - progress / self.blocks_until))
 
     def time_weight(self, s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """w(s) of the velocity errors."""
@@ -95,25 +86,24 @@ class ObjectiveConfig(Strict):
 
 @dataclass(frozen=True)
 class Losses:
-    """One batch's loss: `total` and `rest` carry gradients, the other parts are for the journal and carry none."""
+    """The loss of one batch: only `total` and `rest` carry gradients; the other parts are for the journal."""
 
     total: Float[Tensor, ""]
     rest: Float[Tensor, ""]
-    """`total` without the block term, with its gradient."""
+    """`total` without the block term"""
     flow: Float[Tensor, ""]
     guidance: Float[Tensor, ""]
     blocks: Float[Tensor, " n_blocks"]
-    """Error of each block, before any weight but omega."""
+    """error of each block, importance-weighted"""
     flow_errors: Float[Tensor, " b"]
-    """Flow error of each sample, before any weight; so are the two below, which are 0 where no teacher was asked."""
+    """unweighted, as are the two below, which are 0 for rows without teacher predictions"""
     guidance_errors: Float[Tensor, " b"]
     block_errors: Float[Tensor, "n_blocks b"]
     importance_weight: Float[Tensor, " b"]
-    """What each sample weighed."""
 
     @classmethod
     def merge_chunks(cls, chunks: Sequence["Losses"]) -> "Losses":
-        """The losses of a batch from those of its equal chunks, for the journal: nothing carries a gradient."""
+        """The losses of a batch from those of its equal micro-batches; without gradients."""
         means = ("total", "rest", "flow", "guidance", "blocks")
         rows = ("flow_errors", "guidance_errors", "block_errors", "importance_weight")
         mean = {name: torch.stack([getattr(chunk, name).detach() for chunk in chunks]).mean(dim=0) for name in means}
@@ -123,8 +113,8 @@ class Losses:
 class Objective:
     """The loss of one batch.
 
-    `blocks` names the blocks in the order of the batch's features; `scale` is asked for by the standardised form.
-    Raises `Refused` when the configuration weighs a block that the cache does not have.
+    `blocks` names the blocks in the order of the batch's features; the standardised form needs `scale`.
+    Raises `Refused` when the configuration weights a block that the cache does not have.
     """
 
     def __init__(self, config: ObjectiveConfig, blocks: tuple[str, ...], scale: FeatureScale | None = None) -> None:
@@ -138,11 +128,11 @@ class Objective:
             raise ValueError("the standardised block form needs the deviations of the features")
 
     def to(self, device: torch.device) -> "Objective":
-        """The same objective, with its numbers on another device."""
+        """The same objective on another device."""
         return Objective(self.config, self.blocks, self.scale.to(device) if self.scale else None)
 
     def static_lambdas(self, device: torch.device) -> Float[Tensor, " n_blocks"]:
-        """w_b of every block: the weights when nobody assesses the student."""
+        """w_b of every block: its lambda without an assessor."""
         return torch.tensor([self.config.block_weights.get(block, 1.0) for block in self.blocks], device=device)
 
     def __call__(
@@ -154,11 +144,10 @@ class Objective:
         guidance_scales: Float[Tensor, " b"],
         importance_weight: Float[Tensor, " b"] | None = None,
     ) -> Losses:
-        """The loss of a batch, `block_weight` being that of the block term at present.
+        """The loss of a batch, with the present `block_weight` and the guidance scale w of each sample.
 
-        Rows that are learnt from their own picture count with the error of their conditional branch alone.
-        `scales` are the guidance scales w of the samples; `omega` weighs whole samples and is not normalised inside
-        the batch (mathematics.md section 4).
+        `importance_weight` weights whole samples and is not normalised inside the batch (mathematics.md section 4).
+        Rows with their own picture as target count with the error of their conditional branch alone.
         """
         config = self.config
         importance_weight = torch.ones_like(batch.s) if importance_weight is None else importance_weight
@@ -171,9 +160,11 @@ class Objective:
             flow_errors = torch.where(batch.own_guidance > 0, conditional, flow_errors)
         flow = (weights * flow_errors).mean()
 
-        guided_errors = guidance_error(output.v_cond - batch.v_cond, output.v_uncond - batch.v_uncond, guidance_scales)
-        guided_errors = _zero_without_teacher(guided_errors, batch)
-        guidance = (weights * guided_errors).mean()
+        guidance_errors = guidance_error(
+            output.v_cond - batch.v_cond, output.v_uncond - batch.v_uncond, guidance_scales
+        )
+        guidance_errors = _zero_without_teacher(guidance_errors, batch)
+        guidance = (weights * guidance_errors).mean()
 
         with torch.set_grad_enabled(block_weight > 0 and torch.is_grad_enabled()):
             by_block = _zero_without_teacher(self._block_errors(output, batch), batch)
@@ -183,20 +174,11 @@ class Objective:
         total = rest
         if block_weight > 0 and self.blocks:
             total = total + block_weight * (lambdas * blocks).sum()
-        return Losses(
-            total,
-            rest,
-            flow.detach(),
-            guidance.detach(),
-            blocks.detach(),
-            flow_errors.detach(),
-            guided_errors.detach(),
-            by_block.detach(),
-            importance_weight,
-        )
+        parts = (flow, guidance, blocks, flow_errors, guidance_errors, by_block, importance_weight)
+        return Losses(total, rest, *(part.detach() for part in parts))
 
     def sample_guidance_scales(self, count: int, generator: torch.Generator) -> Float[Tensor, " b"]:
-        """So many guidance scales, drawn on the CPU."""
+        """`count` guidance scales, uniform in `guidance_range`, drawn on the CPU."""
         lowest, highest = self.config.guidance_range
         return lowest + (highest - lowest) * torch.rand(count, generator=generator)
 
@@ -210,21 +192,21 @@ class Objective:
 
 
 def _conditional_target(output: Prediction, batch: Batch) -> Float[Tensor, "b c h w"]:
-    """What the conditional branch is to answer: what the teacher does, or what draws the row's own picture.
+    """The target of the conditional branch: the teacher's prediction, or the flow to the row's own picture.
 
-    A picture is to be drawn under guidance w, so v_u + w (v_c - v_u) = eps - x0, with the student's own v_u, which
-    does not learn from it: v_c = v_u + (eps - x0 - v_u) / w. So guidance at w becomes the flow from noise to such
-    pictures, where the teacher's guidance only bends another one (Chen et al. 2025, arXiv:2501.15420, train the guided
-    flow by this interpolation; here it trains the conditional one, and guidance stays free).
+    That picture is the target under guidance w, so v_u + w (v_c - v_u) = eps - x0 with the student's own v_u, which
+    gets no gradient from it: v_c = v_u + (eps - x0 - v_u) / w. Guidance at w is then the flow from noise to such
+    pictures, where the teacher's guidance only bends another flow (Chen et al. 2025, arXiv:2501.15420, train the
+    guided flow by this interpolation; here it trains the conditional one, and the guidance scale stays free).
     """
     if batch.own_guidance is None:
         return batch.v_cond
-    drawing = remove_guidance(batch.v_cond, output.v_uncond.detach(), batch.own_guidance.clamp_min(1))
-    return torch.where(per_sample(batch.own_guidance, drawing) > 0, drawing, batch.v_cond)
+    own = remove_guidance(batch.v_cond, output.v_uncond.detach(), batch.own_guidance.clamp_min(1))
+    return torch.where(per_sample(batch.own_guidance, own) > 0, own, batch.v_cond)
 
 
 def _zero_without_teacher(errors: Float[Tensor, "*n b"], batch: Batch) -> Float[Tensor, "*n b"]:
-    """The errors of the rows that the teacher answered; 0 for the others."""
+    """The errors of the rows with teacher predictions; 0 for the others."""
     own = batch.own_guidance
     return errors if own is None else torch.where(own > 0, torch.zeros_like(errors), errors)
 
@@ -235,7 +217,10 @@ MIN_FACTOR, MAX_FACTOR = 1e-3, 1e3
 
 
 class BlockTermWeight:
-    """The factor on the block term's weight, from gradients that are measured now and then; kept in the checkpoint."""
+    """The block term's weight: as configured, or held at a share of the gradient norm that is measured regularly.
+
+    Its state is kept in the checkpoint.
+    """
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config, self.factor, self._last_measured_samples = config, 1.0, -MEASURE_EVERY_SAMPLES
@@ -247,58 +232,54 @@ class BlockTermWeight:
     def measure(
         self, losses: Losses, progress: float, samples: int, parameters: Sequence[nn.Parameter]
     ) -> Sequence[Tensor]:
-        """Where that is due, two norms: of the gradient of everything else, and of the block term at block_weight.
+        """The gradient norms of the rest of the loss and of the block term at `block_weight`; () when not due.
 
         They add up over micro-batches and processes; only their ratio counts.
         """
-        weight = self.weight(progress)
-        if (
-            self.config.block_share is None
-            or weight <= 0
-            or samples - self._last_measured_samples < MEASURE_EVERY_SAMPLES
-        ):
+        weight, age = self.weight(progress), samples - self._last_measured_samples
+        if self.config.block_share is None or weight <= 0 or age < MEASURE_EVERY_SAMPLES:
             return ()
         rest = _gradient_norm(losses.rest, parameters)
         return rest, _gradient_norm(losses.total - losses.rest, parameters) * self.config.block_weight / weight
 
     def update(self, gradient_norms: Sequence[Tensor], samples: int) -> None:
-        """Take in what was measured, if anything; the factor holds from the next step on.
+        """Set the factor for the next steps from norms that were measured, if any.
 
-        factor = share / (1 - share) |g| / |g_b|: the geometric mean of what is measured and what was, so that a single
-        step moves it half.
+        factor = share / (1 - share) |g| / |g_b|, averaged geometrically with the previous factor, because the norms of
+        one step are noisy.
         """
         share = self.config.block_share
         if not gradient_norms or share is None:
             return
         rest, blocks = gradient_norms
         if bool(torch.isfinite(rest) & torch.isfinite(blocks)) and float(blocks) > 0:
-            found = float(share / (1 - share) * rest / blocks)
-            first = self._last_measured_samples < 0
-            self.factor = min(MAX_FACTOR, max(MIN_FACTOR, found if first else (found * self.factor) ** 0.5))
+            factor = float(share / (1 - share) * rest / blocks)
+            is_first = self._last_measured_samples < 0
+            self.factor = min(MAX_FACTOR, max(MIN_FACTOR, factor if is_first else (factor * self.factor) ** 0.5))
         self._last_measured_samples = samples
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a step changes."""
+        """The factor, and when it was measured."""
         return {"factor": self.factor, "measured_at": self._last_measured_samples}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` once gave."""
+        """Load what `state_dict` returned."""
         self.factor, self._last_measured_samples = float(state["factor"]), int(state["measured_at"])
 
 
 def _gradient_norm(loss: Float[Tensor, ""], parameters: Sequence[nn.Parameter]) -> Float[Tensor, ""]:
-    """Norm of a loss's gradient over all parameters; the graph stays."""
+    """Norm of a loss's gradient over all parameters; the graph is kept."""
     gradients = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
     return nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
 
 
 def feature_scale(cache: Path, bins: int) -> FeatureScale:
-    """Deviations of every pooled channel over the training split, apart for each bin of s."""
-    found = Table.open(cache).statistics(bins)
-    return FeatureScale({block: _deviations(statistics) for block, statistics in found.items()})
+    """Standard deviations of every pooled channel over the training split, in each bin of s."""
+    blocks = Table.open(cache).statistics(bins)
+    return FeatureScale({block: feature_deviations(statistics) for block, statistics in blocks.items()})
 
 
-def _deviations(statistics: Statistics) -> Float[Tensor, "bins n"]:
-    """A bin with fewer than two states takes the deviations of all states."""
+def feature_deviations(statistics: Statistics) -> Float[Tensor, "bins n"]:
+    """Those of one block; a bin with fewer than two states takes the deviations of all states."""
     overall = statistics.merge_bins().std()
     return floor_deviations(torch.where(statistics.count > 1, statistics.std(), overall), overall[0]).float()

@@ -1,9 +1,4 @@
-"""The optimizer and its learning rate, which is a function of the samples seen and of nothing else.
-
-Rates of the blocks by which each moves by the same share of its weights.
-
-How far one step moves the weights of each block, from a sample of them: any optimizer, next to no time.
-"""
+"""The optimizer, its learning rate (a function of the samples seen alone), and how far it moves each block."""
 
 import importlib
 import math
@@ -22,9 +17,9 @@ from stages.train.muon import SINGLE_PROCESS, MuonWithAdamW, ProcessGroup
 
 BLOCK_PATTERN = re.compile(r"\b(?:(down|up)_blocks\.(\d+)|(mid)_block)\.")
 REST_BLOCK = "rest"
-"""What lies in no block: the first and last convolution and the time embedding."""
+"""The parameters outside the blocks: the first and last convolution and the time embedding."""
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
-"""Devices on which torch has AdamW in its fused form."""
+"""Devices on which torch has a fused AdamW."""
 
 
 class OptimizerConfig(Strict):
@@ -32,7 +27,7 @@ class OptimizerConfig(Strict):
 
     kind: Literal["adamw", "adamw_8bit", "muon"] = Field(
         "adamw",
-        description="adamw keeps two numbers of four bytes a weight, adamw_8bit two of one byte (extra 8bit); muon one "
+        description="adamw keeps two moments of four bytes a weight, adamw_8bit two of one byte (extra 8bit); muon one "
         "for the matrices of the blocks, and is AdamW elsewhere",
     )
     learning_rate: float = Field(1e-4, gt=0, description="highest learning rate, reached after the warm-up")
@@ -43,9 +38,8 @@ class OptimizerConfig(Strict):
     warmup_samples: int = Field(3200, ge=0, description="samples over which the learning rate rises from 0")
     block_rates: Mapping[str, Annotated[float, Field(ge=0)]] | Literal["balanced"] = Field(
         {},
-        description=f"learning rate of single blocks (or of the {REST_BLOCK}) over the others', 1 for a block not "
-        "named; "
-        "balanced: whatever moves every block by the same share of its weights",
+        description=f"factor on the learning rate of single blocks (or of the {REST_BLOCK}), 1 for a block not named; "
+        "balanced: factors that move every block by the same share of its weights",
     )
     final_share: float = Field(0.0, ge=0, le=1, description="share of learning_rate left at the end of the cosine")
 
@@ -57,25 +51,30 @@ class OptimizerConfig(Strict):
 
 
 def learning_rate(config: OptimizerConfig, samples: float, max_samples: int) -> float:
-    """The rate after `samples` of `max_samples`: a straight rise, then half a cosine down to the final share."""
+    """The rate after `samples` of `max_samples`: a linear rise, then half a cosine down to the final share."""
     if samples < config.warmup_samples:
         return config.learning_rate * samples / config.warmup_samples
-    left = max(1, max_samples - config.warmup_samples)
-    way = min(1.0, (samples - config.warmup_samples) / left)
-    falling = 0.5 * (1 + math.cos(math.pi * way))
-    return config.learning_rate * (config.final_share + (1 - config.final_share) * falling)
+    progress = min(1.0, (samples - config.warmup_samples) / max(1, max_samples - config.warmup_samples))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * (config.final_share + (1 - config.final_share) * cosine)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of the next step, in each group times its share."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["share"]
 
 
 def block_of(parameter: str) -> str:
-    """The block in which a parameter of this name lies: down_0 ... up_3, mid, or the rest."""
-    found = BLOCK_PATTERN.search(parameter)
-    if not found:
+    """The block of a parameter with this name: down_0 ... up_3, mid, or the rest."""
+    match = BLOCK_PATTERN.search(parameter)
+    if not match:
         return REST_BLOCK
-    return found[3] or f"{found[1]}_{found[2]}"
+    return match[3] or f"{match[1]}_{match[2]}"
 
 
 def uses_muon(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon is meant for a parameter: for hidden layers, so neither biases nor the first and last one."""
+    """Whether Muon updates a parameter: the weights of hidden layers; no biases, not the first and last layer."""
     return parameter.ndim > 1 and block_of(name) != REST_BLOCK
 
 
@@ -84,15 +83,18 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of these parameters; one group for each rate, or for each block when they are balanced.
 
-    Muon's work is shared among the processes that hold the same parameters and gradients.
+    Muon's work is shared among the processes of the group, which hold the same parameters and gradients.
 
-    Raises `Refused` for the rate of a block that no parameter lies in, and for 8 bits without their library.
+    Raises `Refused` for the rate of a block without parameters, and for 8 bits without bitsandbytes.
     """
-    _refuse_unknown_blocks(config, parameters)
+    known = sorted({block_of(name) for name in parameters})
+    for block in config.block_rates if config.block_rates != "balanced" else ():
+        if block not in known:
+            raise Refused(f"optimizer.block_rates.{block}: no such block - {did_you_mean(block, known)}")
     options: dict[str, Any] = {"lr": config.learning_rate} | config.model_dump(include={"betas", "eps", "weight_decay"})
     if config.kind == "adamw_8bit":
         return _adamw_8bit(_groups(config, parameters), options)
-    # The fused form is one pass over memory on a CPU as well, and makes no copies.
+    # The fused form makes one pass over memory, on a CPU too, and no copies.
     options["fused"] = all(parameter.device.type in FUSED_DEVICES for parameter in parameters.values())
     if config.kind == "muon":
         matrices = {name: p for name, p in parameters.items() if uses_muon(name, p)}
@@ -101,28 +103,19 @@ def build_optimizer(
     return torch.optim.AdamW(_groups(config, parameters), **options)
 
 
-def _refuse_unknown_blocks(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> None:
-    known = sorted({block_of(name) for name in parameters})
-    for block in config.block_rates if config.block_rates != "balanced" else ():
-        if block not in known:
-            raise Refused(f"optimizer.block_rates.{block}: no such block - {did_you_mean(block, known)}")
-
-
 def _groups(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameters that go at one rate, and its share of the learning rate."""
-    blocks = {name: block_of(name) for name in parameters}
-    shares: dict[str | float, list[nn.Parameter]] = {}
-    if config.block_rates == "balanced":
-        for name, parameter in parameters.items():
-            shares.setdefault(blocks[name], []).append(parameter)
-        return [{"params": listed, "share": 1.0} for listed in shares.values()]
+    """Parameters with one rate, and its share of the learning rate; one group for each block when balanced."""
+    groups: dict[str | float, dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        shares.setdefault(config.block_rates.get(blocks[name], 1.0), []).append(parameter)
-    return [{"params": listed, "share": share} for share, listed in shares.items()]
+        block = block_of(name)
+        share = 1.0 if config.block_rates == "balanced" else config.block_rates.get(block, 1.0)
+        key = block if config.block_rates == "balanced" else share
+        groups.setdefault(key, {"params": [], "share": share})["params"].append(parameter)
+    return list(groups.values())
 
 
 def _adamw_8bit(groups: list[dict[str, Any]], options: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """AdamW with moments quantised in blocks of 256 (Dettmers et al. 2022); tensors below 4096 numbers stay as ever."""
+    """AdamW with moments quantised in blocks of 256 (Dettmers et al. 2022); not for tensors below 4096 elements."""
     try:
         bitsandbytes: Any = importlib.import_module("bitsandbytes")
     except ImportError as error:
@@ -134,21 +127,15 @@ def _adamw_8bit(groups: list[dict[str, Any]], options: Mapping[str, Any]) -> tor
     return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Let the next step go at this rate, in each group times its share."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["share"]
-
-
 REBALANCE_EVERY_SAMPLES = 1280
-"""A balance costs about five of the optimizer's own steps."""
+"""Each time costs about five of the optimizer's own steps."""
 MIN_SHARE, MAX_SHARE = 0.1, 10.0
 
 
 def rebalance(config: OptimizerConfig, optimizer: torch.optim.Optimizer, before: int, after: int) -> None:
-    """Set the shares of `balanced` blocks anew where that is due while the samples seen rise from `before` to `after`.
+    """After a step from `before` to `after` samples: update the shares of `balanced` blocks, if due.
 
-    Called after the step. The shares lie in the optimizer's groups, and so in every checkpoint.
+    The shares are in the optimizer's groups, and so in every checkpoint.
     """
     if config.block_rates == "balanced" and after // REBALANCE_EVERY_SAMPLES > before // REBALANCE_EVERY_SAMPLES:
         for group, share in zip(optimizer.param_groups, balanced_shares(optimizer), strict=True):
@@ -159,13 +146,13 @@ def rebalance(config: OptimizerConfig, optimizer: torch.optim.Optimizer, before:
 def balanced_shares(optimizer: torch.optim.Optimizer) -> list[float]:
     """For each group, the share of the learning rate at which |dw| / |w| is that of all weights together.
 
-    share_b = (|w_b| / |u_b|) (|u| / |w|), within LEAST and MOST, where u is the step at rate 1: LAMB's trust ratio
-    (You et al. 2020, algorithm 2) of a block instead of a tensor, times one factor for all blocks that keeps |dw| what
-    it was, so that the learning rate keeps its meaning. 1 where a block has no weights or does not move, as there.
+    share_b = (|w_b| / |u_b|) (|u| / |w|), within MIN_SHARE and MAX_SHARE, where u is the step at rate 1: LAMB's trust
+    ratio (You et al. 2020, algorithm 2) of a block instead of a tensor, times one factor for all blocks that keeps |dw|
+    unchanged, so that the learning rate keeps its meaning. 1 where a block is zero or does not move, as there.
     """
     w2, u2 = torch.stack([_squared_norms(optimizer, group) for group in optimizer.param_groups]).unbind(dim=1)
-    found = (w2 / u2 * (u2.sum() / w2.sum())).sqrt().clamp(MIN_SHARE, MAX_SHARE)
-    return torch.where((w2 > 0) & (u2 > 0), found, 1.0).tolist()
+    shares = (w2 / u2 * (u2.sum() / w2.sum())).sqrt().clamp(MIN_SHARE, MAX_SHARE)
+    return torch.where((w2 > 0) & (u2 > 0), shares, 1.0).tolist()
 
 
 def _squared_norms(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Float[Tensor, "2"]:
@@ -176,12 +163,12 @@ def _squared_norms(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> F
 
 def _weights_and_updates(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """Each weight of a group and AdamW's step at rate 1, from its moments: m / (sqrt(v) + eps) + decay w."""
-    one, two = group["betas"]
+    beta1, beta2 = group["betas"]
     for weight in group["params"]:
         state = optimizer.state[weight]
         if state:
-            m = state["exp_avg"] / (1 - one ** state["step"])
-            v = state["exp_avg_sq"] / (1 - two ** state["step"])
+            m = state["exp_avg"] / (1 - beta1 ** state["step"])
+            v = state["exp_avg_sq"] / (1 - beta2 ** state["step"])
             yield weight, m / (v.sqrt() + group["eps"]) + group["weight_decay"] * weight
         else:
             yield weight, torch.zeros_like(weight)
@@ -191,10 +178,10 @@ MAX_SAMPLED_WEIGHTS = 4096
 
 
 class UpdateRatios:
-    """|dw| / |w| by block, between two moments.
+    """|dw| / |w| by block, between `record_weights` and `ratios`.
 
-    Of each parameter about `MOST_PER_PARAMETER` weights, evenly spaced, are looked at, and counted for the others: no
-    copy of all weights is held, and no state of the optimizer is asked for.
+    Estimated from about `MAX_SAMPLED_WEIGHTS` evenly spaced weights of each parameter, so that no copy of all weights
+    is held; it works with any optimizer.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -202,22 +189,22 @@ class UpdateRatios:
         self._recorded: dict[str, Tensor] = {}
 
     def record_weights(self) -> None:
-        """The first moment: just before a step."""
+        """Copy the sampled weights; called just before a step."""
         self._recorded = {name: _sample_weights(parameter).clone() for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
     def ratios(self) -> dict[str, float]:
-        """The ratios since then, which is forgotten; nothing where no moment was remembered."""
+        """The ratios since `record_weights`, whose copy is dropped; empty without one."""
         if not self._recorded:
             return {}
-        then = list(self._recorded.values())
-        moved = torch._foreach_sub([_sample_weights(self._parameters[name]) for name in self._recorded], then)
-        norms = torch.stack([torch.stack(torch._foreach_norm(few)) for few in (moved, then)])
+        before = list(self._recorded.values())
+        moved = torch._foreach_sub([_sample_weights(self._parameters[name]) for name in self._recorded], before)
+        norms = torch.stack([torch.stack(torch._foreach_norm(sampled)) for sampled in (moved, before)])
         squares = norms.double().square().cpu()
         blocks: dict[str, Tensor] = {}
-        for column, (name, few) in enumerate(self._recorded.items()):
-            counted = squares[:, column] * (self._parameters[name].numel() / few.numel())
-            blocks[block_of(name)] = blocks.get(block_of(name), 0.0) + counted
+        for column, (name, sampled) in enumerate(self._recorded.items()):
+            scaled = squares[:, column] * (self._parameters[name].numel() / sampled.numel())
+            blocks[block_of(name)] = blocks.get(block_of(name), 0.0) + scaled
         self._recorded = {}
         return {block: float((moved / whole).sqrt()) for block, (moved, whole) in sorted(blocks.items())}
 
@@ -226,6 +213,6 @@ def _sample_weights(parameter: nn.Parameter) -> Tensor:
     """Evenly spaced weights in the order of memory, whatever the memory format."""
     stride = -(-parameter.numel() // MAX_SAMPLED_WEIGHTS)
     while math.gcd(stride, parameter.numel()) > 1 and stride > 1:
-        stride += 1  # a stride that divides a dimension would meet the same place of every kernel
-    few = -(-parameter.numel() // stride)
-    return parameter.detach().as_strided((few,), (stride,), parameter.storage_offset())
+        stride += 1  # a stride that divides a dimension would sample one place of every kernel
+    count = -(-parameter.numel() // stride)
+    return parameter.detach().as_strided((count,), (stride,), parameter.storage_offset())

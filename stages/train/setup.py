@@ -1,9 +1,4 @@
-"""All that steers a run of training.
-
-What is refused before a run of training writes anything: another run's folder, a batch, a library, a full disk.
-
-How many processes can share a run's batches on this machine.
-"""
+"""The configuration and the identity of a training run, and what is refused before it writes anything."""
 
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +19,7 @@ from stages.nets.student import Student
 from stages.system.memory import refuse_too_many
 from stages.system.ownership import claim_folder
 from stages.system.refusal import Refused
-from stages.train.checkpoint import CheckpointFetcher, Checkpoints, Resume
+from stages.train.checkpoint import Checkpoints, Resume
 from stages.train.checkpoint_store import KeepConfig
 from stages.train.ema import EmaConfig
 from stages.train.objective import Objective
@@ -43,11 +38,11 @@ class TrainConfig(Strict):
     batch_size: int = Field(
         32, ge=1, description="states a step, of all processes; the student sees each of them under both branches"
     )
-    seed: int = Field(0, description="seed of the order of the data and of every draw in training")
+    seed: int = Field(0, description="seed of the order of the data and of every random number in training")
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     embedding_jitter: float = Field(
-        0.5, ge=0, description="half-width of the jitter on the time that the student is told, 0 to 1000"
+        0.5, ge=0, description="half-width of the jitter on the student's time input, 0 to 1000"
     )
     precision: Precision = Field(
         "fp32",
@@ -82,6 +77,7 @@ class TrainConfig(Strict):
         return self.steps * self.batch_size
 
 
+CLAIM_PURPOSE = "train in"
 NON_IDENTITY_FIELDS = {
     "journal_every_samples",
     "checkpoint_every_samples",
@@ -90,9 +86,17 @@ NON_IDENTITY_FIELDS = {
     "spike_sigmas",
     "tracking",
 }
-CLAIM_PURPOSE = "train in"
 ARITHMETIC_FIELDS = {"accumulate", "gradient_checkpointing", "compile", "channels_last"}
-"""Free to change as well, but not without a word: a run goes on with other last bits."""
+"""No part of the identity either, but a change is printed: a resumed run has other last bits."""
+
+
+def run_checkpoints(
+    folder: Path, config: TrainConfig, objective: Objective, identity: Mapping[str, Any]
+) -> Checkpoints:
+    """The checkpoints of a run folder; `identity` is what the weights depend on beyond `config` and objective."""
+    train = config.model_dump(mode="json", exclude=NON_IDENTITY_FIELDS | ARITHMETIC_FIELDS)
+    identity = {**identity, "train": train, "objective": objective.config.model_dump(mode="json")}
+    return Checkpoints(folder / "checkpoints", identity, config.keep)
 
 
 def refuse_start(
@@ -105,40 +109,21 @@ def refuse_start(
     resume: Resume = "auto",
     unknown_keys: Collection[str] = (),
 ) -> None:
-    """Raise `Refused` for whatever `fit` would refuse of the same words before its first step; nothing changes.
+    """Raise `Refused` for whatever `fit` would refuse before its first step; nothing changes.
 
-    `unsettled` names what of the identity is not known yet.
+    `unknown_keys` names the keys of the identity that are not known yet.
     """
     runtime.local_batch_size(config.batch_size, config.accumulate)
     build_optimizer(config.optimizer, trainable_parameters(student))
     refuse_missing_trackers(config.tracking)
-    checkpoints = Checkpoints(folder / "checkpoints", run_identity(config, objective, identity), config.keep)
+    checkpoints = run_checkpoints(folder, config, objective, identity)
     checkpoints.refuse_other_runs(resume, unknown_keys)
     checkpoints.refuse_small_disk(checkpoint_bytes(student))
 
 
-def fetch_checkpoint(
-    objective: Objective,
-    config: TrainConfig,
-    folder: Path,
-    identity: Mapping[str, Any],
-    resume: Resume,
-    fetcher: CheckpointFetcher,
-) -> None:
-    """Bring the checkpoint that is kept elsewhere, where none is whole here; `Refused` when it is another run's."""
-    checkpoints = Checkpoints(folder / "checkpoints", run_identity(config, objective, identity), config.keep)
-    checkpoints.fetch(fetcher, resume)
-
-
 def claim_on_main(folder: Path, runtime: Runtime) -> AbstractContextManager[None]:
-    """The run folder, claimed by the main process for all of a run's processes; see `claimed`."""
+    """The run folder, claimed by the main process for all processes of a run; see `claim_folder`."""
     return claim_folder(folder, CLAIM_PURPOSE) if runtime.is_main else nullcontext()
-
-
-def run_identity(config: TrainConfig, objective: Objective, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run must have in common with the one that it continues."""
-    train = config.model_dump(mode="json", exclude=NON_IDENTITY_FIELDS | ARITHMETIC_FIELDS)
-    return {**identity, "train": train, "objective": objective.config.model_dump(mode="json")}
 
 
 def trainable_parameters(student: Student) -> dict[str, nn.Parameter]:
@@ -149,34 +134,31 @@ def trainable_parameters(student: Student) -> dict[str, nn.Parameter]:
 BYTES_OF_TEACHER_AND_STUDENT = 4 + 4
 BYTES_OF_GRADIENT_AND_AVERAGE = 4 + 4
 BYTES_OF_MOMENTS = {"adamw": 8, "adamw_8bit": 2, "muon": 4}
-"""Of each number of the UNet, at least, in every process."""
+"""Of each parameter of the UNet, at least, in every process."""
 
 
 def refuse_launch(
     train: TrainConfig, processes: int, device: torch.device, teacher: Path, cache: Path, *, adapters_only: bool = False
 ) -> None:
-    """Raise `Refused` unless each process gets rows of every batch, and this machine holds so many; none is started."""
-    if slip := batch_split_error(train.batch_size, processes, train.accumulate):
-        raise Refused(f"processes = {processes}: {slip}, or other processes")
+    """Raise `Refused` unless each process gets rows of every batch, and the device's memory is enough for all."""
+    if error := batch_split_error(train.batch_size, processes, train.accumulate):
+        raise Refused(f"processes = {processes}: {error}, or other processes")
     if device.type == "cuda" and processes > torch.cuda.device_count():
         raise Refused(f"processes = {processes}: there are {torch.cuda.device_count()} GPUs - one process for each")
-    held = 0 if adapters_only else BYTES_OF_GRADIENT_AND_AVERAGE + BYTES_OF_MOMENTS[train.optimizer.kind]
-    read = sum(shard.bytes for shard in Manifest.open(cache).shards_of("train"))
-    refuse_too_many(
-        "processes",
-        processes,
-        count_parameters(teacher) * (BYTES_OF_TEACHER_AND_STUDENT + held)
-        + (read if read <= DEFAULT_MEMORY_BUDGET_BYTES else 0),
-        device,
-    )
+    bytes_of_parameter = BYTES_OF_TEACHER_AND_STUDENT
+    if not adapters_only:
+        bytes_of_parameter += BYTES_OF_GRADIENT_AND_AVERAGE + BYTES_OF_MOMENTS[train.optimizer.kind]
+    cache_bytes = sum(shard.bytes for shard in Manifest.open(cache).shards_of("train"))
+    held_bytes = cache_bytes if cache_bytes <= DEFAULT_MEMORY_BUDGET_BYTES else 0
+    refuse_too_many("processes", processes, count_parameters(teacher) * bytes_of_parameter + held_bytes, device)
 
 
 def count_parameters(teacher: Path) -> int:
-    """The numbers in a teacher's UNet, from its config alone."""
+    """The number of parameters of a teacher's UNet, from its config alone."""
     check_sd1_architecture(teacher)
     try:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(read_json(teacher / "unet" / "config.json"))
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError):
-        return 0  # each process refuses it when it loads it, and says why
+        return 0  # each process refuses it when it loads it, with the reason
     return sum(parameter.numel() for parameter in unet.parameters())

@@ -1,7 +1,4 @@
-"""What went wrong on the way: steps that were skipped, and losses far above the run of the others.
-
-All that a step of training changes, and the files of a checkpoint that hold it.
-"""
+"""All that a step of training changes, its files in a checkpoint, and the record of skipped steps and loss spikes."""
 
 import json
 import math
@@ -33,43 +30,42 @@ MIN_STEPS = 32
 
 
 class Anomalies:
-    """`mishaps.jsonl` of a run folder, and the counters and running means behind it, kept in the checkpoint.
+    """Skipped steps and loss spikes: their counts and running means, and `mishaps.jsonl` of the run folder.
 
     A spike is a loss whose logarithm lies more than `spike_sigmas` deviations above an exponential running mean of
-    those before it. What a spike adds to mean and variance is cut off at that height, so that a single one does not
-    hide the next, and a lasting rise becomes the rule.
+    those before it. It enters mean and variance clipped to that limit, so that a single spike does not hide the next,
+    and a lasting rise becomes the new mean. Only the main process has a path and writes.
     """
 
     def __init__(self, path: Path | None = None, spike_sigmas: float = math.inf) -> None:
-        """Nothing is written without a path, as on all processes but the main one."""
         self.path, self.spike_sigmas = path, spike_sigmas
         self.skipped, self.consecutive_skips, self.spikes = 0, 0, 0
         self._steps, self._mean, self._variance = 0, 0.0, 0.0
 
     def count_skip(self, is_consecutive: bool) -> int:
-        """Count a step without a finite gradient; how many of those that count there now were in a row."""
+        """Count a step without a finite gradient; the number of consecutive ones, of those that count as such."""
         self.skipped += 1
         self.consecutive_skips += is_consecutive
         return self.consecutive_skips
 
     def add_loss(self, loss: float) -> float | None:
-        """Count the loss of a step that was made; the usual loss, if this one is a spike."""
+        """Count the loss of a completed step; the usual loss, if this one is a spike."""
         self.consecutive_skips = 0
-        usual, height = None, math.log(max(loss, 1e-30))
+        usual, log_loss = None, math.log(max(loss, 1e-30))
         limit = self._mean + self.spike_sigmas * math.sqrt(self._variance)
-        if self._steps >= MIN_STEPS and height > limit:
+        if self._steps >= MIN_STEPS and log_loss > limit:
             self.spikes += 1
-            usual, height = math.exp(self._mean), limit
-        # Until as many steps were seen as the memory is long, all of them count alike.
+            usual, log_loss = math.exp(self._mean), limit
+        # At first all steps count alike, until the exponential weight is the larger one.
         self._steps += 1
         share = max(1 / self._steps, 1 - 0.5 ** (1 / HALF_LIFE_STEPS))
-        off = height - self._mean
-        self._mean += share * off
-        self._variance = (1 - share) * (self._variance + share * off * off)
+        difference = log_loss - self._mean
+        self._mean += share * difference
+        self._variance = (1 - share) * (self._variance + share * difference * difference)
         return usual
 
     def write_event(self, samples: int, kind: str, keys: Sequence[str], **metrics: float) -> None:
-        """Write down what happened at the step that ended at this sample."""
+        """Write a line about the step that ended at this sample."""
         if self.path is None:
             return
         line = {"samples": samples, "kind": kind, "keys": list(keys), **metrics}
@@ -81,20 +77,19 @@ class Anomalies:
         return {"skipped": self.skipped, "spikes": self.spikes}
 
     def truncate_after(self, samples: int) -> None:
-        """Drop the lines of a life that went on beyond `samples`."""
+        """Drop the lines beyond `samples`, of a process that was killed after its last checkpoint."""
         if self.path is not None:
             truncate_after(self.path, samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a step changes."""
+        """The counts and running means."""
         loss = {"steps": self._steps, "mean": self._mean, "variance": self._variance}
         return {"skipped": self.skipped, "in_a_row": self.consecutive_skips, "spikes": self.spikes, "loss": loss}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` once gave."""
-        self.skipped, self.consecutive_skips, self.spikes = (
-            int(state[name]) for name in ("skipped", "in_a_row", "spikes")
-        )
+        """Load what `state_dict` returned."""
+        counts = (int(state[name]) for name in ("skipped", "in_a_row", "spikes"))
+        self.skipped, self.consecutive_skips, self.spikes = counts
         loss = state["loss"]
         self._steps, self._mean, self._variance = int(loss["steps"]), float(loss["mean"]), float(loss["variance"])
 
@@ -109,15 +104,15 @@ LOAD_ERRORS = (
     TypeError,
     AttributeError,
 )
-"""What files of other tensors, groups or settings make torch and safetensors raise."""
+"""Raised by torch and safetensors for files with other tensors, groups or settings."""
 
 MOMENT_NAMES = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
-"""As many numbers as their parameter has; what 8 bits hold is packed, and judged by its own optimizer."""
+"""Moments of their parameter's size; those of 8 bits are packed, and checked by their own optimizer."""
 
 
 @dataclass
 class TrainingState:
-    """All that a step changes."""
+    """All that a step changes; the same on every process."""
 
     student: nn.Module
     ema: Ema
@@ -127,16 +122,13 @@ class TrainingState:
     anomalies: Anomalies = field(default_factory=Anomalies)
     scaler: torch.amp.GradScaler | None = None
     arithmetic: Mapping[str, Any] = field(default_factory=dict)
-    """What moves the last bits of a step and nothing else: processes, micro-batches, layout."""
+    """What changes only the last bits of a step: processes, micro-batches, layout."""
     previous_arithmetic: Mapping[str, Any] = field(default_factory=dict)
-    """The same of whoever wrote the checkpoint that was read."""
+    """The same of the checkpoint that was read."""
     samples: int = 0
 
     def write(self, folder: Path) -> None:
-        """Write everything but the number of samples into a folder: weights, average, optimizer, memory.
-
-        Weights that are not trained stay out: they are as they were at the beginning.
-        """
+        """Write everything but the number of samples into a folder; of the weights, those that are trained."""
         frozen = self._frozen()
         weights = {k: v.contiguous() for k, v in self.student.state_dict().items() if k not in frozen}
         save_file(weights, folder / "student.safetensors")
@@ -149,13 +141,13 @@ class TrainingState:
             "arithmetic": dict(self.arithmetic),
         }
         for name, content in (("optimizer.pt", self.optimizer.state_dict()), ("memory.pt", memory)):
-            with open(folder / name, "wb") as handle:  # given a path, torch hides why it failed
+            with open(folder / name, "wb") as handle:  # with a path, torch hides the cause of a failure
                 torch.save(content, handle)
 
     def read(self, folder: Path, samples: int) -> None:
-        """Take over what `write` left in a folder, as the state after so many samples.
+        """Load what `write` left in a folder, as the state after so many samples.
 
-        Raises `Refused` for files that are whole and hold the state of another run.
+        Raises `Refused` for whole files with the state of another run.
         """
         try:
             self._load(folder)
@@ -183,7 +175,7 @@ class TrainingState:
         self.previous_arithmetic = memory["arithmetic"]
 
     def size_bytes(self) -> int:
-        """About what `write` needs."""
+        """About what `write` needs on the disk."""
         return checkpoint_bytes(self.student)
 
     def _frozen(self) -> dict[str, nn.Parameter]:
@@ -191,14 +183,14 @@ class TrainingState:
 
 
 def checkpoint_bytes(student: nn.Module) -> int:
-    """About what a checkpoint needs: weights, average and two moments of each parameter that is trained."""
+    """About the size of a checkpoint: weights, average and two moments of each trained parameter."""
     return 4 * sum(p.nelement() * p.element_size() for p in student.parameters() if p.requires_grad)
 
 
 def _check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raise `ValueError` for moments that are not of their parameter's size, which torch takes as they come."""
-    held = optimizer.optimizers if isinstance(optimizer, MuonWithAdamW) else (optimizer,)
-    for parameter, moments in chain.from_iterable(one.state.items() for one in held):
+    """Raise `ValueError` for moments that have not their parameter's size, which torch does not check."""
+    optimizers = optimizer.optimizers.values() if isinstance(optimizer, MuonWithAdamW) else (optimizer,)
+    for parameter, moments in chain.from_iterable(part.state.items() for part in optimizers):
         for name in MOMENT_NAMES & moments.keys():
             if moments[name].numel() != parameter.numel():
                 shapes = f"{list(moments[name].shape)}, its parameter {list(parameter.shape)}"

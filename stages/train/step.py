@@ -1,4 +1,4 @@
-"""One step of training."""
+"""One step of training: forward, loss, backward, update, average."""
 
 import math
 from collections.abc import Sequence
@@ -25,21 +25,21 @@ MAX_NAMED_KEYS = 8
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that pass the student together, and what was drawn for them."""
+    """Rows of one forward pass, and the random numbers for them."""
 
     batch: Batch
     time_jitter: Float[Tensor, " b"]
-    """what is added to the times that the student is told"""
+    """added to the student's time input s"""
     guidance_scales: Float[Tensor, " b"]
-    """guidance scales of the loss"""
+    """guidance scales w of the loss"""
 
 
 class TrainingStep:
-    """One step: forward, loss, backward, update, average.
+    """One step on a batch.
 
-    Row n of a step lies in chunk n mod (processes x accumulate): a process reads every world-th row, and its
-    micro-batches take those in turn. What a step draws is drawn for all rows and dealt out alike, so the chunks are the
-    same however many processes share them.
+    Row n of a step lies in micro-batch n mod (processes x accumulate): a process reads every world-th row, and its
+    micro-batches take those in turn. Random numbers are drawn for all rows and split alike, so the micro-batches are
+    the same however many processes share them.
     """
 
     def __init__(
@@ -56,30 +56,30 @@ class TrainingStep:
         self.parameters = [parameter for parameter in state.student.parameters() if parameter.requires_grad]
 
     def __call__(self, batch: Batch, data_wait_seconds: float) -> StepResult | None:
-        """Learn from this process's rows; None, with no weight changed, when loss or gradient is not finite.
+        """Train on this process's rows; None, with no weight changed, when loss or gradient is not finite.
 
-        Raises `Refused` when that is so for the `max_skips`-th time in a row.
+        Raises `Refused` after `max_skips` such steps in a row.
         """
-        state, config, machine = self.state, self.config, self.runtime
-        before, after = state.samples, state.samples + len(batch) * machine.world
+        state, config, runtime = self.state, self.config, self.runtime
+        before, after = state.samples, state.samples + len(batch) * runtime.world
         lambdas = state.block_weighter.lambdas(self.static_lambdas)
         block_weight = state.block_term_weight.weight(before / config.max_samples)
 
-        # Forward and backward, chunk by chunk
+        # Forward and backward, one micro-batch after the other
         state.optimizer.zero_grad(set_to_none=True)
-        chunks, losses, heard, measured = self._split_batch(batch), [], [], []
+        chunks, losses, observations, gradient_norms = self._split_batch(batch), [], [], []
         for chunk in chunks:
-            with nullcontext() if chunk is chunks[-1] else machine.no_sync(self.model):
-                found, said, norms = self._forward_backward(chunk, lambdas, block_weight)
-            losses.append(found)
-            heard.append(said)
-            measured.append(norms)
-        grad_norm = machine.clip(state.optimizer, self.parameters, config.optimizer.clip_norm)
+            with nullcontext() if chunk is chunks[-1] else runtime.no_sync(self.model):
+                chunk_losses, observed, norms = self._forward_backward(chunk, lambdas, block_weight)
+            losses.append(chunk_losses)
+            observations.append(observed)
+            gradient_norms.append(norms)
+        grad_norm = runtime.clip(state.optimizer, self.parameters, config.optimizer.clip_norm)
 
-        # What all processes found
-        totals = [one.total.detach() for one in losses]
-        sums = machine.all_reduce_sum([torch.stack(totals).sum(), *_sum_chunks(measured), *_sum_chunks(heard)])
-        loss = float(sums[0]) / (len(chunks) * machine.world)
+        # Sums over the micro-batches of all processes
+        total = torch.stack([chunk_losses.total.detach() for chunk_losses in losses]).sum()
+        sums = runtime.all_reduce_sum([total, *_sum_chunks(gradient_norms), *_sum_chunks(observations)])
+        loss = float(sums[0]) / (len(chunks) * runtime.world)
         state.samples = after
         if not (math.isfinite(loss) and math.isfinite(float(grad_norm))):
             self._record_skip(chunks, losses)
@@ -88,12 +88,13 @@ class TrainingStep:
         # Update; the rate is that of the middle of the batch, so that neither the first nor the last step is lost
         rate = learning_rate(config.optimizer, (before + after) / 2, config.max_samples)
         set_learning_rate(state.optimizer, rate)
-        machine.optimizer_step(state.optimizer)
+        runtime.optimizer_step(state.optimizer)
         rebalance(config.optimizer, state.optimizer, before, after)
         state.ema.update(decay(config.ema, before, after))
+        norm_count = len(gradient_norms[0])
         with torch.no_grad():
-            state.block_term_weight.update(sums[1 : 1 + len(measured[0])], before)
-            state.block_weighter.update(sums[1 + len(measured[0]) :], after - before)
+            state.block_term_weight.update(sums[1 : 1 + norm_count], before)
+            state.block_weighter.update(sums[1 + norm_count :], after - before)
         self._record_spike(loss, batch)
         s = torch.cat([chunk.batch.s for chunk in chunks])
         groups = [chunk.batch.group for chunk in chunks if chunk.batch.group is not None]
@@ -103,39 +104,40 @@ class TrainingStep:
         )
 
     def _split_batch(self, batch: Batch) -> list[MicroBatch]:
-        """The chunks of this process, with draws that depend on the samples' numbers alone."""
-        device, world, count = self.runtime.device, self.runtime.world, self.config.accumulate
+        """The micro-batches of this process, with random numbers that depend on the sample numbers alone."""
+        device, rank, world, count = self.runtime.device, self.runtime.rank, self.runtime.world, self.config.accumulate
         generator = torch.Generator().manual_seed(derived_seed("train", self.config.seed, self.state.samples))
         jitter = sample_time_jitter(len(batch) * world, self.config.embedding_jitter, generator)
         scales = self.objective.sample_guidance_scales(len(batch) * world, generator)
         batch = batch.to(device, torch.float32)
-        dealt = [slice(self.runtime.rank + number * world, None, count * world) for number in range(count)]
-        rows = [batch.rows(slice(number, None, count)) for number in range(count)]
-        return [
-            MicroBatch(own, jitter[of].to(device), scales[of].to(device)) for own, of in zip(rows, dealt, strict=True)
-        ]
+        chunks = []
+        for number in range(count):
+            own, among_all = slice(number, None, count), slice(rank + number * world, None, count * world)
+            chunks.append(MicroBatch(batch.rows(own), jitter[among_all].to(device), scales[among_all].to(device)))
+        return chunks
 
     def _forward_backward(
         self, chunk: MicroBatch, lambdas: Float[Tensor, " n_blocks"], block_weight: float
     ) -> tuple[Losses, Sequence[Tensor], Sequence[Tensor]]:
-        """The losses of a chunk, whose gradient is added up; what the judge heard, and what the penalty measured."""
+        """A micro-batch's losses, after its gradient is added; the assessor's observations and the gradient norms."""
         state, rows, samples = self.state, chunk.batch, self.state.samples
         output: Prediction = self.model(rows.x_t, rows.s + chunk.time_jitter, rows.cond, self.uncond)
         with torch.no_grad():
-            omega = state.block_weighter.importance_weight(rows)
-            heard = state.block_weighter.observe(rows, output, omega)
-        losses = self.objective(output, rows, lambdas, block_weight, chunk.guidance_scales, omega)
-        measured = state.block_term_weight.measure(losses, samples / self.config.max_samples, samples, self.parameters)
+            weight = state.block_weighter.importance_weight(rows)
+            observations = state.block_weighter.observe(rows, output, weight)
+        losses = self.objective(output, rows, lambdas, block_weight, chunk.guidance_scales, weight)
+        norms = state.block_term_weight.measure(losses, samples / self.config.max_samples, samples, self.parameters)
         self.runtime.backward(losses.total / self.config.accumulate)
-        return losses, heard, measured
+        return losses, observations, norms
 
     def _record_skip(self, chunks: Sequence[MicroBatch], losses: Sequence[Losses]) -> None:
-        """Write down the samples that are not finite, or all of them when none is so by itself."""
-        scaled = self.runtime.reduce_loss_scale()
-        in_a_row = self.state.anomalies.count_skip(is_consecutive=not scaled)
-        bad = [not ok for one in losses for ok in torch.isfinite(one.flow_errors).tolist()]
-        found = self.runtime.gather(list(zip((key for c in chunks for key in c.batch.keys), bad, strict=True)))
-        keys = [key for key, is_bad in found if is_bad] or [key for key, _ in found]
+        """Record the samples whose flow error is not finite, or all samples when each one is finite."""
+        scale_reduced = self.runtime.reduce_loss_scale()
+        in_a_row = self.state.anomalies.count_skip(is_consecutive=not scale_reduced)
+        finite = [ok for chunk_losses in losses for ok in torch.isfinite(chunk_losses.flow_errors).tolist()]
+        own = list(zip((key for chunk in chunks for key in chunk.batch.keys), finite, strict=True))
+        samples = self.runtime.gather(own)
+        keys = [key for key, is_finite in samples if not is_finite] or [key for key, _ in samples]
         self.state.anomalies.write_event(self.state.samples, "non_finite", keys, in_a_row=in_a_row)
         if in_a_row >= self.config.max_skips:
             named = ", ".join(keys[:MAX_NAMED_KEYS])
@@ -154,13 +156,13 @@ class TrainingStep:
 
 
 def sample_time_jitter(count: int, jitter: float, generator: torch.Generator) -> Float[Tensor, " b"]:
-    """What is added to the times that a student is told, drawn on the CPU from +-jitter / 1000.
+    """Noise on the student's time input, uniform in +-jitter / 1000, drawn on the CPU.
 
-    Ordinary samplers truncate 1000 s to an integer, so it learns not to mind.
+    Ordinary samplers truncate 1000 s to an integer; this makes the student robust to it.
     """
     return (jitter / TIME_SCALE) * (2 * torch.rand(count, generator=generator) - 1)
 
 
 def _sum_chunks(columns: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Sums over the chunks, each of which brings the same tensors."""
+    """Sums over the micro-batches, each of which has the same list of tensors."""
     return [torch.stack(list(column)).sum(dim=0) for column in zip(*columns, strict=True)]

@@ -1,12 +1,13 @@
-"""Who reads along: TensorBoard beside the run, trackio or W&B if asked for; none of them can end a run."""
+"""Trackers of the journal's numbers: TensorBoard, trackio, W&B; a failure of one never ends a run."""
 
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 from torch.utils.tensorboard import SummaryWriter
@@ -19,7 +20,7 @@ TrackerName = Literal["tensorboard", "wandb", "trackio"]
 EMPTY_MAPPING: Mapping[str, Any] = {}
 TRACKING_FILE = "tracking.json"
 MAX_FAILURES = 3
-"""In a row, before a tracker is given up: one that waits for a dead network would slow the run down for good."""
+"""In a row, before a tracker is given up: waiting for a dead network would slow the run down for good."""
 
 
 class TrackingConfig(Strict):
@@ -29,23 +30,11 @@ class TrackingConfig(Strict):
         ("tensorboard",), description="tensorboard, wandb, trackio, or several; in a file, [] for none"
     )
     project: str = Field("sollune", min_length=1, description="project at trackio or W&B")
-    name: str | None = Field(None, description="the run's name there; the last two folders of its path, unless told")
-
-
-class Tracker(Protocol):
-    """Takes numbers, and is closed at the end."""
-
-    def log(self, values: Mapping[str, float], samples: int) -> None:
-        """Take the numbers found after so many samples."""
-        ...
-
-    def close(self) -> None:
-        """Deliver the rest."""
-        ...
+    name: str | None = Field(None, description="the run's name there; none: the last two folders of its path")
 
 
 class TensorBoardTracker:
-    """Event files in `tensorboard/` of the run folder; later steps of an earlier life are hidden."""
+    """Event files in `tensorboard/` of the run folder; steps after `samples` of an earlier process are hidden."""
 
     def __init__(self, folder: Path, samples: int) -> None:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=samples + 1)
@@ -61,25 +50,25 @@ class TensorBoardTracker:
 
 
 class OnlineTracker:
-    """trackio or W&B, which are spoken to alike; a resumed run goes on under the name it had.
+    """trackio or W&B, whose interfaces agree; a resumed run continues under its name.
 
-    accelerate's trackers would do the same, but only where its global state is, which a journal does not need.
+    accelerate's trackers would do the same, but need its global state.
     """
 
     def __init__(
         self, name: TrackerName, config: TrackingConfig, folder: Path, samples: int, run_config: Mapping[str, Any]
     ) -> None:
         run = config.name or "-".join(folder.absolute().parts[-2:])
-        told: dict[str, Any] = {"project": config.project, "name": run, "config": dict(run_config)}
+        options: dict[str, Any] = {"project": config.project, "name": run, "config": dict(run_config)}
         self._is_wandb = name == "wandb"
         if self._is_wandb:
-            # W&B knows a run by an id that is never given twice, so a folder that begins anew takes a new one.
-            told |= {"id": _wandb_run_id(folder, is_new=samples == 0), "resume": "allow", "dir": str(folder)}
+            # W&B identifies a run by an id that is never reused, so a folder that starts anew takes a new one.
+            options |= {"id": _wandb_run_id(folder, is_new=samples == 0), "resume": "allow", "dir": str(folder)}
         else:
-            told["resume"] = "allow" if samples else "never"
-        self._run: Any = import_module(name).init(**told)
+            options["resume"] = "allow" if samples else "never"
+        self._run: Any = import_module(name).init(**options)
         if self._is_wandb:
-            # W&B drops every number of a step below its last one: a resumed run's would be lost.
+            # W&B drops the numbers of a step below its last one: those of a resumed run would be lost.
             self._run.define_metric("*", step_metric="samples")
 
     def log(self, values: Mapping[str, float], samples: int) -> None:
@@ -87,12 +76,15 @@ class OnlineTracker:
         self._run.log({**values, "samples": samples}, step=None if self._is_wandb else samples)
 
     def close(self) -> None:
-        """Say that the run is over, for now."""
+        """Mark the run as finished, for now."""
         self._run.finish()
 
 
+Tracker: TypeAlias = TensorBoardTracker | OnlineTracker
+
+
 class FaultTolerantTracker:
-    """One tracker behind a fence: what goes wrong with it is told, and the run goes on."""
+    """A tracker whose exceptions become messages; each call returns the message, or None without a failure."""
 
     def __init__(self, name: TrackerName, open_tracker: Callable[[], Tracker]) -> None:
         self._name, self._open = name, open_tracker
@@ -100,15 +92,15 @@ class FaultTolerantTracker:
         self._failures = 0
 
     def start(self) -> str | None:
-        """Open it, if it is not; what went wrong, if anything did."""
+        """Open it, if it is not open."""
         return self._run_guarded(self._open_once)
 
     def log(self, values: Mapping[str, float], samples: int) -> str | None:
-        """Log, opening it first where that failed so far; what went wrong, if anything did."""
+        """Log, opening it first where that failed so far."""
         return self._run_guarded(lambda: self._open_once().log(values, samples))
 
     def close(self) -> str | None:
-        """Close it, if it was ever open; what went wrong, if anything did."""
+        """Close it, if it was ever open."""
         return self._run_guarded(self._tracker.close) if self._tracker else None
 
     def _open_once(self) -> Tracker:
@@ -121,7 +113,7 @@ class FaultTolerantTracker:
             return None
         try:
             function()
-        except Exception as error:  # whatever a tracker or its network comes up with
+        except Exception as error:  # whatever a tracker or its network raises
             self._failures += 1
             over = "given up for this run" if self._failures == MAX_FAILURES else "tried again at the next line"
             return f"{self._name}: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]} - {over}"
@@ -130,22 +122,22 @@ class FaultTolerantTracker:
 
 
 class Trackers:
-    """All of them; each call gives back what went wrong with any, and journal.jsonl has every number all the same."""
+    """All trackers of a run; each call returns the messages of those that failed."""
 
     def __init__(self, trackers: Sequence[FaultTolerantTracker]) -> None:
         self._trackers = trackers
 
     def start(self) -> list[str]:
         """Open each of them."""
-        return [trouble for tracker in self._trackers if (trouble := tracker.start())]
+        return [failure for tracker in self._trackers if (failure := tracker.start())]
 
     def log(self, values: Mapping[str, float], samples: int) -> list[str]:
-        """Tell each of them."""
-        return [trouble for tracker in self._trackers if (trouble := tracker.log(values, samples))]
+        """Log to each of them."""
+        return [failure for tracker in self._trackers if (failure := tracker.log(values, samples))]
 
     def close(self) -> list[str]:
         """Close each of them."""
-        return [trouble for tracker in self._trackers if (trouble := tracker.close())]
+        return [failure for tracker in self._trackers if (failure := tracker.close())]
 
 
 def refuse_missing_trackers(config: TrackingConfig) -> None:
@@ -158,24 +150,29 @@ def refuse_missing_trackers(config: TrackingConfig) -> None:
 def make_trackers(
     config: TrackingConfig, folder: Path, samples: int, run_config: Mapping[str, Any] = EMPTY_MAPPING
 ) -> Trackers:
-    """The trackers of a run taken up at `samples`; raises `Refused` for one that is not installed."""
+    """The trackers of a run resumed at `samples`; raises `Refused` for one that is not installed."""
     refuse_missing_trackers(config)
-    return Trackers(
-        [FaultTolerantTracker(name, _opener(name, config, folder, samples, run_config)) for name in config.to]
-    )
 
+    def open_tracker(name: TrackerName) -> Tracker:
+        if name == "tensorboard":
+            return TensorBoardTracker(folder, samples)
+        return OnlineTracker(name, config, folder, samples, run_config)
 
-def _opener(
-    name: TrackerName, config: TrackingConfig, folder: Path, samples: int, run_config: Mapping[str, Any]
-) -> Callable[[], Tracker]:
-    if name == "tensorboard":
-        return lambda: TensorBoardTracker(folder, samples)
-    return lambda: OnlineTracker(name, config, folder, samples, run_config)
+    return Trackers([FaultTolerantTracker(name, partial(open_tracker, name)) for name in config.to])
 
 
 def _wandb_run_id(folder: Path, is_new: bool) -> str:
-    """The id under which W&B knows the run of this folder; it stays in the folder."""
+    """W&B's id of the run in this folder, kept in `tracking.json`."""
     path = folder / TRACKING_FILE
     if is_new or not path.exists():
         atomic_write(path, json.dumps({"wandb": uuid.uuid4().hex[:16]}) + "\n")
     return str(json.loads(path.read_text(encoding="utf-8"))["wandb"])
+
+
+def flatten(line: Mapping[str, Any]) -> dict[str, float]:
+    """Names and numbers for a tracker: `blocks/mid`, `flow_by_s/3`."""
+    flat: dict[str, Any] = {}
+    for name, value in line.items():
+        parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+        flat |= {name: value} if parts is None else {f"{name}/{key}": part for key, part in parts}
+    return {name: value for name, value in flat.items() if name != "samples" and isinstance(value, int | float)}

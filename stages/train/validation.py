@@ -1,6 +1,6 @@
-"""How far a student's velocities are from its teacher's, in all and in each bin of s.
+"""Errors of a student's velocities relative to its teacher's, and their measurement at checkpoints.
 
-What a student makes of prompts it never saw, and of seen ones under new noise: how much it learnt by heart.
+Held-out states show generalisation; the gap between seen prompts under stored and under new noise shows memorisation.
 """
 
 import time
@@ -26,7 +26,7 @@ from stages.nets.teacher import Teacher
 from stages.prompts import derived_seed
 
 VALIDATION_BINS = 5
-DEFAULT_BATCH_SIZE = 64
+DEFAULT_BATCH_SIZE, VALIDATION_BATCH_SIZE = 64, 16
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ class VelocityErrors:
 
 
 class _ErrorSums:
-    """Squared errors and squared targets, added up in each bin in float64."""
+    """Squared errors and squared targets, summed in each bin in float64."""
 
-    def __init__(self, bins: int) -> None:
-        self.error, self.target = torch.zeros(bins, dtype=torch.float64), torch.zeros(bins, dtype=torch.float64)
+    def __init__(self) -> None:
+        self.error, self.target = torch.zeros(2, VALIDATION_BINS, dtype=torch.float64)
 
     def add(self, bin_index: Tensor, v: Float[Tensor, "b ..."], v_star: Float[Tensor, "b ..."]) -> None:
-        wrong = (v.float() - v_star.float()).square().flatten(1).sum(1, dtype=torch.float64)
-        whole = v_star.float().square().flatten(1).sum(1, dtype=torch.float64)
-        self.error.index_add_(0, bin_index.cpu(), wrong.cpu())
-        self.target.index_add_(0, bin_index.cpu(), whole.cpu())
+        error = (v.float() - v_star.float()).square().flatten(1).sum(1, dtype=torch.float64)
+        target = v_star.float().square().flatten(1).sum(1, dtype=torch.float64)
+        self.error.index_add_(0, bin_index.cpu(), error.cpu())
+        self.target.index_add_(0, bin_index.cpu(), target.cpu())
 
     def ratio(self) -> RelativeError:
         by_bin = [float(e / t) if t > 0 else None for e, t in zip(self.error, self.target, strict=True)]
@@ -64,33 +64,28 @@ class _ErrorSums:
 
 
 @torch.inference_mode()
-def velocity_errors(
-    student: Student, batches: Iterable[Batch], uncond: Float[Tensor, "1 l d"], bins: int = VALIDATION_BINS
-) -> VelocityErrors:
-    """The student against the cached answers of its teacher."""
-    velocity, guidance, states = _ErrorSums(bins), _ErrorSums(bins), 0
+def velocity_errors(student: Student, batches: Iterable[Batch], uncond: Float[Tensor, "1 l d"]) -> VelocityErrors:
+    """The student's errors relative to the cached predictions of its teacher."""
+    velocity, guidance, states = _ErrorSums(), _ErrorSums(), 0
     for batch in batches:
         batch = batch.to(uncond.device, torch.float32)
-        out, where = student(batch.x_t, batch.s, batch.cond, uncond), bin_of_time(batch.s, bins)
-        velocity.add(where, out.v_cond, batch.v_cond)
-        velocity.add(where, out.v_uncond, batch.v_uncond)
-        guidance.add(where, out.v_cond - out.v_uncond, batch.v_cond - batch.v_uncond)
+        output, bin_index = student(batch.x_t, batch.s, batch.cond, uncond), bin_of_time(batch.s, VALIDATION_BINS)
+        velocity.add(bin_index, output.v_cond, batch.v_cond)
+        velocity.add(bin_index, output.v_uncond, batch.v_uncond)
+        guidance.add(bin_index, output.v_cond - output.v_uncond, batch.v_cond - batch.v_uncond)
         states += len(batch.keys)
     return VelocityErrors(velocity.ratio(), guidance.ratio(), states)
 
 
 def read_first_states(reader: Reader, max_states: int, batch_size: int = DEFAULT_BATCH_SIZE) -> Iterator[Batch]:
-    """The first states of a split, each once: up to so many, or all of them."""
+    """The first `max_states` states of a split, each once, or all of them."""
     count = min(max_states, reader.samples_per_epoch)
     for first in range(0, count, batch_size):
         yield reader.batch(np.arange(first, min(first + batch_size, count)))
 
 
-VALIDATION_BATCH_SIZE = 16
-
-
 class ValidationConfig(Strict):
-    """On how many states the averaged student is measured at each checkpoint."""
+    """The measurement of the averaged student at each checkpoint."""
 
     states: int = Field(
         160, ge=0, description="held-out states, and as many seen ones, as stored and under new noise; 0 for none"
@@ -99,27 +94,27 @@ class ValidationConfig(Strict):
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """The student's errors relative to the teacher's velocities; the seen ones are None where the cache has none."""
+    """Relative errors of the student's velocities; None where the cache has no renoised states."""
 
     held_out: VelocityErrors
     seen: RelativeError | None
-    """At states of seen prompts as the cache holds them."""
+    """at cached states of seen prompts"""
     seen_new_noise: RelativeError | None
-    """At the same prompts and times under noise that no cache holds."""
+    """at the same prompts and times under new noise"""
     seconds: float
 
     @property
     def kind(self) -> str:
-        """What the journal calls it."""
+        """Kind of the journal's line."""
         return "validation"
 
     @property
     def score(self) -> float:
-        """What the best checkpoint has least of."""
+        """The best checkpoint has the least."""
         return self.held_out.velocity.overall
 
     def metrics(self) -> dict[str, Any]:
-        """What the journal writes."""
+        """Content of the journal's line."""
         line: dict[str, Any] = {**_error_metrics("held_out", self.held_out.velocity)}
         line["held_out_guidance"] = self.held_out.guidance.overall
         if self.seen and self.seen_new_noise:
@@ -133,17 +128,17 @@ class ValidationResult:
 
 
 PicturesAndBatch = tuple[Float[Tensor, "b c h w"], Batch]
-"""The finished pictures of some rows, and the rows."""
+"""Finished pictures x0, and the rows of a batch that belong to them."""
 
 
 class Validation:
-    """Fixed states, made once, by whoever asks first: the same for every checkpoint, and for every life of a run."""
+    """Fixed states, made at the first use: the same for every checkpoint, and for every process that resumes a run.
 
-    def __init__(
-        self, config: ValidationConfig, held_out: Reader, seen: Reader, teacher: Teacher, seed: int = 0
-    ) -> None:
-        """`unseen` reads the split for validation, `seen` what is trained on; `teacher` answers at the new states."""
-        self._states, self._readers, self._teacher, self._seed = config.states, (held_out, seen), teacher, seed
+    `held_out` reads the validation split, `seen` the training split; `teacher` predicts at the new states.
+    """
+
+    def __init__(self, config: ValidationConfig, held_out: Reader, seen: Reader, teacher: Teacher) -> None:
+        self._states, self._readers, self._teacher = config.states, (held_out, seen), teacher
 
     @cached_property
     def _held_out(self) -> tuple[Batch, ...]:
@@ -155,69 +150,64 @@ class Validation:
 
     @cached_property
     def _renoised(self) -> tuple[Batch, ...]:
-        return tuple(renoise(self._teacher, self._seen, self._seed))
+        return tuple(renoise(self._teacher, self._seen))
 
     def summary(self) -> str:
         """What will be measured, and what cannot be."""
-        held, seen = (sum(map(len, batches)) for batches in (self._held_out, self._renoised))
-        if not held:
-            return "validation: none asked for"
-        twins = (
-            f"{seen} seen ones and their twins under new noise"
-            if seen
-            else ("no seen ones: the cache holds no renoised state, so its gap is not measured")
-        )
-        return f"validation: {held} held-out states, {twins}"
+        held_out, seen = (sum(map(len, batches)) for batches in (self._held_out, self._renoised))
+        if not held_out:
+            return "validation: no states (validation.states = 0)"
+        text = "no seen ones: the cache holds no renoised state, so its gap is not measured"
+        if seen:
+            text = f"{seen} seen ones and their twins under new noise"
+        return f"validation: {held_out} held-out states, {text}"
 
     def __call__(self, student: Student) -> ValidationResult | None:
-        """Measure, if there is anything to measure at; the student should be in eval mode and wear its average."""
+        """Measure the averaged student, in eval mode; None without states."""
         if not self._held_out:
             return None
-        begun = time.perf_counter()
-        unseen = velocity_errors(student, self._held_out, self._teacher.uncond)
-        seen, anew = (
+        start = time.perf_counter()
+        held_out = velocity_errors(student, self._held_out, self._teacher.uncond)
+        seen, renoised = (
             velocity_errors(student, batches, self._teacher.uncond).velocity if batches else None
             for batches in ([batch for _, batch in self._seen], self._renoised)
         )
-        return ValidationResult(unseen, seen, anew, time.perf_counter() - begun)
+        return ValidationResult(held_out, seen, renoised, time.perf_counter() - start)
 
 
 def seen_states(reader: Reader, max_states: int) -> Iterator[PicturesAndBatch]:
-    """The first states of a stream that are renoised pictures: only those have a twin under other noise.
+    """The first states of a stream that are renoised pictures.
 
-    A state on a guided trajectory has not the distribution of a noised picture, so comparing the two would measure
-    that difference too.
+    States on guided trajectories are left out: they are not distributed like noised pictures, so a comparison with new
+    noise would measure that difference too.
     """
     rows: list[tuple[Record, int]] = []
     for first in range(0, reader.samples_per_epoch if max_states else 0, VALIDATION_BATCH_SIZE):
         last = min(first + VALIDATION_BATCH_SIZE, reader.samples_per_epoch)
-        places = zip(*reader.order.at(np.arange(first, last)), strict=True)
-        found = ((reader.record_at(int(record)), int(draw)) for record, draw in places)
-        rows += [(record, draw) for record, draw in found if not record.states.trajectory[draw]]
+        for record_index, state_index in zip(*reader.order.at(np.arange(first, last)), strict=True):
+            record = reader.record_at(int(record_index))
+            if not record.states.trajectory[int(state_index)]:
+                rows.append((record, int(state_index)))
         if len(rows) >= max_states:
             break
     rows = rows[:max_states]
     for first in range(0, len(rows), VALIDATION_BATCH_SIZE):
-        yield _collate_with_pictures(rows[first : first + VALIDATION_BATCH_SIZE])
+        records, state_indices = zip(*rows[first : first + VALIDATION_BATCH_SIZE], strict=True)
+        yield torch.stack([record.x0 for record in records]), collate(records, state_indices)
 
 
-def renoise(teacher: Teacher, seen: Sequence[PicturesAndBatch], seed: int) -> Iterator[Batch]:
-    """The same prompts at the same times under fresh noise, and what the teacher answers there.
+def renoise(teacher: Teacher, seen: Sequence[PicturesAndBatch]) -> Iterator[Batch]:
+    """The same prompts and times under fresh noise, with the teacher's predictions there.
 
-    As in the cache: x is rounded to what is stored before the teacher is asked, and so are his answers.
+    As in the cache, x is rounded to half precision before the teacher's call, and its predictions after it.
     """
     uncond = teacher.uncond.half()
     for number, (x0, batch) in enumerate(seen):
-        generator = torch.Generator().manual_seed(derived_seed("validation", seed, number))
+        generator = torch.Generator().manual_seed(derived_seed("validation", 0, number))
         x = interpolate(LinearPath(), x0.float(), torch.randn(x0.shape, generator=generator), batch.s).half()
-        at = replace(batch, x_t=x).to(uncond.device, torch.float32)
-        said = teacher.predict(at.x_t, at.s, at.k, at.cond.half(), uncond)
-        yield replace(batch, x_t=x, v_cond=said.v_cond.half().cpu(), v_uncond=said.v_uncond.half().cpu())
-
-
-def _collate_with_pictures(rows: Sequence[tuple[Record, int]]) -> PicturesAndBatch:
-    records, draws = zip(*rows, strict=True)
-    return torch.stack([record.x0 for record in records]), collate(records, draws)
+        moved = replace(batch, x_t=x).to(uncond.device, torch.float32)
+        output = teacher.predict(moved.x_t, moved.s, moved.k, moved.cond.half(), uncond)
+        yield replace(batch, x_t=x, v_cond=output.v_cond.half().cpu(), v_uncond=output.v_uncond.half().cpu())
 
 
 def _error_metrics(name: str, error: RelativeError) -> dict[str, Any]:

@@ -21,19 +21,19 @@ BLOCKS = ("mid", "up_3")
 
 
 class Toy(nn.Module):
-    """Stands in for the student: one convolution, told the time and the prompt."""
+    """A small student: one convolution, conditioned on time and prompt."""
 
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.conv = nn.Conv2d(3, 3, 1)
-        self.tell = nn.Linear(7, 3)
+        self.condition = nn.Linear(7, 3)
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) / 3
 
     def velocity(self, x: Tensor, s: Tensor, cond: Tensor) -> Tensor:
-        told = self.tell(torch.cat([cond.mean(dim=1), s[:, None]], dim=1))
-        return self.conv(x) + told[:, :, None, None]
+        bias = self.condition(torch.cat([cond.mean(dim=1), s[:, None]], dim=1))
+        return self.conv(x) + bias[:, :, None, None]
 
     def forward(self, x: Tensor, s: Tensor, cond: Tensor, uncond: Tensor) -> Prediction:
         v_cond, v_uncond = self.velocity(x, s, cond), self.velocity(x, s, uncond.expand_as(cond))
@@ -86,8 +86,8 @@ CONFIG = TrainConfig.model_validate(
 )
 
 
-def cut(after: int) -> Callable[[int], Iterator[Batch]]:
-    """The stream, until the lights go out before sample `after`."""
+def interrupted_stream(after: int) -> Callable[[int], Iterator[Batch]]:
+    """The stream, interrupted before sample `after`."""
 
     def batches(first: int) -> Iterator[Batch]:
         for batch in stream(first):
@@ -100,7 +100,7 @@ def cut(after: int) -> Callable[[int], Iterator[Batch]]:
 
 @pytest.fixture
 def train() -> Callable[..., Any]:
-    """Run `fit` on the toy; what is not told is as in CONFIG."""
+    """Run `fit` on the toy; with CONFIG unless changed."""
 
     def run(folder: Path, changes: dict[str, Any] | None = None, **options: Any) -> Student:
         options = {
@@ -125,7 +125,7 @@ def toy() -> nn.Module:
 
 @pytest.fixture
 def power_cut() -> Callable[[int], Callable[[int], Iterator[Batch]]]:
-    return cut
+    return interrupted_stream
 
 
 @pytest.fixture
@@ -145,11 +145,11 @@ def batches_with_nan() -> Callable[[int], Iterator[Batch]]:
 
 @pytest.fixture
 def unet_batches() -> Callable[[int | None], Callable[[int], Iterator[Batch]]]:
-    """Batches for the embedded UNet, until the lights go out before sample `after`."""
+    """Batches for the embedded UNet, interrupted before sample `after`."""
 
     def until(after: int | None) -> Callable[[int], Iterator[Batch]]:
         def batches(first: int) -> Iterator[Batch]:
-            for batch in (cut(after) if after else stream)(first):
+            for batch in (interrupted_stream(after) if after else stream)(first):
                 generator = torch.Generator().manual_seed(int(batch.keys[0]))
                 x_t, v_cond, v_uncond = torch.randn(3, 2, 4, 8, 8, generator=generator)
                 cond = torch.randn(2, 3, 64, generator=generator)

@@ -37,7 +37,7 @@ def step(optimizer, seed):
     return weights, torch.stack([(a - b).norm() for a, b in zip(after, before, strict=True)])
 
 
-def test_balanced_blocks_move_by_one_share_of_their_weights_and_together_as_far_as_ever():
+def test_balanced_blocks_move_by_one_share_of_their_weights_and_together_as_far_as_before():
     optimizer = build_optimizer(CONFIG, parameters())
     for seed in range(4):
         weights, moved = step(optimizer, seed)
@@ -88,6 +88,6 @@ def test_the_balance_survives_in_the_optimizers_own_state():
     step(optimizer, 0)
     rebalance(CONFIG, optimizer, 0, REBALANCE_EVERY_SAMPLES)
     resumed.load_state_dict(optimizer.state_dict())
-    found = [group["share"] for group in resumed.param_groups]
-    assert found == balanced_shares(optimizer)
-    assert found != [1.0] * 3
+    shares = [group["share"] for group in resumed.param_groups]
+    assert shares == balanced_shares(optimizer)
+    assert shares != [1.0] * 3

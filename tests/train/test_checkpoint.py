@@ -70,7 +70,7 @@ def test_a_half_written_checkpoint_is_passed_over_and_removed(tmp_path, state, c
 def test_a_whole_checkpoint_that_lacks_only_its_name_gets_it(tmp_path, state, capsys):
     checkpoints = save(tmp_path, state, 8, 16)
     (tmp_path / "000000016").rename(tmp_path / ".000000016.partial")
-    shutil.copytree(tmp_path / "000000008", tmp_path / "000000016")  # what stood there was broken
+    shutil.copytree(tmp_path / "000000008", tmp_path / "000000016")  # a broken one with the same name
     assert checkpoints.restore(state, "auto") == tmp_path / "000000016"
     assert names(tmp_path) == ["000000008", "000000016"]
     assert fault_of(tmp_path / "000000016") is None
@@ -86,7 +86,7 @@ def test_any_flipped_bit_or_cut_is_passed_over_and_left_as_it_is(tmp_path, capsy
         assert f"000000024: passed over, {file} " in capsys.readouterr().out
 
 
-def test_the_statement_is_sealed(tmp_path, state):
+def test_the_metadata_is_sealed(tmp_path, state):
     save(tmp_path, state, 8)
     path = tmp_path / "000000008" / "state.json"
     path.write_text(path.read_text().replace('"recipe": "r"', '"recipe": "s"'))
@@ -115,12 +115,12 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file_changes_nothing(tmp_path, s
 
 def test_the_best_survives_rotation_and_a_restart(tmp_path, state):
     save(tmp_path, state, 8, 16, 24, 32, scores={8: 0.3, 16: 0.1, 24: 0.2, 32: float("nan")})
-    save(tmp_path, state, 40, 48)  # another process: what it knows lies on the disk
+    save(tmp_path, state, 40, 48)  # another process: it reads the scores from the disk
     assert names(tmp_path) == ["000000016", "000000040", "000000048"]
     assert CheckpointMeta.read(tmp_path / "000000016").score == 0.1
 
 
-def test_a_broken_checkpoint_takes_nobodys_place(tmp_path, state):
+def test_a_broken_checkpoint_does_not_count_as_kept(tmp_path, state):
     checkpoints = save(tmp_path, state, 8, 16, 24, keep=3)
     (tmp_path / "000000024" / "ema.safetensors").write_bytes(b"rot")
     checkpoints.restore(state, "auto")
@@ -134,38 +134,38 @@ def test_a_broken_checkpoint_takes_nobodys_place(tmp_path, state):
 def test_the_last_good_one_goes_only_after_the_new_one_was_read_back(tmp_path, state, monkeypatch):
     checkpoints = save(tmp_path, state, 8, keep=1)
     order: list[str] = []
-    shelf = checkpoints.store
-    discard, is_intact = shelf.discard, shelf.is_intact
-    monkeypatch.setattr(shelf, "discard", lambda folder: (order.append(f"{folder.name} goes"), discard(folder)))
-    monkeypatch.setattr(shelf, "is_intact", lambda folder: order.append(f"{folder.name} read") or is_intact(folder))
+    store = checkpoints.store
+    discard, is_intact = store.discard, store.is_intact
+    monkeypatch.setattr(store, "discard", lambda folder: (order.append(f"{folder.name} goes"), discard(folder)))
+    monkeypatch.setattr(store, "is_intact", lambda folder: order.append(f"{folder.name} read") or is_intact(folder))
     state.samples = 16
     checkpoints.save(state)
     assert order[0] == ".000000016.partial read"
     assert order[-1] == "000000008 goes"
 
 
-def test_what_is_not_here_is_asked_for_elsewhere(tmp_path, state, capsys):
+def test_a_missing_checkpoint_is_fetched(tmp_path, state, capsys):
     there, here = tmp_path / "there", tmp_path / "here"
     save(there, state, 8)
-    asked = []
+    fetched_into = []
 
     def fetch(folder):
-        asked.append(folder)
+        fetched_into.append(folder)
         return shutil.copytree(there / "000000008", folder / "000000008")
 
     checkpoints = save(here, state, 16)
     assert checkpoints.restore(state, "auto", fetch) == here / "000000016"
-    assert asked == []
+    assert fetched_into == []
     (here / "000000016" / "student.safetensors").unlink()
     assert checkpoints.restore(state, "auto", fetch) == here / "000000008"
-    assert (state.samples, len(asked)) == (8, 1)
+    assert (state.samples, len(fetched_into)) == (8, 1)
     assert [path.name for path in sorted(here.iterdir())] == ["000000008", "000000016"]
-    told = capsys.readouterr().out
-    assert "000000016: passed over, student.safetensors is missing" in told
-    assert "000000008: taken" in told
+    output = capsys.readouterr().out
+    assert "000000016: passed over, student.safetensors is missing" in output
+    assert "000000008: taken" in output
 
 
-def test_what_elsewhere_brings_is_verified_too(tmp_path, state, capsys):
+def test_a_fetched_checkpoint_is_verified(tmp_path, state, capsys):
     there, here = tmp_path / "there", tmp_path / "here"
     save(there, state, 8)
     (there / "000000008" / "ema.safetensors").write_bytes(b"another")
@@ -177,13 +177,13 @@ def test_what_elsewhere_brings_is_verified_too(tmp_path, state, capsys):
     assert checkpoints.restore(state, "auto", lambda _folder: None) is None
 
 
-def test_every_fault_of_a_folder_has_a_name(tmp_path, state):
+def test_every_fault_of_a_folder_has_a_message(tmp_path, state):
     save(tmp_path, state, 8)
     folder = tmp_path / "000000008"
     assert fault_of(folder) is None
     assert "16 samples" not in (fault_of(folder.rename(tmp_path / "000000016")) or "")
     folder = tmp_path / "000000016"
-    assert fault_of(folder) == "state.json speaks of 8 samples"
+    assert fault_of(folder) == "state.json is of 8 samples"
     (folder / "state.json").write_text("{")
     assert fault_of(folder) == "state.json cannot be read"
     (folder / "state.json").unlink()
@@ -233,11 +233,11 @@ def test_the_last_good_one_stays_when_the_new_one_reads_back_wrongly(tmp_path, s
     assert fault_of(tmp_path / "000000008") is None
 
 
-def test_state_says_what_the_weights_depend_on(tmp_path, state):
+def test_metadata_hold_the_identity_and_all_files(tmp_path, state):
     save(tmp_path, state, 8)
-    said = CheckpointMeta.read(tmp_path / "000000008")
-    assert said.identity == {"recipe": "r"}
-    assert sorted(said.files) == ["ema.safetensors", "memory.pt", "optimizer.pt", "student.safetensors"]
+    meta = CheckpointMeta.read(tmp_path / "000000008")
+    assert meta.identity == {"recipe": "r"}
+    assert sorted(meta.files) == ["ema.safetensors", "memory.pt", "optimizer.pt", "student.safetensors"]
 
 
 @pytest.mark.parametrize("kind", ["weights", "moments", "optimizer.pt", "memory.pt", "memory without a part"])
@@ -275,7 +275,7 @@ def test_momentum_of_another_shape_is_refused_under_muon_too(tmp_path):
         state.read(tmp_path / "000000008", 8)
 
 
-def test_want_of_memory_is_no_fault_of_a_checkpoint(tmp_path, state, monkeypatch):
+def test_lack_of_memory_is_no_fault_of_a_checkpoint(tmp_path, state, monkeypatch):
     save(tmp_path, state, 8)
 
     def none_left(*_: object, **__: object) -> None:

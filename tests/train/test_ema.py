@@ -15,7 +15,7 @@ POWER = EmaConfig(profile="power", sigma_rel=0.1)
 
 @pytest.mark.parametrize("config", [CONFIG, POWER], ids=["half_life", "power"])
 @pytest.mark.parametrize(("start", "end"), [(64, 128), (960, 1088), (2048, 2560)])
-def test_the_batch_size_does_not_move_the_decay(config, start, end):
+def test_the_batch_size_does_not_change_the_decay(config, start, end):
     by_step = [1.0, 1.0]
     for which, size in enumerate((1, 32)):
         for before in range(start, end, size):
@@ -23,7 +23,7 @@ def test_the_batch_size_does_not_move_the_decay(config, start, end):
     assert by_step == pytest.approx([decay(config, start, end)] * 2)
 
 
-def test_after_a_half_life_half_is_left():
+def test_after_a_half_life_half_remains():
     assert decay(CONFIG, 5000, 5100) == pytest.approx(0.5)
 
 
@@ -40,7 +40,7 @@ def test_the_untrained_weights_are_forgotten_at_the_first_step(config):
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.25])
 def test_the_power_profile_has_the_deviation_that_was_asked_for(sigma_rel):
     config, end = EmaConfig(profile="power", sigma_rel=sigma_rel), 3000
-    # The average of the moments themselves, and of their squares, weighed as weights are that were seen there.
+    # The average of the sample numbers themselves, and of their squares, weighted as the weights at these times.
     mean, square = 0.0, 0.0
     for before, after in pairwise(range(end + 1)):
         kept, moment = decay(config, before, after), after - 0.5

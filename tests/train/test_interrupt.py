@@ -1,4 +1,4 @@
-"""Laws of a polite end: a closed terminal is met like SIGTERM, and nothing that it takes along ends the run."""
+"""A closed terminal is handled like SIGTERM, and its failing writes do not end the run."""
 
 import os
 import pty
@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 
-# Prints all the while, as a run does, and leaves a file when it was asked to end.
+# Prints during its run, as training does, and writes a file after a signal.
 PRINTING = """
 import pathlib, sys, time
 from stages.system.signals import Interruption
 with Interruption() as interruption:
     print("begun", flush=True)
     until = time.monotonic() + 20
-    while not interruption.number and time.monotonic() < until:
+    while not interruption.signal_number and time.monotonic() < until:
         time.sleep(0.01)
     print("a line of the journal", flush=True)
-    pathlib.Path(sys.argv[1]).write_text(str(interruption.number))
+    pathlib.Path(sys.argv[1]).write_text(str(interruption.signal_number))
 """
 
 
 @pytest.fixture
 def terminal() -> Iterator[tuple[int, int]]:
-    """Both ends of a terminal: the one that shows, and the one that programs print to."""
+    """Both ends of a terminal: the one that reads, and the one that programs print to."""
     ends = pty.openpty()
     yield ends
     for end in ends:

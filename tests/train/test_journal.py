@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from stages.system.refusal import Refused
-from stages.train.journal import Journal, StepResult, Window, flatten, memory_gib, read_step_lines, truncate_after
+from stages.train.journal import Journal, StepResult, Window, memory_gib, read_step_lines, truncate_after
 from stages.train.objective import Losses
 from stages.train.runtime import Runtime
-from stages.train.trackers import TrackingConfig
+from stages.train.trackers import TrackingConfig, flatten
 
 BLOCKS = ("mid", "up_3")
 QUIET = TrackingConfig(to=())
@@ -41,7 +41,7 @@ def test_a_line_holds_the_means_of_its_window():
     window = Window()
     window.add(step([1.0, 3.0], [0.05, 0.95]))
     window.add(step([5.0, 7.0], [0.96, 0.55], learning_rate=0.2))
-    line = window.journal_line(4, BLOCKS)
+    line = window.journal_line(4, BLOCKS, window.sums())
     assert (line["samples"], line["flow"], line["loss"], line["learning_rate"]) == (4, 4.0, 8.0, 0.2)
     assert line["blocks"] == {"mid": 1.0, "up_3": 3.0}
     assert line["lambdas"] == {"mid": 1.0, "up_3": 0.5}
@@ -53,7 +53,7 @@ def test_every_part_of_the_loss_falls_into_the_bin_of_its_time():
     window = Window()
     window.add(step([1.0, 3.0], [0.05, 0.95]))
     window.add(step([5.0, 7.0], [0.96, 0.55]))
-    line = window.journal_line(4, BLOCKS)
+    line = window.journal_line(4, BLOCKS, window.sums())
     flow = [1.0, None, None, None, None, 7.0, None, None, None, 4.0]
     assert line["flow_by_s"] == flow
     assert line["guidance_by_s"] == [None if error is None else 10 * error for error in flow]
@@ -63,21 +63,21 @@ def test_every_part_of_the_loss_falls_into_the_bin_of_its_time():
 def test_the_effective_size_is_one_for_equal_weights_and_less_for_others():
     window = Window()
     window.add(step([1.0, 1.0, 1.0, 1.0], [0.05, 0.05, 0.95, 0.95], importance_weight=[1.0, 3.0, 2.0, 2.0]))
-    line = window.journal_line(4, BLOCKS)
+    line = window.journal_line(4, BLOCKS, window.sums())
     assert line["effective_size"] == pytest.approx(8**2 / (4 * 18))
     assert line["effective_size_by_s"][0] == pytest.approx(16 / (2 * 10))
     assert line["effective_size_by_s"][9] == 1
     assert line["effective_size_by_s"][5] is None
 
 
-def test_the_sums_of_two_processes_make_the_line_of_one_that_saw_all():
+def test_the_sums_of_two_processes_make_the_line_of_a_single_process():
     whole, one, two = Window(), Window(), Window()
     halves = (step([1.0, 3.0], [0.05, 0.95]), step([5.0, 7.0], [0.96, 0.55]))
     for half, window in zip(halves, (one, two), strict=True):
         whole.add(half)
         window.add(half)
     sums = {name: value + two.sums()[name] for name, value in one.sums().items()}
-    apart, together = one.journal_line(4, BLOCKS, sums), whole.journal_line(4, BLOCKS)
+    apart, together = one.journal_line(4, BLOCKS, sums), whole.journal_line(4, BLOCKS, whole.sums())
     varying = {"samples_per_second", "window_seconds", "data_wait_seconds"}
     assert {k: v for k, v in apart.items() if k not in varying} == {
         k: v for k, v in together.items() if k not in varying
@@ -86,7 +86,7 @@ def test_the_sums_of_two_processes_make_the_line_of_one_that_saw_all():
 
 
 class Twin:
-    """One of two processes that see the same."""
+    """One of two processes with the same data."""
 
     device, world = CPU, 2
 
@@ -111,11 +111,13 @@ def test_only_the_main_process_writes_and_both_add_up(tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     assert [line.get("kind") for line in lines] == [None, "validation"]
     assert lines[0]["flow"] == 2.0
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in said] == [[word, "samples=4"] for word in ("train", "validation", "warning")]
+    lines_printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines_printed] == [
+        [word, "samples=4"] for word in ("train", "validation", "warning")
+    ]
 
 
-def test_a_skipped_step_is_told_and_counted_into_nothing(tmp_path, capsys):
+def test_a_skipped_step_is_shown_and_not_counted(tmp_path, capsys):
     with Journal(tmp_path, 0, 8, BLOCKS, ALONE, QUIET) as journal:
         journal.add(None, 2)
         journal.write(2)
@@ -131,7 +133,7 @@ def test_a_line_of_another_kind_is_no_line_of_training(tmp_path):
     assert [line["samples"] for line in read_step_lines(tmp_path)] == [2]
 
 
-def test_what_happens_between_two_windows_is_told_and_left_out_of_the_rate(tmp_path, monkeypatch):
+def test_a_pause_between_two_windows_is_recorded_and_left_out_of_the_rate(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     with Journal(tmp_path, 0, 8, BLOCKS, ALONE, QUIET) as journal:
@@ -157,31 +159,35 @@ def test_memory_is_that_of_the_process_on_a_cpu():
 
 def test_trackers_get_every_number_by_name():
     line = {"samples": 4, "kind": "x", "flow": 1.0, "blocks": {"mid": 2.0}, "flow_by_s": [None, 3.0]}
-    assert dict(flatten(line)) == {"flow": 1.0, "blocks/mid": 2.0, "flow_by_s/1": 3.0}
+    assert flatten(line) == {"flow": 1.0, "blocks/mid": 2.0, "flow_by_s/1": 3.0}
 
 
 def test_a_journal_line_is_made_of_plain_numbers(tmp_path):
     with Journal(tmp_path, 0, 8, BLOCKS, ALONE, QUIET) as journal:
         journal.add(step([1.0, 3.0], [0.05, 0.95]), 2)
-        journal.write(2, {"asked": 1})
+        journal.write(2, {"uploads": 1})
     line = read_step_lines(tmp_path)[0]
-    assert line["asked"] == 1
-    assert all(math.isfinite(value) for _, value in flatten(line))
+    assert line["uploads"] == 1
+    assert all(math.isfinite(value) for value in flatten(line).values())
 
 
 def test_lines_beyond_the_resumed_sample_and_a_cut_off_line_are_dropped(tmp_path):
     path = tmp_path / "journal.jsonl"
-    told = [{"samples": 4}, {"samples": 8}, {"samples": 8, "kind": "validation"}, {"samples": 12}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in told) + '{"samp')
+    lines = [{"samples": 4}, {"samples": 8}, {"samples": 8, "kind": "validation"}, {"samples": 12}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"samp')
     truncate_after(path, 8)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == told[:3]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:3]
 
 
 def test_groups_have_their_own_mean_flow_error_and_one_without_samples_none():
     window = Window(("stars", "rings", "(prior)"))
     window.add(replace(step([1.0, 3.0], [0.05, 0.95]), group=torch.tensor([0, 2])))
     window.add(replace(step([5.0, 7.0], [0.96, 0.55]), group=torch.tensor([2, 2])))
-    assert window.journal_line(4, BLOCKS)["flow_by_class"] == {"stars": 1.0, "rings": None, "(prior)": 5.0}
+    assert window.journal_line(4, BLOCKS, window.sums())["flow_by_class"] == {
+        "stars": 1.0,
+        "rings": None,
+        "(prior)": 5.0,
+    }
     assert window.sums()["by_group"].tolist() == [[1, 0, 3], [1, 0, 15]]
 
 

@@ -1,4 +1,4 @@
-"""Laws of several processes on this machine: signals reach all of them, and the end of one is the end of all."""
+"""Several processes on this machine: signals reach all of them, and the end of one ends all."""
 
 import signal
 import subprocess
@@ -36,19 +36,19 @@ def test_a_process_that_dies_ends_the_others_and_is_named(tmp_path: Path) -> Non
     assert time.monotonic() - began < 30
 
 
-def test_a_process_that_said_why_is_not_explained_again(tmp_path: Path) -> None:
+def test_a_refusal_of_a_process_is_not_reported_twice(tmp_path: Path) -> None:
     assert code_of(lambda: run_processes(["-c", RANK + "sys.exit(2)", str(tmp_path)], 2, str(tmp_path))) == 2
 
 
-def test_a_process_that_failed_as_nobody_foresaw_has_said_so_and_is_not_explained_again(tmp_path: Path) -> None:
+def test_an_unexpected_error_of_a_process_is_not_reported_twice(tmp_path: Path) -> None:
     words = ["-c", RANK + "sys.exit(1 - rank or 1)", str(tmp_path)]
     assert code_of(lambda: run_processes(words, 2, str(tmp_path))) == 1
 
 
-POLITE = RANK + (
-    "told = []; signal.signal(signal.SIGTERM, lambda *_: told.append(1)); (here / f'up{rank}').touch()\n"
-    "while len(told) < int(sys.argv[2]): time.sleep(0.01)\n"
-    "(here / f'left{rank}').write_text(str(len(told))); sys.exit(143)"
+WAITING = RANK + (
+    "received = []; signal.signal(signal.SIGTERM, lambda *_: received.append(1)); (here / f'up{rank}').touch()\n"
+    "while len(received) < int(sys.argv[2]): time.sleep(0.01)\n"
+    "(here / f'left{rank}').write_text(str(len(received))); sys.exit(143)"
 )
 
 
@@ -57,7 +57,7 @@ def test_signals_reach_every_process(tmp_path: Path) -> None:
     for signals in (1, 2):
         folder = tmp_path / str(signals)
         folder.mkdir()
-        words = ["-c", POLITE, str(folder), str(signals)]
+        words = ["-c", WAITING, str(folder), str(signals)]
         program = f"from stages.train.runtime import run_processes; run_processes({words!r}, 2, {str(folder)!r})"
         launchers.append(subprocess.Popen([sys.executable, "-c", program]))
     await_all(tmp_path, "*/up*", 4)

@@ -25,7 +25,7 @@ LINE = {
     "memory_gib": 1.5,
     "update_ratio": {"mid": 5e-4, "rest": 1e-4},
 }
-FOUND = {
+METRICS = {
     "held_out": 0.0345,
     "held_out_by_s": [0.1, 0.2],
     "seen": 0.03,
@@ -46,26 +46,26 @@ def log() -> Console:
     return Console(file=io.StringIO(), width=80)
 
 
-def said(console: Console) -> str:
+def output_of(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
-def board(console: Console) -> str:
-    """What a board that was told everything leaves on the screen."""
-    shown = Dashboard("runs/[tiny]/distill", 0, 44800, console)
-    shown.show_progress(640)
-    shown.show_line({**LINE, "samples": 320, "flow": 1.5}, ())
-    shown.show_line(LINE, ["upload: no route to host"])
-    shown.show_event(640, "validation", FOUND)
-    shown.show_warning(700, "step skipped: a gradient was not finite")
-    text = "".join(segment.text for segment in console.render(shown.render(), console.options))
-    shown.close()
+def render_all(console: Console) -> str:
+    """The text of a dashboard with every kind of content."""
+    dashboard = Dashboard("runs/[tiny]/distill", 0, 44800, console)
+    dashboard.show_progress(640)
+    dashboard.show_line({**LINE, "samples": 320, "flow": 1.5}, ())
+    dashboard.show_line(LINE, ["upload: no route to host"])
+    dashboard.show_event(640, "validation", METRICS)
+    dashboard.show_warning(700, "step skipped: a gradient was not finite")
+    text = "".join(segment.text for segment in console.render(dashboard.render(), console.options))
+    dashboard.close()
     return text
 
 
-def test_the_board_shows_how_far_it_is_what_it_loses_and_what_is_wrong():
-    text = board(terminal())
+def test_the_dashboard_shows_progress_losses_and_warnings():
+    text = render_all(terminal())
     for part in (
         "runs/[tiny]/distill",
         "640 of 44,800 samples",
@@ -84,8 +84,8 @@ def test_the_board_shows_how_far_it_is_what_it_loses_and_what_is_wrong():
         assert part in text, part
 
 
-def test_the_board_has_a_row_for_each_block_and_a_sparkline_for_each_part_of_the_loss():
-    lines = [line.split() for line in board(terminal()).splitlines()]
+def test_the_dashboard_has_a_row_for_each_block_and_a_sparkline_for_each_part_of_the_loss():
+    lines = [line.split() for line in render_all(terminal()).splitlines()]
     assert any(words[1:5] == ["mid", "0.125", "1.250", "5.0e-04"] for words in lines)
     assert any(words[1:4] == ["up_3", "7.5", "0.000"] for words in lines)
     assert any(words[1:3] == ["rest", "1.0e-04"] for words in lines)
@@ -94,13 +94,13 @@ def test_the_board_has_a_row_for_each_block_and_a_sparkline_for_each_part_of_the
     assert flow[-4:-1] == ["▂", "█", "0.8"]
 
 
-def test_the_board_fits_a_narrow_terminal_and_one_that_knows_only_ascii():
+def test_the_dashboard_fits_a_narrow_terminal_and_one_with_ascii_only():
     narrow = Console(file=io.StringIO(), force_terminal=True, width=60, height=40, color_system=None)
-    assert max(map(len, board(narrow).splitlines())) <= 60
+    assert max(map(len, render_all(narrow).splitlines())) <= 60
     plain = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), force_terminal=True, width=110, height=50)
-    shown = Dashboard("runs/tiny", 0, 10, plain)
-    shown.show_line(LINE, ())
-    shown.close()
+    dashboard = Dashboard("runs/tiny", 0, 10, plain)
+    dashboard.show_line(LINE, ())
+    dashboard.close()
     plain.file.flush()
 
 
@@ -108,24 +108,24 @@ def test_a_log_gets_one_line_of_names_and_numbers_for_each_line_of_the_journal()
     console = log()
     lines = LogDisplay(0, 44800, console)
     lines.show_progress(640)
-    assert said(console) == ""
+    assert output_of(console) == ""
     lines.show_line(LINE, ["upload: [red] no route"])
-    lines.show_event(640, "validation", FOUND)
-    train, warning, validation = said(console).splitlines()
+    lines.show_event(640, "validation", METRICS)
+    train, warning, validation = output_of(console).splitlines()
     assert train.startswith("train samples=640 of=44800 loss=1.25 flow=0.75 guidance=0.5 block_term=2.5 grad_norm=3.5 ")
     assert " lr=0.0001 rate=121.2/s wait=1.0% memory=1.50GiB left=" in train
     assert warning == "warning samples=640 upload: [red] no route"
     assert validation == "validation samples=640 held_out=0.0345 seen=0.03 seen_new_noise=0.031 cache_gap=0.001"
 
 
-def test_skipped_steps_and_spikes_are_told_where_there_are_any():
+def test_skipped_steps_and_spikes_are_shown_where_there_are_any():
     for skipped, spikes in ((0, 0), (2, 1)):
         console = log()
         LogDisplay(0, 44800, console).show_line({**LINE, "skipped": skipped, "spikes": spikes}, ())
-        assert ("skipped=2 spikes=1" in said(console)) == (skipped > 0)
+        assert ("skipped=2 spikes=1" in output_of(console)) == (skipped > 0)
 
 
-def test_without_a_terminal_the_view_is_lines(capsys):
+def test_without_a_terminal_the_display_is_lines(capsys):
     assert isinstance(make_display("runs/tiny", 0, 10), LogDisplay)
 
 
@@ -146,27 +146,27 @@ def test_the_time_left_follows_from_the_pace_of_this_process(monkeypatch):
     assert clock.format(3001) == "0:00:00"  # the last batch is whole
 
 
-def test_the_board_is_drawn_every_other_second_at_most(monkeypatch):
+def test_the_dashboard_is_refreshed_every_other_second_at_most(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    shown = Dashboard("runs/tiny", 0, 100, terminal())
-    drawn = []
-    monkeypatch.setattr(shown, "_draw", lambda: drawn.append(shown.samples))
+    dashboard = Dashboard("runs/tiny", 0, 100, terminal())
+    refreshed = []
+    monkeypatch.setattr(dashboard, "_refresh", lambda: refreshed.append(dashboard.samples))
     for samples in range(1, 11):
         now[0] += 0.5
-        shown.show_progress(samples)
-        if drawn[-1:] == [samples]:
-            shown._refreshed_at = now[0]
-    assert drawn == [4, 8]
+        dashboard.show_progress(samples)
+        if refreshed[-1:] == [samples]:
+            dashboard._refreshed_at = now[0]
+    assert refreshed == [4, 8]
 
 
-def test_the_board_has_a_row_for_each_class_with_what_it_loses_and_what_was_examined():
+def test_the_dashboard_has_a_row_for_each_class_with_its_loss_and_its_exam():
     console = terminal()
-    shown = Dashboard("runs/tiny/classes", 0, 9600, console)
-    shown.show_line({**LINE, "flow_by_class": {"stars": 0.125, "[rings]": None, "(prior)": 0.25}}, ())
-    shown.show_event(640, "classes", {"wrong": 0.05, "all": {"stars": 0.9375, "[rings]": 1.0, "(outside)": 0.875}})
-    shown.close()
-    rows = [line.strip("│ ").split() for line in said(console).splitlines()]
+    dashboard = Dashboard("runs/tiny/classes", 0, 9600, console)
+    dashboard.show_line({**LINE, "flow_by_class": {"stars": 0.125, "[rings]": None, "(prior)": 0.25}}, ())
+    dashboard.show_event(640, "classes", {"wrong": 0.05, "all": {"stars": 0.9375, "[rings]": 1.0, "(outside)": 0.875}})
+    dashboard.close()
+    rows = [line.strip("│ ").split() for line in output_of(console).splitlines()]
     assert ["stars", "0.125", "0.9375"] in rows
     assert ["[rings]", "1"] in rows
     assert ["(prior)", "0.25"] in rows

@@ -32,7 +32,7 @@ def same(one: nn.Module, two: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("cut", [10, 14, 20])
-def test_a_run_cut_anywhere_goes_on_to_the_very_bits_of_an_uninterrupted_one(tmp_path, train, power_cut, cut):
+def test_a_run_cut_anywhere_resumes_to_the_same_bits_as_an_uninterrupted_one(tmp_path, train, power_cut, cut):
     whole = train(tmp_path / "whole")
     with pytest.raises(InterruptedError):
         train(tmp_path / "cut", batches=power_cut(cut))
@@ -43,7 +43,7 @@ def test_a_run_cut_anywhere_goes_on_to_the_very_bits_of_an_uninterrupted_one(tmp
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_resumed_unet_has_the_very_bits_of_an_uninterrupted_one(tmp_path, train, unet_batches, kind):
+def test_a_resumed_unet_has_the_same_bits_as_an_uninterrupted_one(tmp_path, train, unet_batches, kind):
     def run(folder: Path, **options):
         torch.manual_seed(0)
         student = Student(build_unet())
@@ -67,23 +67,23 @@ def test_the_journal_of_a_resumed_run_has_each_sample_once(tmp_path, train, powe
     assert seen == [4, 8, 12, 16, 20, 24]
 
 
-def test_a_resumed_run_says_where_it_goes_on(tmp_path, train, power_cut, capsys):
+def test_a_resumed_run_prints_where_it_continues(tmp_path, train, power_cut, capsys):
     with pytest.raises(InterruptedError):
         train(tmp_path, batches=power_cut(14))
     train(tmp_path, samples_per_epoch=16)
-    said = capsys.readouterr().out
-    assert "000000008: going on after 8 of 24 samples, epoch 0.50, learning rate" in said
-    assert "next 000000008" in said
+    output = capsys.readouterr().out
+    assert "000000008: going on after 8 of 24 samples, epoch 0.50, learning rate" in output
+    assert "next 000000008" in output
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path, train, capsys):
     whole = train(tmp_path)
-    again = train(tmp_path, batches=lambda first: pytest.fail("asked for data"))
+    again = train(tmp_path, batches=lambda first: pytest.fail("data was requested"))
     assert same(again, whole)
     assert "all 24 samples seen already" in capsys.readouterr().out
 
 
-def test_the_student_that_comes_back_wears_its_average(tmp_path, train):
+def test_the_returned_student_has_its_averaged_weights(tmp_path, train):
     shown = {}
     averaged = train(
         tmp_path,
@@ -94,7 +94,7 @@ def test_the_student_that_comes_back_wears_its_average(tmp_path, train):
     assert not averaged.training
 
 
-def test_looking_at_the_student_does_not_move_it(tmp_path, train):
+def test_a_checkpoint_does_not_change_the_student(tmp_path, train):
     assert same(train(tmp_path / "a", {"checkpoint_every_samples": 2}), train(tmp_path / "b"))
 
 
@@ -111,7 +111,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_the_sample(tmp_path, t
     assert not (tmp_path / "checkpoints" / "000000016").exists()
 
 
-def test_another_configuration_is_refused_but_another_rhythm_is_not(tmp_path, train, power_cut):
+def test_another_configuration_is_refused_but_other_intervals_are_not(tmp_path, train, power_cut):
     with pytest.raises(InterruptedError):
         train(tmp_path, batches=power_cut(14))
     with pytest.raises(Refused, match=r"train\.optimizer\.clip_norm was 1\.0, is 2\.0"):
@@ -124,7 +124,7 @@ def test_another_configuration_is_refused_but_another_rhythm_is_not(tmp_path, tr
 
 
 class RecordingWeights(StaticWeights):
-    """A judge who remembers how often he was asked, and weighs what he is told to weigh."""
+    """Fixed lambdas and sample weights, with a count of the steps in its state."""
 
     def __init__(self, fixed_lambdas: list[float] | None = None, weight: float = 1.0) -> None:
         self.fixed_lambdas, self.weight, self.call_count = fixed_lambdas, weight, 0
@@ -145,35 +145,38 @@ class RecordingWeights(StaticWeights):
         return torch.full_like(batch.s, self.weight)
 
     def metrics(self):
-        return {"asked": self.call_count}
+        return {"calls": self.call_count}
 
     def state_dict(self):
-        return {"asked": self.call_count}
+        return {"calls": self.call_count}
 
     def load_state_dict(self, state):
-        self.call_count = state["asked"]
+        self.call_count = state["calls"]
 
 
-def test_a_judge_is_asked_at_every_batch_and_reaches_the_journal(tmp_path, train):
-    judge = RecordingWeights([2.0, 0.5])
-    train(tmp_path, judge=judge)
-    assert judge.call_count == 12
+def test_a_block_weighter_is_called_at_every_batch_and_reaches_the_journal(tmp_path, train):
+    weighter = RecordingWeights([2.0, 0.5])
+    train(tmp_path, block_weighter=weighter)
+    assert weighter.call_count == 12
     first = json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])
     assert first["lambdas"] == pytest.approx({"mid": 2.0005, "up_3": 0.5005})
-    assert first["asked"] == 2
+    assert first["calls"] == 2
 
 
-def test_a_judge_goes_on_from_what_he_remembers(tmp_path, train, power_cut):
+def test_a_block_weighter_resumes_from_its_state(tmp_path, train, power_cut):
     with pytest.raises(InterruptedError):
-        train(tmp_path / "cut", batches=power_cut(14), judge=RecordingWeights([2.0, 0.5]))
+        train(tmp_path / "cut", batches=power_cut(14), block_weighter=RecordingWeights([2.0, 0.5]))
     resumed = RecordingWeights([2.0, 0.5])
-    assert same(train(tmp_path / "cut", judge=resumed), train(tmp_path / "whole", judge=RecordingWeights([2.0, 0.5])))
+    assert same(
+        train(tmp_path / "cut", block_weighter=resumed),
+        train(tmp_path / "whole", block_weighter=RecordingWeights([2.0, 0.5])),
+    )
     assert resumed.call_count == 12
 
 
-def test_a_sample_without_weight_teaches_nothing(tmp_path, train, toy):
+def test_a_sample_with_weight_zero_changes_nothing(tmp_path, train, toy):
     settings = {"optimizer": {"weight_decay": 0.0}}
-    assert same(train(tmp_path / "still", settings, judge=RecordingWeights(weight=0.0)), toy)
+    assert same(train(tmp_path / "still", settings, block_weighter=RecordingWeights(weight=0.0)), toy)
     assert not same(train(tmp_path / "moved", settings), toy)
 
 
@@ -184,20 +187,20 @@ def test_data_that_ends_too_early_is_refused(tmp_path, train, batch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(tmp_path, train, capsys, number):
-    def asked_to_stop(samples: int, student: nn.Module) -> None:
+    def send_signal(samples: int, student: nn.Module) -> None:
         if samples == 8:
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as left:
-        train(tmp_path / "left", hooks=Hooks(on_checkpoint=asked_to_stop))
+        train(tmp_path / "left", hooks=Hooks(on_checkpoint=send_signal))
     assert left.value.code == 128 + number
     assert signal.getsignal(number) is before
     assert "left after 10 samples, with a checkpoint" in capsys.readouterr().out
     assert same(train(tmp_path / "left"), train(tmp_path / "whole"))
 
 
-def test_the_told_time_stays_within_half_a_step_of_a_sampler():
+def test_the_time_jitter_stays_within_half_a_step_of_a_sampler():
     apart = 1000 * sample_time_jitter(200, 0.5, torch.Generator().manual_seed(0))
     assert 0.4 < apart.abs().max() <= 0.5001
     assert apart.mean().abs() < 0.1
@@ -221,7 +224,7 @@ def test_under_nohup_a_closed_terminal_is_no_reason_to_end(tmp_path, train):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_checkpoint_is_written_although_nobody_can_be_told_any_more(tmp_path, train, monkeypatch):
+def test_a_checkpoint_is_written_even_if_printing_fails(tmp_path, train, monkeypatch):
     """The reader of standard output dies with the terminal: the first line that is printed fails."""
 
     def closed(samples: int, student: nn.Module) -> None:
@@ -231,7 +234,7 @@ def test_a_checkpoint_is_written_although_nobody_can_be_told_any_more(tmp_path, 
             def broken(*_: object, **__: object) -> None:
                 raise BrokenPipeError
 
-            monkeypatch.setattr("stages.train.live.Lines.line", broken)
+            monkeypatch.setattr("stages.train.live.LogDisplay.show_line", broken)
 
     with pytest.raises(BrokenPipeError):
         train(tmp_path / "left", hooks=Hooks(on_checkpoint=closed))
@@ -240,7 +243,7 @@ def test_a_checkpoint_is_written_although_nobody_can_be_told_any_more(tmp_path, 
     assert same(train(tmp_path / "left"), train(tmp_path / "whole"))
 
 
-def test_a_run_says_what_it_is_once_nothing_can_be_refused(tmp_path, train):
+def test_the_settings_are_saved_once_nothing_can_be_refused(tmp_path, train):
     begun = []
     hooks = Hooks(on_start=lambda: begun.append(1))
     train(tmp_path, hooks=hooks)
@@ -253,7 +256,7 @@ def test_a_run_says_what_it_is_once_nothing_can_be_refused(tmp_path, train):
     assert begun == [1, 1]
 
 
-def test_a_checkpoint_of_another_run_that_is_kept_elsewhere_leaves_nothing(tmp_path, train):
+def test_a_remote_checkpoint_of_another_run_leaves_nothing(tmp_path, train):
     train(tmp_path / "there")
 
     def bring(folder: Path) -> Path:
@@ -264,11 +267,11 @@ def test_a_checkpoint_of_another_run_that_is_kept_elsewhere_leaves_nothing(tmp_p
     assert not (tmp_path / "here").exists()
 
 
-def test_a_last_batch_beyond_the_last_sample_leaves_no_time(tmp_path, train, capsys):
+def test_after_a_last_batch_beyond_the_last_sample_no_time_remains(tmp_path, train, capsys):
     train(tmp_path, {"max_samples": 23})
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train samples=")]
-    assert "samples=24 of=24" in told[-1]
-    assert all("left=0:" in line for line in told)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train samples=")]
+    assert "samples=24 of=24" in lines[-1]
+    assert all("left=0:" in line for line in lines)
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, train):
@@ -278,22 +281,22 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path, train):
         train(tmp_path, {"accumulate": 3})
 
 
-def test_a_run_that_goes_on_with_other_micro_batches_says_so(tmp_path, train, power_cut, capsys):
+def test_a_resume_with_other_micro_batches_is_reported(tmp_path, train, power_cut, capsys):
     with pytest.raises(InterruptedError):
         train(tmp_path, batches=power_cut(14))
     train(tmp_path, {"accumulate": 2})
     assert "equal to rounding, not to the last bit: accumulate was 1, is 2" in capsys.readouterr().out
 
 
-def test_a_story_is_asked_at_each_checkpoint_and_at_each_line(tmp_path, train, capsys):
+def test_hooks_are_called_at_each_checkpoint_and_at_each_line(tmp_path, train, capsys):
     kept: list[Path] = []
 
-    def found(student) -> ValidationResult:
+    def validate(student) -> ValidationResult:
         error = RelativeError(0.25 / (1 + len(kept)), (None,))
         return ValidationResult(VelocityErrors(error, error, 1), None, None, 0.0)
 
     hooks = Hooks(
-        validate=found,
+        validate=validate,
         on_checkpoint_saved=kept.append,
         extra_metrics=lambda: {"uploads": len(kept)},
         warning=lambda: "no connection" if kept else None,
@@ -305,7 +308,7 @@ def test_a_story_is_asked_at_each_checkpoint_and_at_each_line(tmp_path, train, c
     assert capsys.readouterr().out.count("no connection") == 3
 
 
-def test_a_checkpoint_is_brought_from_elsewhere_when_none_is_here(tmp_path, train, power_cut):
+def test_a_remote_checkpoint_is_fetched_when_none_is_local(tmp_path, train, power_cut):
     with pytest.raises(InterruptedError):
         train(tmp_path / "there", batches=power_cut(14))
 

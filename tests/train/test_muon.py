@@ -1,4 +1,4 @@
-"""Laws of Muon beside AdamW: each does its own, where the weights lie."""
+"""Muon beside AdamW: each updates its own parameters in place."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -58,12 +58,12 @@ def test_matrices_of_blocks_move_as_torch_moves_them_up_to_its_bfloat16_and_all_
     assert torch.equal(ours["conv_in.weight"], theirs["conv_in.weight"])
 
 
-def test_a_state_that_torchs_muon_wrote_is_taken_over():
+def test_a_state_of_torchs_muon_is_loaded():
     then, now = weights(), weights()
     named = "mid_block.conv.weight"
-    lent = nn.Parameter(then[named].detach().flatten(1))
-    muon = torch.optim.Muon([{"params": [lent], "share": 0.5}], lr=0.005, weight_decay=CONFIG.weight_decay)
-    lent.grad = gradients(1)[0][named].flatten(1)
+    matrix = nn.Parameter(then[named].detach().flatten(1))
+    muon = torch.optim.Muon([{"params": [matrix], "share": 0.5}], lr=0.005, weight_decay=CONFIG.weight_decay)
+    matrix.grad = gradients(1)[0][named].flatten(1)
     muon.step()
     learn(then, before := build_optimizer(CONFIG, then), gradients(1))
     resumed = build_optimizer(CONFIG, now)
@@ -110,7 +110,7 @@ def test_processes_that_share_the_work_end_on_the_same_bits_and_on_those_of_one_
         torch.testing.assert_close(several[0][name], alone[name], atol=1e-6, rtol=0)
 
 
-def test_it_goes_on_to_the_same_bits():
+def test_it_resumes_to_the_same_bits():
     whole, steps = weights(), gradients(6)
     optimizer = build_optimizer(CONFIG, whole)
     learn(whole, optimizer, steps[:3])
@@ -122,25 +122,25 @@ def test_it_goes_on_to_the_same_bits():
     assert all(torch.equal(whole[name], second[name]) for name in whole)
 
 
-def test_it_reaches_weights_that_wore_their_average_meanwhile():
-    plain, worn = weights(), weights()
+def test_it_updates_weights_that_were_swapped_with_their_average():
+    plain, swapped = weights(), weights()
     module = nn.Module()
-    for name, weight in worn.items():
+    for name, weight in swapped.items():
         module.register_parameter(name.replace(".", "_"), weight)
     ema, steps = Ema(module), gradients(2)
-    for parameters in (plain, worn):
+    for parameters in (plain, swapped):
         optimizer = build_optimizer(CONFIG, parameters)
         learn(parameters, optimizer, steps[:1])
-        if parameters is worn:
+        if parameters is swapped:
             with ema.swapped_in():
                 pass
-            for weight in worn.values():
+            for weight in swapped.values():
                 weight.data = weight.data.clone()  # the same numbers, brought back elsewhere
         learn(parameters, optimizer, steps[1:])
-    assert all(torch.equal(plain[name], worn[name]) for name in plain)
+    assert all(torch.equal(plain[name], swapped[name]) for name in plain)
 
 
-def test_the_memory_format_moves_nothing_but_rounding():
+def test_the_memory_format_changes_only_rounding():
     plain, last = weights(), weights()
     for weight in last.values():
         if weight.ndim == 4:
@@ -160,7 +160,7 @@ def test_a_matrix_is_the_same_memory_and_anything_else_is_refused():
         as_matrix(torch.zeros(3, 2, 4, 5).transpose(0, 1))
 
 
-def test_matrices_alone_are_enough_as_adapters_are():
+def test_matrices_alone_are_enough_as_with_adapters():
     adapter = {"mid_block.lora_A.weight": nn.Parameter(torch.ones(2, 8))}
     optimizer = build_optimizer(OptimizerConfig(kind="muon"), adapter)
     adapter["mid_block.lora_A.weight"].grad = torch.randn(2, 8, generator=torch.Generator().manual_seed(2))

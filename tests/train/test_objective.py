@@ -29,7 +29,7 @@ def off(batch, by: float = 1.0) -> Prediction:
     return Prediction(batch.v_cond + by, batch.v_uncond - by, features)
 
 
-def test_an_exact_student_loses_nothing(batch):
+def test_an_exact_student_has_no_loss(batch):
     losses = objective()(exact(batch), batch, torch.ones(2), 0.05, SCALES)
     assert losses.total == losses.flow == losses.guidance == 0
     assert losses.blocks.tolist() == [0.0, 0.0]
@@ -57,7 +57,7 @@ def test_lambdas_scale_the_gradient_of_each_block_alone(batch):
     assert gradients[1]["up_3"].abs().sum() == 0
 
 
-def test_the_block_term_has_gone_when_its_share_of_training_is_over(batch):
+def test_the_block_term_is_zero_when_its_share_of_training_is_over(batch):
     output = off(batch)
     for feature in output.features.values():
         feature.requires_grad_(True)
@@ -67,7 +67,7 @@ def test_the_block_term_has_gone_when_its_share_of_training_is_over(batch):
     assert losses.blocks.tolist() == pytest.approx([1.0, 1.0])
 
 
-def test_the_block_term_stays_when_it_is_told_to():
+def test_the_block_term_stays_without_an_end():
     assert ObjectiveConfig(blocks_until=None).annealed_block_weight(1.0) == ObjectiveConfig().block_weight
 
 
@@ -87,38 +87,38 @@ def test_a_cache_without_features_trains_without_the_block_term(batch):
     assert losses.total.item() == pytest.approx((losses.flow + losses.guidance).item())
 
 
-def test_omega_weighs_samples_and_is_not_normalised(batch):
+def test_importance_weights_weight_samples_and_are_not_normalised(batch):
     plain = objective()(off(batch), batch, torch.ones(2), 0.05, SCALES)
     double = objective()(off(batch), batch, torch.ones(2), 0.05, SCALES, torch.full((2,), 2.0))
     assert double.total.item() == pytest.approx(2 * plain.total.item())
     assert torch.equal(double.flow_errors, plain.flow_errors)
 
 
-def test_the_parts_of_each_sample_are_told_before_any_weight(batch):
-    omega, w = torch.tensor([0.0, 3.0]), torch.tensor([1.0, 7.5])
-    losses = objective(loss_weighting="min_snr")(off(batch), batch, torch.ones(2), 0.05, w, omega)
+def test_the_errors_of_each_sample_are_unweighted(batch):
+    importance_weight, w = torch.tensor([0.0, 3.0]), torch.tensor([1.0, 7.5])
+    losses = objective(loss_weighting="min_snr")(off(batch), batch, torch.ones(2), 0.05, w, importance_weight)
     assert losses.flow_errors.tolist() == pytest.approx([1.0, 1.0])
     assert losses.block_errors.flatten().tolist() == pytest.approx([1.0] * 4)
     assert losses.blocks.tolist() == pytest.approx([1.5, 1.5])
     guided = (2 * w - 1) ** 2 / (w**2 + (w - 1) ** 2)  # branches off by 1 and -1
     assert losses.guidance_errors.tolist() == pytest.approx(guided.tolist())
-    assert torch.equal(losses.importance_weight, omega)
+    assert torch.equal(losses.importance_weight, importance_weight)
 
 
-def test_the_losses_of_equal_chunks_join_to_those_of_the_batch(batch):
-    one, two = (
-        objective()(output, batch, torch.ones(2), 0.05, torch.tensor([3.0, 3.0]), torch.tensor(omega))
-        for output, omega in ((off(batch), [1.0, 2.0]), (off(batch, 2.0), [0.5, 0.25]))
+def test_the_losses_of_equal_chunks_merge_to_those_of_the_batch(batch):
+    first, second = (
+        objective()(output, batch, torch.ones(2), 0.05, torch.tensor([3.0, 3.0]), torch.tensor(importance_weight))
+        for output, importance_weight in ((off(batch), [1.0, 2.0]), (off(batch, 2.0), [0.5, 0.25]))
     )
-    joined = Losses.merge_chunks([one, two])
-    assert joined.total.item() == pytest.approx((one.total.item() + two.total.item()) / 2)
+    joined = Losses.merge_chunks([first, second])
+    assert joined.total.item() == pytest.approx((first.total.item() + second.total.item()) / 2)
     assert joined.flow_errors.tolist() == pytest.approx([1.0, 1.0, 4.0, 4.0])
     assert joined.block_errors.shape == (2, 4)
     assert joined.importance_weight.tolist() == [1.0, 2.0, 0.5, 0.25]
     assert joined.flow.item() == pytest.approx((joined.importance_weight * joined.flow_errors).mean().item())
 
 
-def test_min_snr_weighs_velocity_errors_by_time(batch):
+def test_min_snr_weights_velocity_errors_by_time(batch):
     losses = objective(loss_weighting="min_snr", min_snr_gamma=5.0)(off(batch), batch, torch.ones(2), 0.05, SCALES)
     expected = torch.minimum((1 - batch.s) ** 2, 5 * batch.s**2).mean()
     assert losses.flow.item() == pytest.approx(expected.item())
@@ -132,10 +132,10 @@ def test_the_unconditional_branch_can_be_left_out(batch):
 
 
 def test_guidance_scales_fill_their_range_and_follow_the_generator(batch):
-    drawn = objective(guidance_range=(3, 3)).sample_guidance_scales(len(batch), generator())
-    assert drawn.tolist() == [3.0, 3.0]
-    one, two = (objective().sample_guidance_scales(len(batch), generator()) for _ in range(2))
-    assert torch.equal(one, two)
+    constant = objective(guidance_range=(3, 3)).sample_guidance_scales(len(batch), generator())
+    assert constant.tolist() == [3.0, 3.0]
+    first, second = (objective().sample_guidance_scales(len(batch), generator()) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_a_weight_for_a_block_that_the_cache_lacks_is_refused():

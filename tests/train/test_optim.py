@@ -19,7 +19,7 @@ def test_the_rate_rises_straight_and_falls_by_half_a_cosine(samples, rate):
     assert learning_rate(CONFIG, samples, max_samples=1100) == pytest.approx(rate)
 
 
-def test_without_warm_up_the_rate_starts_at_its_height():
+def test_without_warm_up_the_rate_starts_at_its_maximum():
     assert learning_rate(OptimizerConfig(learning_rate=2.0, warmup_samples=0), 0, max_samples=10) == 2.0
 
 
@@ -28,8 +28,8 @@ def test_a_run_shorter_than_its_warm_up_never_leaves_it():
 
 
 def test_every_parameter_of_the_unet_lies_in_a_block_or_in_the_rest():
-    found = {block_of(f"unet.{name}") for name, _ in build_unet().named_parameters()}
-    assert found == {*(f"{way}_{i}" for way in ("down", "up") for i in range(4)), "mid", "rest"}
+    blocks = {block_of(f"unet.{name}") for name, _ in build_unet().named_parameters()}
+    assert blocks == {*(f"{way}_{i}" for way in ("down", "up") for i in range(4)), "mid", "rest"}
 
 
 PARAMETERS = {name: torch.nn.Parameter(torch.ones(2)) for name in ("down_blocks.1.a", "mid_block.b", "conv_in.c")}
@@ -50,7 +50,7 @@ def test_without_rates_of_their_own_all_blocks_are_one_group():
     assert len(build_optimizer(OptimizerConfig(), PARAMETERS).param_groups) == 1
 
 
-def test_the_rate_of_a_block_that_is_not_there_is_refused():
+def test_the_rate_of_an_unknown_block_is_refused():
     with pytest.raises(Refused, match=r"block_rates\.down_2: no such block - did you mean down_1"):
         build_optimizer(OptimizerConfig(block_rates={"down_2": 0.5}), PARAMETERS)
 
@@ -61,7 +61,7 @@ def test_eight_bits_without_their_library_are_refused_with_the_way_out(monkeypat
         build_optimizer(OptimizerConfig(kind="adamw_8bit"), PARAMETERS)
 
 
-def test_eight_bits_go_on_to_the_same_bits():
+def test_eight_bits_resume_to_the_same_bits():
     pytest.importorskip("bitsandbytes")
     gradients = torch.randn(6, 80, 80, generator=torch.Generator().manual_seed(0))
     config = OptimizerConfig(kind="adamw_8bit", block_rates={"mid": 0.5})

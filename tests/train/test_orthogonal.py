@@ -1,4 +1,4 @@
-"""Laws of Newton and Schulz' iteration, and of how its work is shared."""
+"""Newton and Schulz' iteration, and how its work is shared."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from stages.train import muon as orthogonal
+from stages.train import muon
 from stages.train.muon import COEFFICIENTS, ITERATIONS, MIN_NORM, assign_matrices, native_dtype, orthogonalize
 
 
@@ -39,18 +39,18 @@ def test_scale_does_not_matter_and_nothing_stays_nothing():
     assert torch.equal(orthogonalize([torch.zeros(3, 4)])[0], torch.zeros(3, 4))
 
 
-def test_company_changes_nothing_but_rounding(monkeypatch):
+def test_batching_changes_only_rounding(monkeypatch):
     mixed = matrices((5, 9), (9, 5), (4, 4), (5, 9), (2, 3))
-    alone = [orthogonalize([matrix])[0] for matrix in mixed]
-    for together in (orthogonalize(mixed), None):
-        if together is None:
-            monkeypatch.setattr(orthogonal, "MOST_ELEMENTS", 50)
-            together = orthogonalize(mixed)
-        for one, other in zip(together, alone, strict=True):
+    separate = [orthogonalize([matrix])[0] for matrix in mixed]
+    for batched in (orthogonalize(mixed), None):
+        if batched is None:
+            monkeypatch.setattr(muon, "MAX_ELEMENTS", 50)
+            batched = orthogonalize(mixed)
+        for one, other in zip(batched, separate, strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 
-def test_a_processor_computes_in_float32_whatever_it_can_do():
+def test_a_cpu_computes_in_float32_always():
     assert native_dtype(torch.device("cpu")) == torch.float32
     assert native_dtype(torch.device("mps")) == torch.float32
     assert orthogonalize(matrices((2, 3)))[0].dtype == torch.float32
@@ -65,8 +65,8 @@ def test_a_gpu_computes_in_bfloat16_from_ampere_on(monkeypatch, capability, dtyp
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=30), st.integers(1, 6))
 def test_every_matrix_is_computed_once_and_no_process_does_much_more_than_another(shapes, count):
     work = [torch.empty(shape) for shape in shapes]
-    dealt = assign_matrices(work, count)
-    assert sorted(i for numbers in dealt for i in numbers) == list(range(len(work)))
+    shares = assign_matrices(work, count)
+    assert sorted(i for numbers in shares for i in numbers) == list(range(len(work)))
     costs = [min(shape) ** 2 * max(shape) for shape in shapes]
-    loads = [sum(costs[i] for i in numbers) for numbers in dealt]
+    loads = [sum(costs[i] for i in numbers) for numbers in shares]
     assert max(loads) - min(loads) <= max(costs, default=0)

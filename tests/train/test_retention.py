@@ -1,4 +1,4 @@
-"""Laws of which checkpoints stay, over any sequence of saves."""
+"""Which checkpoints are kept, over any sequence of saves."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +11,7 @@ KEEP = st.builds(KeepConfig, last=st.integers(1, 4), every_samples=st.none() | s
 
 
 @given(SAVES, KEEP)
-def test_those_that_stay_are_the_last_the_best_and_one_of_each_turn(saves, keep):
+def test_the_last_the_best_and_one_of_each_interval_are_kept(saves, keep):
     every = keep.every_samples
     measured = {samples: score for samples, score in saves.items() if score is not None}
     last = {n for n in saves if sum(other > n for other in saves) < keep.last}
@@ -31,19 +31,19 @@ def test_deciding_after_every_save_leaves_what_deciding_once_leaves(saves, keep)
 
 
 @given(SAVES, KEEP)
-def test_whoever_stays_would_stay_again(saves, keep):
-    stay = checkpoints_to_keep(saves, keep)
-    assert checkpoints_to_keep({n: saves[n] for n in stay}, keep) == stay
+def test_keeping_is_idempotent(saves, keep):
+    kept = checkpoints_to_keep(saves, keep)
+    assert checkpoints_to_keep({n: saves[n] for n in kept}, keep) == kept
 
 
 @given(SAVES, st.integers(1, 4), st.integers(1, 20))
-def test_asking_for_more_never_deletes_more(saves, last, every):
+def test_keeping_more_never_deletes_more(saves, last, every):
     few, more = KeepConfig(last=last), KeepConfig(last=last + 1, every_samples=every)
     assert checkpoints_to_keep(saves, few) <= checkpoints_to_keep(saves, more)
 
 
 @given(SAVES)
-def test_no_more_stay_than_was_asked_for(saves):
+def test_no_more_are_kept_than_configured(saves):
     assert len(checkpoints_to_keep(saves, KeepConfig(last=2))) <= 3
 
 
@@ -52,6 +52,6 @@ def test_the_best_survives_and_the_earlier_of_two_equals_is_it():
     assert checkpoints_to_keep(saves, KeepConfig(last=1)) == {16, 40}
 
 
-def test_a_turn_keeps_its_first_checkpoint_whether_or_not_it_met_the_multiple():
+def test_an_interval_keeps_its_first_checkpoint_whether_or_not_it_met_the_multiple():
     saves = dict.fromkeys([6, 12, 22, 28, 40])
     assert checkpoints_to_keep(saves, KeepConfig(last=1, every_samples=10)) == {12, 22, 40}

@@ -1,4 +1,4 @@
-"""Laws of ending early: patience, what may be lost, and that a run decides alike whenever it is left."""
+"""Early stopping: patience, the limit on losses, and the same decision in a resumed run."""
 
 import json
 from dataclasses import dataclass
@@ -32,11 +32,11 @@ def test_training_ends_after_so_many_checkpoints_without_a_better_score():
 
 
 def test_training_ends_when_a_class_or_the_rest_loses_too_much():
-    found = [*marks(0.5, 0.4), CheckpointScore(24, 0.1, {"stars": -9.0, "(outside)": 5.1})]
-    assert stop_reason(found, PATIENT) == "ended, (outside) has lost 5.1 points"
-    assert best_checkpoint(found, PATIENT).samples == 16
-    assert stop_reason(found, StopConfig(patience=2, most_lost=None)) is None
-    assert best_checkpoint(found, StopConfig(patience=2, most_lost=None)).samples == 24
+    scores = [*marks(0.5, 0.4), CheckpointScore(24, 0.1, {"stars": -9.0, "(outside)": 5.1})]
+    assert stop_reason(scores, PATIENT) == "ended, (outside) has lost 5.1 points"
+    assert best_checkpoint(scores, PATIENT).samples == 16
+    assert stop_reason(scores, StopConfig(patience=2, most_lost=None)) is None
+    assert best_checkpoint(scores, StopConfig(patience=2, most_lost=None)).samples == 24
 
 
 def test_when_every_checkpoint_loses_too_much_there_is_no_best_one():
@@ -49,7 +49,7 @@ SCORES = {8: 0.5, 16: 0.2, 24: 0.4, 32: 0.3, 40: 0.1}
 
 @dataclass
 class CheckpointHooks:
-    """Measures what SCORES says at each checkpoint, and ends by the journal."""
+    """Scores from SCORES at each checkpoint, and a stop reason from the journal."""
 
     folder: object
     samples: int = 0
@@ -75,7 +75,7 @@ class CheckpointHooks:
 
     def stop_reason(self, samples: int) -> str | None:
         return stop_reason(
-            [CheckpointScore.from_event(note) for note in read_events(self.folder, "classes", samples)], PATIENT
+            [CheckpointScore.from_event(event) for event in read_events(self.folder, "classes", samples)], PATIENT
         )
 
 
@@ -83,9 +83,7 @@ CHANGES = {"max_samples": 40, "keep": {"last": 1}}
 
 
 @pytest.mark.parametrize("cut", [10, 26, 30])
-def test_a_run_that_is_left_anywhere_ends_at_the_very_checkpoint_of_one_that_was_not(
-    tmp_path, train, power_cut, capsys, cut
-):
+def test_an_interrupted_run_ends_at_the_same_checkpoint_as_one_that_was_not(tmp_path, train, power_cut, capsys, cut):
     whole = train(tmp_path / "whole", CHANGES, hooks=CheckpointHooks(tmp_path / "whole").hooks())
     assert "ended, no better score in 2 checkpoints than 0.2000 after 16 samples" in capsys.readouterr().out
     with pytest.raises(InterruptedError):
@@ -102,7 +100,7 @@ def test_a_run_that_is_left_anywhere_ends_at_the_very_checkpoint_of_one_that_was
 
 
 def test_a_run_that_was_killed_before_it_ended_ends_when_it_goes_on(tmp_path, train, capsys):
-    """Its last checkpoint and the journal are all there, and nothing else says that it was enough."""
+    """Its last checkpoint and the journal exist, and nothing else records that training has ended."""
     train(tmp_path, CHANGES, hooks=CheckpointHooks(tmp_path).hooks())
     weights = (tmp_path / "checkpoints" / "000000032" / "ema.safetensors").read_bytes()
     capsys.readouterr()
@@ -111,7 +109,7 @@ def test_a_run_that_was_killed_before_it_ended_ends_when_it_goes_on(tmp_path, tr
     assert (tmp_path / "checkpoints" / "000000032" / "ema.safetensors").read_bytes() == weights
 
 
-def test_notes_are_whole_lines_of_one_kind_up_to_a_number_of_samples(tmp_path):
+def test_events_are_complete_lines_of_one_kind_up_to_a_number_of_samples(tmp_path):
     lines = [
         {"samples": 8, "loss": 1.0},
         {"samples": 8, "kind": "classes", "wrong": 0.5},
@@ -120,6 +118,6 @@ def test_notes_are_whole_lines_of_one_kind_up_to_a_number_of_samples(tmp_path):
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"samples": 8, "kind": "cla'
     (tmp_path / "journal.jsonl").write_text(text)
-    assert [note["samples"] for note in read_events(tmp_path, "classes", 24)] == [8, 24]
-    assert [note["samples"] for note in read_events(tmp_path, "classes", 16)] == [8]
+    assert [event["samples"] for event in read_events(tmp_path, "classes", 24)] == [8, 24]
+    assert [event["samples"] for event in read_events(tmp_path, "classes", 16)] == [8]
     assert read_events(tmp_path / "nowhere", "classes", 24) == []

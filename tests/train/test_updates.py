@@ -37,7 +37,7 @@ def test_a_block_that_stays_has_a_ratio_of_zero():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_sample_of_the_weights_tells_what_all_of_them_would(layout):
+def test_a_sample_of_the_weights_estimates_the_ratio_of_all(layout):
     generator = torch.Generator().manual_seed(0)
     net = Net().to(memory_format=layout)
     conv = net.mid_block["conv"].weight
@@ -56,4 +56,4 @@ def test_it_holds_no_more_than_a_few_thousand_weights_of_each_parameter():
     net = Net()
     updates = UpdateRatios(dict(net.named_parameters()))
     updates.record_weights()
-    assert max(few.numel() for few in updates._recorded.values()) <= MAX_SAMPLED_WEIGHTS
+    assert max(sampled.numel() for sampled in updates._recorded.values()) <= MAX_SAMPLED_WEIGHTS

@@ -1,4 +1,4 @@
-"""Held-out states, seen states and their twins under new noise, of a cache whose teacher is a formula."""
+"""Held-out states, seen states and the same under new noise, of a cache whose teacher is a formula."""
 
 import json
 from pathlib import Path
@@ -33,15 +33,15 @@ def field(x: Tensor, s: Tensor, cond: Tensor) -> Tensor:
 
 
 class FormulaTeacher:
-    """Answers by the formula, and remembers what it was asked."""
+    """Predicts by the formula, and records its inputs."""
 
     uncond = UNCOND
 
     def __init__(self) -> None:
-        self.asked: list[Tensor] = []
+        self.inputs: list[Tensor] = []
 
     def predict(self, x: Tensor, s: Tensor, k: Tensor, cond: Tensor, uncond: Tensor) -> SimpleNamespace:
-        self.asked.append(x)
+        self.inputs.append(x)
         return SimpleNamespace(v_cond=field(x, s, cond), v_uncond=field(x, s, uncond.expand_as(cond)))
 
 
@@ -52,8 +52,8 @@ class Exact(nn.Module):
         return Prediction(field(x, s, cond), field(x, s, uncond.expand_as(cond)), {})
 
 
-class ByHeart(Exact):
-    """A student that knows the states it has seen, and is half wrong elsewhere."""
+class Memorising(Exact):
+    """A student with no error at the states it has seen, and half the velocity elsewhere."""
 
     def __init__(self, seen: list[Tensor]) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def record(number: int, renoised: int) -> Record:
     cond, x0 = torch.randn(6, 7, generator=generator).half(), torch.randn(SHAPE, generator=generator).half()
     s = torch.rand(3, generator=generator)
     x_t = torch.randn(3, *SHAPE, generator=generator).half()
-    draws = States(
+    states = States(
         k=(s * 999).long(),
         s=s,
         x_t=x_t,
@@ -79,7 +79,7 @@ def record(number: int, renoised: int) -> Record:
         trajectory=torch.arange(3) < 3 - renoised,
     )
     features = BlockFeatures({"mid": torch.zeros(3, 2).half()})
-    return Record(f"{number:09d}", f"star {number}", "star/red", number, 3.0, cond, x0, draws, features)
+    return Record(f"{number:09d}", f"star {number}", "star/red", number, 3.0, cond, x0, states, features)
 
 
 def cache(folder: Path, renoised: int = 2) -> Path:
@@ -100,69 +100,71 @@ def validation(folder: Path, states: int = 20, teacher: FormulaTeacher | None = 
 
 
 def test_a_student_that_is_its_teacher_has_no_error_and_no_gap(folder):
-    found = validation(folder)(Exact())
-    assert found.score < 1e-6  # the cache rounds its answers
-    assert found.metrics()["cache_gap"] == pytest.approx(0, abs=1e-6)
-    assert found.held_out.states == 12
+    result = validation(folder)(Exact())
+    assert result.score < 1e-6  # the cache rounds its answers
+    assert result.metrics()["cache_gap"] == pytest.approx(0, abs=1e-6)
+    assert result.held_out.states == 12
     assert validation(folder).summary() == (
         "validation: 12 held-out states, 20 seen ones and their twins under new noise"
     )
 
 
-def test_a_student_that_learnt_the_cache_by_heart_has_a_gap(folder):
+def test_a_student_that_memorised_the_cache_has_a_gap(folder):
     seen = [row.float() for reader in [Reader(folder)] for one in reader.records() for row in one.states.x_t]
-    told = validation(folder)(ByHeart(seen)).metrics()
-    assert told["seen"] < 1e-6
-    assert told["seen_new_noise"] == pytest.approx(0.25, rel=1e-3)
-    assert told["cache_gap"] == pytest.approx(0.25, rel=1e-3)
-    assert told["held_out"] == pytest.approx(0.25, rel=1e-3)
-    assert len(told["cache_gap_by_s"]) == len(told["held_out_by_s"]) == 5
+    metrics = validation(folder)(Memorising(seen)).metrics()
+    assert metrics["seen"] < 1e-6
+    assert metrics["seen_new_noise"] == pytest.approx(0.25, rel=1e-3)
+    assert metrics["cache_gap"] == pytest.approx(0.25, rel=1e-3)
+    assert metrics["held_out"] == pytest.approx(0.25, rel=1e-3)
+    assert len(metrics["cache_gap_by_s"]) == len(metrics["held_out_by_s"]) == 5
 
 
 def test_seen_states_are_renoised_pictures_of_the_view(folder):
-    made = validation(folder, s_range=(0.0, 0.5))
+    measured = validation(folder, s_range=(0.0, 0.5))
     rows = [
-        (key, int(draw)) for _, batch in made._seen for key, draw in zip(batch.keys, batch.state_index, strict=True)
+        (key, int(draw)) for _, batch in measured._seen for key, draw in zip(batch.keys, batch.state_index, strict=True)
     ]
     assert len(rows) == len(set(rows)) > 0
     assert all(draw > 0 for _, draw in rows)
-    assert all(bool((batch.s < 0.5).all()) for _, batch in made._seen)
+    assert all(bool((batch.s < 0.5).all()) for _, batch in measured._seen)
 
 
-def test_the_twins_differ_in_their_noise_alone_and_are_rounded_before_the_teacher_is_asked(folder):
+def test_renoised_states_differ_in_their_noise_alone_and_are_rounded_before_the_teachers_call(folder):
     teacher = FormulaTeacher()
-    made, again = validation(folder, 20, teacher), validation(folder)
-    assert [len(batch) for batch in made._renoised] == [VALIDATION_BATCH_SIZE, 4]
-    for (x0, old), new, same, asked in zip(made._seen, made._renoised, again._renoised, teacher.asked, strict=True):
+    measured, again = validation(folder, 20, teacher), validation(folder)
+    assert [len(batch) for batch in measured._renoised] == [VALIDATION_BATCH_SIZE, 4]
+    for (x0, old), new, same, inputs in zip(
+        measured._seen, measured._renoised, again._renoised, teacher.inputs, strict=True
+    ):
         assert new.keys == old.keys
         assert torch.equal(new.s, old.s)
         assert not torch.equal(new.x_t, old.x_t)
         assert torch.equal(new.x_t, same.x_t)
-        assert torch.equal(asked, new.x_t.float())
+        assert torch.equal(inputs, new.x_t.float())
         s = new.s.view(-1, 1, 1, 1)
         noise = (new.x_t.float() - (1 - s) * x0.float()) / s
         assert 0.8 < noise.std() < 1.2
 
 
-def test_a_cache_without_renoised_states_tells_of_held_out_ones_alone(tmp_path):
-    made = validation(cache(tmp_path / "plain", renoised=0))
-    assert made.summary() == (
+def test_a_cache_without_renoised_states_has_held_out_ones_alone(tmp_path):
+    measured = validation(cache(tmp_path / "plain", renoised=0))
+    assert measured.summary() == (
         "validation: 12 held-out states, no seen ones: the cache holds no renoised state, so its gap is not measured"
     )
-    found = made(Exact())
-    assert (found.seen, found.seen_new_noise) == (None, None)
-    assert "cache_gap" not in found.metrics()
-    assert found.score < 1e-6
+    result = measured(Exact())
+    assert (result.seen, result.seen_new_noise) == (None, None)
+    assert "cache_gap" not in result.metrics()
+    assert result.score < 1e-6
 
 
-def test_without_states_there_is_nothing_to_find(folder):
+def test_without_states_nothing_is_measured(folder):
     teacher = FormulaTeacher()
     assert validation(folder, 0, teacher)(Exact()) is None
-    assert teacher.asked == []
+    assert teacher.inputs == []
 
 
 class Stub:
-    """A validation that finds what it is told, and looks whether the student wears its average."""
+    """A validation with a fixed result, which records the weights of the student."""
 
     def __init__(self) -> None:
         self.shown: list[Tensor] = []
@@ -174,7 +176,7 @@ class Stub:
         return ValidationResult(VelocityErrors(error, error, 2), error, error, 0.1)
 
 
-def test_training_is_measured_with_each_checkpoint_and_not_moved_by_it(tmp_path, train):
+def test_training_is_measured_with_each_checkpoint_and_not_changed_by_it(tmp_path, train):
     shown, stub = [], Stub()
     look = Hooks(stub, on_checkpoint=lambda _samples, student: shown.append(student.conv.weight.detach().clone()))
     measured = train(tmp_path / "a", hooks=look)
