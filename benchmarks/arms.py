@@ -30,11 +30,11 @@ SMALL_EVALUATION = [
 
 def read_metrics(folder: Path) -> dict[str, float]:
     """The figures of a run that was measured."""
-    said: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    found = {"velocity error": said["velocity"]["velocity"]["overall"]}
-    found["guidance error"] = said["velocity"]["guidance"]["overall"]
-    found["paired error at 8 steps"] = said["paired"]["student"][0]["student"]
-    return found
+    evaluation: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    figures = {"velocity error": evaluation["velocity"]["velocity"]["overall"]}
+    figures["guidance error"] = evaluation["velocity"]["guidance"]["overall"]
+    figures["paired error at 8 steps"] = evaluation["paired"]["student"][0]["student"]
+    return figures
 
 
 def run(home: Path, cache: Path, files: list[Path], words: list[str]) -> dict[str, float]:
@@ -51,9 +51,9 @@ def run(home: Path, cache: Path, files: list[Path], words: list[str]) -> dict[st
 
 def difference_text(arm: list[float], control: list[float]) -> str:
     """Mean paired difference, its 95 % interval, and both as shares of the control."""
-    apart = [one - other for one, other in zip(arm, control, strict=True)]
-    mean, base = statistics.mean(apart), statistics.mean(control)
-    half = STUDENT_T[len(apart)] * statistics.stdev(apart) / math.sqrt(len(apart))
+    differences = [one - other for one, other in zip(arm, control, strict=True)]
+    mean, base = statistics.mean(differences), statistics.mean(control)
+    half = STUDENT_T[len(differences)] * statistics.stdev(differences) / math.sqrt(len(differences))
     return f"{mean:+.5f} +- {half:.5f} ({mean / base:+.1%} +- {half / base:.1%})"
 
 
@@ -68,25 +68,25 @@ def main() -> int:
     parser.add_argument("--values", nargs="+", default=["static", "relative"], help="the control first")
     parser.add_argument("--seeds", type=int, default=3, choices=sorted(STUDENT_T))
     parser.add_argument("--folder", type=Path, help="where the arms lie (default: RUN/arms)")
-    asked, rest = parser.parse_known_args()
-    home = asked.folder or asked.run / "arms"
-    found: dict[str, list[dict[str, float]]] = {value: [] for value in asked.values}
-    for seed in range(asked.seeds):
-        for value in asked.values:
-            files, words = asked.config, [f"--{asked.option}", value]
-            if asked.option == "config":
-                files, words = [*asked.config, Path(value)], []
+    options, rest = parser.parse_known_args()
+    home = options.folder or options.run / "arms"
+    figures: dict[str, list[dict[str, float]]] = {value: [] for value in options.values}
+    for seed in range(options.seeds):
+        for value in options.values:
+            files, words = options.config, [f"--{options.option}", value]
+            if options.option == "config":
+                files, words = [*options.config, Path(value)], []
             words += ["--train.seed", str(seed), *rest]
-            found[value].append(run(home / f"{Path(value).stem}{seed}", asked.run / "cache", files, words))
-            print(f"{value}, seed {seed}: {found[value][-1]}", file=sys.stderr)
-    control = asked.values[0]
-    print(f"\n{asked.option}, {asked.seeds} seeds\n")
+            figures[value].append(run(home / f"{Path(value).stem}{seed}", options.run / "cache", files, words))
+            print(f"{value}, seed {seed}: {figures[value][-1]}", file=sys.stderr)
+    control = options.values[0]
+    print(f"\n{options.option}, {options.seeds} seeds\n")
     print(f"| figure | {control} | arm | difference to {control} |\n|---|---|---|---|")
-    for name in found[control][0]:
-        base = [figure[name] for figure in found[control]]
-        for value in asked.values[1:]:
-            apart = difference_text([figure[name] for figure in found[value]], base)
-            print(f"| {name} | {statistics.mean(base):.5f} | {value} | {apart} |")
+    for name in figures[control][0]:
+        base = [one[name] for one in figures[control]]
+        for value in options.values[1:]:
+            difference = difference_text([one[name] for one in figures[value]], base)
+            print(f"| {name} | {statistics.mean(base):.5f} | {value} | {difference} |")
     return 0
 
 

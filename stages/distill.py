@@ -12,6 +12,7 @@ from configs.load import save_resolved
 from configs.values import Location, Strict
 from shards.manifest import Manifest
 from shards.reader import Reader, View
+from stages.david.fusion import PUBLISHED_BLOCK_WEIGHTS
 from stages.export import export_all, export_paths
 from stages.export.existing import refuse_occupied
 from stages.hub.uploader import HubConfig, make_uploader, with_upload_hooks
@@ -100,7 +101,8 @@ def distill(config: Config, runtime: Runtime) -> None:
     runtime.print_on_main(
         f"student: time embedding grafted, relative error {error:.3f}" if config.graft else "student: a plain copy"
     )
-    objective = Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins))
+    scale = feature_scale(cache, config.objective.block_bins)
+    objective = Objective(config.objective, student.blocks, scale, PUBLISHED_BLOCK_WEIGHTS)
     identity = {
         "recipe": manifest.recipe.fingerprint(),
         "target": config.target,
@@ -119,13 +121,15 @@ def distill(config: Config, runtime: Runtime) -> None:
         # Before David is fitted, because the checkpoint may be another run's.
         checkpoints = run_checkpoints(folder, config.train, objective, identity)
         runtime.on_main(checkpoints.fetch, uploader.fetch_checkpoint, config.resume)
+        weights = objective.block_weights
         weighter = runtime.main_first(
-            make_block_weighter, config.david, reader, student.blocks, folder, seed, device, schedule.steps
+            make_block_weighter, config.david, reader, weights, folder, seed, device, schedule.steps
         )
+        sampler = weighter.timestep_sampler
         student = fit(
             student,
             objective,
-            weighter.batches,
+            partial(sampler.batches, stream=reader.batches) if sampler else reader.batches,
             teacher.uncond,
             config.train,
             folder,

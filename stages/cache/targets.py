@@ -15,7 +15,7 @@ from configs.values import Strict
 from shards.manifest import MANIFEST_FILE, Manifest, Recipe
 from shards.record import BlockFeatures, Record, States
 from stages.flow.bridge import TailPolicy
-from stages.flow.path import LinearPath, interpolate, per_sample
+from stages.flow.path import interpolate, per_sample
 from stages.flow.solver import apply_guidance
 from stages.flow.timesteps import TimestepDensity
 from stages.nets.features import HOOK_POINT, feature_widths
@@ -231,7 +231,7 @@ def renoise(
     times = torch.stack([choice.renoised_times[i] for choice in chosen]).to(x0.device)
     eps = torch.stack([choice.renoised_noise[i] for choice in chosen]).to(x0.device)
     _, s = teacher.bridge.nearest_state(times)
-    return interpolate(LinearPath(), x0, eps, s), s
+    return interpolate(x0, eps, s), s
 
 
 def stack_states(

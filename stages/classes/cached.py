@@ -15,7 +15,7 @@ from shards.reader import Reader
 from shards.table import Table
 from stages.david.assessment import Assessor, assess, bins_of
 from stages.david.fusion import FusionConfig
-from stages.evaluate.david import config_section, read_distill_config
+from stages.evaluate.david import config_section
 from stages.nets.saved import SavedRun, cache_folder
 from stages.nets.student import Prediction, Student
 from stages.train.assessor import DAVID_FOLDER, DavidConfig, load_or_fit_assessor
@@ -67,12 +67,11 @@ class RunAssessor:
 
 def load_run_assessor(run: SavedRun, device: torch.device, steps: int) -> RunAssessor | None:
     """The David of a run, or None where the run has none; `steps` are the teacher's."""
-    resolved = read_distill_config(run)
-    config = config_section(run, resolved, "david", DavidConfig)
+    config = config_section(run, "david", DavidConfig)
     if config.published is None and not (run.folder / DAVID_FOLDER).is_dir():
         return None
     assessor = load_or_fit_assessor(config, cache_folder(run.folder), run.folder, device, steps)
-    weights = config_section(run, resolved, "objective", ObjectiveConfig).block_weights
+    weights = config_section(run, "objective", ObjectiveConfig).block_weights
     return RunAssessor(assessor, config.fusion, tuple(b for b in assessor.blocks if weights.get(b, 1.0) > 0))
 
 

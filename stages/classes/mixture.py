@@ -21,7 +21,7 @@ from shards.reader import Reader
 from shards.record import Record
 from stages.classes.selection import owner_of_record
 from stages.classes.specification import ClassFile
-from stages.flow.path import LinearPath, interpolate
+from stages.flow.path import interpolate
 from stages.flow.timesteps import TimestepDensity
 from stages.prompts import derived_seed
 from stages.system.refusal import Refused
@@ -97,7 +97,7 @@ class DataTarget:
         generator = torch.Generator().manual_seed(derived_seed("data", self.seed, sample_number))
         s = self.density.sample(1, generator).float()
         eps = torch.randn(x0.shape, generator=generator)
-        return s[0], interpolate(LinearPath(), x0[None], eps[None], s)[0], eps - x0
+        return s[0], interpolate(x0[None], eps[None], s)[0], eps - x0
 
 
 def class_numbers(classes: ClassFile, class_names: Iterable[str]) -> dict[str, int]:

@@ -1,1 +1,1 @@
-"""David: an assessor of features, fitted to the teacher's own; he sees features, never a network."""
+"""David: an assessor of features, fitted to the teacher's own; it reads features, never a network."""

@@ -1,8 +1,8 @@
-"""What David says about a block, and what he must know to say it."""
+"""Per-block assessments: posteriors of pooled features, and how far a student's lie from the teacher's."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 from stages.flow.timesteps import bin_of_step
 
 BLUR_BINS = 0.75
-"""Deviation of q in bins. At 1 the mass within two bins falls short of how often the truth lies there, by up to .06."""
+"""Deviation of q in bins. At 1 the mass within two bins falls short of the true frequency by up to .06."""
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """What one block's features say: of the time, of the content, and where they lie."""
+    """Posteriors of one block's features over time bins and content patterns, and their inclusion ratio."""
 
     log_bins: Float[Tensor, "b T"]
     """log p(bin | x)"""
@@ -41,15 +41,29 @@ class BlockAssessment:
     """nats: the original's raw quantity"""
     entropy: Float[Tensor, " b"]
     """in [0, 1]: entropy of the student's pattern posterior over its maximum, the original's raw quantity"""
+    teacher_accuracy: Float[Tensor, " b"]
+    """1 where the likeliest bin of the teacher's own features is the true one or a neighbour of it, else 0"""
+
+    def select(self, mask: Bool[Tensor, " b"]) -> "BlockAssessment":
+        """The samples of a mask."""
+        return BlockAssessment(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """Three numbers for each block, all in [0, 1]; exactly (0, 0, 1) when the student's features are the teacher's."""
+    """Means over samples, block by block; the first three lie in [0, 1], the last two are the original's quantities."""
 
-    timestep_error: Mapping[str, Float[Tensor, ""]]
-    pattern_error: Mapping[str, Float[Tensor, ""]]
-    coherence: Mapping[str, Float[Tensor, ""]]
+    timestep_error: Float[Tensor, " n_blocks"]
+    pattern_error: Float[Tensor, " n_blocks"]
+    coherence: Float[Tensor, " n_blocks"]
+    cross_entropy: Float[Tensor, " n_blocks"]
+    entropy: Float[Tensor, " n_blocks"]
+
+    @classmethod
+    def zero_error(cls, w: Float[Tensor, " n_blocks"]) -> "Assessment":
+        """That of the teacher's own features, for as many blocks as `w` has."""
+        zero = torch.zeros_like(w)
+        return cls(zero, zero, torch.ones_like(w), zero, zero)
 
 
 class Assessor(Protocol):
@@ -57,17 +71,17 @@ class Assessor(Protocol):
 
     bins: int
     steps: int
-    """how many the teacher has, of which each bin takes an equal part"""
+    """of the teacher; each bin takes an equal part of them"""
     patterns: int
     blocks: tuple[str, ...]
 
     def posterior(self, block: str, features: Float[Tensor, "b n"], bins: Int[Tensor, " b"]) -> Posterior:
-        """What these features say, given the true bin of each sample."""
+        """Posteriors of these features, given the true bin of each sample."""
         ...
 
 
 def bins_of(k: Int[Tensor, " b"], assessor: Assessor) -> Int[Tensor, " b"]:
-    """The bin of a teacher's integer step, never worked out again from the student's time."""
+    """The bin of a teacher's integer step (never derived from the student's time)."""
     return bin_of_step(k, assessor.bins, assessor.steps)
 
 
@@ -104,12 +118,14 @@ def assess_block(
     excess_i = sum_k q_ik [log p(k | teacher_i) - log p(k | student_i)]   (david.md 7.4)
     """
     entropy = -(student.log_patterns.exp() * student.log_patterns).sum(dim=1)
+    off = (teacher.log_bins.argmax(dim=1) - bins).abs()
     return BlockAssessment(
         excess=(target * (teacher.log_bins - student.log_bins)).sum(dim=1),
         divergence=js_divergence(student.log_patterns, teacher.log_patterns),
         coherence=(student.inclusion / teacher.inclusion).clamp(0, 1),
         cross_entropy=-student.log_bins.gather(1, bins[:, None]).squeeze(1),
         entropy=(entropy / math.log(student.log_patterns.shape[1])).clamp(0, 1),
+        teacher_accuracy=(off <= 1).float(),
     )
 
 
@@ -132,28 +148,20 @@ def assess(
     }
 
 
-def reduce(
-    blocks: Mapping[str, BlockAssessment],
-    bin_count: int,
-    reliable: Mapping[str, Bool[Tensor, " b"]] | None = None,
-    weights: Float[Tensor, " b"] | None = None,
-) -> Assessment:
-    """Means over the samples, weighted if told so; the excess is cut off at 0 after it is averaged, never before.
+def reduce(blocks: Mapping[str, BlockAssessment], bin_count: int) -> Assessment:
+    """Means over the samples; the excess is cut off at 0 after averaging, never before.
 
-    E relu(noise) > 0, so a cut for each sample would call noise an error. A sample that is not `reliable` in a block
-    has no vote there; a block without any reliable sample gets (0, 0, 1), which leaves its weight as it is.
+    E relu(noise) > 0, so a cut of each sample would count noise as an error.
     """
-    e_t, e_p, coherence = {}, {}, {}
-    for name, block in blocks.items():
-        weight = torch.ones_like(block.excess) if weights is None else weights.to(block.excess)
-        if reliable is not None:
-            weight = weight * reliable[name]
-        e_t[name] = (_mean(block.excess, weight) / math.log(bin_count)).clamp(0, 1)
-        e_p[name] = _mean(block.divergence, weight).clamp(0, 1)
-        coherence[name] = 1 - _mean(1 - block.coherence, weight).clamp(0, 1)
-    return Assessment(e_t, e_p, coherence)
 
+    def means(name: str) -> Float[Tensor, " n_blocks"]:
+        return torch.stack([getattr(block, name).mean() for block in blocks.values()])
 
-def _mean(values: Float[Tensor, " b"], weight: Float[Tensor, " b"]) -> Float[Tensor, ""]:
-    """Weighted mean, 0 where all weights are."""
-    return (weight * values).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+    lost = torch.stack([(1 - block.coherence).mean() for block in blocks.values()])
+    return Assessment(
+        timestep_error=(means("excess") / math.log(bin_count)).clamp(0, 1),
+        pattern_error=means("divergence").clamp(0, 1),
+        coherence=1 - lost.clamp(0, 1),
+        cross_entropy=means("cross_entropy"),
+        entropy=means("entropy"),
+    )

@@ -1,4 +1,4 @@
-"""David as the training loop meets him: fitted companions, one for each block, on the features of one cache."""
+"""The fitted assessor: one block model for each block, on the features of one cache."""
 
 from collections.abc import Mapping
 
@@ -14,10 +14,10 @@ from stages.system.refusal import Refused, did_you_mean
 
 
 class FittedAssessor:
-    """David fitted to the teacher's own features; he assesses and carries no gradient.
+    """David fitted to the teacher's own features; it carries no gradient.
 
-    `identity` says which cache, teacher, hook point and configuration he was fitted to, `trials` how well he reads,
-    `steps` how many the teacher has.
+    `identity` holds the cache, teacher, hook point and configuration of the fit, `fit_metrics` its quality per block,
+    `steps` is the number of the teacher's steps.
     """
 
     def __init__(
@@ -33,14 +33,14 @@ class FittedAssessor:
 
     @torch.no_grad()
     def posterior(self, block: str, features: Float[Tensor, "b n"], bins: Int[Tensor, " b"]) -> Posterior:
-        """What these features say, given the true bin of each sample; raises `Refused` for a block of another width."""
-        companion = self.block_model(block)
-        if features.shape[1] != len(companion.mean):
+        """Posteriors of these features, given the true bin of each sample; `Refused` for features of another width."""
+        model = self.block_model(block)
+        if features.shape[1] != len(model.mean):
             raise Refused(
-                f"block {block}: {features.shape[1]} channels, David was fitted to {len(companion.mean)} - fit again"
+                f"block {block}: {features.shape[1]} channels, David was fitted to {len(model.mean)} - fit again"
             )
-        said: Posterior = companion(features, bins)
-        return said
+        posterior: Posterior = model(features, bins)
+        return posterior
 
     def block_model(self, block: str) -> BlockModel:
         """The network of one block."""
@@ -49,14 +49,16 @@ class FittedAssessor:
         return self._block_models[block]
 
     def is_reliable(self, block: str, bins: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
-        """Whether he can tell the teacher's features of these bins apart, so that his word counts there."""
+        """Whether the block's features of the teacher are classified well enough in these bins to count there."""
         return self.block_model(block).reliability[bins] >= self.config.reliability_threshold
 
-    def reference(self, block: str) -> Float[Tensor, "3"]:
-        """Timestep error, pattern error and 1 - coherence under noise of half a deviation."""
-        return self.block_model(block).reference
+    def references(self) -> Float[Tensor, "n_blocks 3"]:
+        """Timestep error, pattern error and 1 - coherence of each block under noise of half a deviation."""
+        references = torch.stack([model.reference for model in self._block_models.values()])
+        references[:, 2] = 1 - (1 - references[:, 2])  # rounded as a coherence: earlier runs resume to the same bits
+        return references
 
     def to(self, device: torch.device) -> "FittedAssessor":
         """The same David on another device."""
-        moved = {block: companion.to(device) for block, companion in self._block_models.items()}
+        moved = {block: model.to(device) for block, model in self._block_models.items()}
         return FittedAssessor(moved, self.identity, self.config, self.fit_metrics, self.steps)

@@ -1,4 +1,4 @@
-"""The network that reads one block: features -> a point on the unit sphere -> posteriors over pentachora."""
+"""The network of one block: features -> a point on the unit sphere -> posteriors over pentachora."""
 
 import torch
 import torch.nn.functional as F
@@ -12,37 +12,37 @@ from stages.david.geometry import barycentric_gradients, inclusion_ratio, role_d
 
 HIDDEN_WIDTH = 128
 CLIP = 6.0
-"""Standardised features are cut off here, so that no activation, however large, is anything but a bad sign."""
+"""Bound of standardised features, so that huge activations stay finite errors."""
 INITIAL_TEMPERATURE = 0.2
 
 
 class FitConfig(Strict):
     """How David is fitted to a cache (after david.md 7.1 to 7.3)."""
 
-    bins: int = Field(100, ge=2, description="time bins T that he tells apart, equal parts of the teacher's steps")
+    bins: int = Field(100, ge=2, description="time bins T to classify, equal parts of the teacher's steps")
     patterns: int = Field(
-        10, ge=2, description="content patterns P, clusters of the teacher's features freed from time"
+        10, ge=2, description="content patterns P, clusters of the teacher's features with the time removed"
     )
-    dimensions: int = Field(32, ge=5, description="dimensions of the sphere on which he judges")
+    dimensions: int = Field(32, ge=5, description="dimensions of the unit sphere that features are projected to")
     steps: int = Field(500, ge=1, description="optimizer steps for each block")
     batch_size: int = Field(512, ge=1, description="states in a step")
     learning_rate: float = Field(6e-3, gt=0, description="peak learning rate; it rises for 20 steps and ends at 0")
     noise: float = Field(
-        0.3, ge=0, description="most noise on half of the states that teach, in deviations of each channel; 0 for none"
+        0.3, ge=0, description="largest noise on half of the training states, in deviations of each channel; 0 for none"
     )
     held_out: float = Field(1 / 6, gt=0, lt=1, description="share of the training prompts kept for tuning, 0..1")
-    most_states: int = Field(50_000, ge=1, description="states that teach at most; whole prompts, drawn by the seed")
+    most_states: int = Field(50_000, ge=1, description="training states at most; whole prompts, chosen by the seed")
     reliability_threshold: float = Field(
         0.15,
         ge=0,
         le=1,
-        description="a bin that is told within one bin less often than this has no vote in its block",
+        description="a bin predicted within one bin less often than this does not count in its block",
     )
     seed: int = Field(0, ge=0, description="decides the held-out prompts, the clusters and the first weights")
 
 
 class PentachoronClassifier(nn.Module):
-    """One pentachoron for each class; the nearest by its role-weighted score is the answer, there is no other head."""
+    """One pentachoron per class, whose role-weighted score is the logit; there is no other head."""
 
     def __init__(self, count: int, dimensions: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class PentachoronClassifier(nn.Module):
         return torch.log_softmax(z @ role_directions(self.vertices).mT / self.temperature, dim=1)
 
     def unit_vertices(self) -> Float[Tensor, "K 5 d"]:
-        """The pentachora as they are used: every vertex on the unit sphere."""
+        """The pentachora with every vertex on the unit sphere."""
         return F.normalize(self.vertices, dim=-1)
 
     def inclusion_ratio(self, z: Float[Tensor, "b d"], class_index: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
@@ -64,7 +64,7 @@ class PentachoronClassifier(nn.Module):
 
 
 class BlockModel(nn.Module):
-    """David's reading of a block of width n.
+    """Classifier of the bins and patterns of a block of width n.
 
     x^ = clip((x - mean) / deviation, +-6);  z = W2 gelu(W1 x^) on the unit sphere   (david.md 7.1)
     """
@@ -90,7 +90,7 @@ class BlockModel(nn.Module):
         self.patterns = PentachoronClassifier(patterns, dimensions, generator)
 
     def standardise(self, features: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-        """Features in the teacher's own deviations, channel by channel."""
+        """Features in the teacher's deviations, channel by channel, clipped."""
         return ((features.float() - self.mean) / self.deviation).clamp(-CLIP, CLIP)
 
     def embed(self, features: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
@@ -98,7 +98,7 @@ class BlockModel(nn.Module):
         return F.normalize(self.narrow(F.gelu(self.widen(self.standardise(features)))), dim=-1)
 
     def forward(self, features: Float[Tensor, "b n"], bins: Int[Tensor, " b"]) -> Posterior:
-        """What the features say, given the true bin of each sample; the same in training and in use."""
+        """Posteriors, given the true bin of each sample; the same in train and eval mode."""
         z = self.embed(features)
         return Posterior(self.bins.log_posterior(z), self.patterns.log_posterior(z), self.bins.inclusion_ratio(z, bins))
 

@@ -17,16 +17,16 @@ from stages.david.assessor import FittedAssessor
 from stages.david.block_model import BlockModel, FitConfig, PentachoronClassifier
 from stages.david.geometry import cayley_menger_volume, edge_lengths
 from stages.david.patterns import BlockStates, PatternSpace, split_rows
-from stages.david.trial import TABLE_HEADER, FitMetrics, evaluate_fit, tune
+from stages.david.trial import TABLE_HEADER, FitMetrics, add_noise, evaluate_fit, tune
 from stages.system.device import one_thread
 from stages.system.forecast import Forecast
 from stages.system.refusal import Refused
 
 IDENTITY_FIELDS = ("hook_point", "teacher", "blocks")
 DEVIATION_FLOOR = 0.01
-"""Of the block's mean deviation: a channel that hardly moves would outweigh all others."""
+"""Of the block's mean deviation: a nearly constant channel would outweigh all others."""
 MAX_CLUSTERED_STATES = 10_000
-"""States that decide the patterns: more move no centre, and their covariance would take longer than all else."""
+"""States clustered into patterns: more move no centre, and their covariance would dominate the fit's time."""
 MIN_VOLUME = 1e-3
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.02, 1.0
 WARMUP_STEPS = 20
@@ -34,64 +34,63 @@ WEIGHT_DECAY = 1e-4
 
 
 def fit(folder: Path, config: FitConfig, steps: int, print_line: Callable[[str], None] = print) -> FittedAssessor:
-    """David, fitted to each block of a cache or run folder, tried on its validation prompts; tells how he did.
+    """David, fitted to each block of a cache or run folder; prints its metrics on the validation prompts.
 
-    `steps` is how many the cache's teacher has. Raises `Refused` for more bins than that.
+    `steps` are those of the cache's teacher. Raises `Refused` for more bins than that.
     """
     if config.bins > steps:
         raise Refused(f"david.fit.bins = {config.bins}: the teacher has {steps} steps - take as many bins or fewer")
     table, cache = Table.open(folder), Manifest.open(find_cache(folder)).recipe
     rows = split_rows(table, config.held_out, config.most_states, config.seed)
-    companions: dict[str, BlockModel] = {}
-    trials: dict[str, FitMetrics] = {}
+    models: dict[str, BlockModel] = {}
+    metrics: dict[str, FitMetrics] = {}
     print_line(
-        f"david: {len(rows.training)} states teach, {len(rows.tuning)} tune, {len(rows.validation)} "
-        f"judge\n{TABLE_HEADER}"
+        f"david: {len(rows.training)} states for training, {len(rows.tuning)} for tuning, {len(rows.validation)} for "
+        f"validation\n{TABLE_HEADER}"
     )
     forecast = Forecast("david", "steps of the fit", len(table.blocks) * config.steps, print_line)
     for number, block in enumerate(table.blocks):
         begun = time.perf_counter()
-        teaching, tuning, judging = (
+        training, tuning, validation = (
             BlockStates.from_table(table, block, part, config.bins, steps)
             for part in (rows.training, rows.tuning, rows.validation)
         )
         with one_thread():
-            companion, space = fit_block(teaching, config, forecast, number * config.steps)
-            tune(companion, tuning, space, config.seed)
-            trials[block] = evaluate_fit(companion, judging, space, config.seed)
-        companions[block] = companion
-        print_line(trials[block].table_row(block, time.perf_counter() - begun))
-    return FittedAssessor(companions, fit_identity(cache, config), config, trials, steps)
+            models[block], space = fit_block(training, config, forecast, number * config.steps)
+            tune(models[block], tuning, space, config.seed)
+            metrics[block] = evaluate_fit(models[block], validation, space, config.seed)
+        print_line(metrics[block].table_row(block, time.perf_counter() - begun))
+    return FittedAssessor(models, fit_identity(cache, config), config, metrics, steps)
 
 
 def fit_identity(cache: Recipe, config: FitConfig) -> Recipe:
-    """What decides a fit: the cache, what its recipe says of its features, and the fit's configuration.
+    """What a fit depends on: the cache, its hook point, teacher and blocks, and the fit's configuration.
 
-    Raises `Refused` when the recipe does not say where its features were taken.
+    Raises `Refused` when the cache's recipe lacks one of these.
     """
     for name in IDENTITY_FIELDS:
         if name not in cache.identity:
-            raise Refused(f"cache: its recipe has no {name}, so David cannot tell what he sees - make the cache again")
-    said = {name: cache.identity[name] for name in IDENTITY_FIELDS}
-    return Recipe(identity={**said, "cache": cache.fingerprint(), "fit": config.model_dump(mode="json")})
+            raise Refused(f"cache: its recipe has no {name}, which a fit depends on - make the cache again")
+    facts = {name: cache.identity[name] for name in IDENTITY_FIELDS}
+    return Recipe(identity={**facts, "cache": cache.fingerprint(), "fit": config.model_dump(mode="json")})
 
 
 def fit_block(
     states: BlockStates, config: FitConfig, forecast: Forecast | None = None, previous_steps: int = 0
 ) -> tuple[BlockModel, PatternSpace]:
-    """A companion that tells these states' bins and patterns, and the patterns; the forecast counts the steps."""
+    """A block model fitted to these states' bins and patterns, and the patterns; the forecast counts the steps."""
     generator = torch.Generator().manual_seed(config.seed)
     width = states.features.shape[1]
-    companion = BlockModel(width, config.bins, config.patterns, config.dimensions, generator)
-    set_standardisation(companion, states.features)
-    features = companion.standardise(states.features)
-    some = torch.randperm(len(features), generator=generator)[:MAX_CLUSTERED_STATES]
-    space = PatternSpace.fit(features[some], states.s[some], config.patterns, generator)
+    model = BlockModel(width, config.bins, config.patterns, config.dimensions, generator)
+    set_standardisation(model, states.features)
+    features = model.standardise(states.features)
+    subset = torch.randperm(len(features), generator=generator)[:MAX_CLUSTERED_STATES]
+    space = PatternSpace.fit(features[subset], states.s[subset], config.patterns, generator)
     labels = space.label(features, states.s)
 
     targets = soft_targets(torch.arange(config.bins), config.bins)
-    linear = [*companion.widen.parameters(), *companion.narrow.parameters()]
-    crystals = [*companion.bins.parameters(), *companion.patterns.parameters()]
+    linear = [*model.widen.parameters(), *model.narrow.parameters()]
+    crystals = [*model.bins.parameters(), *model.patterns.parameters()]
     groups = [{"params": linear, "weight_decay": WEIGHT_DECAY}, {"params": crystals, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
     for step in range(config.steps):
@@ -100,29 +99,29 @@ def fit_block(
         rows = torch.randint(len(labels), (config.batch_size,), generator=generator)
         bins = states.bins[rows]
         optimizer.zero_grad()
-        seen = augment_with_noise(companion, states.features[rows], config.noise, generator)
-        fit_loss(companion, seen, bins, labels[rows], targets[bins]).backward()
+        noisy = augment_with_noise(model, states.features[rows], config.noise, generator)
+        fit_loss(model, noisy, bins, labels[rows], targets[bins]).backward()
         optimizer.step()
-        clamp_temperatures(companion)
+        clamp_temperatures(model)
         if forecast:
             forecast.progress(previous_steps + step + 1)
-    return companion.requires_grad_(False).eval(), space
+    return model.requires_grad_(False).eval(), space
 
 
 def augment_with_noise(
     block_model: BlockModel, features: Float[Tensor, "b n"], max_noise: float, generator: torch.Generator
 ) -> Float[Tensor, "b n"]:
-    """Half of the features under noise of 0 to `most` deviations.
+    """Half of the features under noise of 0 to `max_noise` deviations.
 
-    The teacher's channels are correlated, and the directions in which they hardly vary tell the time well; a companion
-    that never saw noise relies on them, and the least error of a student is as bad to him as any other.
+    The teacher's channels are correlated, and the directions in which they hardly vary predict the time well; a model
+    fitted without noise relies on them, and then the smallest error of a student looks as large as any other.
     """
-    size = max_noise * (2 * torch.rand(len(features), 1, generator=generator) - 1).clamp_min(0)
-    return features + size * block_model.deviation * torch.randn(features.shape, generator=generator)
+    level = max_noise * (2 * torch.rand(len(features), 1, generator=generator) - 1).clamp_min(0)
+    return add_noise(block_model, features, level, generator)
 
 
 def set_standardisation(block_model: BlockModel, features: Float[Tensor, "m n"]) -> None:
-    """Give a companion the mean and deviation of each channel."""
+    """Set the mean and deviation of each channel."""
     deviation = features.std(dim=0)
     block_model.mean.copy_(features.mean(dim=0))
     block_model.deviation.copy_(deviation.clamp_min(max(DEVIATION_FLOOR * float(deviation.mean()), 1e-6)))
@@ -135,22 +134,19 @@ def fit_loss(
     labels: Int[Tensor, " b"],
     targets: Float[Tensor, "b T"],
 ) -> Float[Tensor, ""]:
-    """Cross-entropies of both posteriors, the inclusion in the true bin's pentachoron, and the pentachora's own shape.
+    """Cross-entropies of both posteriors, inclusion in the true bin's pentachoron, and the pentachora's shape.
 
     L = CE(q, bins) + 1/2 CE(label, patterns) - 1/10 mean log c + 1/20 mean (deviation / mean of the ten edges)
         + mean relu(1e-3 - volume)
     """
-    said: Posterior = block_model(features, bins)
-    of_bins = -(targets * said.log_bins).sum(dim=1).mean()
-    of_patterns = F.nll_loss(said.log_patterns, labels)
-    within = -said.inclusion.log().mean()
-    return (
-        of_bins + of_patterns / 2 + within / 10 + shape_penalty(block_model.bins) + shape_penalty(block_model.patterns)
-    )
+    posterior: Posterior = block_model(features, bins)
+    loss = -(targets * posterior.log_bins).sum(dim=1).mean()
+    loss = loss + F.nll_loss(posterior.log_patterns, labels) / 2 - posterior.inclusion.log().mean() / 10
+    return loss + shape_penalty(block_model.bins) + shape_penalty(block_model.patterns)
 
 
 def shape_penalty(classifier: PentachoronClassifier) -> Float[Tensor, ""]:
-    """How uneven the edges of the pentachora are, and how flat those that are all but flat."""
+    """Unevenness of the edges of the pentachora, and flatness of those that are all but flat."""
     vertices = classifier.unit_vertices()
     lengths = edge_lengths(vertices)
     uneven = (lengths.std(dim=-1) / lengths.mean(dim=-1)).mean()
@@ -158,12 +154,12 @@ def shape_penalty(classifier: PentachoronClassifier) -> Float[Tensor, ""]:
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """A short straight rise, then half a cosine down to 0."""
+    """A short linear warm-up, then half a cosine down to 0."""
     return min((step + 1) / WARMUP_STEPS, 1.0) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def clamp_temperatures(block_model: BlockModel) -> None:
-    """Keep both temperatures where a posterior is neither one spike nor flat."""
+    """Keep both posteriors from collapsing to a spike or to uniform."""
     with torch.no_grad():
         block_model.bins.temperature.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
         block_model.patterns.temperature.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)

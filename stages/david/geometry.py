@@ -1,25 +1,20 @@
-"""Volumes of simplices, where a point lies to one, the Cantor staircase, and the role-weighted score.
+"""Volumes of simplices, inclusion ratios of points, and the role-weighted score of pentachora.
 
-All of it is worked out in float64, whatever comes in; gradients are finite everywhere.
+Volumes and ratios are computed in float64 whatever the input; gradients are finite everywhere.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 ROLE_WEIGHTS = (1.0, -0.75, 0.75, 0.75, -0.75)
-"""Weights of a pentachoron's five vertices: anchor, need, relation, purpose, observer; they sum to one."""
+"""Weights of a pentachoron's five vertices, anchor, need, relation, purpose, observer; they sum to one."""
 
 FLAT_BELOW = 1e-13
 """A squared volume below this, at a mean squared edge of one, is rounding: the simplex is flat."""
-
-
-def squared_distances(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "... m m"]:
-    """|v_i - v_j|^2, from differences: close vertices lose no digits."""
-    return (vertices[..., :, None, :] - vertices[..., None, :, :]).square().sum(-1)
 
 
 def edge_lengths(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "... e"]:
@@ -39,29 +34,11 @@ def cayley_menger_volume(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, ".
     bordered[..., 0, 0] = 0
     factor = (-1) ** m / (2 ** (m - 1) * math.factorial(m - 1) ** 2)
 
-    # The determinant of a singular matrix has no gradient that can be trusted: flat ones are replaced before.
+    # The gradient of a singular matrix's determinant is unreliable: flat simplices are replaced first.
     flat = factor * torch.linalg.det(bordered.detach()) < FLAT_BELOW
     regular = 1 - torch.eye(m + 1, dtype=bordered.dtype, device=bordered.device)
     squared = factor * torch.linalg.det(torch.where(flat[..., None, None], regular, bordered))
     return torch.where(flat, 0.0, squared.sqrt() * scale ** ((m - 1) / 2))
-
-
-def gram_volume(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "..."]:
-    """The same volume from the k = m - 1 edges at the first vertex: V = sqrt(det(E E^T)) / k!."""
-    spokes = (vertices[..., 1:, :] - vertices[..., :1, :]).double()
-    return _safe_sqrt(torch.linalg.det(spokes @ spokes.mT)) / math.factorial(spokes.shape[-2])
-
-
-def inclusion_ratio_by_volumes(z: Float[Tensor, "... d"], vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "..."]:
-    """Inclusion ratio of a point by its definition: c(z) = V / sum_i V_i, with vertex i replaced by z in V_i.
-
-    In (0, 1]: 1 just where z lies in the simplex, 0 far away, the same for any rigid motion and scale.
-    """
-    m = vertices.shape[-2]
-    replaced = torch.where(
-        torch.eye(m, dtype=torch.bool, device=z.device)[..., None], z[..., None, None, :], vertices[..., None, :, :]
-    )
-    return cayley_menger_volume(vertices) / cayley_menger_volume(replaced).sum(-1)
 
 
 def barycentric_gradients(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "... m d"]:
@@ -74,10 +51,11 @@ def barycentric_gradients(vertices: Float[Tensor, "... m d"]) -> Float[Tensor, "
 def inclusion_ratio(
     z: Float[Tensor, "... d"], vertices: Float[Tensor, "... m d"], gradients: Float[Tensor, "... m d"]
 ) -> Float[Tensor, "..."]:
-    """The same ratio in closed form, without a determinant for each point; `gradients` are the simplex's `duals`.
+    """Inclusion ratio c(z) = V / sum_i V_i, with vertex i replaced by z in V_i; `gradients` are the barycentric g_i.
 
-    c(z) = 1 / sum_i sqrt(b_i^2 + r^2 |g_i|^2)
-    b: barycentric coordinates of the foot of z in the simplex's own space, r: the distance between the two
+    In (0, 1]: 1 just where z lies in the simplex, 0 far away, invariant under rigid motions and scale. In closed form
+    c(z) = 1 / sum_i sqrt(b_i^2 + r^2 |g_i|^2), with b the barycentric coordinates of the foot of z in the simplex's own
+    space and r the distance between the two.
     """
     vertices = vertices.double()
     from_first = z.double() - vertices[..., 0, :]
@@ -89,45 +67,15 @@ def inclusion_ratio(
     return 1 / _safe_sqrt(b.square() + distance_squared * gradients.square().sum(-1)).sum(-1).clamp_min(1)
 
 
-def cantor_staircase(x: Float[Tensor, "..."], alpha: float = 0.5, levels: int = 20) -> Float[Tensor, "..."]:
-    """De Rham's staircase F on [0, 1], sample by sample: monotone, continuous, F(0) = 0, F(1) = 1.
-
-    F(x) = a F(3x) up to 1/3, a up to 2/3, a + (1 - a) F(3x - 2) beyond; after `levels` of them a straight line.
-    """
-    x = x.double().clamp(0, 1)
-    below, share = torch.zeros_like(x), torch.ones_like(x)
-    for _ in range(levels):
-        left, right = 3 * x < 1, 3 * x > 2
-        below = torch.where(left, below, below + alpha * share)
-        share = torch.where(left, alpha * share, torch.where(right, (1 - alpha) * share, 0.0))
-        x = torch.where(left, 3 * x, torch.where(right, 3 * x - 2, 0.0))
-    return below + share * x
-
-
-def cantor_position(
-    bins: Int[Tensor, " b"], count: int, lean: Float[Tensor, " b"], reach: float = 0.3
-) -> Float[Tensor, " b"]:
-    """Where a sample stands on the staircase: its bin's middle, moved by its features; no batch mate moves it.
-
-    x = clip((bin + 1/2) / T + reach tanh(lean), 0, 1),  lean = w.z + c
-    """
-    return ((bins + 0.5) / count + reach * lean.tanh()).clamp(0, 1)
-
-
 def role_directions(vertices: Float[Tensor, "K 5 d"]) -> Float[Tensor, "K d"]:
     """u_k = sum_v r_v v_kv / |v_kv|: the role-weighted (Rose) score sum_v r_v cos(z, v_kv) is z.u_k for a unit z."""
     roles = torch.tensor(ROLE_WEIGHTS, dtype=vertices.dtype, device=vertices.device)
     return (roles[:, None] * F.normalize(vertices, dim=-1)).sum(-2)
 
 
-def rose_score(z: Float[Tensor, "b d"], vertices: Float[Tensor, "K 5 d"]) -> Float[Tensor, "b K"]:
-    """Role-weighted score of unit vectors z against each pentachoron: s_k = sum_v r_v cos(z, v_kv) = z.u_k."""
-    return z @ role_directions(vertices).mT
-
-
 def _normalised_distances(vertices: Float[Tensor, "... m d"]) -> tuple[Float[Tensor, "... m m"], Float[Tensor, "..."]]:
-    """Squared distances over their mean, which is the scale; so no size of a simplex is small or large."""
-    distances = squared_distances(vertices)
+    """|v_i - v_j|^2 over their mean, and that mean: the scale of a simplex does not matter then."""
+    distances = (vertices[..., :, None, :] - vertices[..., None, :, :]).square().sum(-1)  # exact for close vertices
     m = vertices.shape[-2]
     scale = distances.sum((-1, -2)) / (m * (m - 1))
     scale = torch.where(scale > 0, scale, 1.0)
@@ -135,6 +83,6 @@ def _normalised_distances(vertices: Float[Tensor, "... m d"]) -> tuple[Float[Ten
 
 
 def _safe_sqrt(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Square root, with the gradient 0 where it is 0 instead of an infinite one."""
+    """Square root with the gradient 0, not infinity, at 0."""
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)

@@ -1,7 +1,4 @@
-"""Which states of a cache teach David, which tune him and which judge him: whole prompts each, never rows of one.
-
-What the teacher's features say apart from the time: content patterns, found by clustering.
-"""
+"""The states of a cache that David is fitted to, split by prompt, and content patterns: clusters of their features."""
 
 import math
 from dataclasses import dataclass
@@ -18,17 +15,17 @@ from stages.system.refusal import Refused
 
 @dataclass(frozen=True)
 class BlockStates:
-    """m states of the teacher, as one block saw them."""
+    """m states of the teacher: one block's features, times, and prompts."""
 
     features: Float[Tensor, "m n"]
     s: Float[Tensor, " m"]
     bins: Int[Tensor, " m"]
     key: Int[Tensor, " m"]
-    """the prompt that each belongs to"""
+    """the prompt of each"""
 
     @classmethod
     def from_table(cls, table: Table, block: str, rows: Int[np.ndarray, " m"], bins: int, steps: int) -> "BlockStates":
-        """Rows of a table of a teacher with so many `steps`; raises `Refused` when a feature is not finite."""
+        """Rows of a table; `steps` are the teacher's. Raises `Refused` when a feature is not finite."""
         features = table.features(block, rows).float()
         if not features.isfinite().all():
             raise Refused(f"block {block}: the cache holds features that are not finite - make the cache again")
@@ -38,31 +35,32 @@ class BlockStates:
 
 @dataclass(frozen=True)
 class RowSplit:
-    """Rows of a table."""
+    """Rows of a table; no prompt is in two parts."""
 
     training: Int[np.ndarray, " m"]
     tuning: Int[np.ndarray, " h"]
     """for temperatures, reliability and reference responses"""
     validation: Int[np.ndarray, " v"]
-    """for nothing but the report"""
+    """for the report alone"""
 
 
 def split_rows(table: Table, held_out: float, max_states: int, seed: int) -> RowSplit:
-    """The training prompts in a random order: a share `held_out` of them tunes, the others teach; the validation split
-    judges. No part has more than about `most` states. Raises `Refused` when one of the three is empty.
+    """Of the training prompts in a random order a share `held_out` is for tuning, the others for training.
+
+    No part has more than about `max_states` states. Raises `Refused` when one of the three is empty.
     """
-    train, judging = table.rows("train"), table.rows("validation")
+    train, validation = table.rows("train"), table.rows("validation")
     keys = np.unique(table.key[train])
     prompts = max(1, max_states * len(keys) // max(1, len(train)))
     order = keys[torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed)).numpy()]
-    tuned, taught = np.split(order, [round(held_out * len(order))])
-    teaching, tuning = (train[np.isin(table.key[train], chosen[:prompts])] for chosen in (taught, tuned))
-    for split, rows in (("train", teaching), ("train", tuning), ("validation", judging)):
+    tuning_keys, training_keys = np.split(order, [round(held_out * len(order))])
+    training, tuning = (train[np.isin(table.key[train], chosen[:prompts])] for chosen in (training_keys, tuning_keys))
+    for split, rows in (("train", training), ("train", tuning), ("validation", validation)):
         if not len(rows):
             raise Refused(
                 f"david: too few prompts in the {split} split ({len(keys)} for training) - make a larger cache"
             )
-    return RowSplit(teaching, tuning, judging[:max_states])
+    return RowSplit(training, tuning, validation[:max_states])
 
 
 COSINES, COMPONENTS, KMEANS_ITERATIONS = 12, 16, 20
@@ -71,10 +69,10 @@ RIDGE, MIN_VARIANCE = 1e-3, 1e-3
 
 @dataclass(frozen=True)
 class PatternSpace:
-    """Standardised features -> freed from time -> principal components -> the nearest centre.
+    """Standardised features -> time dependence removed -> principal components -> the nearest centre.
 
-    Freed of its mean at that time alone, content still says the time by how far it spreads: with the spread taken away
-    too, one prompt keeps its pattern through time more often (.56 against .33 in the embedded world's first block).
+    Both mean and variance at a time are removed: without the variance's, one prompt keeps its pattern through time less
+    often (.33 against .56 in the embedded world's first block).
     """
 
     mean_of_time: Float[Tensor, "cosines n"]
@@ -92,7 +90,7 @@ class PatternSpace:
         content = _remove_time_dependence(features, s, mean, variance)
         _, axes = torch.linalg.eigh(content.T @ content / len(content))
         axes = axes[:, -COMPONENTS:].flip(1)
-        axes = axes * torch.where(axes.sum(0) < 0, -1.0, 1.0)  # eigenvectors come with either sign
+        axes = axes * torch.where(axes.sum(0) < 0, -1.0, 1.0)  # the sign of an eigenvector is arbitrary
         return cls(mean, variance, axes, k_means(content @ axes, count, generator))
 
     def label(self, features: Float[Tensor, "m n"], s: Float[Tensor, " m"]) -> Int[Tensor, " m"]:
@@ -102,7 +100,7 @@ class PatternSpace:
 
 
 def cosines(s: Float[Tensor, " m"]) -> Float[Tensor, "m cosines"]:
-    """cos(pi j s) for j = 0, 1, ...: anything that varies smoothly with time."""
+    """cos(pi j s) for j = 0, 1, ...: a basis of smooth functions of time."""
     return torch.cos(math.pi * torch.arange(COSINES, dtype=torch.float64) * s.double()[:, None])
 
 
@@ -124,7 +122,7 @@ def _remove_time_dependence(
 
 
 def k_means(points: Float[Tensor, "m d"], count: int, generator: torch.Generator) -> Float[Tensor, "count d"]:
-    """Centres by Lloyd's rounds from k-means++ seeds; a centre with no point of its own moves to the farthest point."""
+    """Centres by Lloyd's iterations from k-means++ seeds; an empty cluster's centre moves to the farthest point."""
     centres = _kmeans_plus_plus(points, count, generator)
     for _ in range(KMEANS_ITERATIONS):
         distance, nearest = torch.cdist(points, centres).min(dim=1)
@@ -135,7 +133,7 @@ def k_means(points: Float[Tensor, "m d"], count: int, generator: torch.Generator
 
 
 def _kmeans_plus_plus(points: Float[Tensor, "m d"], count: int, generator: torch.Generator) -> Float[Tensor, "count d"]:
-    """k-means++: each next seed is drawn with a probability that grows with its squared distance to those before."""
+    """k-means++: each next seed is sampled in proportion to its squared distance to those before."""
     chosen = points[torch.randint(len(points), (1,), generator=generator)]
     for _ in range(count - 1):
         away = torch.cdist(points, chosen).amin(dim=1).square()

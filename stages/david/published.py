@@ -1,6 +1,6 @@
-"""What a GeoDavidCollective checkpoint must hold: sizes read off its shapes, then each tensor compared (david.md 2).
+"""The published David: a GeoDavidCollective checkpoint, verified tensor by tensor, used by its raw logits.
 
-David as the original published him: a GeoDavidCollective checkpoint, judged by its raw logits (david.md 7.7).
+Sizes are inferred from the shapes (david.md sections 2 and 7.7).
 """
 
 import json
@@ -46,16 +46,16 @@ class TensorHeader:
         return shape[axis]
 
     def count(self, stem: str) -> int:
-        """How many modules are listed under `stem`, at least one."""
-        found = [re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in self.shapes]
-        return max((int(match[1]) for match in found if match), default=0) + 1
+        """Number of modules listed under `stem`, at least one."""
+        matches = [re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in self.shapes]
+        return max((int(match[1]) for match in matches if match), default=0) + 1
 
 
 def infer_block_sizes(header: TensorHeader, config: Mapping[str, Any]) -> dict[str, BlockSizes]:
     """The sizes of every block, in the order of the configuration.
 
     Raises `Refused` for another model, for any tensor that is missing, too many or of another shape, and where
-    config.json says something else; each by its name.
+    config.json contradicts the shapes; each by its name.
     """
     shapes = {name: shape for name, shape in header.shapes.items() if not name.startswith(IGNORED_PREFIX)}
     blocks = {name.split(".")[1] for name in shapes if name.startswith(PREFIX)}
@@ -63,7 +63,7 @@ def infer_block_sizes(header: TensorHeader, config: Mapping[str, Any]) -> dict[s
         first = min(shapes, default="none")
         raise Refused(
             f"{header.file}: no GeoDavidCollective (block_configs {'' if 'block_configs' in config else 'not '}in "
-            f"config.json, first tensor {first}) - other models of that name, such as gated-david, cannot judge a UNet"
+            f"config.json, first tensor {first}) - other models of that name, such as gated-david, cannot assess a UNet"
         )
     wanted = tuple(config["block_configs"])
     if set(wanted) != blocks:
@@ -81,20 +81,19 @@ def infer_block_sizes(header: TensorHeader, config: Mapping[str, Any]) -> dict[s
 
 
 def meta_block_model(sizes: BlockSizes) -> PublishedBlockModel:
-    """A companion that takes no memory."""
+    """A block model on the meta device, which takes no memory."""
     with torch.device("meta"):
         return PublishedBlockModel(sizes)
 
 
 def _infer_sizes(header: TensorHeader, prefix: str) -> BlockSizes:
-    """Sizes are read off vectors where there are any, so that a transposed matrix is found to be the wrong one."""
+    """Sizes are read off vectors where there are any, so that a transposed matrix is recognised."""
     flat = f"{prefix}projection.weight" in header.shapes
     timestep_head, pattern_head = (
-        _infer_head_sizes(header, f"{prefix}timestep_head"),
-        _infer_head_sizes(header, f"{prefix}pattern_head"),
+        _infer_head_sizes(header, f"{prefix}{head}_head") for head in ("timestep", "pattern")
     )
-    patterns, left = divmod(pattern_head.classes, timestep_head.classes)
-    if left:
+    patterns, remainder = divmod(pattern_head.classes, timestep_head.classes)
+    if remainder:
         raise Refused(
             f"{header.file}: {prefix}pattern_head has {pattern_head.classes} classes, no multiple of "
             f"{timestep_head.classes} bins"
@@ -127,16 +126,16 @@ def _infer_head_sizes(header: TensorHeader, prefix: str) -> HeadSizes:
 
 
 def _refuse_other_config(header: TensorHeader, block: str, sizes: BlockSizes, config: Mapping[str, Any]) -> None:
-    """config.json may leave things out, but not contradict."""
-    said = config["block_configs"][block]
-    for name, there, told in (
+    """config.json may leave things out, but not contradict the shapes."""
+    block_config = config["block_configs"][block]
+    for name, actual, configured in (
         ("num_timestep_bins", sizes.bins, config.get("num_timestep_bins")),
         ("num_patterns_per_bin", sizes.patterns, config.get("num_patterns_per_bin")),
-        (f"block_configs.{block}.input_dim", sizes.n, said.get("input_dim")),
-        (f"block_configs.{block}.scale_dim", sizes.d, said.get("scale_dim")),
+        (f"block_configs.{block}.input_dim", sizes.n, block_config.get("input_dim")),
+        (f"block_configs.{block}.scale_dim", sizes.d, block_config.get("scale_dim")),
     ):
-        if told is not None and told != there:
-            raise Refused(f"{header.file}: block {block} has {there}, config.json says {name} = {told}")
+        if configured is not None and configured != actual:
+            raise Refused(f"{header.file}: block {block} has {actual}, config.json has {name} = {configured}")
 
 
 def _refuse_other_tensors(file: str, shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
@@ -150,16 +149,16 @@ def _refuse_other_tensors(file: str, shapes: Mapping[str, Shape], expected: Mapp
 
 
 HOOK_POINT = "last resnet of each block, spatial mean, fp32"
-"""Where the published David was trained; he refuses features from anywhere else."""
+"""Of the features that the published David was trained on; others are refused."""
 FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 
 PatternMode: TypeAlias = Literal["unread", "in_bin", "joint"]
-"""unread: pattern heads stay on the disk and patterns have a neutral vote (a fiftieth of the memory); in_bin: the
+"""unread: pattern heads are not loaded and pattern posteriors are uniform (a fiftieth of the memory); in_bin: the
 patterns of the true bin, of which only the first was ever trained; joint: all classes of the pattern head."""
 
 
 class PublishedAssessor:
-    """The companions of a checkpoint, on raw features."""
+    """The block models of a checkpoint, on raw features."""
 
     def __init__(
         self,
@@ -171,12 +170,12 @@ class PublishedAssessor:
         first = next(iter(sizes.values()))
         self.blocks, self.bins, self.steps = tuple(block_models), first.bins, steps
         self.patterns = first.patterns * (first.bins if pattern_mode == "joint" else 1)
-        self.cantor_alphas = {block: float(companion.cantor_stairs.alpha) for block, companion in block_models.items()}
-        """what the original took for coherence: a frozen number for each block"""
+        self.cantor_alphas = {block: float(model.cantor_stairs.alpha) for block, model in block_models.items()}
+        """the original's coherence: a frozen number for each block"""
         self._block_models, self._sizes, self._pattern_mode = block_models, sizes, pattern_mode
         # Patterns beyond the first were never trained, and neither were their crystals.
-        self._pentachora = {b: F.normalize(c.crystal_pentachora[:, 0], dim=2) for b, c in block_models.items()}
-        self._gradients = {block: barycentric_gradients(crystals) for block, crystals in self._pentachora.items()}
+        self._pentachora = {b: F.normalize(m.crystal_pentachora[:, 0], dim=2) for b, m in block_models.items()}
+        self._gradients = {b: barycentric_gradients(vertices) for b, vertices in self._pentachora.items()}
 
     @classmethod
     def open(
@@ -191,7 +190,7 @@ class PublishedAssessor:
         """Read `config.json` and `model.safetensors` of a folder.
 
         `hook_point` and `widths` (block -> channels) are those of the cache, `steps` its teacher's. Raises `Refused`
-        for features that he was not trained on and for any tensor that is not as it should be.
+        for features of another hook point or width, and for any tensor that is not as it should be.
         """
         if hook_point != HOOK_POINT:
             raise Refused(f"{folder}: was trained on features of the {HOOK_POINT}; this cache has: {hook_point}")
@@ -201,32 +200,28 @@ class PublishedAssessor:
             with safe_open(weights, "pt", device=str(device)) as file:
                 sizes = infer_block_sizes(_read_header(weights, file), config)
                 _refuse_other_widths(folder, sizes, widths)
-                companions = {
-                    block: _load_block_model(file, weights, block, sizes[block], pattern_mode) for block in sizes
-                }
+                models = {block: _load_block_model(file, weights, block, sizes[block], pattern_mode) for block in sizes}
         except (OSError, ValueError, SafetensorError) as error:
             raise Refused(f"{folder}: cannot be read as a published David ({error}) - fetch it again") from error
-        if any(_has_linear_head(one) for one in sizes.values()):
-            print(
-                f"{folder}: the older generation, with an untrained timestep head; bins are read off its pattern head"
-            )
-        return cls(companions, sizes, pattern_mode, steps)
+        if any(map(_has_linear_head, sizes.values())):
+            print(f"{folder}: an older version, with an untrained timestep head; bins are read off its pattern head")
+        return cls(models, sizes, pattern_mode, steps)
 
     def posterior(self, block: str, features: Float[Tensor, "b n"], bins: Int[Tensor, " b"]) -> Posterior:
-        """What these features say, given the true bin of each sample; patterns that stay unread are all alike."""
-        companion, sizes = self._block_models[block], self._sizes[block]
-        z = companion(features.float())
+        """Posteriors of these features, given the true bin of each sample; unread patterns are uniform."""
+        model, sizes = self._block_models[block], self._sizes[block]
+        z = model(features.float())
         log_patterns = features.new_full((len(z), self.patterns), -math.log(self.patterns), dtype=torch.float32)
         if self._pattern_mode != "unread" or _has_linear_head(sizes):
-            joint = companion.pattern_head(z).log_softmax(dim=1)
+            joint = model.pattern_head(z).log_softmax(dim=1)
             by_bin = joint.unflatten(1, (sizes.bins, sizes.patterns))
             if self._pattern_mode == "joint":
                 log_patterns = joint
             elif self._pattern_mode == "in_bin":
                 log_patterns = by_bin[torch.arange(len(z), device=z.device), bins].log_softmax(dim=1)
-        log_bins = by_bin.logsumexp(dim=2) if _has_linear_head(sizes) else companion.timestep_head(z).log_softmax(dim=1)
-        included = inclusion_ratio(z, self._pentachora[block][bins], self._gradients[block][bins])
-        return Posterior(log_bins, log_patterns, included.float())
+        log_bins = by_bin.logsumexp(dim=2) if _has_linear_head(sizes) else model.timestep_head(z).log_softmax(dim=1)
+        inclusion = inclusion_ratio(z, self._pentachora[block][bins], self._gradients[block][bins])
+        return Posterior(log_bins, log_patterns, inclusion.float())
 
 
 def _has_linear_head(sizes: BlockSizes) -> bool:
@@ -234,7 +229,7 @@ def _has_linear_head(sizes: BlockSizes) -> bool:
 
 
 def _read_header(path: Path, file: Any) -> TensorHeader:
-    """Names and shapes; raises `Refused` for a tensor that holds no real numbers."""
+    """Names and shapes; raises `Refused` for a tensor that is not of floats."""
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - a file is no mapping
     for name, part in slices.items():
         if name.startswith(PREFIX) and part.get_dtype() not in FLOAT_DTYPES:
@@ -243,23 +238,23 @@ def _read_header(path: Path, file: Any) -> TensorHeader:
 
 
 def _refuse_other_widths(folder: Path, sizes: Mapping[str, BlockSizes], widths: Mapping[str, int]) -> None:
-    for block, one in sizes.items():
+    for block, size in sizes.items():
         if block not in widths:
-            raise Refused(f"{folder}: judges block {block}, the cache has none - {did_you_mean(block, tuple(widths))}")
-        if widths[block] != one.n:
-            raise Refused(f"{folder}: block {block} takes {one.n} channels, this cache has {widths[block]}")
+            raise Refused(f"{folder}: assesses block {block}, the cache has none - {did_you_mean(block, [*widths])}")
+        if widths[block] != size.n:
+            raise Refused(f"{folder}: block {block} takes {size.n} channels, this cache has {widths[block]}")
 
 
 def _load_block_model(
     file: Any, path: Path, block: str, sizes: BlockSizes, pattern_mode: PatternMode
 ) -> PublishedBlockModel:
-    """One block's weights in fp32, frozen; the pattern head stays on the disk unless it is asked for."""
-    companion = meta_block_model(sizes)
+    """One block's weights in fp32, frozen; without the pattern head where no mode needs it."""
+    model = meta_block_model(sizes)
     if pattern_mode == "unread" and not _has_linear_head(sizes):
-        del companion.pattern_head
-    tensors = {name: file.get_tensor(f"{PREFIX}{block}.{name}").float() for name in companion.state_dict()}
+        del model.pattern_head
+    tensors = {name: file.get_tensor(f"{PREFIX}{block}.{name}").float() for name in model.state_dict()}
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise Refused(f"{path}: tensor {PREFIX}{block}.{name} holds numbers that are not finite")
-    companion.load_state_dict(tensors, assign=True)
-    return companion.eval().requires_grad_(False)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(False)

@@ -1,6 +1,6 @@
-"""The network of one block of a published David, with the names of his checkpoints (david.md 1.2, 1.3, 2.1).
+"""The network of one block of the published David, with the names of its checkpoints (david.md 1.2, 1.3, 2.1).
 
-`Sizes` decides every name and shape, so that the module itself is the list of what a checkpoint must hold.
+`BlockSizes` decides every name and shape, so that the module itself lists what a checkpoint must hold.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ GATED_SHARE = 0.7
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """A head of E experts of width b and G gates; no experts: the linear head of the older generation."""
+    """A head of E experts of width b and G gates; no experts: the linear head of the older version."""
 
     classes: int
     bottleneck: int = 0
@@ -26,7 +26,7 @@ class HeadSizes:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """One block: n pooled channels -> d; `belly` is the hidden width of the projection, none for a single layer."""
+    """One block: n pooled channels -> d; the projection has a `hidden_width`, or is a single layer."""
 
     n: int
     hidden_width: int | None
@@ -41,7 +41,7 @@ class ProjectiveHead(nn.Module):
     """Experts that attend to each other, gates over all of them, and a direct path.
 
     logits = 0.7 (sum_i softmax(head_weights)_i gate_i + class_bias) / |temperature| + 0.3 LayerNorm(final).
-    The original zeroed unlikely logits in evaluation (`sparsity_threshold`), which is no posterior: not done here.
+    The original zeroed unlikely logits in evaluation (`sparsity_threshold`), which gives no posterior: not done here.
     """
 
     def __init__(self, d: int, sizes: HeadSizes) -> None:
@@ -55,7 +55,7 @@ class ProjectiveHead(nn.Module):
             nn.Sequential(nn.Linear(d, b), nn.LayerNorm(b), nn.GELU()) for _ in range(sizes.experts)
         )
         self.cross_attention = nn.MultiheadAttention(b, ATTENTION_HEADS, batch_first=True)
-        # The third place is a dropout's, which has no weights and no part in judging.
+        # The third module is a dropout in the original: no weights, no effect in evaluation.
         self.gate_heads = nn.ModuleList(
             nn.Sequential(nn.Linear(joined, joined // 2), nn.GELU(), nn.Identity(), nn.Linear(joined // 2, classes))
             for _ in range(sizes.gates)
@@ -75,7 +75,7 @@ class ProjectiveHead(nn.Module):
 
 
 class CantorStairs(nn.Module):
-    """Carried for its `alpha`, which the original read as coherence; the staircase is no part of judging."""
+    """Kept for its `alpha`, which the original took for coherence; the staircase has no part in the posteriors."""
 
     centers: Tensor
 
@@ -87,7 +87,7 @@ class CantorStairs(nn.Module):
 
 
 class PublishedBlockModel(nn.Module):
-    """One block's David: features -> unit vector z -> logits over bins, and over bins x patterns."""
+    """One block: features -> unit vector z -> logits over bins, and over bins x patterns."""
 
     role_weights: Tensor
 

@@ -1,4 +1,4 @@
-"""A fitted David in a folder: weights, and what they belong to; one fitted to other features is not handed out."""
+"""A fitted David in a folder: its weights and the identity of its fit, which is verified on loading."""
 
 import hashlib
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from stages.system.atomic import atomic_write
 from stages.system.refusal import Refused
 
 DEFAULT_TEACHER_STEPS = 1000
-"""What every David was fitted with, whatever his teacher had, before config.json told it."""
+"""Those of every fit before config.json recorded them, whatever the teacher had."""
 WEIGHTS_FILE, META_FILE = "david.safetensors", "config.json"
 
 
@@ -29,43 +29,35 @@ class AssessorMeta(Stored):
     """The content of config.json."""
 
     identity: Recipe
-    """what decides the weights: cache, hook point, teacher, blocks, configuration of the fit"""
+    """what the weights depend on: cache, hook point, teacher, blocks, configuration of the fit"""
     fit: FitConfig
     steps: int = DEFAULT_TEACHER_STEPS
     """of the teacher"""
     sha256: str
-    """of the weights' file"""
+    """of the weights file"""
     trials: Mapping[str, FitMetrics]
 
 
-def load_or_fit_and_save(folder: Path, cache: Path, config: FitConfig, steps: int) -> FittedAssessor:
-    """The David of a folder, who is fitted to the cache and saved there first where none lies yet.
+def load_or_fit(folder: Path, cache: Path, config: FitConfig, steps: int) -> FittedAssessor:
+    """The David of a folder; fitted to the cache and saved there first where there is none yet.
 
-    `steps` is how many the cache's teacher has.
-    """
-    david, is_new = load_or_fit(folder, cache, config, steps)
-    if is_new:
-        save(david, folder)
-    return david
-
-
-def load_or_fit(folder: Path, cache: Path, config: FitConfig, steps: int) -> tuple[FittedAssessor, bool]:
-    """The David of a folder, and whether none lies there yet: then he is fitted to the cache, and nothing is written.
-
-    Raises `Refused` when the one that lies there was fitted to something else, or is damaged.
+    `steps` are those of the cache's teacher. Raises `Refused` when the one there was fitted to something else, or is
+    damaged.
     """
     recipe = Manifest.open(find_cache(cache)).recipe
     if not (folder / META_FILE).is_file():
-        return fit(cache, config, steps), True
+        david = fit(cache, config, steps)
+        save(david, folder)
+        return david
     david = load(folder, recipe)
-    refuse_other_fit(david, fit_identity(recipe, config), folder)
+    refuse_other_fit(david.identity, fit_identity(recipe, config), folder)
     if david.steps != steps:
         raise Refused(f"{folder}: David's bins are of {david.steps} steps, the teacher has {steps} - {_remedy(folder)}")
-    return david, False
+    return david
 
 
 def save(assessor: FittedAssessor, folder: Path) -> None:
-    """Write David into a folder; config.json comes last and says which weights it means."""
+    """Write David into a folder; config.json comes last, with the hash of its weights."""
     content = bytes_of(
         {
             f"{block}.{name}": value.contiguous()
@@ -86,25 +78,24 @@ def save(assessor: FittedAssessor, folder: Path) -> None:
 
 
 def load(folder: Path, cache: Recipe) -> FittedAssessor:
-    """The David of a folder; raises `Refused` when he was fitted to other features than this cache's, or is damaged."""
+    """The David of a folder; raises `Refused` when it was fitted to features of another cache, or is damaged."""
     path = folder / META_FILE
     try:
         facts = AssessorMeta.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise Refused(f"{path}: cannot be read ({str(error).splitlines()[0]}) - {_remedy(folder)}") from error
-    david = FittedAssessor({}, facts.identity, facts.fit, facts.trials, facts.steps)
-    refuse_other_fit(david, fit_identity(cache, facts.fit), folder)
+    refuse_other_fit(facts.identity, fit_identity(cache, facts.fit), folder)
     tensors = _read_tensors(folder, facts.sha256)
     widths: Any = cache.identity["blocks"]
-    companions = {block: _load_block_model(block, width, facts.fit, tensors, folder) for block, width in widths.items()}
+    models = {block: _load_block_model(block, width, facts.fit, tensors, folder) for block, width in widths.items()}
     if tensors:
         raise Refused(f"{folder / WEIGHTS_FILE}: holds {min(tensors)}, which no block has - {_remedy(folder)}")
-    return FittedAssessor(companions, facts.identity, facts.fit, facts.trials, facts.steps)
+    return FittedAssessor(models, facts.identity, facts.fit, facts.trials, facts.steps)
 
 
-def refuse_other_fit(assessor: FittedAssessor, identity: Recipe, folder: Path) -> None:
-    """Raise `Refused`, naming each field that differs, unless David was fitted as `identity` says."""
-    if slips := differences(assessor.identity, identity):
+def refuse_other_fit(fitted: Recipe, identity: Recipe, folder: Path) -> None:
+    """Raise `Refused`, naming each field that differs, unless the fit's identity is this one."""
+    if slips := differences(fitted, identity):
         raise Refused(f"{folder}: David was fitted to something else: {'; '.join(slips)} - {_remedy(folder)}")
 
 
@@ -113,7 +104,7 @@ def _read_tensors(folder: Path, sha256: str) -> dict[str, Tensor]:
     try:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise Refused(f"{path}: not the weights that {META_FILE} means - {_remedy(folder)}")
+            raise Refused(f"{path}: not the weights that {META_FILE} names - {_remedy(folder)}")
         return tensors_of(content)
     except (OSError, SafetensorError) as error:
         raise Refused(f"{path}: cannot be read ({error}) - {_remedy(folder)}") from error
@@ -122,18 +113,19 @@ def _read_tensors(folder: Path, sha256: str) -> dict[str, Tensor]:
 def _load_block_model(
     block: str, width: int, config: FitConfig, tensors: dict[str, Tensor], folder: Path
 ) -> BlockModel:
-    """The network of a block, whose tensors are taken out of `tensors`; each must be there, in its shape."""
-    companion = BlockModel(width, config.bins, config.patterns, config.dimensions)
-    expected, found = companion.state_dict(), dict[str, Tensor]()
-    for name, value in expected.items():
-        one = tensors.pop(f"{block}.{name}", None)
-        if one is None or one.shape != value.shape or one.dtype != value.dtype:
-            was = "missing" if one is None else f"{one.dtype} {list(one.shape)}, not {value.dtype} {list(value.shape)}"
-            raise Refused(f"{folder / WEIGHTS_FILE}: {block}.{name}: {was} - {_remedy(folder)}")
-        found[name] = one
-    companion.load_state_dict(found)
-    return companion.requires_grad_(False).eval()
+    """The network of a block, whose tensors are removed from `tensors`; each must be there, in its shape."""
+    model = BlockModel(width, config.bins, config.patterns, config.dimensions)
+    state = dict[str, Tensor]()
+    for name, value in model.state_dict().items():
+        tensor = tensors.pop(f"{block}.{name}", None)
+        if tensor is None or tensor.shape != value.shape or tensor.dtype != value.dtype:
+            expected = f"not {value.dtype} {list(value.shape)}"
+            fault = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}, {expected}"
+            raise Refused(f"{folder / WEIGHTS_FILE}: {block}.{name}: {fault} - {_remedy(folder)}")
+        state[name] = tensor
+    model.load_state_dict(state)
+    return model.requires_grad_(False).eval()
 
 
 def _remedy(folder: Path) -> str:
-    return f"remove {folder} and he is fitted again"
+    return f"remove {folder}, and David is fitted again"

@@ -1,7 +1,4 @@
-"""David on trial: how well he reads the teacher's own features, and how he answers when they are spoilt.
-
-What a fitted companion learns from prompts that did not teach him: how sure to be, and how far to trust himself.
-"""
+"""Metrics of a fitted block model on held-out prompts, its responses to perturbed features, and its calibration."""
 
 import math
 
@@ -29,20 +26,19 @@ TABLE_HEADER = (
 
 
 class FitMetrics(Stored):
-    """One block's marks on prompts that neither taught nor tuned."""
+    """One block's metrics on prompts used neither to train nor to tune."""
 
     exact: float
     """share of the states whose likeliest bin is the true one"""
     within_two: float
     """the same, up to two bins away"""
     chance: float
-    """`within_two` of the best answer that is always the same"""
+    """`within_two` of the best constant prediction"""
     soft_calibration: float
-    """expected calibration error of what was fitted, a posterior over bins blurred by q: the likeliest bin's confidence
-    against the share that q gives it"""
+    """expected calibration error against the fit's soft targets q: the likeliest bin's confidence against its q"""
     calibration: float
     """expected calibration error: mass within two bins of the likeliest against how often the true bin lies there; the
-    blur makes a perfect reader seem a little too modest"""
+    blur of q makes a perfect model a little underconfident"""
     pattern_accuracy: float
     pattern_use: float
     """entropy of the patterns' shares over its maximum"""
@@ -56,67 +52,70 @@ class FitMetrics(Stored):
     """each state with the features of any other"""
 
     def table_row(self, block: str, seconds: float) -> str:
-        """The same for a person."""
-        marks = f"{self.exact:5.3f} {self.within_two:7.3f} {self.chance:6.3f}"
+        """One row of the table for the user."""
+        accuracies = f"{self.exact:5.3f} {self.within_two:7.3f} {self.chance:6.3f}"
         calibration = f"{self.soft_calibration:5.3f} {self.calibration:5.3f}"
         patterns = f"{self.pattern_accuracy:5.3f} {self.pattern_use:5.3f}"
-        spoilt = [*self.noise, self.content_shuffled, self.time_shuffled, self.shuffled]
-        told = " | ".join(" ".join(f"{value:.3f}" for value in response) for response in spoilt)
-        return f"{block:10} {marks} | {calibration} | {patterns} | {told} | {seconds:.1f}"
+        responses = [*self.noise, self.content_shuffled, self.time_shuffled, self.shuffled]
+        errors = " | ".join(" ".join(f"{value:.3f}" for value in response) for response in responses)
+        return f"{block:10} {accuracies} | {calibration} | {patterns} | {errors} | {seconds:.1f}"
 
 
 @torch.no_grad()
 def evaluate_fit(block_model: BlockModel, states: BlockStates, space: PatternSpace, seed: int) -> FitMetrics:
-    """Every mark of a companion on `states`."""
+    """All metrics of a block model on `states`."""
     x, bins, generator = states.features, states.bins, torch.Generator().manual_seed(seed)
-    said, targets = block_model(x, bins), soft_targets(bins, len(block_model.reliability))
+    posterior, targets = block_model(x, bins), soft_targets(bins, len(block_model.reliability))
     labels = space.label(block_model.standardise(x), states.s)
-    answer = said.log_bins.argmax(dim=1)
-    near = (answer - bins).abs() <= NEIGHBOUR_BINS
-    confidence = said.log_bins.exp().amax(dim=1)
+    predicted = posterior.log_bins.argmax(dim=1)
+    near = (predicted - bins).abs() <= NEIGHBOUR_BINS
+    confidence = posterior.log_bins.exp().amax(dim=1)
 
-    def answered(rows: Int[Tensor, " m"]) -> ErrorTriple:
+    def shuffled(rows: Int[Tensor, " m"]) -> ErrorTriple:
         return perturbation_errors(block_model, x[rows], x, bins)
 
     return FitMetrics(
-        exact=float((answer == bins).float().mean()),
+        exact=float((predicted == bins).float().mean()),
         within_two=float(near.float().mean()),
         chance=float(neighbour_mass(torch.bincount(bins, minlength=targets.shape[1]).float()).max() / len(bins)),
-        soft_calibration=calibration_error(confidence, targets.gather(1, answer[:, None]).squeeze(1)),
+        soft_calibration=calibration_error(confidence, targets.gather(1, predicted[:, None]).squeeze(1)),
         calibration=calibration_error(
-            neighbour_mass(said.log_bins.exp()).gather(1, answer[:, None]).squeeze(1), near.float()
+            neighbour_mass(posterior.log_bins.exp()).gather(1, predicted[:, None]).squeeze(1), near.float()
         ),
-        pattern_accuracy=float((said.log_patterns.argmax(dim=1) == labels).float().mean()),
-        pattern_use=normalised_entropy(labels, said.log_patterns.shape[1]),
+        pattern_accuracy=float((posterior.log_patterns.argmax(dim=1) == labels).float().mean()),
+        pattern_use=normalised_entropy(labels, posterior.log_patterns.shape[1]),
         noise=tuple(
             perturbation_errors(block_model, add_noise(block_model, x, size, generator), x, bins)
             for size in NOISE_LEVELS
         ),
-        content_shuffled=answered(shuffle_within(bins, generator)),
-        time_shuffled=answered(shuffle_within(states.key, generator)),
-        shuffled=answered(torch.randperm(len(x), generator=generator)),
+        content_shuffled=shuffled(shuffle_within(bins, generator)),
+        time_shuffled=shuffled(shuffle_within(states.key, generator)),
+        shuffled=shuffled(torch.randperm(len(x), generator=generator)),
     )
 
 
 def perturbation_errors(
     block_model: BlockModel, perturbed: Float[Tensor, "m n"], features: Float[Tensor, "m n"], bins: Int[Tensor, " m"]
 ) -> ErrorTriple:
-    """The three numbers, as errors, for spoilt features in place of the teacher's."""
+    """e_t, e_p and 1 - coherence of perturbed features in place of the teacher's."""
     targets = soft_targets(bins, len(block_model.reliability))
     assessed = assess_block(block_model(perturbed, bins), block_model(features, bins), bins, targets)
-    one = reduce({"": assessed}, targets.shape[1])
-    return float(one.timestep_error[""]), float(one.pattern_error[""]), float(1 - one.coherence[""])
+    mean = reduce({"": assessed}, targets.shape[1])
+    return float(mean.timestep_error), float(mean.pattern_error), float(1 - mean.coherence)
 
 
 def add_noise(
-    block_model: BlockModel, features: Float[Tensor, "m n"], noise_level: float, generator: torch.Generator
+    block_model: BlockModel,
+    features: Float[Tensor, "m n"],
+    noise_level: float | Float[Tensor, "m 1"],
+    generator: torch.Generator,
 ) -> Float[Tensor, "m n"]:
-    """Features with noise of `size` deviations of each channel."""
+    """Features with noise of `noise_level` deviations of each channel."""
     return features + noise_level * block_model.deviation * torch.randn(features.shape, generator=generator)
 
 
 def shuffle_within(groups: Int[Tensor, " m"], generator: torch.Generator) -> Int[Tensor, " m"]:
-    """A permutation of the rows that moves each one to the place of another of its group, where there is another."""
+    """A permutation of the rows that moves each one to the place of another of its group, where it has another."""
     mixed = torch.randperm(len(groups), generator=generator)
     mixed = mixed[groups[mixed].argsort(stable=True)]
     _, sizes = groups.unique(return_counts=True)
@@ -145,20 +144,20 @@ def normalised_entropy(labels: Int[Tensor, " m"], count: int) -> float:
 
 
 TEMPERATURE_FACTORS = torch.logspace(-0.5, 0.5, 101)
-"""Temperatures tried, as multiples of the fitted one: from a third to three times."""
+"""Candidate temperatures, as multiples of the fitted one: from a third to three times."""
 REFERENCE_NOISE = 0.5
 
 
 @torch.no_grad()
 def tune(block_model: BlockModel, states: BlockStates, space: PatternSpace, seed: int) -> None:
-    """Scale both temperatures to the best likelihood on `states`; note reliability and reference responses."""
+    """Scale both temperatures to the best likelihood on `states`; measure reliability and reference responses."""
     labels = space.label(block_model.standardise(states.features), states.s)
     count, patterns = len(block_model.reliability), len(block_model.patterns.vertices)
-    said = block_model(states.features, states.bins)
-    block_model.bins.temperature.mul_(best_factor(said.log_bins, soft_targets(states.bins, count)))
-    block_model.patterns.temperature.mul_(best_factor(said.log_patterns, F.one_hot(labels, patterns).float()))
+    posterior = block_model(states.features, states.bins)
+    block_model.bins.temperature.mul_(best_factor(posterior.log_bins, soft_targets(states.bins, count)))
+    block_model.patterns.temperature.mul_(best_factor(posterior.log_patterns, F.one_hot(labels, patterns).float()))
 
-    block_model.reliability.copy_(reliability(said.log_bins.argmax(dim=1), states.bins, count))
+    block_model.reliability.copy_(reliability(posterior.log_bins.argmax(dim=1), states.bins, count))
     generator = torch.Generator().manual_seed(seed)
     noise = add_noise(block_model, states.features, REFERENCE_NOISE, generator)
     block_model.reference.copy_(torch.tensor(perturbation_errors(block_model, noise, states.features, states.bins)))
@@ -174,7 +173,7 @@ def best_factor(log_posterior: Float[Tensor, "m K"], targets: Float[Tensor, "m K
 
 
 def reliability(predicted_bins: Int[Tensor, " m"], bins: Int[Tensor, " m"], count: int) -> Float[Tensor, " T"]:
-    """Share of answers within one bin of the truth, for each bin; the share of all bins counts as one more state."""
+    """Share of predictions within one bin of the truth, per bin; the share of all bins counts as one more state."""
     near = ((predicted_bins - bins).abs() <= 1).float()
-    hits, seen = torch.bincount(bins, near, minlength=count), torch.bincount(bins, minlength=count)
-    return ((hits + near.mean()) / (seen + 1)).float()
+    hits, count_per_bin = torch.bincount(bins, near, minlength=count), torch.bincount(bins, minlength=count)
+    return ((hits + near.mean()) / (count_per_bin + 1)).float()

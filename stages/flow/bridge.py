@@ -18,14 +18,14 @@ from stages.flow.schedule import NoiseSchedule
 from stages.system.refusal import Refused
 
 TailPolicy: TypeAlias = Literal["hold", "faithful"]
-"""What the velocity is beyond the teacher's last step; a part of the recipe."""
+"""The velocity beyond the teacher's last step; part of the recipe."""
 
 TIME_TOLERANCE = 1e-6
 """Times this near to the teacher's last one are that one, because s is stored in float32."""
 
 
 class LinearCombination(NamedTuple):
-    """A sum of_x x + of_answer answer, one pair of float64 numbers for each sample."""
+    """x_coefficient x + output_coefficient network_output; float64, one pair per sample."""
 
     x_coefficient: Float[Tensor, " b"]
     output_coefficient: Float[Tensor, " b"]
@@ -33,7 +33,7 @@ class LinearCombination(NamedTuple):
 
 @dataclass(frozen=True)
 class Bridge:
-    """The teacher's steps as times, what the teacher is shown, and the velocity that its raw answer means.
+    """Converts between the linear path and the teacher's steps: times, network input, and velocity from raw output.
 
     The teacher knows times from s_0 to s_last only. Below s_0 step 0 is held. In the tail above s_last
     `hold` takes x0_hat of the last step on the unit-variance input x g(s), v = (x - x0_hat) / s;
@@ -73,9 +73,9 @@ class Bridge:
 
     def k_of_s(self, s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """The fractional step of time s in float64, the inverse of `s_of_k`; held at the first and at the last step."""
-        odds, wanted = _log_odds(self.s_table.to(s.device)), _log_odds(s.double())
-        below = (torch.searchsorted(odds, wanted, right=True) - 1).clamp(0, self.k_last - 1)
-        share = (wanted - odds[below]) / (odds[below + 1] - odds[below])
+        odds, target = _log_odds(self.s_table.to(s.device)), _log_odds(s.double())
+        below = (torch.searchsorted(odds, target, right=True) - 1).clamp(0, self.k_last - 1)
+        share = (target - odds[below]) / (odds[below + 1] - odds[below])
         return below + share.clamp(0, 1)
 
     def in_tail(self, s: Float[Tensor, " b"]) -> Bool[Tensor, " b"]:
@@ -97,7 +97,7 @@ class Bridge:
         return times[torch.cat([times.new_ones(1).bool(), times.diff() != 0])]
 
     def teacher_input(self, x: Float[Tensor, "b ..."], s: Float[Tensor, " b"]) -> Float[Tensor, "b ..."]:
-        """What the network is shown for the state x of the linear path: x g(s), of unit variance for unit data."""
+        """The network's input for the state x of the linear path: x g(s), of unit variance for unit data."""
         return per_sample(_variance_scale(s.double()), x) * x
 
     def velocity(
@@ -107,34 +107,30 @@ class Bridge:
         k: Int[Tensor, " b"],
         network_output: Float[Tensor, "b ..."],
     ) -> Float[Tensor, "b ..."]:
-        """The velocity at (x, s) from the network's raw `answer` to `teacher_input(x, s)` at step k.
-
-        A fractional k = k_of_s(s) serves as well.
-        """
-        blend = self._velocity_coefficients(s.double(), k)
-        return per_sample(blend.x_coefficient, x) * x + per_sample(blend.output_coefficient, x) * network_output
+        """The velocity at (x, s) from the raw `network_output` for `teacher_input(x, s)` at step k, whole or not."""
+        coefficients = self._velocity_coefficients(s.double(), k)
+        x_coefficient, output_coefficient = (per_sample(one, x) for one in coefficients)
+        return x_coefficient * x + output_coefficient * network_output
 
     def _velocity_coefficients(self, s: Tensor, k: Tensor) -> LinearCombination:
         x0_hat, eps_hat = self._x0_eps_coefficients(s, k)
         # At s_last both are the same number, and (x - x0_hat) / s is finite even where s_last = 1 (zero terminal SNR).
         late = s > self.s_last - TIME_TOLERANCE
-        of_x = torch.where(late, (1 - x0_hat.x_coefficient) / s, (eps_hat.x_coefficient - 1) / (1 - s))
-        of_answer = torch.where(late, -x0_hat.output_coefficient / s, eps_hat.output_coefficient / (1 - s))
+        x_coefficient = torch.where(late, (1 - x0_hat.x_coefficient) / s, (eps_hat.x_coefficient - 1) / (1 - s))
+        output_coefficient = torch.where(late, -x0_hat.output_coefficient / s, eps_hat.output_coefficient / (1 - s))
         if self.tail == "faithful":
             tail = self.in_tail(s)
-            return LinearCombination(
-                torch.where(tail, self._faithful_tail_coefficient(s), of_x), of_answer.masked_fill(tail, 0)
-            )
-        return LinearCombination(of_x, of_answer)
+            x_coefficient = torch.where(tail, self._faithful_tail_coefficient(s), x_coefficient)
+            output_coefficient = output_coefficient.masked_fill(tail, 0)
+        return LinearCombination(x_coefficient, output_coefficient)
 
     def _x0_eps_coefficients(self, s: Tensor, k: Tensor) -> tuple[LinearCombination, LinearCombination]:
-        """x0_hat and eps_hat, which the teacher means by its answer to x g(s) taken for its state at step k."""
+        """x0_hat and eps_hat of the teacher's output for x g(s), read as its state at step k."""
         s_k, g = self.s_of_k(k), _variance_scale(s)
         alpha, sigma = (1 - s_k) * _variance_scale(s_k), s_k * _variance_scale(s_k)
         if self.schedule.prediction_type == "epsilon":
-            return LinearCombination(g / alpha, -sigma / alpha), LinearCombination(
-                torch.zeros_like(s), torch.ones_like(s)
-            )
+            eps_hat = LinearCombination(torch.zeros_like(s), torch.ones_like(s))
+            return LinearCombination(g / alpha, -sigma / alpha), eps_hat
         return LinearCombination(alpha * g, -sigma), LinearCombination(sigma * g, alpha)
 
     def _faithful_tail_coefficient(self, s: Tensor) -> Tensor:
@@ -149,13 +145,6 @@ def x0_from_velocity(
 ) -> Float[Tensor, "b ..."]:
     """The data end of the straight line through x: x0_hat = x - s v."""
     return x - per_sample(s, x) * v
-
-
-def eps_from_velocity(
-    x: Float[Tensor, "b ..."], v: Float[Tensor, "b ..."], s: Float[Tensor, " b"]
-) -> Float[Tensor, "b ..."]:
-    """The noise end of the straight line through x: eps_hat = x + (1 - s) v."""
-    return x + per_sample(1 - s, x) * v
 
 
 def _variance_scale(s: Tensor) -> Tensor:

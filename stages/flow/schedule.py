@@ -12,14 +12,14 @@ from torch import Tensor
 from stages.system.refusal import Refused
 
 MAX_STEPS = 100_000
-"""More than any teacher has: a config that says so is broken."""
+"""More than any teacher has: a config with more is broken."""
 
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction"]
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """Signal share abar_k of each step in float64, falling with k, and what the network answers."""
+    """Signal share abar_k of each step in float64, falling with k, and what the network predicts."""
 
     alpha_bar: Float[Tensor, " K"]
     prediction_type: PredictionType
@@ -41,14 +41,14 @@ class NoiseSchedule:
 
     @property
     def steps(self) -> int:
-        """How many steps the teacher has: 1000 for Stable Diffusion."""
+        """Number of the teacher's steps: 1000 for Stable Diffusion."""
         return len(self.alpha_bar)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
         """The schedule of a diffusers scheduler_config.json; a missing or unknown entry is refused by name."""
         abar = torch.cumprod(1 - _betas(config), dim=0)
-        # schedulers that cannot rescale do not write this key, so that its absence is an answer
+        # schedulers that cannot rescale do not write this key, so a missing key means false
         rescale = config.get("rescale_betas_zero_snr", False)
         if rescale not in (None, False, True):
             _refuse_entry("rescale_betas_zero_snr", rescale, "it must be true or false")
@@ -61,8 +61,8 @@ def _prediction_type(config: Mapping[str, Any]) -> PredictionType:
     # Stable Diffusion 1.5's own file was written by diffusers 0.6.0, before the key existed (PNDM got it in 0.10.0)
     if "prediction_type" not in config and _is_older_diffusers(config, (0, 10)):
         return "epsilon"
-    answer: PredictionType = _require_entry(config, "prediction_type")
-    return answer
+    prediction_type: PredictionType = _require_entry(config, "prediction_type")
+    return prediction_type
 
 
 def _is_older_diffusers(config: Mapping[str, Any], version: tuple[int, int]) -> bool:

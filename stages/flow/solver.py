@@ -9,18 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.flow.path import per_sample
-from stages.flow.timesteps import shift_time as shifted
+from stages.flow.timesteps import shift_time
 
 VelocityField: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """v(x [b ...], s [b] float64) -> [b ...]."""
 
-Callback: TypeAlias = Callable[[float, Tensor], None]
-"""Called as (s, x) at every point of the grid, the first and the last among them."""
-
 
 def uniform_grid(n: int, shift: float = 1.0) -> Float[Tensor, " n+1"]:
     """The n + 1 times of n steps from s = 1 to s = 0 inclusive, in float64; shift > 1 puts more of them near noise."""
-    return shifted(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift)
+    return shift_time(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift)
 
 
 def apply_guidance(
@@ -34,7 +31,7 @@ def apply_guidance(
 def remove_guidance(
     v_guided: Float[Tensor, "b ..."], v_uncond: Float[Tensor, "b ..."], w: float | Float[Tensor, " b"]
 ) -> Float[Tensor, "b ..."]:
-    """The conditional velocity that guidance at scale w makes `v_guided` of: v_uncond + (v_guided - v_uncond) / w."""
+    """The inverse of `apply_guidance`: the conditional velocity v_uncond + (v_guided - v_uncond) / w."""
     return apply_guidance(v_guided, v_uncond, 1 / w)
 
 
@@ -43,31 +40,19 @@ def expand_time(s: float, x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
     return torch.full((x.shape[0],), s, dtype=torch.float64, device=x.device)
 
 
-def euler(
-    velocity: VelocityField, x: Float[Tensor, "b ..."], grid: Iterable[float] | Tensor, callback: Callback | None = None
-) -> Float[Tensor, "b ..."]:
+def euler(velocity: VelocityField, x: Float[Tensor, "b ..."], grid: Iterable[float] | Tensor) -> Float[Tensor, "b ..."]:
     """Euler's method, order 1: one call of the velocity a step, along the times of `grid` in their order."""
     for s, s_next in _step_pairs(grid):
-        if callback:
-            callback(s, x)
         x = x + (s_next - s) * velocity(x, expand_time(s, x))
-    if callback:
-        callback(s_next, x)
     return x
 
 
-def heun(
-    velocity: VelocityField, x: Float[Tensor, "b ..."], grid: Iterable[float] | Tensor, callback: Callback | None = None
-) -> Float[Tensor, "b ..."]:
+def heun(velocity: VelocityField, x: Float[Tensor, "b ..."], grid: Iterable[float] | Tensor) -> Float[Tensor, "b ..."]:
     """Heun's method, order 2: two calls of the velocity a step, along the times of `grid` in their order."""
     for s, s_next in _step_pairs(grid):
-        if callback:
-            callback(s, x)
         v = velocity(x, expand_time(s, x))
         v_next = velocity(x + (s_next - s) * v, expand_time(s_next, x))
         x = x + (s_next - s) * (v + v_next) / 2
-    if callback:
-        callback(s_next, x)
     return x
 
 

@@ -1,4 +1,4 @@
-"""Which times s are drawn, how a time falls into a bin, and what it weighs (mathematics, section 4)."""
+"""The density of training times s, bins of times and of teacher steps, and weights w(s) (mathematics.md section 4)."""
 
 from typing import TypeVar
 
@@ -26,22 +26,13 @@ class TimestepDensity(Strict):
     shift: float = Field(
         default=1.8, gt=0, description="shift S of the shifted share, a pure number; above 1 leans to noise"
     )
-    uniform_share: float = Field(default=0.5, ge=0, le=1, description="share of the draws that is uniform in s, 0 to 1")
-
-    def pdf(self, s: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Density at s in [0, 1]; it integrates to one."""
-        shifted = self.shift / (self.shift - (self.shift - 1) * s) ** 2
-        return self.uniform_share + (1 - self.uniform_share) * shifted
-
-    def cdf(self, s: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Probability of a time below s."""
-        return self.uniform_share * s + (1 - self.uniform_share) * shift_time(s, 1 / self.shift)
+    uniform_share: float = Field(default=0.5, ge=0, le=1, description="share of the times that is uniform in s, 0 to 1")
 
     def quantile(self, u: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """The time s with cdf(s) = u.
+        """The time s with cdf(s) = u, where cdf(s) = p s + (1 - p) shift_time(s, 1 / S), p the uniform share.
 
-        With p the uniform share and d = S - 1, cdf(s) = u is p d s^2 - b s + u S = 0; the root in [0, 1] is written so
-        that it loses no digits where p d is zero or small.
+        With d = S - 1 that is p d s^2 - b s + u S = 0; the root in [0, 1] is written so that it loses no digits where
+        p d is zero or small.
         """
         d = self.shift - 1
         b = self.uniform_share * self.shift + (1 - self.uniform_share) + d * u
@@ -62,7 +53,7 @@ def bin_of_time(s: Float[Tensor, " b"], bins: int) -> Int[Tensor, " b"]:
 
 
 def bin_of_step(k: Int[Tensor, " b"], bins: int, steps: int) -> Int[Tensor, " b"]:
-    """The bin, 0 to bins - 1, of step k of a teacher that has so many `steps`: k T // steps."""
+    """The bin, 0 to bins - 1, of step k of a teacher with `steps` steps: k bins // steps."""
     return (k.long() * bins // steps).clamp(0, bins - 1)
 
 
@@ -72,5 +63,5 @@ def min_snr_weight(s: Float[Tensor, " b"], gamma: float) -> Float[Tensor, " b"]:
 
 
 def v_prediction_weight(s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """What makes of a squared velocity error that of v-prediction: v = g v_vp + ..., so 1 / g^2 = s^2 + (1 - s)^2."""
+    """Turns a squared velocity error into that of v-prediction: v = g v_vp + ..., so 1 / g^2 = s^2 + (1 - s)^2."""
     return s**2 + (1 - s) ** 2

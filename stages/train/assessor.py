@@ -1,11 +1,8 @@
-"""Who decides, step by step, how much each block and each sample counts.
+"""Block weighters: static weights, or David, which assesses every batch and weighs blocks and samples by it."""
 
-David in the loop: he hears what student and teacher say of each batch, and decides how much each block counts.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,90 +13,67 @@ from configs.values import Strict
 from shards.batch import Batch
 from shards.manifest import Manifest
 from shards.reader import Reader
-from stages.david.assessment import Assessment, Assessor, Posterior, assess_block, bins_of, soft_targets
+from stages.david.assessment import Assessor, assess, bins_of
 from stages.david.assessor import FittedAssessor
 from stages.david.block_model import FitConfig
 from stages.david.fusion import FusionConfig
 from stages.david.published import PublishedAssessor
-from stages.david.running import LambdaMoments, LambdaVariation, RunningAssessment, refuse_unknown_blocks
-from stages.david.saved import load_or_fit, save
-from stages.david.times import DifficultyProfile, SamplingConfig, TimestepSampler, bin_accuracy
+from stages.david.running import LambdaMoments, LambdaVariation, RunningAssessment
+from stages.david.saved import load_or_fit
+from stages.david.times import DifficultyProfile, SamplingConfig, TimestepSampler
 from stages.nets.student import Prediction
-
-
-class BlockWeighter(Protocol):
-    """Asked at every step, within the step's no_grad; what he remembers goes into the checkpoint.
-
-    What he says at a step rests on the steps before it: he hears a step's micro-batches on all processes before he
-    learns from their sum, so that all processes hold the same judge.
-    """
-
-    def lambdas(self, static: Float[Tensor, " n_blocks"]) -> Float[Tensor, " n_blocks"]:
-        """One weight for each block; `static` are those of the configuration."""
-        ...
-
-    def importance_weight(self, batch: Batch) -> Float[Tensor, " b"]:
-        """The weight of each sample, not normalised inside the batch."""
-        ...
-
-    def observe(self, batch: Batch, output: Prediction, importance_weight: Float[Tensor, " b"]) -> Sequence[Tensor]:
-        """What he hears in a micro-batch, as tensors that add up over micro-batches and processes."""
-        ...
-
-    def update(self, observations: Sequence[Tensor], samples: int) -> None:
-        """Take in the sums over a whole step of so many samples."""
-        ...
-
-    def metrics(self) -> Mapping[str, Any]:
-        """What he has to say to the journal: names, and numbers or mappings of numbers."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a step changes in him: tensors and plain numbers."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` once gave."""
-        ...
-
-
-class StaticWeights:
-    """Nobody judges: each block counts as configured, and every sample alike."""
-
-    def lambdas(self, static: Float[Tensor, " n_blocks"]) -> Float[Tensor, " n_blocks"]:
-        """Those of the configuration."""
-        return static
-
-    def importance_weight(self, batch: Batch) -> Float[Tensor, " b"]:
-        """One each."""
-        return torch.ones_like(batch.s)
-
-    def observe(self, _batch: Batch, _output: Prediction, _importance_weight: Float[Tensor, " b"]) -> Sequence[Tensor]:
-        """Nothing."""
-        return ()
-
-    def update(self, _observations: Sequence[Tensor], _samples: int) -> None:
-        """Nothing is learnt."""
-
-    def metrics(self) -> Mapping[str, Any]:
-        """Nothing."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing changes."""
-        return {}
-
-    def load_state_dict(self, _state: Mapping[str, Any]) -> None:
-        """Nothing is taken over."""
-
 
 DAVID_FOLDER = "david"
 CONSTANT_FORMULAS = ("static", "uniform")
-"""Formulas that do not listen: nobody is fitted for them."""
+"""Formulas that need no assessment: nothing is fitted for them."""
+
+
+class BlockWeighter:
+    """Constant lambdas, and the base of what weighs blocks and samples by observation.
+
+    The lambdas of a step rest on the steps before it: a step's micro-batches are observed on all processes, and the sum
+    of the observations updates every process alike. All calls are made under no_grad.
+    """
+
+    timestep_sampler: TimestepSampler | None = None
+    """the order of the batches, where it follows from the observations"""
+
+    def __init__(self, lambdas: Float[Tensor, " n_blocks"] | None = None) -> None:
+        self._lambdas = torch.ones(0) if lambdas is None else lambdas
+
+    def lambdas(self) -> Float[Tensor, " n_blocks"]:
+        """The weight of each block's loss."""
+        return self._lambdas
+
+    def importance_weight(self, batch: Batch) -> Float[Tensor, " b"]:
+        """The weight of each sample, not normalised inside the batch."""
+        return torch.ones_like(batch.s)
+
+    def observe(self, _batch: Batch, _output: Prediction, _importance_weight: Float[Tensor, " b"]) -> Sequence[Tensor]:
+        """Observations of a micro-batch, as tensors that add up over micro-batches and processes."""
+        return ()
+
+    def update(self, observations: Sequence[Tensor], samples: int) -> None:
+        """Take in the sums over a whole step of so many samples."""
+
+    def metrics(self) -> Mapping[str, Any]:
+        """For the journal: names, and numbers or mappings of numbers."""
+        return {}
+
+    def summary(self) -> str:
+        """One line for the end of a run."""
+        return "David is not used: the lambdas are those of the configuration"
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a step changes, for the checkpoint: tensors and plain numbers."""
+        return {}
+
+    def load_state_dict(self, _state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`."""
 
 
 class DavidConfig(Strict):
-    """Who judges the student's features, and what his word is worth."""
+    """Which assessor reads the student's features, and how its assessment weighs blocks and times."""
 
     published: Path | None = Field(
         None, description="folder of a published GeoDavidCollective; none fits a David to this cache, in RUN/distill"
@@ -110,52 +84,41 @@ class DavidConfig(Strict):
 
     @property
     def affects_training(self) -> bool:
-        """Whether anything depends on what he says."""
+        """Whether anything depends on an assessment."""
         return self.fusion.formula not in CONSTANT_FORMULAS or self.sampling.scheme != "stored"
 
 
-class DavidWeighter:
-    """The judge of a run of distillation."""
+class DavidWeighter(BlockWeighter):
+    """David's lambdas, and pi / q where a timestep sampler chooses the times by David's profile."""
 
     def __init__(
-        self, assessor: Assessor, config: DavidConfig, reader: Reader, seed: int, device: torch.device
+        self, assessor: Assessor, running_assessment: RunningAssessment, timestep_sampler: TimestepSampler | None
     ) -> None:
-        self.assessor, self.reader = assessor, reader
-        self._fitted = assessor if isinstance(assessor, FittedAssessor) else None
-        self.running_assessment = make_running_assessment(assessor, config.fusion, device)
-        self.lambda_moments = LambdaMoments(self.running_assessment.baseline_lambdas)
-        self._active_blocks = torch.ones(len(assessor.blocks), dtype=torch.bool, device=device)
-        self.timestep_sampler: TimestepSampler | None = None
-        if config.sampling.scheme != "stored":
-            profile = DifficultyProfile(config.fusion, assessor.bins, config.sampling.profile_samples, device)
-            rows = reader.batch_size * reader.world
-            self.timestep_sampler = TimestepSampler(
-                config.sampling, profile, seed, reader.pairs, reader.timesteps, assessor.steps, rows
-            )
+        self.assessor, self.running_assessment = assessor, running_assessment
+        self.timestep_sampler = timestep_sampler
+        self.lambda_moments = LambdaMoments(running_assessment.baseline_lambdas)
 
-    def lambdas(self, static: Float[Tensor, " n_blocks"]) -> Float[Tensor, " n_blocks"]:
-        """The configuration's weights times what David says."""
-        self._active_blocks = static > 0
-        return static * self.running_assessment.lambdas()
+    def lambdas(self) -> Float[Tensor, " n_blocks"]:
+        """Those of the running assessment."""
+        return self.running_assessment.lambdas()
+
+    def importance_weight(self, batch: Batch) -> Float[Tensor, " b"]:
+        """pi / q of each sample where the times are chosen, else 1."""
+        return self.timestep_sampler.importance_weight(batch.k) if self.timestep_sampler else torch.ones_like(batch.s)
 
     def observe(self, batch: Batch, output: Prediction, importance_weight: Float[Tensor, " b"]) -> Sequence[Tensor]:
-        """What he says of some samples; where he chooses the times, also what his profile of them sees."""
-        bins = bins_of(batch.k, self.assessor)
-        target = soft_targets(bins, self.assessor.bins)
-        teacher: dict[str, Posterior] = {}
-        assessed = {}
-        for block in self.assessor.blocks:
-            teacher[block] = self.assessor.posterior(block, batch.features[block].float(), bins)
-            student = self.assessor.posterior(block, output.features[block].float(), bins)
-            assessed[block] = assess_block(student, teacher[block], bins, target)
+        """Sums for the running assessment; where the times are chosen, also those for the profile of the bins."""
+        bins, david = bins_of(batch.k, self.assessor), self.assessor
+        student, teacher = ({b: of[b].float() for b in david.blocks} for of in (output.features, batch.features))
+        assessed = assess(david, student, teacher, bins)
         reliable = None
-        if self._fitted:
-            reliable = {block: self._fitted.is_reliable(block, bins) for block in self.assessor.blocks}
-        said = self.running_assessment.observe(assessed, importance_weight if self.timestep_sampler else None, reliable)
+        if isinstance(david, FittedAssessor):
+            reliable = {block: david.is_reliable(block, bins) for block in david.blocks}
+        if not self.timestep_sampler:
+            return (self.running_assessment.observe(assessed, None, reliable),)
         return (
-            (said, self.timestep_sampler.profile.observe(bins, assessed, bin_accuracy(teacher, bins)))
-            if self.timestep_sampler
-            else (said,)
+            self.running_assessment.observe(assessed, importance_weight, reliable),
+            self.timestep_sampler.profile.observe(bins, assessed),
         )
 
     def update(self, observations: Sequence[Tensor], samples: int) -> None:
@@ -166,35 +129,27 @@ class DavidWeighter:
         if self.timestep_sampler:
             self.timestep_sampler.profile.update(observations[1], samples)
 
-    def importance_weight(self, batch: Batch) -> Float[Tensor, " b"]:
-        """pi / q of each sample where David chooses the times, else 1."""
-        return self.timestep_sampler.importance_weight(batch.k) if self.timestep_sampler else torch.ones_like(batch.s)
-
-    def batches(self, start_sample: int) -> Iterator[Batch]:
-        """The batches of the run from this sample on: at the times that David chooses, or as the cache holds them."""
-        return (
-            self.timestep_sampler.batches(start_sample, self.reader.batches)
-            if self.timestep_sampler
-            else self.reader.batches(start_sample)
-        )
-
     def metrics(self) -> dict[str, Any]:
-        """What he says of each block at present, how much lambda varied because of him, and what a sample is worth."""
-        said = self.running_assessment.assessment()
-        line = {name: _to_floats(getattr(said, name)) for name in ("timestep_error", "pattern_error", "coherence")}
-        found = self.lambda_variation()
-        varied = {"over_blocks": found.over_blocks, "over_time": found.over_time} if found else {}
-        worth = {"effective_share": self.timestep_sampler.effective_share()} if self.timestep_sampler else {}
-        return {**line, "lambda_variation": varied, **worth}
+        """The present assessment of each block, the variation of lambda, and the effective samples per sample."""
+        assessment = self.running_assessment.assessment()
+        line: dict[str, Any] = {
+            name: dict(zip(self.assessor.blocks, getattr(assessment, name).tolist(), strict=True))
+            for name in ("timestep_error", "pattern_error", "coherence")
+        }
+        variation = self.lambda_variation()
+        line["lambda_variation"] = vars(variation) if variation else {}
+        if self.timestep_sampler:
+            line["effective_share"] = self.timestep_sampler.effective_share()
+        return line
 
     def lambda_variation(self) -> LambdaVariation | None:
-        """How much lambda varied because of him, over the blocks whose loss counts; None within the warm-up."""
-        return self.lambda_moments.variation(self._active_blocks)
+        """How much lambda varied because of David, over the blocks whose loss counts; None within the warm-up."""
+        return self.lambda_moments.variation()
 
     def summary(self) -> str:
-        """Whether he was heard, for the end of a run."""
-        found = self.lambda_variation()
-        return found.summary() if found else "David was not heard: the run ended within fusion.warmup_samples"
+        """Whether David had an effect."""
+        variation = self.lambda_variation()
+        return variation.summary() if variation else "David had no effect: the run ended within fusion.warmup_samples"
 
     def state_dict(self) -> dict[str, Any]:
         """All that a step changes."""
@@ -202,95 +157,55 @@ class DavidWeighter:
         return state | ({"choice": self.timestep_sampler.state_dict()} if self.timestep_sampler else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` once gave."""
+        """Restore a `state_dict`."""
         self.running_assessment.load_state_dict(state["voice"])
         self.lambda_moments.load_state_dict(state["emphasis"])
         if self.timestep_sampler:
             self.timestep_sampler.load_state_dict(state["choice"])
 
 
-def reference_assessment(fitted: FittedAssessor) -> Assessment:
-    """His response to noise of half a deviation on the teacher's own features."""
-    found = {block: fitted.reference(block) for block in fitted.blocks}
-    return Assessment(
-        {block: one[0] for block, one in found.items()},
-        {block: one[1] for block, one in found.items()},
-        {block: 1 - one[2] for block, one in found.items()},
-    )
-
-
-def make_running_assessment(assessor: Assessor, fusion: FusionConfig, device: torch.device) -> RunningAssessment:
-    """The formula of the lambdas with all that this back-end brings for it."""
-    reference = reference_assessment(assessor) if isinstance(assessor, FittedAssessor) else None
+def make_running_assessment(
+    assessor: Assessor, fusion: FusionConfig, block_weights: Mapping[str, float], device: torch.device
+) -> RunningAssessment:
+    """The running assessment, with the references or the alphas of this assessor; `block_weights` is w_b."""
+    weights = {block: block_weights[block] for block in assessor.blocks}
+    references = assessor.references() if isinstance(assessor, FittedAssessor) else None
     alphas = assessor.cantor_alphas if isinstance(assessor, PublishedAssessor) else None
-    return RunningAssessment(fusion, assessor.blocks, assessor.bins, reference, alphas, device)
+    return RunningAssessment(fusion, weights, assessor.bins, references, alphas, device)
 
 
 def load_or_fit_assessor(config: DavidConfig, cache: Path, folder: Path, device: torch.device, steps: int) -> Assessor:
-    """Published weights, or a David fitted to this cache, who is fitted first where `folder` holds none.
+    """Published weights, or the David in `folder`, fitted to this cache first where there is none.
 
-    `steps` is how many the cache's teacher has.
+    `steps` are those of the cache's teacher.
     """
-    assessor, unsaved = _load_or_fit_unsaved(config, cache, folder, device, steps)
-    if unsaved is not None:
-        save(unsaved, folder / DAVID_FOLDER)
-    return assessor
-
-
-def _load_or_fit_unsaved(
-    config: DavidConfig, cache: Path, folder: Path, device: torch.device, steps: int
-) -> tuple[Assessor, FittedAssessor | None]:
-    """The same with nothing written; beside him himself where he is still to be saved."""
     if config.published is None:
-        david, is_new = load_or_fit(folder / DAVID_FOLDER, cache, config.fit, steps)
-        return david.to(device), david if is_new else None
+        return load_or_fit(folder / DAVID_FOLDER, cache, config.fit, steps).to(device)
     made_by: Any = Manifest.open(cache).recipe.identity
     hook_point, widths = made_by["hook_point"], made_by["blocks"]
-    return PublishedAssessor.open(
-        config.published, hook_point, widths, steps, pattern_mode="in_bin", device=device
-    ), None
-
-
-class ConstantLambdas(StaticWeights):
-    """The judge of a formula that does not listen: the same lambdas at every step, and the batches as they come."""
-
-    def __init__(self, fusion: FusionConfig, blocks: tuple[str, ...], reader: Reader, device: torch.device) -> None:
-        self.baseline_lambdas, self.batches = (
-            RunningAssessment(fusion, blocks, bins=2, device=device).baseline_lambdas,
-            reader.batches,
-        )
-
-    def lambdas(self, static: Float[Tensor, " n_blocks"]) -> Float[Tensor, " n_blocks"]:
-        """The configuration's weights times w_b, or their mean."""
-        return static * self.baseline_lambdas
-
-    def summary(self) -> str:
-        """What there is to say at the end of a run."""
-        return "David was not asked: the lambdas are those of the configuration"
+    return PublishedAssessor.open(config.published, hook_point, widths, steps, pattern_mode="in_bin", device=device)
 
 
 def make_block_weighter(
     config: DavidConfig,
     reader: Reader,
-    blocks: tuple[str, ...],
+    block_weights: Mapping[str, float],
     folder: Path,
     seed: int,
     device: torch.device,
     steps: int,
-) -> DavidWeighter | ConstantLambdas:
-    """David, or a judge who hears nothing where nothing depends on what is said; `steps` are the teacher's.
+) -> BlockWeighter:
+    """David, or constant lambdas where nothing depends on an assessment.
 
-    One who was fitted for this is saved into `folder` once nothing of the configuration is refused any more.
+    `block_weights` is w_b in the order of the student's blocks, `folder` that of the run, `steps` are the teacher's.
     """
     if not config.affects_training:
-        return ConstantLambdas(config.fusion, blocks, reader, device)
-    refuse_unknown_blocks(config.fusion, blocks)  # before he is fitted, which takes minutes
-    assessor, unsaved = _load_or_fit_unsaved(config, reader.folder, folder, device, steps)
-    david = DavidWeighter(assessor, config, reader, seed, device)
-    if unsaved is not None:
-        save(unsaved, folder / DAVID_FOLDER)
-    return david
-
-
-def _to_floats(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    return {block: float(value) for block, value in tensors.items()}
+        return BlockWeighter(RunningAssessment(config.fusion, block_weights, bins=2, device=device).baseline_lambdas)
+    assessor = load_or_fit_assessor(config, reader.folder, folder, device, steps)
+    running_assessment = make_running_assessment(assessor, config.fusion, block_weights, device)
+    if config.sampling.scheme == "stored":
+        return DavidWeighter(assessor, running_assessment, None)
+    profile = DifficultyProfile(config.fusion, assessor.bins, config.sampling.profile_samples, device)
+    batch_size = reader.batch_size * reader.world
+    sampler = TimestepSampler(config.sampling, profile, seed, reader.pairs, reader.timesteps, steps, batch_size)
+    return DavidWeighter(assessor, running_assessment, sampler)

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from safetensors import SafetensorError
 
+from stages.david.fusion import translate_stored
 from stages.system.atomic import fsync_folder
 from stages.system.disk import refuse_unwritable, system_error, unwritable_error
 from stages.system.ending import is_out_of_memory
@@ -176,7 +177,7 @@ class Checkpoints:
     def _refuse_other_identity(self, folder: Path, meta: CheckpointMeta, unknown_keys: Collection[str] = ()) -> None:
         then, now = (
             {key: value for key, value in identity.items() if key not in unknown_keys}
-            for identity in (meta.identity, self.identity)
+            for identity in (translate_stored(meta.identity), self.identity)
         )
         if changed := identity_differences(then, now):
             raise Refused(

@@ -16,7 +16,7 @@ from shards.batch import Batch
 from stages.nets.student import Student
 from stages.system.refusal import Refused
 from stages.system.signals import Interruption
-from stages.train.assessor import BlockWeighter, StaticWeights
+from stages.train.assessor import BlockWeighter
 from stages.train.checkpoint import CheckpointFetcher, Checkpoints, Resume
 from stages.train.ema import Ema
 from stages.train.journal import Journal
@@ -93,7 +93,8 @@ def fit(
     """
     # What a step changes, and the checkpoint to resume from
     hooks = hooks or Hooks()
-    state = _initial_state(student, objective, config, folder, runtime, block_weighter or StaticWeights())
+    block_weighter = block_weighter or BlockWeighter(objective.static_lambdas(runtime.device))
+    state = _initial_state(student, objective, config, folder, runtime, block_weighter)
     checkpoints = run_checkpoints(folder, config, objective, identity)
     checkpoint = runtime.on_main(checkpoints.restore, state, resume, hooks.fetch_checkpoint)
     if checkpoint is not None and not runtime.is_main:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -47,7 +48,9 @@ class ObjectiveConfig(Strict):
     )
     block_bins: int = Field(10, ge=1, description="bins of s with deviations of their own, for the standardised form")
     block_weights: Mapping[str, Annotated[float, Field(ge=0)]] = Field(
-        {"up_3": 0.0}, description="weight w_b of single blocks within the block term; 1 for a block not named"
+        {"up_3": 0.0},
+        description="weight w_b of single blocks in the block term, from which David's lambda starts; 0 leaves a block "
+        "out. A block not named has the published weight (0.7 0.9 1 1.1 1.2 1.1 1 0.9 0.7) in distill, 1 elsewhere",
     )
     blocks_until: float | None = Field(
         0.6, gt=0, description="share of training at which the block term has fallen to 0, linearly; none keeps it"
@@ -76,6 +79,10 @@ class ObjectiveConfig(Strict):
     def annealed_block_weight(self, progress: float) -> float:
         """Weight of the block term after the share `progress` of training."""
         return self.block_weight * (1 if self.blocks_until is None else max(0.0, 1 - progress / self.blocks_until))
+
+    def weights_of(self, blocks: Sequence[str], standard: Mapping[str, float]) -> dict[str, float]:
+        """w_b of these blocks: as configured, else `standard`, else 1."""
+        return {block: self.block_weights.get(block, standard.get(block, 1.0)) for block in blocks}
 
     def time_weight(self, s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """w(s) of the velocity errors."""
@@ -113,12 +120,19 @@ class Losses:
 class Objective:
     """The loss of one batch.
 
-    `blocks` names the blocks in the order of the batch's features; the standardised form needs `scale`.
+    `blocks` names the blocks in the order of the batch's features; the standardised form needs `scale`;
+    `standard_weights` is w_b of the blocks that the configuration does not name (1 where neither does).
     Raises `Refused` when the configuration weights a block that the cache does not have.
     """
 
-    def __init__(self, config: ObjectiveConfig, blocks: tuple[str, ...], scale: FeatureScale | None = None) -> None:
-        self.config, self.blocks, self.scale = config, blocks, scale
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        blocks: tuple[str, ...],
+        scale: FeatureScale | None = None,
+        standard_weights: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        self.config, self.blocks, self.scale, self.standard_weights = config, blocks, scale, standard_weights
         for name in config.block_weights:
             if blocks and name not in blocks:
                 raise Refused(
@@ -129,11 +143,16 @@ class Objective:
 
     def to(self, device: torch.device) -> "Objective":
         """The same objective on another device."""
-        return Objective(self.config, self.blocks, self.scale.to(device) if self.scale else None)
+        return Objective(self.config, self.blocks, self.scale.to(device) if self.scale else None, self.standard_weights)
 
     def static_lambdas(self, device: torch.device) -> Float[Tensor, " n_blocks"]:
         """w_b of every block: its lambda without an assessor."""
-        return torch.tensor([self.config.block_weights.get(block, 1.0) for block in self.blocks], device=device)
+        return torch.tensor(list(self.block_weights.values()), device=device)
+
+    @property
+    def block_weights(self) -> dict[str, float]:
+        """w_b by block."""
+        return self.config.weights_of(self.blocks, self.standard_weights)
 
     def __call__(
         self,

@@ -17,7 +17,7 @@ from torch import nn
 from stages.system.disk import refuse_write_errors
 from stages.system.ending import is_out_of_memory
 from stages.system.refusal import Refused, in_one_line
-from stages.train.assessor import BlockWeighter, StaticWeights
+from stages.train.assessor import BlockWeighter
 from stages.train.ema import Ema
 from stages.train.journal import truncate_after
 from stages.train.muon import MuonWithAdamW
@@ -118,7 +118,7 @@ class TrainingState:
     ema: Ema
     optimizer: torch.optim.Optimizer
     block_term_weight: BlockTermWeight = field(default_factory=lambda: BlockTermWeight(ObjectiveConfig()))
-    block_weighter: BlockWeighter = field(default_factory=StaticWeights)
+    block_weighter: BlockWeighter = field(default_factory=BlockWeighter)
     anomalies: Anomalies = field(default_factory=Anomalies)
     scaler: torch.amp.GradScaler | None = None
     arithmetic: Mapping[str, Any] = field(default_factory=dict)

@@ -52,7 +52,6 @@ class TrainingStep:
     ) -> None:
         self.state, self.objective, self.uncond, self.config = state, objective, uncond, config
         self.runtime, self.model = runtime, runtime.prepare(state.student)
-        self.static_lambdas = objective.static_lambdas(runtime.device)
         self.parameters = [parameter for parameter in state.student.parameters() if parameter.requires_grad]
 
     def __call__(self, batch: Batch, data_wait_seconds: float) -> StepResult | None:
@@ -62,7 +61,7 @@ class TrainingStep:
         """
         state, config, runtime = self.state, self.config, self.runtime
         before, after = state.samples, state.samples + len(batch) * runtime.world
-        lambdas = state.block_weighter.lambdas(self.static_lambdas)
+        lambdas = state.block_weighter.lambdas()
         block_weight = state.block_term_weight.weight(before / config.max_samples)
 
         # Forward and backward, one micro-batch after the other

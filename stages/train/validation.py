@@ -19,7 +19,7 @@ from configs.values import Strict
 from shards.batch import Batch, collate
 from shards.reader import Reader
 from shards.record import Record
-from stages.flow.path import LinearPath, interpolate
+from stages.flow.path import interpolate
 from stages.flow.timesteps import bin_of_time
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
@@ -204,7 +204,7 @@ def renoise(teacher: Teacher, seen: Sequence[PicturesAndBatch]) -> Iterator[Batc
     uncond = teacher.uncond.half()
     for number, (x0, batch) in enumerate(seen):
         generator = torch.Generator().manual_seed(derived_seed("validation", 0, number))
-        x = interpolate(LinearPath(), x0.float(), torch.randn(x0.shape, generator=generator), batch.s).half()
+        x = interpolate(x0.float(), torch.randn(x0.shape, generator=generator), batch.s).half()
         moved = replace(batch, x_t=x).to(uncond.device, torch.float32)
         output = teacher.predict(moved.x_t, moved.s, moved.k, moved.cond.half(), uncond)
         yield replace(batch, x_t=x, v_cond=output.v_cond.half().cpu(), v_uncond=output.v_uncond.half().cpu())

@@ -1,4 +1,4 @@
-"""A world whose bins and content are known: features that turn with time and step aside with content."""
+"""A world whose bins and content are known: features that follow a curve in time, shifted by content."""
 
 from collections.abc import Callable
 
@@ -46,14 +46,14 @@ def config() -> FitConfig:
 
 @pytest.fixture(scope="session")
 def fitted() -> tuple[BlockModel, PatternSpace]:
-    """A companion fitted to that world, and its patterns."""
+    """A block model fitted to that world, and its patterns."""
     with one_thread():
-        companion, space = fit_block(world(300, 0)[0], CONFIG)
-        tune(companion, world(100, 1)[0], space, 0)
-    return companion, space
+        model, space = fit_block(world(300, 0)[0], CONFIG)
+        tune(model, world(100, 1)[0], space, 0)
+    return model, space
 
 
 @pytest.fixture(scope="session")
-def unseen() -> BlockStates:
-    """States that neither taught nor tuned him."""
+def held_out() -> BlockStates:
+    """States used neither to train nor to tune."""
     return world(150, 2)[0]

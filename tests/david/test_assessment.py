@@ -1,4 +1,4 @@
-"""Laws of the three numbers: their ranges, their zero, what they do not depend on."""
+"""Laws of an assessment: ranges, zero error, and what it does not depend on."""
 
 import math
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ HUGE = st.lists(st.floats(allow_nan=False, width=32), min_size=6, max_size=6)
 def block(excess, divergence=0.2, coherence=0.7):
     n = len(excess)
     excess = torch.tensor(excess)
-    return BlockAssessment(excess, torch.full((n,), divergence), torch.full((n,), coherence), excess, excess)
+    return BlockAssessment(excess, torch.full((n,), divergence), torch.full((n,), coherence), excess, excess, excess)
 
 
 @pytest.mark.parametrize(("steps", "k"), [(1000, [0, 9, 10, 999]), (200, [0, 1, 2, 199]), (4000, [0, 39, 40, 3999])])
@@ -49,7 +49,7 @@ def test_the_divergence_is_symmetric_and_bounded(a, b):
     assert 0 <= js_divergence(p, q) <= 1
 
 
-def test_the_divergence_is_zero_for_equals_and_one_for_strangers():
+def test_the_divergence_is_zero_for_equal_and_one_for_disjoint_posteriors():
     certain = (torch.tensor([[1.0, 0, 0], [0, 1, 0]])).log()
     assert js_divergence(certain, certain).tolist() == [0, 0]
     assert js_divergence(certain, certain.flip(0)).tolist() == [1, 1]
@@ -76,48 +76,44 @@ def test_a_constant_in_all_logits_changes_nothing():
 
 @given(HUGE, HUGE)
 def test_three_numbers_lie_between_zero_and_one_for_any_features(a, b):
-    companion = BlockModel(6, bins=4, patterns=3, dimensions=8, generator=torch.Generator().manual_seed(0))
+    model = BlockModel(6, bins=4, patterns=3, dimensions=8, generator=torch.Generator().manual_seed(0))
     bins = torch.tensor([2])
     with torch.no_grad():
-        student, teacher = (companion(torch.tensor([features]), bins) for features in (a, b))
-    one = reduce({"mid": assess_block(student, teacher, bins, soft_targets(bins, 4))}, 4)
-    numbers = [one.timestep_error["mid"], one.pattern_error["mid"], one.coherence["mid"]]
+        student, teacher = (model(torch.tensor([features]), bins) for features in (a, b))
+    mean = reduce({"mid": assess_block(student, teacher, bins, soft_targets(bins, 4))}, 4)
+    numbers = [mean.timestep_error, mean.pattern_error, mean.coherence]
     assert all(0 <= number <= 1 for number in numbers)
 
 
-def test_the_teachers_own_features_give_exactly_nothing_to_say():
-    companion = BlockModel(6, bins=4, patterns=3, dimensions=8, generator=torch.Generator().manual_seed(0))
+def test_the_teachers_own_features_have_exactly_no_error():
+    model = BlockModel(6, bins=4, patterns=3, dimensions=8, generator=torch.Generator().manual_seed(0))
     features, bins = torch.randn(9, 6, generator=torch.Generator().manual_seed(1)), torch.arange(9) % 4
     with torch.no_grad():
-        student, teacher = companion(features, bins), companion(features, bins)
-    one = reduce({"mid": assess_block(student, teacher, bins, soft_targets(bins, 4))}, 4)
-    assert (one.timestep_error["mid"], one.pattern_error["mid"], one.coherence["mid"]) == (0, 0, 1)
+        student, teacher = model(features, bins), model(features, bins)
+    mean = reduce({"mid": assess_block(student, teacher, bins, soft_targets(bins, 4))}, 4)
+    assert (mean.timestep_error, mean.pattern_error, mean.coherence) == (0, 0, 1)
 
 
 def test_an_excess_is_cut_off_after_it_is_averaged():
-    assert reduce({"mid": block([2.0, -2.0])}, 8).timestep_error["mid"] == 0
-    assert reduce({"mid": block([2.0, 0.0])}, 8).timestep_error["mid"].item() == pytest.approx(1 / math.log(8))
+    assert reduce({"mid": block([2.0, -2.0])}, 8).timestep_error == 0
+    assert reduce({"mid": block([2.0, 0.0])}, 8).timestep_error.item() == pytest.approx(1 / math.log(8))
 
 
-def test_weights_are_the_weights_of_a_mean():
-    weighted = reduce({"mid": block([1.0, 0.2])}, 8, weights=torch.tensor([1.0, 3.0]))
-    repeated = reduce({"mid": block([1.0, 0.2, 0.2, 0.2])}, 8)
-    torch.testing.assert_close(weighted.timestep_error["mid"], repeated.timestep_error["mid"])
+def test_teacher_accuracy_counts_the_true_bin_and_its_neighbours():
+    log_bins = torch.eye(8)[[3, 4, 7]].log_softmax(1)
+    posterior = Posterior(log_bins, torch.zeros(3, 1).log_softmax(1), torch.ones(3))
+    bins = torch.tensor([3, 3, 0])
+    raw = assess_block(posterior, posterior, bins, soft_targets(bins, 8))
+    assert raw.teacher_accuracy.tolist() == [1.0, 1.0, 0.0]
 
 
-def test_an_unreliable_bin_has_no_vote():
-    heard = reduce({"mid": block([0.4, 50.0])}, 8, reliable={"mid": torch.tensor([True, False])})
-    torch.testing.assert_close(heard.timestep_error["mid"], reduce({"mid": block([0.4])}, 8).timestep_error["mid"])
-
-
-def test_a_block_without_a_reliable_sample_keeps_its_weight():
-    silent = reduce({"mid": block([0.4, 50.0])}, 8, reliable={"mid": torch.tensor([False, False])})
-    assert (silent.timestep_error["mid"], silent.pattern_error["mid"], silent.coherence["mid"]) == (0, 0, 1)
+def test_a_selection_holds_the_samples_of_its_mask():
+    assert block([1.0, 2.0, 3.0]).select(torch.tensor([True, False, True])).excess.tolist() == [1.0, 3.0]
 
 
 def test_the_raw_quantities_are_the_originals():
     certain, even = torch.tensor([[0.7, 0.2, 0.1]]).log(), torch.full((1, 4), 0.25).log()
-    said = Posterior(certain, even, torch.tensor([0.5]))
-    raw = assess_block(said, said, torch.tensor([1]), soft_targets(torch.tensor([1]), 3))
+    posterior = Posterior(certain, even, torch.tensor([0.5]))
+    raw = assess_block(posterior, posterior, torch.tensor([1]), soft_targets(torch.tensor([1]), 3))
     assert raw.cross_entropy.item() == pytest.approx(-math.log(0.2), rel=1e-6)
     assert raw.entropy.item() == pytest.approx(1)

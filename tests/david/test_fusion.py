@@ -1,4 +1,4 @@
-"""Laws of lambda: the formulas, and the memory behind them."""
+"""Laws of lambda: the formulas, and the running means behind them."""
 
 import math
 from typing import get_args
@@ -10,39 +10,39 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from stages.david.assessment import Assessment, BlockAssessment
-from stages.david.fusion import DEFAULT_BLOCK_WEIGHTS, FORMULAS, FusionConfig, RawAssessment, seed_formula
+from stages.david.fusion import FORMULAS, PUBLISHED_BLOCK_WEIGHTS, FusionConfig, emphasis, translate_stored
 from stages.david.running import LambdaMoments, LambdaVariation, RunningAssessment, coefficient_of_variation
 from stages.system.refusal import Refused
 
-BLOCKS = tuple(DEFAULT_BLOCK_WEIGHTS)
-REFERENCE = Assessment(*({block: torch.tensor(value) for block in BLOCKS} for value in (0.02, 0.04, 0.9)))
+BLOCKS = tuple(PUBLISHED_BLOCK_WEIGHTS)
+REFERENCES = torch.tensor([0.02, 0.04, 0.1]).expand(9, 3)
+W = torch.tensor(list(PUBLISHED_BLOCK_WEIGHTS.values()))
 AT_ONCE = {"warmup_samples": 0, "half_life_samples": 0}
 WITHOUT_DAVID = ("static", "uniform")
 
 
-def voice(formula: str, **changes) -> RunningAssessment:
+def running(formula: str, w=PUBLISHED_BLOCK_WEIGHTS, **changes) -> RunningAssessment:
     config = FusionConfig.model_validate({"formula": formula, **AT_ONCE, **changes})
-    return RunningAssessment(config, BLOCKS, bins=100, reference=REFERENCE)
+    return RunningAssessment(config, w, bins=100, references=REFERENCES)
 
 
-def told_after(heard: RunningAssessment, assessed: dict[str, BlockAssessment], **weights) -> torch.Tensor:
-    """His lambdas once he has learnt from this batch."""
-    heard.update(heard.observe(assessed, **weights), len(assessed["mid"].excess))
-    return heard.lambdas()
+def lambdas_after(state: RunningAssessment, assessed: dict[str, BlockAssessment], **weights) -> torch.Tensor:
+    """The lambdas after an update by this batch."""
+    state.update(state.observe(assessed, **weights), len(assessed["mid"].excess))
+    return state.lambdas()
 
 
-def said(excess=0.0, divergence=0.0, coherence=1.0, cross_entropy=0.0, entropy=0.0, b=4) -> BlockAssessment:
-    return BlockAssessment(
-        *(torch.full((b,), value) for value in (excess, divergence, coherence, cross_entropy, entropy))
-    )
+def block(excess=0.0, divergence=0.0, coherence=1.0, cross_entropy=0.0, entropy=0.0, b=4) -> BlockAssessment:
+    values = (excess, divergence, coherence, cross_entropy, entropy, 1.0)
+    return BlockAssessment(*(torch.full((b,), value) for value in values))
 
 
-def everywhere(**numbers) -> dict[str, BlockAssessment]:
-    return dict.fromkeys(BLOCKS, said(**numbers))
+def all_blocks(**numbers) -> dict[str, BlockAssessment]:
+    return dict.fromkeys(BLOCKS, block(**numbers))
 
 
-def worst(block: str, **numbers) -> dict[str, BlockAssessment]:
-    return everywhere() | {block: said(**(numbers or {"excess": 2.0, "divergence": 0.5, "coherence": 0.6}))}
+def worst(name: str, **numbers) -> dict[str, BlockAssessment]:
+    return all_blocks() | {name: block(**(numbers or {"excess": 2.0, "divergence": 0.5, "coherence": 0.6}))}
 
 
 @pytest.mark.parametrize(
@@ -63,27 +63,25 @@ def worst(block: str, **numbers) -> dict[str, BlockAssessment]:
         (1.0, 0.0, 0.0, 4.0, 0.5),
     ],
 )
-def test_the_seed_formula_is_the_hand_computed_number_to_the_last_digit(w, e_t, e_p, coherence, expected):
-    told = seed_formula(*(torch.tensor(x, dtype=torch.float64) for x in (w, e_t, e_p, coherence)), FusionConfig())
-    assert float(told) == expected
+def test_the_formula_is_the_hand_computed_number_to_the_last_digit(w, e_t, e_p, coherence, expected):
+    inputs = [torch.tensor(x, dtype=torch.float64) for x in (e_t, e_p, coherence)]
+    assert float((w * emphasis(*inputs, FusionConfig())).clamp(*FusionConfig().bounds)) == expected
 
 
 def test_the_constants_are_the_originals():
     config = FusionConfig()
     assert (config.alpha, config.beta, config.delta, config.bounds) == (0.5, 0.25, 0.25, (0.5, 3.0))
-    assert tuple(config.block_weights.values()) == (0.7, 0.9, 1.0, 1.1, 1.2, 1.1, 1.0, 0.9, 0.7)
-    assert list(config.block_weights) == ["down_0", "down_1", "down_2", "down_3", "mid", "up_0", "up_1", "up_2", "up_3"]
+    assert tuple(PUBLISHED_BLOCK_WEIGHTS.values()) == (0.7, 0.9, 1.0, 1.1, 1.2, 1.1, 1.0, 0.9, 0.7)
+    assert BLOCKS == ("down_0", "down_1", "down_2", "down_3", "mid", "up_0", "up_1", "up_2", "up_3")
 
 
 def test_every_formula_has_its_row():
     assert set(FORMULAS) == set(get_args(FusionConfig.model_fields["formula"].annotation))
 
 
-@pytest.mark.parametrize("formula", sorted(set(FORMULAS) - {"uniform", "seed"}))
+@pytest.mark.parametrize("formula", sorted(set(FORMULAS) - {"uniform", "original"}))
 def test_a_faultless_student_leaves_every_block_its_own_weight(formula):
-    assert (
-        told_after(voice(formula), everywhere()).tolist() == torch.tensor(list(DEFAULT_BLOCK_WEIGHTS.values())).tolist()
-    )
+    assert lambdas_after(running(formula), all_blocks()).tolist() == W.tolist()
 
 
 numbers = st.floats(0, 1e30)
@@ -93,157 +91,213 @@ shares = st.floats(0, 1)
 @pytest.mark.parametrize("formula", sorted(FORMULAS))
 @settings(deadline=None, max_examples=40)
 @given(excess=st.floats(-1e30, 1e30), divergence=shares, coherence=shares, cross_entropy=numbers, entropy=shares)
-def test_lambda_keeps_its_range_whatever_is_said(formula, excess, divergence, coherence, cross_entropy, entropy):
-    loud = said(excess, divergence, coherence, cross_entropy, entropy)
-    told = told_after(voice(formula), everywhere() | {"mid": loud, "up_3": loud})
-    w = torch.tensor(list(DEFAULT_BLOCK_WEIGHTS.values()))
+def test_lambda_keeps_its_range_for_any_assessment(formula, excess, divergence, coherence, cross_entropy, entropy):
+    wrong = block(excess, divergence, coherence, cross_entropy, entropy)
+    lambdas = lambdas_after(running(formula), all_blocks() | {"mid": wrong, "up_3": wrong})
+    w = W
     within_twice = {"static": w, "absolute": w, "relative": w, "permuted": w, "mean_kept": w / 2}
     lowest, highest = (within_twice[formula], 2 * w) if formula in within_twice else (0.5, 3.0)
-    assert ((told >= lowest * (1 - 1e-6)) & (told <= highest * (1 + 1e-6))).all()
+    assert ((lambdas >= lowest * (1 - 1e-6)) & (lambdas <= highest * (1 + 1e-6))).all()
     if formula == "mean_kept":
-        assert float(told.mean()) == pytest.approx(float(w.mean()), rel=1e-5)
+        assert float(lambdas.mean()) == pytest.approx(float(w.mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("formula", ["absolute", "relative", "mean_kept", "seed"])
+@pytest.mark.parametrize("formula", ["absolute", "relative", "mean_kept", "original"])
 def test_the_worst_block_rises_most(formula):
-    loud = {"excess": 2.0, "divergence": 0.5, "coherence": 0.6, "cross_entropy": 2.0, "entropy": 0.5}
+    wrong = {"excess": 2.0, "divergence": 0.5, "coherence": 0.6, "cross_entropy": 2.0, "entropy": 0.5}
     for i, block in enumerate(BLOCKS):
-        heard = voice(formula)
-        assert (told_after(heard, worst(block, **loud)) / heard.baseline_lambdas).argmax() == i
+        state = running(formula)
+        assert (lambdas_after(state, worst(block, **wrong)) / state.baseline_lambdas).argmax() == i
 
 
 @pytest.mark.parametrize("formula", WITHOUT_DAVID)
-def test_arms_without_david_do_not_hear_him(formula):
-    heard = voice(formula, warmup_samples=8)
-    assert told_after(heard, worst("mid")).tolist() == heard.baseline_lambdas.tolist()
-    assert formula == "static" or len(set(heard.baseline_lambdas.tolist())) == 1
+def test_constant_formulas_ignore_the_assessment(formula):
+    state = running(formula, warmup_samples=8)
+    assert lambdas_after(state, worst("mid")).tolist() == state.baseline_lambdas.tolist()
+    assert formula == "static" or len(set(state.baseline_lambdas.tolist())) == 1
 
 
 def test_the_relative_form_is_half_way_at_the_reference_response():
-    response = said(excess=0.02 * math.log(100), divergence=0.04, coherence=0.9)
-    told = told_after(voice("relative"), everywhere() | {"mid": response})
-    assert float(told[BLOCKS.index("mid")]) == pytest.approx(1.2 * 1.5, rel=1e-5)
+    response = block(excess=0.02 * math.log(100), divergence=0.04, coherence=0.9)
+    lambdas = lambdas_after(running("relative"), all_blocks() | {"mid": response})
+    assert float(lambdas[BLOCKS.index("mid")]) == pytest.approx(1.2 * 1.5, rel=1e-5)
 
 
-def test_the_relative_form_has_a_voice_where_the_absolute_one_whispers():
-    near = everywhere() | {"down_2": said(excess=0.01 * math.log(100), divergence=0.02, coherence=0.95)}
+def test_the_relative_form_reacts_where_the_absolute_one_hardly_does():
+    near = all_blocks() | {"down_2": block(excess=0.01 * math.log(100), divergence=0.02, coherence=0.95)}
     at = BLOCKS.index("down_2")
-    assert float(told_after(voice("absolute"), near)[at]) < 1.03
-    assert float(told_after(voice("relative"), near)[at]) > 1.3
+    assert float(lambdas_after(running("absolute"), near)[at]) < 1.03
+    assert float(lambdas_after(running("relative"), near)[at]) > 1.3
 
 
-def test_the_seed_form_saturates_at_chance():
-    at_chance = everywhere(cross_entropy=math.log(100), entropy=1.0)
-    told = told_after(voice("seed"), at_chance)
-    assert [float(told[i]) for i, w in enumerate(DEFAULT_BLOCK_WEIGHTS.values()) if w >= 0.85] == [3.0] * 7
+def test_the_original_formula_saturates_at_chance():
+    at_chance = all_blocks(cross_entropy=math.log(100), entropy=1.0)
+    lambdas = lambdas_after(running("original"), at_chance)
+    assert [float(lambdas[i]) for i, w in enumerate(PUBLISHED_BLOCK_WEIGHTS.values()) if w >= 0.85] == [3.0] * 7
 
 
-def test_the_seed_form_reads_alpha_where_others_read_coherence():
+def test_the_original_formula_takes_alpha_for_coherence():
     alphas = {block: 0.1 * i for i, block in enumerate(BLOCKS)}
-    config = FusionConfig.model_validate({"formula": "seed", **AT_ONCE})
-    told = told_after(RunningAssessment(config, BLOCKS, bins=100, cantor_alphas=alphas), everywhere(coherence=0.2))
-    expected = [w * (1 + 0.25 * (1 - alphas[block])) for block, w in DEFAULT_BLOCK_WEIGHTS.items()]
-    assert told.tolist() == pytest.approx(expected)
+    config = FusionConfig.model_validate({"formula": "original", **AT_ONCE})
+    lambdas = lambdas_after(
+        RunningAssessment(config, PUBLISHED_BLOCK_WEIGHTS, bins=100, cantor_alphas=alphas), all_blocks(coherence=0.2)
+    )
+    expected = [w * (1 + 0.25 * (1 - alphas[block])) for block, w in PUBLISHED_BLOCK_WEIGHTS.items()]
+    assert lambdas.tolist() == pytest.approx(expected)
 
 
-def test_the_placebo_gives_what_is_said_of_a_block_to_another_one():
+def test_the_placebo_gives_the_emphasis_of_a_block_to_another_one():
     taken = []
     for i, block in enumerate(BLOCKS):
-        heard = voice("permuted", placebo_seed=3)
-        emphasis = told_after(heard, worst(block)) / heard.baseline_lambdas
+        state = running("permuted", placebo_seed=3)
+        emphasis = lambdas_after(state, worst(block)) / state.baseline_lambdas
         taken.append(int(emphasis.argmax()))
         assert taken[-1] != i
         assert float(emphasis.max()) == pytest.approx(
-            float((told_after(voice("relative"), worst(block)) / heard.baseline_lambdas).max())
+            float((lambdas_after(running("relative"), worst(block)) / state.baseline_lambdas).max())
         )
     assert sorted(taken) == list(range(9))
     assert (
-        voice("permuted", placebo_seed=3).formula_parameters.permutation.tolist()
-        != voice("permuted").formula_parameters.permutation.tolist()
+        running("permuted", placebo_seed=3).formula_parameters.permutation.tolist()
+        != running("permuted").formula_parameters.permutation.tolist()
     )
 
 
 def test_warm_up_leads_from_w_to_davids_lambda():
-    heard, final = voice("absolute", warmup_samples=16), told_after(voice("absolute"), worst("mid"))
-    told = [heard.lambdas(), *(told_after(heard, worst("mid")) for _ in range(5))]
-    w = heard.baseline_lambdas
-    for step, now in enumerate(told):
+    state, final = running("absolute", warmup_samples=16), lambdas_after(running("absolute"), worst("mid"))
+    lambdas = [state.lambdas(), *(lambdas_after(state, worst("mid")) for _ in range(5))]
+    w = state.baseline_lambdas
+    for step, now in enumerate(lambdas):
         assert torch.allclose(now, w + min(1.0, step / 4) * (final - w))
-    assert told[0].tolist() == w.tolist()
-    assert told[5].tolist() == final.tolist()
+    assert lambdas[0].tolist() == w.tolist()
+    assert lambdas[5].tolist() == final.tolist()
 
 
-def test_what_was_said_counts_half_after_its_half_life_whatever_the_batch_size():
+def test_an_observation_counts_half_after_its_half_life_whatever_the_batch_size():
     for b in (1, 2, 4):
-        heard = voice("absolute", half_life_samples=4)
-        heard._vote_sums += 1e6  # a long past without faults
+        state = running("absolute", half_life_samples=4)
+        state._weight_sums += 1e6  # a long past without faults
         for _ in range(4 // b):
-            told_after(heard, everywhere(divergence=0.0, b=b))
-        assert heard._vote_sums.tolist() == pytest.approx([5e5] * 9, rel=1e-4)
+            lambdas_after(state, all_blocks(divergence=0.0, b=b))
+        assert state._weight_sums.tolist() == pytest.approx([5e5] * 9, rel=1e-4)
 
 
 def test_negative_excess_is_cut_off_after_averaging_and_not_before():
-    mixed = said()
-    noise = BlockAssessment(torch.tensor([-1.0, 1.0, -1.0, 1.0]), *(getattr(mixed, n) for n in list(vars(mixed))[1:]))
-    heard = voice("absolute", half_life_samples=100)
-    assert told_after(heard, dict.fromkeys(BLOCKS, noise)).tolist() == heard.baseline_lambdas.tolist()
+    mixed = block()
+    noise = BlockAssessment(torch.tensor([-1.0, 1.0, -1.0, 1.0]), *list(vars(mixed).values())[1:])
+    state = running("absolute", half_life_samples=100)
+    assert lambdas_after(state, dict.fromkeys(BLOCKS, noise)).tolist() == state.baseline_lambdas.tolist()
 
 
-def test_a_sample_of_no_weight_has_a_neutral_vote():
-    loud, quiet = said(excess=2.0, divergence=0.5, coherence=0.5), said(divergence=0.1)
-    both = BlockAssessment(*(torch.cat([a, b]) for a, b in zip(vars(loud).values(), vars(quiet).values(), strict=True)))
+def test_a_sample_of_weight_zero_does_not_count():
+    wrong, nearly_right = block(excess=2.0, divergence=0.5, coherence=0.5), block(divergence=0.1)
+    both = BlockAssessment(
+        *(torch.cat([a, b]) for a, b in zip(vars(wrong).values(), vars(nearly_right).values(), strict=True))
+    )
     weights = torch.tensor([0.0] * 4 + [1.0] * 4)
-    only = told_after(voice("absolute"), everywhere() | {"mid": quiet})
-    padded = everywhere(b=8) | {"mid": both}
-    assert torch.equal(told_after(voice("absolute"), padded, omega=weights), only)
+    only = lambdas_after(running("absolute"), all_blocks() | {"mid": nearly_right})
+    padded = all_blocks(b=8) | {"mid": both}
+    assert torch.equal(lambdas_after(running("absolute"), padded, importance_weight=weights), only)
     reliable = dict.fromkeys(BLOCKS, torch.ones(8, dtype=torch.bool)) | {"mid": weights > 0}
-    assert torch.equal(told_after(voice("absolute"), padded, reliable=reliable), only)
-    unheard = voice("absolute")
+    assert torch.equal(lambdas_after(running("absolute"), padded, reliable=reliable), only)
+    unweighted = running("absolute")
     assert (
-        told_after(unheard, everywhere(divergence=1.0), omega=torch.zeros(4)).tolist()
-        == unheard.baseline_lambdas.tolist()
+        lambdas_after(unweighted, all_blocks(divergence=1.0), importance_weight=torch.zeros(4)).tolist()
+        == unweighted.baseline_lambdas.tolist()
     )
 
 
-def test_a_voice_goes_on_from_its_saved_state_to_the_same_bits():
-    def told(heard, first, last):
-        return [told_after(heard, everywhere(excess=0.1 * i, divergence=0.01 * i)).tolist() for i in range(first, last)]
+def test_a_running_assessment_resumes_to_the_same_bits():
+    def lambdas(state, first, last):
+        return [
+            lambdas_after(state, all_blocks(excess=0.1 * i, divergence=0.01 * i)).tolist() for i in range(first, last)
+        ]
 
     settings = {"warmup_samples": 20, "half_life_samples": 7}
-    whole, cut, resumed = (voice("mean_kept", **settings) for _ in range(3))
-    expected = told(whole, 0, 9)
-    told(cut, 0, 4)
+    whole, cut, resumed = (running("mean_kept", **settings) for _ in range(3))
+    expected = lambdas(whole, 0, 9)
+    lambdas(cut, 0, 4)
     resumed.load_state_dict(cut.state_dict())
-    told(cut, 4, 9)  # the state that was handed out does not change behind its back
-    assert told(resumed, 4, 9) == expected[4:]
+    lambdas(cut, 4, 9)  # which leaves the saved state as it was
+    assert lambdas(resumed, 4, 9) == expected[4:]
 
 
-def test_the_three_numbers_are_told_by_block():
-    heard = voice("static")
-    told_after(heard, worst("up_1", excess=math.log(100) / 4, divergence=0.5, coherence=0.75))
-    now = heard.assessment()
-    assert (float(now.timestep_error["up_1"]), float(now.pattern_error["up_1"])) == (pytest.approx(0.25), 0.5)
-    assert float(now.coherence["up_1"]) == 0.75
-    assert (float(now.timestep_error["mid"]), float(now.coherence["mid"])) == (0.0, 1.0)
+def test_the_assessment_is_in_the_order_of_the_blocks():
+    state = running("static")
+    lambdas_after(state, worst("up_1", excess=math.log(100) / 4, divergence=0.5, coherence=0.75))
+    now = state.assessment()
+    up_1, mid = BLOCKS.index("up_1"), BLOCKS.index("mid")
+    assert (float(now.timestep_error[up_1]), float(now.pattern_error[up_1])) == (pytest.approx(0.25), 0.5)
+    assert float(now.coherence[up_1]) == 0.75
+    assert (float(now.timestep_error[mid]), float(now.coherence[mid])) == (0.0, 1.0)
 
 
 def test_a_formula_without_its_reference_is_refused():
     for formula in ("relative", "mean_kept", "permuted"):
         with pytest.raises(Refused, match=f"{formula}: this David brings no reference"):
-            RunningAssessment(FusionConfig(formula=formula), BLOCKS, bins=100)
+            RunningAssessment(FusionConfig(formula=formula), PUBLISHED_BLOCK_WEIGHTS, bins=100)
 
 
-def test_a_weight_of_an_unknown_block_is_refused():
-    with pytest.raises(Refused, match=r"block_weights\.midd: no such block - did you mean mid"):
-        RunningAssessment(FusionConfig(formula="static", block_weights={"midd": 1.0}), BLOCKS, bins=100)
-    other = RunningAssessment(FusionConfig(formula="static"), ("mid", "head"), bins=100)
-    assert other.baseline_lambdas.tolist() == pytest.approx([1.2, 1.0])
+@pytest.mark.parametrize("formula", sorted(FORMULAS))
+def test_a_block_of_weight_zero_has_lambda_zero_and_leaves_the_others_alone(formula):
+    others = {name: w for name, w in PUBLISHED_BLOCK_WEIGHTS.items() if name != "up_3"}
+    assessed = worst("mid") | {"up_3": block(excess=3.0, divergence=1.0, coherence=0.0, cross_entropy=4.0)}
+    with_zero = lambdas_after(running(formula, others | {"up_3": 0.0}, warmup_samples=8), assessed)
+    assert with_zero[8] == 0
+    if formula != "permuted":  # whose cycle is one of 8 blocks without up_3
+        config = FusionConfig.model_validate({"formula": formula, **AT_ONCE, "warmup_samples": 8})
+        without = RunningAssessment(config, others, bins=100, references=REFERENCES[:8])
+        torch.testing.assert_close(with_zero[:8], lambdas_after(without, assessed))
+
+
+STORED = {
+    "david": {"fusion": {"formula": "seed", "alpha": 0.5, "block_weights": PUBLISHED_BLOCK_WEIGHTS | {"mid": 2.0}}},
+    "objective": {"block_weights": {"up_3": 0.0, "up_2": 1.0}, "block_weight": 0.2},
+    "graft": True,
+}
+
+
+def test_stored_settings_of_earlier_versions_are_read_with_one_vector_of_weights():
+    translated = translate_stored(STORED)
+    assert translated == {
+        "david": {"fusion": {"formula": "original", "alpha": 0.5}},
+        "objective": {"block_weights": {"mid": 2.0, "up_3": 0.0, "up_2": 0.9}, "block_weight": 0.2},
+        "graft": True,
+    }
+    assert translate_stored(translated) == translated
+    assert STORED["david"]["fusion"]["formula"] == "seed", "what was read is left as it is"
+    assert translate_stored({"david": 5}) == {"david": 5}
+
+
+def test_the_formula_seed_of_earlier_yaml_is_the_original_one():
+    assert FusionConfig.model_validate({"formula": "seed"}).formula == "original"
+
+
+def test_a_second_vector_of_weights_is_refused_by_the_name_of_the_first():
+    with pytest.raises(ValidationError, match=r"set w_b in objective\.block_weights"):
+        FusionConfig.model_validate({"block_weights": {"mid": 1.0}})
+
+
+def test_weights_are_the_weights_of_a_mean():
+    excess = block(b=2), torch.tensor([1.0, 0.2])
+    one = BlockAssessment(excess[1], *list(vars(excess[0]).values())[1:])
+    repeated = BlockAssessment(torch.tensor([1.0, 0.2, 0.2, 0.2]), *list(vars(block()).values())[1:])
+    weighted = lambdas_after(
+        running("absolute"), dict.fromkeys(BLOCKS, one), importance_weight=torch.tensor([1.0, 3.0])
+    )
+    torch.testing.assert_close(weighted, lambdas_after(running("absolute"), dict.fromkeys(BLOCKS, repeated)))
+
+
+def test_a_block_without_a_reliable_sample_keeps_its_weight():
+    reliable = {name: torch.full((4,), name != "mid") for name in BLOCKS}
+    lambdas = lambdas_after(running("absolute"), worst("mid"), reliable=reliable)
+    assert lambdas.tolist() == W.tolist()
 
 
 def test_a_state_of_other_blocks_is_refused():
-    with pytest.raises(Refused, match="speaks of 9 blocks, this student has 2"):
-        RunningAssessment(FusionConfig(formula="static"), ("mid", "up_0"), bins=100).load_state_dict(
-            voice("static").state_dict()
+    with pytest.raises(Refused, match="has 9 blocks, this student has 2"):
+        RunningAssessment(FusionConfig(formula="static"), {"mid": 1.0, "up_0": 1.0}, bins=100).load_state_dict(
+            running("static").state_dict()
         )
 
 
@@ -257,31 +311,31 @@ def test_the_coefficient_of_variation_is_deviation_over_mean():
     assert coefficient_of_variation(values, 1).tolist() == [0.5, 0.0]
 
 
-def variation(told: torch.Tensor, w: torch.Tensor) -> LambdaVariation:
-    emphasis = LambdaMoments(w)
-    for line in told:
-        emphasis.update(line)
-    found = emphasis.variation(torch.ones(len(w), dtype=torch.bool))
-    assert found is not None
-    return found
+def variation_of(lambdas: torch.Tensor, w: torch.Tensor) -> LambdaVariation:
+    moments = LambdaMoments(w)
+    for line in lambdas:
+        moments.update(line)
+    variation = moments.variation()
+    assert variation is not None
+    return variation
 
 
-def test_static_weights_are_silent_and_a_rising_block_is_not():
-    w = torch.tensor(list(DEFAULT_BLOCK_WEIGHTS.values()))
-    static = variation(w.repeat(5, 1), w)
+def test_static_weights_are_constant_and_a_rising_block_is_not():
+    w = W
+    static = variation_of(w.repeat(5, 1), w)
     assert static.is_constant
-    assert static.summary().startswith("David was silent: lambda varied by 0.0%")
+    assert static.summary().startswith("David had no effect: lambda varied by 0.0%")
     rising = w.repeat(5, 1)
     rising[:, 4] *= torch.linspace(1, 1.5, 5)
-    loud = variation(rising, w)
-    assert not loud.is_constant
-    assert loud.summary().startswith("David spoke")
-    assert variation(1.3 * w.repeat(5, 1), w).is_constant, "another learning rate is no voice"
+    wrong = variation_of(rising, w)
+    assert not wrong.is_constant
+    assert wrong.summary().startswith("David: lambda varied by")
+    assert variation_of(1.3 * w.repeat(5, 1), w).is_constant, "another learning rate is no effect of David"
 
 
-def test_the_faultless_word_is_nothing_wrong():
-    word = RawAssessment.zero_error(torch.ones(2))
-    assert (word.timestep_error.tolist(), word.pattern_error.tolist(), word.coherence.tolist()) == (
+def test_zero_error_is_the_teachers_own():
+    zero = Assessment.zero_error(torch.ones(2))
+    assert (zero.timestep_error.tolist(), zero.pattern_error.tolist(), zero.coherence.tolist()) == (
         [0, 0],
         [0, 0],
         [1, 1],

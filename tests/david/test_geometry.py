@@ -1,4 +1,4 @@
-"""Laws of volumes, of inclusion, of the staircase and of the role-weighted score."""
+"""Laws of volumes, of inclusion and of the role-weighted score; why the published staircase is not used."""
 
 import math
 
@@ -11,14 +11,9 @@ from hypothesis import strategies as st
 from stages.david.geometry import (
     ROLE_WEIGHTS,
     barycentric_gradients,
-    cantor_position,
-    cantor_staircase,
     cayley_menger_volume,
-    gram_volume,
     inclusion_ratio,
-    inclusion_ratio_by_volumes,
     role_directions,
-    rose_score,
 )
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -31,6 +26,19 @@ FLAT = {
     "a space of three dimensions": torch.randn(5, 3, generator=GENERATOR),
     "two equal vertices": torch.randn(4, 6, generator=GENERATOR)[[0, 0, 1, 2, 3]],
 }
+
+
+def gram_volume(vertices):
+    """The volume from the k = m - 1 edges at the first vertex: V = sqrt(det(E E^T)) / k!."""
+    edges = vertices[..., 1:, :] - vertices[..., :1, :]
+    return torch.linalg.det(edges @ edges.mT).sqrt() / math.factorial(edges.shape[-2])
+
+
+def inclusion_ratio_by_volumes(z, vertices):
+    """By its definition: c(z) = V / sum_i V_i, with vertex i replaced by z in V_i."""
+    at = torch.eye(vertices.shape[-2], dtype=torch.bool)[..., None]
+    replaced = torch.where(at, z[..., None, None, :], vertices[..., None, :, :])
+    return cayley_menger_volume(vertices) / cayley_menger_volume(replaced).sum(-1)
 
 
 def included(z, vertices):
@@ -81,7 +89,7 @@ def test_inclusion_in_closed_form_is_the_ratio_of_volumes():
 
 
 @pytest.mark.parametrize("ratio", [included, inclusion_ratio_by_volumes])
-def test_what_lies_in_a_pentachoron_is_included_whole(ratio):
+def test_a_point_in_a_pentachoron_has_inclusion_one(ratio):
     weights = torch.rand(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     inside = ((weights / weights.sum(1, keepdim=True))[..., None] * PENTACHORA).sum(1)
     for z in (inside, PENTACHORA[:, 3]):
@@ -100,7 +108,7 @@ def test_inclusion_survives_a_rigid_motion_and_a_scale():
 
 
 @given(st.lists(st.floats(-1e30, 1e30), min_size=7, max_size=7))
-def test_inclusion_lies_between_nothing_and_one_for_any_point(numbers):
+def test_inclusion_lies_between_zero_and_one_for_any_point(numbers):
     ratio = included(torch.tensor(numbers, dtype=torch.float64), PENTACHORA[0])
     assert 0 < ratio <= 1
 
@@ -108,11 +116,28 @@ def test_inclusion_lies_between_nothing_and_one_for_any_point(numbers):
 def test_a_role_weighted_score_is_linear():
     z = F.normalize(POINTS, dim=-1)
     cosines = torch.einsum("bd,kvd->bkv", z, PENTACHORA)
-    torch.testing.assert_close(rose_score(z, 3 * PENTACHORA), (cosines * torch.tensor(ROLE_WEIGHTS)).sum(-1))
+    torch.testing.assert_close(z @ role_directions(3 * PENTACHORA).mT, (cosines * torch.tensor(ROLE_WEIGHTS)).sum(-1))
 
 
 def test_vertices_of_the_same_role_may_change_places():
     torch.testing.assert_close(role_directions(PENTACHORA[:, [0, 4, 3, 2, 1]]), role_directions(PENTACHORA))
+
+
+def cantor_staircase(x, alpha=0.5, levels=20):
+    """De Rham's staircase F on [0, 1]: F(x) = a F(3x) up to 1/3, a up to 2/3, a + (1 - a) F(3x - 2) beyond."""
+    x = x.double().clamp(0, 1)
+    below, share = torch.zeros_like(x), torch.ones_like(x)
+    for _ in range(levels):
+        left, right = 3 * x < 1, 3 * x > 2
+        below = torch.where(left, below, below + alpha * share)
+        share = torch.where(left, alpha * share, torch.where(right, (1 - alpha) * share, 0.0))
+        x = torch.where(left, 3 * x, torch.where(right, 3 * x - 2, 0.0))
+    return below + share * x
+
+
+def cantor_position(bins, count, lean, reach=0.3):
+    """x = clip((bin + 1/2) / T + reach tanh(lean), 0, 1): per sample, unlike the published position."""
+    return ((bins + 0.5) / count + reach * lean.tanh()).clamp(0, 1)
 
 
 LEVELS = 7
@@ -131,7 +156,7 @@ def test_every_staircase_is_monotone(alpha):
     assert cantor_staircase(GRID, alpha).diff().min() > -1e-15
 
 
-def test_the_even_staircase_looks_the_same_from_above():
+def test_the_even_staircase_is_symmetric():
     values = cantor_staircase(GRID)
     torch.testing.assert_close(values + values.flip(0), torch.ones_like(values))
 

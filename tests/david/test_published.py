@@ -151,44 +151,44 @@ def sample(block: str, b: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
 def test_posteriors_are_those_of_the_formula(tmp_path, block):
     features, bins = sample(block)
     content = {name: value.double() for name, value in tensors().items()} if block == "mid" else tensors()
-    david = opened(written(tmp_path, content), patterns="joint")
-    found = david.posterior(block, features, bins)
-    companion = david._block_models[block]
-    for name, told in (("timestep_head", found.log_bins), ("pattern_head", found.log_patterns)):
-        logits = companion.get_submodule(name)(companion(features)).double()
+    david = opened(written(tmp_path, content), pattern_mode="joint")
+    posterior = david.posterior(block, features, bins)
+    model = david._block_models[block]
+    for name, log_posterior in (("timestep_head", posterior.log_bins), ("pattern_head", posterior.log_patterns)):
+        logits = model.get_submodule(name)(model(features)).double()
         for row, x in enumerate(features.double()):
             expected = logits_by_the_formula(part(block, f"{name}."), unit(block, x))
             torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-5)
-            torch.testing.assert_close(told[row].double(), expected.log_softmax(0), rtol=0, atol=1e-5)
+            torch.testing.assert_close(log_posterior[row].double(), expected.log_softmax(0), rtol=0, atol=1e-5)
 
 
 def test_patterns_of_the_true_bin_are_the_joint_ones_given_the_bin(tmp_path):
     features, bins = sample("mid")
-    joint = opened(written(tmp_path, tensors()), patterns="joint").posterior("mid", features, bins).log_patterns
-    inner = opened(tmp_path, patterns="in_bin").posterior("mid", features, bins).log_patterns
+    joint = opened(written(tmp_path, tensors()), pattern_mode="joint").posterior("mid", features, bins).log_patterns
+    inner = opened(tmp_path, pattern_mode="in_bin").posterior("mid", features, bins).log_patterns
     for row, k in enumerate(bins.tolist()):
         torch.testing.assert_close(inner[row], joint[row, k * P : (k + 1) * P].log_softmax(0))
 
 
-def test_timestep_heads_alone_say_the_same_of_time_and_nothing_of_patterns(tmp_path):
+def test_without_pattern_heads_bins_are_the_same_and_patterns_uniform(tmp_path):
     features, bins = sample("mid")
-    whole = opened(written(tmp_path, tensors()), patterns="in_bin")
+    whole = opened(written(tmp_path, tensors()), pattern_mode="in_bin")
     alone = opened(tmp_path)
-    said, expected = (david.posterior("mid", features, bins) for david in (alone, whole))
-    assert torch.equal(said.log_bins, expected.log_bins)
-    assert torch.equal(said.inclusion, expected.inclusion)
-    assert said.log_patterns.exp().flatten().tolist() == pytest.approx([1 / P] * P * 4)
+    posterior, expected = (david.posterior("mid", features, bins) for david in (alone, whole))
+    assert torch.equal(posterior.log_bins, expected.log_bins)
+    assert torch.equal(posterior.inclusion, expected.inclusion)
+    assert posterior.log_patterns.exp().flatten().tolist() == pytest.approx([1 / P] * P * 4)
     assert (alone.bins, alone.patterns, alone.blocks) == (T, P, tuple(WIDTHS))
 
     def held(david):
-        return sum(p.nelement() for c in david._companions.values() for p in c.parameters())
+        return sum(p.nelement() for c in david._block_models.values() for p in c.parameters())
 
     assert held(alone) < held(whole) / 3
 
 
-def test_a_judgement_depends_on_its_sample_alone(tmp_path):
+def test_a_posterior_depends_on_its_sample_alone(tmp_path):
     features, bins = sample("mid")
-    david = opened(written(tmp_path, tensors()), patterns="in_bin")
+    david = opened(written(tmp_path, tensors()), pattern_mode="in_bin")
     whole, single = david.posterior("mid", features, bins), david.posterior("mid", features[2:3], bins[2:3])
     for name in ("log_bins", "log_patterns", "inclusion"):
         torch.testing.assert_close(getattr(single, name)[0], getattr(whole, name)[2])
@@ -198,26 +198,26 @@ def test_inclusion_is_one_on_a_vertex_of_the_bins_first_crystal(tmp_path):
     content = tensors()
     features, bins = sample("mid", b=1)
     content["companions.mid.crystal_pentachora"][0, 0, 3] = 5 * unit("mid", features[0].double())
-    found = opened(written(tmp_path, content)).posterior("mid", features, bins[:1]).inclusion
-    assert float(found) == pytest.approx(1, abs=1e-3)
+    posterior = opened(written(tmp_path, content)).posterior("mid", features, bins[:1]).inclusion
+    assert float(posterior) == pytest.approx(1, abs=1e-3)
     other = opened(tmp_path).posterior("mid", features, bins[1:2]).inclusion
     assert 0 < float(other) < 0.9
 
 
-def test_alpha_is_told_as_it_lies_there(tmp_path):
+def test_alpha_is_the_stored_one(tmp_path):
     david = opened(written(tmp_path, tensors()))
     assert david.cantor_alphas == {b: float(tensors()[f"companions.{b}.cantor_stairs.alpha"]) for b in WIDTHS}
 
 
-def test_the_older_generation_reads_bins_off_its_trained_pattern_head(tmp_path, capsys):
+def test_the_older_version_reads_bins_off_its_trained_pattern_head(tmp_path, capsys):
     features, bins = sample("mid")
-    found = opened(written(tmp_path, tensors(linear=True))).posterior("mid", features, bins)
+    posterior = opened(written(tmp_path, tensors(linear=True))).posterior("mid", features, bins)
     assert "untrained timestep head" in capsys.readouterr().out
     head = part("mid", "pattern_head.", linear=True)
     for row, x in enumerate(features.double()):
         joint = (head["weight"] @ unit("mid", x, linear=True) + head["bias"]).softmax(0)
         expected = joint.reshape(T, P).sum(1).log()
-        torch.testing.assert_close(found.log_bins[row].double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(posterior.log_bins[row].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_buffers_of_the_training_loss_are_ignored(tmp_path):
@@ -248,32 +248,32 @@ def test_an_extra_tensor_is_refused_by_name(tmp_path, name):
 def test_a_transposed_tensor_is_refused_by_name(tmp_path, name):
     content = tensors()
     content[name] = content[name].T
-    config = {**CONFIG, "block_configs": {block: {} for block in WIDTHS}}  # found without the help of config.json too
+    config = {**CONFIG, "block_configs": {block: {} for block in WIDTHS}}  # recognised without config.json too
     assert re.search(rf"tensor {re.escape(name)} has shape", refusal(tmp_path, content, config))
 
 
 def test_other_models_are_refused_as_such(tmp_path):
-    said = refusal(tmp_path, {"scales.256.weight": torch.zeros(2)}, {"feature_dim": 512})
-    assert "no GeoDavidCollective" in said
-    assert "scales.256.weight" in said
-    assert "gated-david" in said
+    message = refusal(tmp_path, {"scales.256.weight": torch.zeros(2)}, {"feature_dim": 512})
+    assert "no GeoDavidCollective" in message
+    assert "scales.256.weight" in message
+    assert "gated-david" in message
     assert "no GeoDavidCollective" in refusal(tmp_path, tensors(), {"feature_dim": 512})
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"num_timestep_bins": 100}, "has 6, config.json says num_timestep_bins = 100"),
-        ({"num_patterns_per_bin": 10}, "has 3, config.json says num_patterns_per_bin = 10"),
+        ({"num_timestep_bins": 100}, "has 6, config.json has num_timestep_bins = 100"),
+        ({"num_patterns_per_bin": 10}, "has 3, config.json has num_patterns_per_bin = 10"),
         ({"block_configs": {"mid": {}}}, "config.json names ['mid']"),
         (
             {"block_configs": {"mid": {"input_dim": 1280}, "down_0": {}}},
-            "has 14, config.json says block_configs.mid.in",
+            "has 14, config.json has block_configs.mid.in",
         ),
     ],
 )
-def test_a_configuration_that_contradicts_its_weights_is_refused(tmp_path, change, said):
-    assert said in refusal(tmp_path, tensors(), CONFIG | change)
+def test_a_configuration_that_contradicts_its_weights_is_refused(tmp_path, change, message):
+    assert message in refusal(tmp_path, tensors(), CONFIG | change)
 
 
 def test_features_from_elsewhere_are_refused(tmp_path):
@@ -282,7 +282,7 @@ def test_features_from_elsewhere_are_refused(tmp_path):
         PublishedAssessor.open(tmp_path, "whole blocks", WIDTHS, 1000)
     with pytest.raises(Refused, match="block mid takes 14 channels, this cache has 1280"):
         PublishedAssessor.open(tmp_path, HOOK_POINT, WIDTHS | {"mid": 1280}, 1000)
-    with pytest.raises(Refused, match="judges block mid, the cache has none"):
+    with pytest.raises(Refused, match="assesses block mid, the cache has none"):
         PublishedAssessor.open(tmp_path, HOOK_POINT, {"down_0": 10}, 1000)
     assert OURS == HOOK_POINT
 
@@ -297,7 +297,7 @@ def test_broken_files_are_refused(tmp_path):
     content = tensors()
     content["companions.mid.pattern_head.class_bias"][1] = float("nan")
     with pytest.raises(Refused, match=r"mid\.pattern_head\.class_bias holds numbers that are not finite"):
-        opened(written(tmp_path, content), patterns="joint")
+        opened(written(tmp_path, content), pattern_mode="joint")
     name = "companions.mid.role_weights"
     assert f"tensor {name} has type I64" in refusal(tmp_path, tensors() | {name: torch.arange(5)})
 
@@ -331,8 +331,8 @@ def test_at_full_size_the_key_list_and_the_count_are_the_published_ones():
     total = 0
     for block, (n, d) in WIDE.items():
         experts = 4 if block == "mid" else 3
-        companion = meta_block_model(full_size(block, 2.0, experts))
-        count = sum(p.nelement() for p in companion.parameters())
+        model = meta_block_model(full_size(block, 2.0, experts))
+        count = sum(p.nelement() for p in model.parameters())
         assert count == parameters_by_the_formula(n, d, 2 * d, experts)
         total += count
     assert total == 872_707_726

@@ -1,4 +1,4 @@
-"""Laws of a fitted David in a folder: he comes back as he was, and only for the features that he was fitted to."""
+"""Laws of a fitted David in a folder: loaded unchanged, and only for the features that it was fitted to."""
 
 import hashlib
 import json
@@ -11,19 +11,24 @@ from shards.manifest import Manifest, Recipe
 from shards.record import BlockFeatures, Record, States
 from shards.table import Table, write_table
 from shards.writer import CacheWriter
-from stages.david.assessment import Assessment, assess, reduce
+from stages.david.assessment import assess, reduce
 from stages.david.block_model import FitConfig
 from stages.david.fit import fit, fit_identity
 from stages.david.patterns import split_rows
-from stages.david.saved import load, load_or_fit_and_save, save
+from stages.david.saved import load, load_or_fit, save
 from stages.system.refusal import Refused
 
 CONFIG = FitConfig(bins=5, patterns=3, dimensions=6, steps=3, batch_size=16)
 
 
 def recipe(**changes):
-    said = {"hook_point": "last resnet", "teacher": {"unet": "ab12"}, "blocks": {"mid": 6, "down_0": 4}, "prompts": 1}
-    return Recipe(identity=said | changes)
+    content = {
+        "hook_point": "last resnet",
+        "teacher": {"unet": "ab12"},
+        "blocks": {"mid": 6, "down_0": 4},
+        "prompts": 1,
+    }
+    return Recipe(identity=content | changes)
 
 
 def record(number):
@@ -33,9 +38,11 @@ def record(number):
         return torch.randn(*shape, generator=generator).half()
 
     k = torch.randint(0, 1000, (3,), generator=generator)
-    draws = States(k, k / 1000, half(3, 2, 3, 4), half(3, 2, 3, 4), half(3, 2, 3, 4), torch.tensor([True, True, False]))
+    states = States(
+        k, k / 1000, half(3, 2, 3, 4), half(3, 2, 3, 4), half(3, 2, 3, 4), torch.tensor([True, True, False])
+    )
     features = BlockFeatures({"mid": half(3, 6), "down_0": half(3, 4)})
-    return Record(f"{number:09d}", f"number {number}", "one", number, 5.0, half(2, 3), half(2, 3, 4), draws, features)
+    return Record(f"{number:09d}", f"number {number}", "one", number, 5.0, half(2, 3), half(2, 3, 4), states, features)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +61,7 @@ def folder(cache, tmp_path):
     return tmp_path / "david"
 
 
-def test_a_david_comes_back_as_he_was(cache, folder):
+def test_a_saved_david_is_loaded_unchanged(cache, folder):
     david, back = fit(cache, CONFIG, 1000, print_line=lambda _line: None), load(folder, recipe())
     assert (back.blocks, back.bins, back.patterns, back.fit_metrics) == (("mid", "down_0"), 5, 3, david.fit_metrics)
     features, bins = torch.randn(4, 6), torch.tensor([0, 1, 4, 4])
@@ -62,7 +69,7 @@ def test_a_david_comes_back_as_he_was(cache, folder):
         assert getattr(back.posterior("mid", features, bins), name).equal(
             getattr(david.posterior("mid", features, bins), name)
         )
-    assert back.reference("mid").equal(david.reference("mid"))
+    assert back.references().equal(david.references())
     assert back.is_reliable("mid", bins).equal(david.is_reliable("mid", bins))
 
 
@@ -72,10 +79,10 @@ def test_the_same_cache_and_seed_give_the_same_bytes(cache, folder, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_he_is_fitted_once(cache, tmp_path, capsys):
-    load_or_fit_and_save(tmp_path, cache, CONFIG, 1000)
+def test_a_david_is_fitted_once(cache, tmp_path, capsys):
+    load_or_fit(tmp_path, cache, CONFIG, 1000)
     assert "mid" in capsys.readouterr().out
-    load_or_fit_and_save(tmp_path, cache, CONFIG, 1000)
+    load_or_fit(tmp_path, cache, CONFIG, 1000)
     assert capsys.readouterr().out == ""
 
 
@@ -95,7 +102,7 @@ def test_features_of_another_cache_are_refused_by_name(folder, changes, named):
 
 def test_another_configuration_is_refused_by_name(cache, folder):
     with pytest.raises(Refused, match=r"fit\.seed was 0, is now 1"):
-        load_or_fit_and_save(folder, cache, CONFIG.model_copy(update={"seed": 1}), 1000)
+        load_or_fit(folder, cache, CONFIG.model_copy(update={"seed": 1}), 1000)
 
 
 def test_a_cache_without_a_hook_point_is_refused():
@@ -103,15 +110,15 @@ def test_a_cache_without_a_hook_point_is_refused():
         fit_identity(Recipe(identity={"teacher": {}}), CONFIG)
 
 
-def spoil(folder, change):
-    """Change the weights and make config.json mean the changed ones."""
+def change_weights(folder, change):
+    """Change the weights, and their hash in config.json."""
     path, facts = folder / "david.safetensors", folder / "config.json"
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
-    said = json.loads(facts.read_text())
-    said["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    facts.write_text(json.dumps(said))
+    content = json.loads(facts.read_text())
+    content["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    facts.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
@@ -123,15 +130,15 @@ def spoil(folder, change):
     ],
 )
 def test_every_tensor_must_be_there_and_no_other(folder, change, named):
-    spoil(folder, change)
+    change_weights(folder, change)
     with pytest.raises(Refused, match=named):
         load(folder, recipe())
 
 
-def test_other_weights_than_the_ones_meant_are_refused(folder):
+def test_weights_of_another_hash_are_refused(folder):
     tensors = load_file(folder / "david.safetensors")
     save_file({name: value + 1 for name, value in tensors.items()}, folder / "david.safetensors")
-    with pytest.raises(Refused, match=r"not the weights that config\.json means"):
+    with pytest.raises(Refused, match=r"not the weights that config\.json names"):
         load(folder, recipe())
 
 
@@ -143,13 +150,17 @@ def test_a_block_of_another_width_or_name_is_refused(folder):
         david.posterior("down_1", torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))
 
 
-def test_he_assesses_every_block_and_finds_nothing_in_the_teachers_own_features(folder):
+def test_every_block_is_assessed_and_the_teachers_own_features_have_no_error(folder):
     david, bins = load(folder, recipe()), torch.tensor([0, 4, 2])
     features = {"mid": torch.randn(3, 6), "down_0": torch.randn(3, 4), "up_0": torch.randn(3, 9)}
-    said = assess(david, features, features, bins)
-    assert list(said) == ["mid", "down_0"]
-    reliable = {block: david.is_reliable(block, bins) for block in david.blocks}
-    assert reduce(said, david.bins, reliable) == Assessment(*({"mid": x, "down_0": x} for x in (0, 0, 1)))
+    assessed = assess(david, features, features, bins)
+    assert list(assessed) == ["mid", "down_0"]
+    mean = reduce(assessed, david.bins)
+    assert [getattr(mean, name).tolist() for name in ("timestep_error", "pattern_error", "coherence")] == [
+        [0, 0],
+        [0, 0],
+        [1, 1],
+    ]
 
 
 def test_features_that_are_not_finite_are_refused_by_block(cache, monkeypatch):
@@ -158,15 +169,15 @@ def test_features_that_are_not_finite_are_refused_by_block(cache, monkeypatch):
         fit(cache, CONFIG, 1000, print_line=lambda _line: None)
 
 
-def test_no_prompt_is_on_two_sides(cache):
+def test_no_prompt_is_in_two_parts(cache):
     table = Table.open(cache)
     rows = split_rows(table, 1 / 3, 1000, 0)
-    teaching, tuning = (set(table.key[part].tolist()) for part in (rows.training, rows.tuning))
-    assert (len(teaching), len(tuning), len(rows.validation)) == (20, 10, 15)
-    assert not teaching & tuning
+    training, tuning = (set(table.key[part].tolist()) for part in (rows.training, rows.tuning))
+    assert (len(training), len(tuning), len(rows.validation)) == (20, 10, 15)
+    assert not training & tuning
 
 
-def test_at_most_so_many_states_teach(cache):
+def test_at_most_max_states_are_for_training(cache):
     assert len(split_rows(Table.open(cache), 1 / 3, 30, 0).training) == 30
 
 
@@ -179,14 +190,14 @@ def test_a_cache_without_validation_prompts_is_refused(tmp_path):
         fit(tmp_path, CONFIG, 1000)
 
 
-def test_a_david_of_before_was_fitted_with_a_thousand_steps_and_is_refused_for_a_teacher_of_others(folder, cache):
+def test_a_david_without_stored_steps_has_a_thousand_and_is_refused_for_another_teacher(folder, cache):
     path = folder / "config.json"
-    said = json.loads(path.read_text())
-    del said["steps"]
-    path.write_text(json.dumps(said))
-    assert load_or_fit_and_save(folder, cache, CONFIG, 1000).steps == 1000
+    content = json.loads(path.read_text())
+    del content["steps"]
+    path.write_text(json.dumps(content))
+    assert load_or_fit(folder, cache, CONFIG, 1000).steps == 1000
     with pytest.raises(Refused, match="David's bins are of 1000 steps, the teacher has 4000 - remove"):
-        load_or_fit_and_save(folder, cache, CONFIG, 4000)
+        load_or_fit(folder, cache, CONFIG, 4000)
 
 
 def test_more_bins_than_steps_are_refused(cache):

@@ -178,10 +178,10 @@ DISTILLING = {
         ["--objective.block-weights", '{"down_9": 1}'],
         ["block_weights.down_9"],
     ),
-    "an unknown block for David": (
+    "weights of David's own": (
         without("distill"),
-        ["--david.fusion.block-weights", '{"down_9": 1}'],
-        ["fusion.block_weights.down_9"],
+        ["--david.fusion.block-weights", '{"down_3": 1}'],
+        ["david.fusion.block-weights"],
     ),
     "a David of another fit": (without("distill/checkpoints"), ["--david.fit.bins", "5"], ["David was fitted"]),
     "a David who is absent": (without("distill"), ["--david.published", "absent"], ["absent"]),

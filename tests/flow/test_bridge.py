@@ -6,8 +6,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from stages.flow.bridge import Bridge, TailPolicy, eps_from_velocity, x0_from_velocity
-from stages.flow.path import LinearPath, interpolate, per_sample
+from stages.flow.bridge import Bridge, TailPolicy, x0_from_velocity
+from stages.flow.path import interpolate, per_sample
 from stages.flow.schedule import NoiseSchedule, PredictionType
 from stages.flow.solver import euler, uniform_grid
 from stages.system.refusal import Refused
@@ -63,13 +63,13 @@ def test_the_table_of_times_is_the_published_one(k: int, s: float) -> None:
 def test_a_ddim_step_is_an_euler_step_of_the_bridged_velocity(prediction_type: PredictionType, k: int, j: int) -> None:
     teacher = bridge(prediction_type)
     x_vp, at_k, at_j = noise(2, 3, 4, 5), torch.full((2,), k), torch.full((2,), j)
-    answer = network(x_vp, at_k)
+    output = network(x_vp, at_k)
     a_k, a_j = teacher.schedule.alpha_bar[k], teacher.schedule.alpha_bar[j]
     if prediction_type == "epsilon":
-        eps_hat, x0_hat = answer, (x_vp - (1 - a_k).sqrt() * answer) / a_k.sqrt()
+        eps_hat, x0_hat = output, (x_vp - (1 - a_k).sqrt() * output) / a_k.sqrt()
     else:
-        eps_hat = a_k.sqrt() * answer + (1 - a_k).sqrt() * x_vp
-        x0_hat = a_k.sqrt() * x_vp - (1 - a_k).sqrt() * answer
+        eps_hat = a_k.sqrt() * output + (1 - a_k).sqrt() * x_vp
+        x0_hat = a_k.sqrt() * x_vp - (1 - a_k).sqrt() * output
     expected = a_j.sqrt() * x0_hat + (1 - a_j).sqrt() * eps_hat  # DDIM, eta = 0
 
     s_k, s_j = teacher.s_of_k(at_k), teacher.s_of_k(at_j)
@@ -108,8 +108,8 @@ def bridged_ddim(teacher: Bridge, scheduler: Any, x: Tensor) -> Tensor:
 def test_the_faithful_tail_reproduces_plain_ddim_from_noise(prediction_type: PredictionType) -> None:
     eps, scheduler = noise(2, 3, 4, 5), ddim(prediction_type, 10)
     expected = plain_ddim(scheduler, eps)
-    found = bridged_ddim(bridge(prediction_type, "faithful"), scheduler, eps)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    sampled = bridged_ddim(bridge(prediction_type, "faithful"), scheduler, eps)
+    torch.testing.assert_close(sampled, expected, rtol=0, atol=1e-10)
     held = bridged_ddim(bridge(prediction_type, "hold"), scheduler, eps)
     assert float((held - expected).abs().max()) > 1e-3
 
@@ -117,8 +117,8 @@ def test_the_faithful_tail_reproduces_plain_ddim_from_noise(prediction_type: Pre
 def test_the_default_betas_of_the_library_do_not_agree() -> None:
     eps = noise(2, 3, 4, 5)
     wrong = plain_ddim(ddim("epsilon", 10, betas="default"), eps)
-    found = bridged_ddim(bridge(tail="faithful"), ddim("epsilon", 10), eps)
-    assert float((found - wrong).abs().max()) > 1e-2
+    sampled = bridged_ddim(bridge(tail="faithful"), ddim("epsilon", 10), eps)
+    assert float((sampled - wrong).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
@@ -136,21 +136,21 @@ def test_gaussian_data_gives_the_exact_marginal_velocity(prediction_type: Predic
     )
     surprise = (x_vp - alpha * mean) / (alpha**2 * variance + sigma**2)
     eps_hat, x0_hat = sigma * surprise, mean + alpha * variance * surprise
-    answer = eps_hat if prediction_type == "epsilon" else alpha * eps_hat - sigma * x0_hat
+    output = eps_hat if prediction_type == "epsilon" else alpha * eps_hat - sigma * x0_hat
 
     t = per_sample(s, x)
     exact = ((t - (1 - t) * variance) * (x - (1 - t) * mean)) / ((1 - t) ** 2 * variance + t**2) - mean
-    torch.testing.assert_close(teacher.velocity(x, s, k, answer), exact, rtol=0, atol=1e-10)
+    torch.testing.assert_close(teacher.velocity(x, s, k, output), exact, rtol=0, atol=1e-10)
 
 
-def test_an_exact_answer_gives_noise_minus_data_for_both_predictions() -> None:
+def test_an_exact_prediction_gives_noise_minus_data_for_both_predictions() -> None:
     x0, eps, k = noise(2, 3, 4, 5), noise(2, 3, 4, 5, seed=1), torch.tensor([20, 999])
     for prediction_type in PREDICTIONS:
         teacher = bridge(prediction_type)
         s = teacher.s_of_k(k)
         abar = per_sample(teacher.schedule.alpha_bar[k], x0)
-        answer = eps if prediction_type == "epsilon" else abar.sqrt() * eps - (1 - abar).sqrt() * x0
-        v = teacher.velocity(interpolate(LinearPath(), x0, eps, s), s, k, answer)
+        output = eps if prediction_type == "epsilon" else abar.sqrt() * eps - (1 - abar).sqrt() * x0
+        v = teacher.velocity(interpolate(x0, eps, s), s, k, output)
         torch.testing.assert_close(v, eps - x0, rtol=0, atol=1e-12)
 
 
@@ -198,10 +198,10 @@ def test_a_snapped_grid_keeps_its_ends_and_has_only_the_teachers_times_inside() 
     assert float((teacher.snap_grid(uniform_grid(25)) - uniform_grid(25)).abs().max()) < 2e-3
 
 
-def test_the_teacher_is_shown_unit_variance_for_unit_data() -> None:
+def test_the_teacher_input_has_unit_variance_for_unit_data() -> None:
     s = torch.tensor([0.0, 0.1, 0.5, 0.93, 0.97, 1.0], dtype=torch.float64)
-    shown = bridge().teacher_input(torch.ones(6, 1, 1, 1, dtype=torch.float64), s).flatten()
-    torch.testing.assert_close(shown**2 * (s**2 + (1 - s) ** 2), torch.ones_like(s))
+    inputs = bridge().teacher_input(torch.ones(6, 1, 1, 1, dtype=torch.float64), s).flatten()
+    torch.testing.assert_close(inputs**2 * (s**2 + (1 - s) ** 2), torch.ones_like(s))
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
@@ -209,12 +209,12 @@ def test_in_the_tail_the_line_leads_to_the_picture_that_the_last_step_sees(predi
     teacher = bridge(prediction_type)
     x, s, k = noise(2, 3, 4, 5), torch.tensor([0.95, 1.0], dtype=torch.float64), torch.full((2,), 999)
     x_vp, abar = teacher.teacher_input(x, s), teacher.schedule.alpha_bar[999]
-    answer = network(x_vp, k)
+    output = network(x_vp, k)
     if prediction_type == "epsilon":
-        x0_hat = (x_vp - (1 - abar).sqrt() * answer) / abar.sqrt()
+        x0_hat = (x_vp - (1 - abar).sqrt() * output) / abar.sqrt()
     else:
-        x0_hat = abar.sqrt() * x_vp - (1 - abar).sqrt() * answer
-    v = teacher.velocity(x, s, k, answer)
+        x0_hat = abar.sqrt() * x_vp - (1 - abar).sqrt() * output
+    v = teacher.velocity(x, s, k, output)
     torch.testing.assert_close(x0_from_velocity(x, v, s), x0_hat, rtol=0, atol=1e-11)
     torch.testing.assert_close(v[1], x[1] - x0_hat[1], rtol=0, atol=1e-11)
 
@@ -237,24 +237,24 @@ def test_the_last_step_is_the_teachers_even_when_its_time_was_stored_in_float32(
     torch.testing.assert_close(stored, exact, rtol=1e-4, atol=1e-4)
 
 
-def test_below_the_first_step_the_line_leads_from_the_noise_that_step_zero_sees() -> None:
+def test_below_the_first_step_the_line_leads_from_the_noise_predicted_at_step_zero() -> None:
     teacher = bridge()
     x, s, k = noise(1, 3, 4, 5), torch.zeros(1, dtype=torch.float64), torch.tensor([0])
-    answer = network(teacher.teacher_input(x, s), k)
-    v = teacher.velocity(x, s, k, answer)
-    torch.testing.assert_close(v, answer - x)
-    torch.testing.assert_close(eps_from_velocity(x, v, s), answer)
+    output = network(teacher.teacher_input(x, s), k)
+    v = teacher.velocity(x, s, k, output)
+    torch.testing.assert_close(v, output - x)
+    torch.testing.assert_close(x + per_sample(1 - s, x) * v, output)
 
 
 def test_the_ends_of_a_straight_line_come_back_from_its_velocity() -> None:
     x0, eps, s = noise(2, 3, 4, 5), noise(2, 3, 4, 5, seed=1), torch.tensor([0.95, 1.0], dtype=torch.float64)
-    x = interpolate(LinearPath(), x0, eps, s)
+    x = interpolate(x0, eps, s)
     torch.testing.assert_close(x0_from_velocity(x, eps - x0, s), x0)
-    torch.testing.assert_close(eps_from_velocity(x, eps - x0, s), eps)
+    torch.testing.assert_close(x + per_sample(1 - s, x) * (eps - x0), eps)
 
 
 @pytest.mark.parametrize("tail", ["guess", "data"])
-def test_a_tail_that_no_teacher_can_answer_is_refused(tail: str) -> None:
+def test_a_tail_of_an_unknown_name_is_refused(tail: str) -> None:
     with pytest.raises(Refused, match=f"tail policy '{tail}' is not known - choose one of hold, faithful"):
         Bridge(bridge().schedule, tail)  # type: ignore[arg-type]
 
@@ -265,15 +265,15 @@ def test_without_signal_at_the_last_step_there_is_no_tail() -> None:
     assert teacher.s_last == 1
     assert not teacher.in_tail(s).any()
     assert teacher.k_of_s(s).tolist() == [999]
-    answer = network(x, k)
-    torch.testing.assert_close(teacher.velocity(x, s, k, answer), x + answer)
+    output = network(x, k)
+    torch.testing.assert_close(teacher.velocity(x, s, k, output), x + output)
 
 
 def test_single_precision_stays_single_and_loses_little() -> None:
     teacher = bridge()
     x, k = noise(2, 3, 4, 5), torch.tensor([10, 999])
-    s, answer = teacher.s_of_k(k), noise(2, 3, 4, 5, seed=1)
-    single = teacher.velocity(x.float(), s.float(), k, answer.float())
+    s, output = teacher.s_of_k(k), noise(2, 3, 4, 5, seed=1)
+    single = teacher.velocity(x.float(), s.float(), k, output.float())
     assert single.dtype == torch.float32
-    torch.testing.assert_close(single.double(), teacher.velocity(x, s, k, answer), rtol=1e-5, atol=1e-5)
-    assert teacher.velocity(x.half(), s, k, answer.half()).dtype == torch.float32
+    torch.testing.assert_close(single.double(), teacher.velocity(x, s, k, output), rtol=1e-5, atol=1e-5)
+    assert teacher.velocity(x.half(), s, k, output.half()).dtype == torch.float32

@@ -11,7 +11,7 @@ from torch import nn
 from stages.nets.student import Student
 from stages.system.refusal import Refused
 from stages.tiny.anatomy import build_unet
-from stages.train.assessor import StaticWeights
+from stages.train.assessor import BlockWeighter
 from stages.train.checkpoint_store import CheckpointMeta, fault_of
 from stages.train.journal import read_step_lines
 from stages.train.loop import Hooks
@@ -123,14 +123,14 @@ def test_another_configuration_is_refused_but_other_intervals_are_not(tmp_path, 
     train(tmp_path, {"keep": {"last": 1}, "checkpoint_every_samples": 6, "journal_every_samples": 2})
 
 
-class RecordingWeights(StaticWeights):
+class RecordingWeights(BlockWeighter):
     """Fixed lambdas and sample weights, with a count of the steps in its state."""
 
     def __init__(self, fixed_lambdas: list[float] | None = None, weight: float = 1.0) -> None:
         self.fixed_lambdas, self.weight, self.call_count = fixed_lambdas, weight, 0
 
-    def lambdas(self, static):
-        return static if self.fixed_lambdas is None else torch.tensor(self.fixed_lambdas) + self.call_count / 1000
+    def lambdas(self):
+        return torch.tensor(self.fixed_lambdas or [1.0, 0.0]) + (self.call_count / 1000 if self.fixed_lambdas else 0)
 
     def observe(self, batch, output, importance_weight):
         assert output.features["mid"].shape == (2, 3)
