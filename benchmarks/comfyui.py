@@ -3,8 +3,8 @@
     python -m benchmarks.comfyui --work DIR [--comfyui FOLDER] [--keep]
 
 Without ComfyUI's folder the export alone is made: verified as every export is, and its 1130 tensors counted here. With
-it (a checkout; its requirements installed, no display and no GPU needed) its loader opens the file, must miss nothing,
-and its ModelSamplingSD3 must give the picture that our formula gives: x - s v(x, 1000 s). DIR needs 11 GB.
+it (a checkout; its requirements installed, no display and no GPU needed) its loader must open the file with nothing
+missing, and its ModelSamplingSD3 must give what our formula gives: x - s v(x, 1000 s). DIR needs 11 GB.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from safetensors import safe_open
 
 from benchmarks.full_size import CONTEXT, make_full_size
 from stages.export import export_all
+from stages.export.verify import ExportOptions
 from stages.nets.student import Student
 from stages.system.refusal import Refused
 
@@ -36,21 +37,23 @@ MAX_RELATIVE_ERROR = 1e-2
 
 def main() -> int:
     """Make the student, export it, and let ComfyUI open the file."""
-    said = _parse_args()
-    if said.comfyui and not (said.comfyui / "comfy" / "sd.py").is_file():
-        raise Refused(f"{said.comfyui}: no ComfyUI lies here (comfy/sd.py is missing) - name a checkout of it")
+    args = _parse_args()
+    if args.comfyui and not (args.comfyui / "comfy" / "sd.py").is_file():
+        raise Refused(f"{args.comfyui}: no ComfyUI is here (comfy/sd.py is missing) - name a checkout of it")
     with print_timing("teacher of SD1.5's size, random"):
-        teacher = make_full_size(said.work / "teacher")
+        teacher = make_full_size(args.work / "teacher")
     with print_timing("student, every tensor moved"):
         student = perturb_teacher(teacher)
-    out = said.work / "distill" / "export"
+    out = args.work / "distill" / "export"
     with print_timing("export in fp16, verified"):
-        _, file = export_all(student, teacher, out, {"teacher": "random", "tail": "hold"}, flow_shift=SHIFT)
+        _, file = export_all(
+            student, teacher, out, {"teacher": "random", "tail": "hold"}, ExportOptions(flow_shift=SHIFT)
+        )
     check_tensor_counts(file)
-    if said.comfyui:
-        compare(said.comfyui, file, student)
-    if not said.keep:
-        shutil.rmtree(said.work)
+    if args.comfyui:
+        compare(args.comfyui, file, student)
+    if not args.keep:
+        shutil.rmtree(args.work)
     return 0
 
 
@@ -87,14 +90,14 @@ def check_tensor_counts(file: Path) -> None:
     with safe_open(file, "pt") as opened:
         names = list(opened.keys())
         parameters = sum(torch.Size(opened.get_slice(name).get_shape()).numel() for name in names)
-    found = Counter(name.partition(".")[0] for name in names)
+    counts = Counter(name.partition(".")[0] for name in names)
     print(f"{file.name}: {len(names)} tensors, {parameters:,} parameters, {file.stat().st_size / 1e9:.2f} GB")
-    if found != COUNTS:
-        raise Refused(f"{file.name}: holds {dict(found)}, an SD1.5 file holds {COUNTS}")
+    if counts != COUNTS:
+        raise Refused(f"{file.name}: holds {dict(counts)}, an SD1.5 file holds {COUNTS}")
 
 
 class LogCollector(logging.Handler):
-    """What ComfyUI says while it loads."""
+    """What ComfyUI logs while it loads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,21 +111,21 @@ class LogCollector(logging.Handler):
 def compare(comfyui: Path, file: Path, student: Student) -> None:
     """Open the file with ComfyUI's loader and hold one denoised latent against ours."""
     with print_timing("ComfyUI's loader"):
-        model, heard = load(comfyui, file)
-    slips = [line for line in heard if "missing" in line or "unexpected" in line or "left over" in line]
+        model, messages = load(comfyui, file)
+    slips = [line for line in messages if "missing" in line or "unexpected" in line or "left over" in line]
     print(f"ComfyUI's loader on {type(model.model).__name__}: {slips or 'nothing missing, nothing left over'}")
     with print_timing("one answer of both"):
         error = denoised_error(model, student)
     print(f"x - s v at s = {S}: {error:.1e} away from ours")
     if slips or not error < MAX_RELATIVE_ERROR:
-        raise Refused(f"{file.name}: ComfyUI does not read it as it was meant")
+        raise Refused(f"{file.name}: ComfyUI does not read it as it was exported")
 
 
 def load(comfyui: Path, file: Path) -> tuple[Any, list[str]]:
     """The model as ComfyUI patches it for a rectified flow, and what was logged on the way."""
     sys.path.insert(0, str(comfyui))
-    heard = LogCollector()
-    logging.getLogger().addHandler(heard)
+    logged = LogCollector()
+    logging.getLogger().addHandler(logged)
     logging.getLogger().setLevel(logging.INFO)
     from comfy.cli_args import args
 
@@ -132,8 +135,8 @@ def load(comfyui: Path, file: Path) -> tuple[Any, list[str]]:
 
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(file), output_vae=True, output_clip=True)
     if clip is None or vae is None:
-        raise Refused(f"{file.name}: ComfyUI finds no {'text encoder' if clip is None else 'VAE'} in it")
-    return ModelSamplingSD3().patch(model, SHIFT)[0], heard.lines
+        raise Refused(f"{file.name}: ComfyUI reads no {'text encoder' if clip is None else 'VAE'} in it")
+    return ModelSamplingSD3().patch(model, SHIFT)[0], logged.lines
 
 
 @torch.inference_mode()
@@ -144,9 +147,9 @@ def denoised_error(model: Any, student: Student) -> float:
     generator = torch.Generator().manual_seed(2)
     x, cond = (torch.randn(shape, generator=generator) for shape in ((1, 4, 16, 16), (1, 77, CONTEXT)))
     comfy.model_management.load_models_gpu([model])
-    found = model.model.apply_model(x, torch.tensor([S]), c_crossattn=cond).float()
-    meant = x - S * student.velocity(x, torch.tensor([S], dtype=torch.float64), cond)
-    return float((found - meant).norm() / meant.norm())
+    theirs = model.model.apply_model(x, torch.tensor([S]), c_crossattn=cond).float()
+    ours = x - S * student.velocity(x, torch.tensor([S], dtype=torch.float64), cond)
+    return float((theirs - ours).norm() / ours.norm())
 
 
 if __name__ == "__main__":

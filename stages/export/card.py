@@ -1,10 +1,6 @@
-"""What an evaluation found, as Markdown tables and as the hub's `model-index`.
+"""The model card: what the folder is, how to run it, how it was made, how good it is, what it may be used for.
 
-The licence of a student's weights: its teacher's, as the teacher's own card states it.
-
-The model card: what the folder is, how to run it, how it was made, how good it is, what it may be used for.
-
-Every line comes from a fact; what is not known is left out, or said to be unknown.
+Every line comes from a fact; what is not known is left out, or stated to be unknown.
 """
 
 import json
@@ -25,45 +21,23 @@ STABLE_DIFFUSION_1 = {
 }
 """Hub ids whose licence is known without their card."""
 LICENCE_FIELDS = ("license", "license_name", "license_link")
-
-
-def licence_of(teacher_folder: Path, base_model: str | None = None) -> dict[str, str]:
-    """The head's fields of the teacher's card, or what its hub id is known for; empty when nothing states a licence."""
-    stated = _licence_from_card(teacher_folder / "README.md")
-    if "license" in stated:
-        return stated
-    return {"license": OPENRAIL} if base_model in STABLE_DIFFUSION_1 else {}
-
-
-def licence_files(teacher_folder: Path) -> list[Path]:
-    """The teacher's licence texts, which go where its weights go."""
-    return sorted(path for path in teacher_folder.glob("LICENSE*") if path.is_file())
-
-
-def _licence_from_card(file: Path) -> dict[str, str]:
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if not text.startswith("---"):
-        return {}
-    head = ModelCard(text, ignore_metadata_errors=True).data
-    return {key: value for key in LICENCE_FIELDS if isinstance(value := head.get(key), str)}
-
-
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "diffusers-training", "sollune"]
 DEFAULT_PROMPT = "a red lighthouse on a cliff"
 
-FLOW_SUMMARY = """A Stable Diffusion 1.x model that answers with the **velocity** of the straight path
-`x_s = (1 - s) x0 + s eps`, `v = eps - x0`, told the time `1000 s`. It was distilled by sollune from a cache of its
-teacher's own answers."""
+FLOW_SUMMARY = """\
+A Stable Diffusion 1.x model that predicts the **velocity** of the straight path
+`x_s = (1 - s) x0 + s eps`, `v = eps - x0`, at the timestep `1000 s`. It was distilled by sollune from a cache of its
+teacher's own predictions."""
 FLOW_SCHEDULER_NOTE = """\
-Keep the scheduler that lies here: UniPC with `use_flow_sigmas`, `prediction_type: flow_prediction` and
-`flow_shift: {flow_shift:g}` (`DPMSolverMultistepScheduler` with the same settings works as well). A scheduler for noise
-prediction makes noise of it; most refuse. The latents are scaled as the teacher's are. In ComfyUI: `ModelSamplingSD3`
-with shift {flow_shift:g} behind the loader, sampler euler, scheduler simple."""
+Keep the scheduler of this folder: UniPC with `use_flow_sigmas`, `prediction_type: flow_prediction` and
+`flow_shift: {flow_shift:g}` (`DPMSolverMultistepScheduler` with the same settings works as well). Most schedulers for
+noise prediction refuse it, the others give noise. The latents are scaled as the teacher's are. In ComfyUI:
+`ModelSamplingSD3` with shift {flow_shift:g} behind the loader, sampler euler, scheduler simple."""
 VP_SUMMARY = """\
-A Stable Diffusion 1.x model that answers with **v-prediction** on its teacher's own noise schedule. It was
-distilled by sollune from a cache of its teacher's own answers."""
+A Stable Diffusion 1.x model with **v-prediction** on its teacher's own noise schedule. It was distilled by sollune from
+a cache of its teacher's own predictions."""
 VP_SCHEDULER_NOTE = """\
-Keep the scheduler that lies here, or any other with `prediction_type: v_prediction` and the same betas.
+Keep the scheduler of this folder, or use any other with `prediction_type: v_prediction` and the same betas.
 The latents are scaled as the teacher's are."""
 
 EXAMPLE_CODE = """```python
@@ -73,117 +47,121 @@ pipeline = StableDiffusionPipeline.from_pretrained(".")  # this folder, or the p
 picture = pipeline({prompt}, num_inference_steps=25, guidance_scale=5.0).images[0]
 picture.save("picture.png")
 ```"""
+NOT_MEASURED = "Not measured yet: `sollune evaluate RUN`, then `sollune export RUN` again."
 
 LIMITS_TEXT = """\
-The student learnt from its teacher alone: what the teacher cannot paint, it cannot paint, and the biases
-and unwanted contents of the teacher's training pictures come along. **There is no safety filter** in this folder:
-whoever shows its pictures to others has to add one."""
+The student was trained on its teacher's predictions alone: it cannot generate what the teacher cannot, and it has the
+biases and unwanted contents of the teacher's training pictures. **There is no safety filter** in this folder: add one
+before you show its pictures to others."""
 SD1_LIMITS_TEXT = """\
-Its teacher is, or descends from, Stable Diffusion 1.x, whose card states: trained on a part of
+Its teacher is, or is made from, Stable Diffusion 1.x, whose card states: trained on a part of
 LAION-5B, which holds adult content; captions mainly in English, so that other languages work worse and white and
 western cultures are often the default; no legible text; weak at composition, faces and people; a lossy autoencoder."""
 
-CITATION = """sollune repeats, from an offline cache and with measured steps, an experiment of AbstractPhil:
+CITATION = """\
+sollune repeats, from an offline cache and with measured steps, an experiment of AbstractPhil:
 `AbstractPhil/sd15-flow-matching` ("Sol", guided by the assessor "David") and `AbstractPhil/sd15-flow-lune` ("Lune",
-which went on from it without him, on the latents of `AbstractPhil/sd15-latent-distillation-500k`)."""
+trained on from it without David, on the latents of `AbstractPhil/sd15-latent-distillation-500k`)."""
+
+
+def licence_of(teacher_folder: Path, base_model: str | None = None) -> dict[str, str]:
+    """The licence fields of the teacher's card, or the licence of its hub id; empty when neither is known."""
+    card = teacher_folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    stated: dict[str, str] = {}
+    if text.startswith("---"):
+        head = ModelCard(text, ignore_metadata_errors=True).data
+        stated = {key: value for key in LICENCE_FIELDS if isinstance(value := head.get(key), str)}
+    if "license" in stated:
+        return stated
+    return {"license": OPENRAIL} if base_model in STABLE_DIFFUSION_1 else {}
+
+
+def licence_files(teacher_folder: Path) -> list[Path]:
+    """The teacher's licence texts, which are copied with its weights."""
+    return sorted(path for path in teacher_folder.glob("LICENSE*") if path.is_file())
 
 
 def model_card(facts: Mapping[str, Any], history: RunHistory | None = None) -> str:
     """README.md with the head that model hubs read.
 
     `facts` are those of `sollune.json`: `title`, `license` with its name and link, and `base_model` (a hub id) are
-    taken up where they are there.
+    used where they are there.
     """
-    flows = facts.get("prediction") != "v_prediction"
-    scheduler_note = FLOW_SCHEDULER_NOTE if flows else VP_SCHEDULER_NOTE
+    is_flow = facts.get("prediction") != "v_prediction"
+    scheduler_note = (FLOW_SCHEDULER_NOTE if is_flow else VP_SCHEDULER_NOTE).format(**{"flow_shift": 1.0, **facts})
+    prompt = history.prompts[0] if history and history.prompts else DEFAULT_PROMPT
+    pictures = history.pictures if history else {}
     sections = {
-        "Use": f"{_example_code(history)}\n\n{scheduler_note.format(**{'flow_shift': 1.0, **facts})}",
-        "Samples": _picture_section(history),
-        "Figures": _evaluation_section(history),
+        "Use": f"{EXAMPLE_CODE.format(prompt=json.dumps(prompt))}\n\n{scheduler_note}",
+        "Samples": "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
+        "Figures": (metric_tables(history.evaluation) if history else "") or NOT_MEASURED,
         "How it was made": _provenance_section(facts, history),
-        "Biases, limits, safety": f"{LIMITS_TEXT}\n\n{SD1_LIMITS_TEXT}"
-        if _is_stable_diffusion_1(facts)
-        else LIMITS_TEXT,
+        "Biases, limits, safety": f"{LIMITS_TEXT}\n\n{SD1_LIMITS_TEXT}" if _is_sd1(facts) else LIMITS_TEXT,
         "Licence": _licence_section(facts),
         "Citation": CITATION,
     }
-    title = facts.get("title", f"{'A velocity model' if flows else 'A v-predicting model'} (sollune)")
+    title = facts.get("title", f"{'A velocity model' if is_flow else 'A v-predicting model'} (sollune)")
     body = [
         f"# {title}",
-        FLOW_SUMMARY if flows else VP_SUMMARY,
+        FLOW_SUMMARY if is_flow else VP_SUMMARY,
         *(f"## {head}\n\n{text}" for head, text in sections.items() if text),
     ]
-    return str(ModelCard(f"---\n{_front_matter(facts, history, flows).to_yaml()}\n---\n" + "\n\n".join(body) + "\n"))
+    return str(ModelCard(f"---\n{_front_matter(facts, history, is_flow).to_yaml()}\n---\n" + "\n\n".join(body) + "\n"))
 
 
 def _front_matter(facts: Mapping[str, Any], history: RunHistory | None, is_flow: bool) -> ModelCardData:
-    found = model_index_results(history.evaluation) if history else []
+    results = model_index_results(history.evaluation) if history else []
     base = facts.get("base_model")
-    told: dict[str, Any] = {key: facts[key] for key in LICENCE_FIELDS if key in facts}
+    fields: dict[str, Any] = {key: facts[key] for key in LICENCE_FIELDS if key in facts}
     if base:
-        told |= {"base_model": base, "base_model_relation": "finetune"}
-    if found:
-        told |= {"eval_results": found, "model_name": str(base or facts.get("teacher") or "student")}
+        fields |= {"base_model": base, "base_model_relation": "finetune"}
+    if results:
+        fields |= {"eval_results": results, "model_name": str(base or facts.get("teacher") or "student")}
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=[*TAGS, *(["flow-matching"] if is_flow else [])],
-        language="en" if _is_stable_diffusion_1(facts) else None,
+        language="en" if _is_sd1(facts) else None,
         inference=False,
-        **told,
+        **fields,
     )
 
 
-def _is_stable_diffusion_1(facts: Mapping[str, Any]) -> bool:
-    """Whether the teacher says that it is Stable Diffusion 1.x or made from it."""
+def _is_sd1(facts: Mapping[str, Any]) -> bool:
+    """Whether the teacher is Stable Diffusion 1.x or made from it."""
     return facts.get("license") == OPENRAIL or facts.get("base_model") in STABLE_DIFFUSION_1
-
-
-def _example_code(history: RunHistory | None) -> str:
-    prompts = history.prompts if history else []
-    return EXAMPLE_CODE.format(prompt=json.dumps(prompts[0] if prompts else DEFAULT_PROMPT))
-
-
-def _picture_section(history: RunHistory | None) -> str:
-    """The pictures that lie in the folder."""
-    pictures = history.pictures if history else {}
-    return "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
-
-
-def _evaluation_section(history: RunHistory | None) -> str:
-    found = metric_tables(history.evaluation) if history else ""
-    return found or "Not measured yet: `sollune evaluate RUN`, then `sollune export RUN` again."
 
 
 def _provenance_section(facts: Mapping[str, Any], history: RunHistory | None) -> str:
     cache = {"cache": history.cache_facts} if history and history.cache_facts else {}
-    told = "\n".join(_fact_lines({**facts, **cache}))
+    text = "\n".join(_fact_lines({**facts, **cache}))
     if not (history and history.settings):
-        return told
-    recipe = yaml.safe_dump(dict(history.settings), sort_keys=False, allow_unicode=True, width=120)
-    return f"{told}\n\n<details><summary>The run's settings</summary>\n\n```yaml\n{recipe}```\n\n</details>"
-
-
-def _licence_section(facts: Mapping[str, Any]) -> str:
-    """The weights' licence is the teacher's; never guessed."""
-    teacher = facts.get("base_model") or facts.get("teacher") or "its teacher"
-    if "license" not in facts:
-        return f"The weights stand under the licence of `{teacher}`, whose folder states none: ask whoever made it."
-    name = facts.get("license_name", facts["license"])
-    link = f" ({facts['license_link']})" if "license_link" in facts else ""
-    text = f"The weights are made from `{teacher}` and stand under its licence: `{name}`{link}."
-    if facts["license"] != OPENRAIL:
         return text
-    return (
-        f"{text} That is the CreativeML Open RAIL-M: its use-based restrictions (attachment A) bind "
-        "everybody who uses, changes or passes on these weights."
-    )
+    settings = yaml.safe_dump(dict(history.settings), sort_keys=False, allow_unicode=True, width=120)
+    return f"{text}\n\n<details><summary>The run's settings</summary>\n\n```yaml\n{settings}```\n\n</details>"
 
 
 def _fact_lines(facts: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One line for each fact, nested ones by their path."""
     rows: list[str] = []
     for key, value in sorted(facts.items()):
-        inner = isinstance(value, Mapping)
-        rows += _fact_lines(value, f"{prefix}{key}.") if inner else [f"- {prefix}{key}: `{value}`"]
+        nested = isinstance(value, Mapping)
+        rows += _fact_lines(value, f"{prefix}{key}.") if nested else [f"- {prefix}{key}: `{value}`"]
     return rows
+
+
+def _licence_section(facts: Mapping[str, Any]) -> str:
+    """The weights' licence is the teacher's; never guessed."""
+    teacher = facts.get("base_model") or facts.get("teacher") or "its teacher"
+    if "license" not in facts:
+        return f"The weights are under the licence of `{teacher}`, whose folder states none: ask its authors."
+    name = facts.get("license_name", facts["license"])
+    link = f" ({facts['license_link']})" if "license_link" in facts else ""
+    text = f"The weights are made from `{teacher}` and are under its licence: `{name}`{link}."
+    if facts["license"] != OPENRAIL:
+        return text
+    return (
+        f"{text} That is the CreativeML Open RAIL-M: its use-based restrictions (attachment A) bind "
+        "everybody who uses, changes or passes on these weights."
+    )

@@ -7,31 +7,25 @@ from torch import Tensor
 from stages.system.refusal import Refused
 
 LDM_PREFIXES = {
-    "unet": ["model", "diffusion_model"],
-    "vae": ["first_stage_model"],
-    "text_encoder": ["cond_stage_model", "transformer", "text_model"],
+    "unet": "model.diffusion_model",
+    "vae": "first_stage_model",
+    "text_encoder": "cond_stage_model.transformer.text_model",
 }
 UNET_RESNET = {
-    "norm1": ["in_layers", "0"],
-    "conv1": ["in_layers", "2"],
-    "time_emb_proj": ["emb_layers", "1"],
-    "norm2": ["out_layers", "0"],
-    "conv2": ["out_layers", "3"],
-    "conv_shortcut": ["skip_connection"],
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
 }
-VAE_RESNET = {
-    "norm1": ["norm1"],
-    "conv1": ["conv1"],
-    "norm2": ["norm2"],
-    "conv2": ["conv2"],
-    "conv_shortcut": ["nin_shortcut"],
-}
+VAE_RESNET = {"conv_shortcut": "nin_shortcut"} | {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v"}
 TEXT_ENCODER_ROOTS = {"embeddings", "encoder", "final_layer_norm"}
 
 
 def ldm_names(keys: Iterable[str], layers: int, vae_levels: int) -> dict[str, str]:
-    """Tensors named `<part>.<diffusers' name>` -> their names in one LDM file; the inverse is the dict turned round.
+    """Tensors named `<component>.<diffusers' name>` -> their names in one LDM file, each used once.
 
     `layers` is the UNet's `layers_per_block`, `vae_levels` the number of the VAE's resolutions. Raises `Refused` for a
     tensor that no SD-1.x model has and for two that would share a name.
@@ -47,23 +41,21 @@ def ldm_names(keys: Iterable[str], layers: int, vae_levels: int) -> dict[str, st
 
 def ldm_name(key: str, layers: int, vae_levels: int) -> str:
     """The LDM name of one tensor; raises `Refused` for one that no SD-1.x model has."""
-    part, *words = key.split(".")
-    match part:
-        case "unet":
-            found = _unet_name(words, layers)
-        case "vae":
-            found = _vae_name(words, vae_levels)
-        case "text_encoder":
-            found = _text_encoder_name(words)
-        case _:
-            found = []
-    if not found:
+    component, *words = key.split(".")
+    name = ""
+    if component == "unet":
+        name = _unet_name(words, layers)
+    elif component == "vae":
+        name = _vae_name(words, vae_levels)
+    elif component == "text_encoder":
+        name = _text_encoder_name(words)
+    if not name:
         raise Refused(f"export: no SD-1.x model has a tensor {key} - the LDM layout holds SD-1.x models only")
-    return ".".join([*LDM_PREFIXES[part], *found])
+    return f"{LDM_PREFIXES[component]}.{name}"
 
 
 def to_ldm(key: str, value: Tensor) -> Tensor:
-    """The tensor as LDM shapes it: the VAE's attention is made of 1x1 convolutions, [out, in] -> [out, in, 1, 1]."""
+    """The tensor in LDM's shape: the VAE's attention is made of 1x1 convolutions, [out, in] -> [out, in, 1, 1]."""
     return value[:, :, None, None] if _is_projection(key) else value
 
 
@@ -76,33 +68,33 @@ def _is_projection(key: str) -> bool:
     return key.startswith("vae.") and ".attentions.0.to_" in key and key.endswith(".weight")
 
 
-def _text_encoder_name(words: list[str]) -> list[str]:
+def _text_encoder_name(words: list[str]) -> str:
     """One tensor of the text encoder, whose names transformers >= 5.6 no longer nests; empty if unknown."""
     inner = words[1:] if words[:1] == ["text_model"] else words
-    return inner if TEXT_ENCODER_ROOTS.intersection(inner[:1]) else []
+    return ".".join(inner) if TEXT_ENCODER_ROOTS.intersection(inner[:1]) else ""
 
 
-def _unet_name(words: list[str], layers: int) -> list[str]:
-    """The UNet's ends and middle; an empty list for an unknown name."""
+def _unet_name(words: list[str], layers: int) -> str:
+    """One tensor of the UNet; empty if unknown."""
     match words:
         case ["conv_in", kind]:
-            return ["input_blocks", "0", "0", kind]
-        case ["time_embedding", ("linear_1" | "linear_2") as which, kind]:
-            return ["time_embed", "0" if which == "linear_1" else "2", kind]
+            return f"input_blocks.0.0.{kind}"
+        case ["time_embedding", ("linear_1" | "linear_2") as layer, kind]:
+            return f"time_embed.{0 if layer == 'linear_1' else 2}.{kind}"
         case ["conv_norm_out", kind]:
-            return ["out", "0", kind]
+            return f"out.0.{kind}"
         case ["conv_out", kind]:
-            return ["out", "2", kind]
+            return f"out.2.{kind}"
         case ["mid_block", "resnets", j, inner, kind] if inner in UNET_RESNET:
-            return ["middle_block", str(2 * int(j)), *UNET_RESNET[inner], kind]
+            return f"middle_block.{2 * int(j)}.{UNET_RESNET[inner]}.{kind}"
         case ["mid_block", "attentions", "0", *inner]:
-            return ["middle_block", "1", *inner]
+            return ".".join(["middle_block.1", *inner])
         case [("down_blocks" | "up_blocks") as side, b, *rest]:
             return _unet_block_name(side == "down_blocks", int(b), rest, layers)
-    return []
+    return ""
 
 
-def _unet_block_name(down: bool, b: int, words: list[str], layers: int) -> list[str]:
+def _unet_block_name(down: bool, b: int, words: list[str], layers: int) -> str:
     """One block: diffusers counts within it, LDM through the whole side, where each level takes `layers` + 1 slots.
 
     Down, slot 0 is `conv_in` and a level's last slot its downsampler; up, the upsampler stands in the last slot behind
@@ -111,40 +103,40 @@ def _unet_block_name(down: bool, b: int, words: list[str], layers: int) -> list[
     side, first = ("input_blocks", (layers + 1) * b + 1) if down else ("output_blocks", (layers + 1) * b)
     match words:
         case ["resnets", j, inner, kind] if inner in UNET_RESNET:
-            return [side, str(first + int(j)), "0", *UNET_RESNET[inner], kind]
+            return f"{side}.{first + int(j)}.0.{UNET_RESNET[inner]}.{kind}"
         case ["attentions", j, *inner]:
-            return [side, str(first + int(j)), "1", *inner]
+            return ".".join([f"{side}.{first + int(j)}.1", *inner])
         case ["downsamplers", "0", "conv", kind] if down:
-            return [side, str(first + layers), "0", "op", kind]
+            return f"{side}.{first + layers}.0.op.{kind}"
         case ["upsamplers", "0", "conv", kind] if not down:
-            return [side, str(first + layers), "1" if b == 0 else "2", "conv", kind]
-    return []
+            return f"{side}.{first + layers}.{1 if b == 0 else 2}.conv.{kind}"
+    return ""
 
 
-def _vae_name(words: list[str], levels: int) -> list[str]:
+def _vae_name(words: list[str], levels: int) -> str:
     """One tensor of the autoencoder, whose LDM decoder counts its resolutions from the finest; empty if unknown."""
     match words:
         case [("quant_conv" | "post_quant_conv"), _] | [("encoder" | "decoder"), ("conv_in" | "conv_out"), _]:
-            return words
+            return ".".join(words)
         case [("encoder" | "decoder") as half, "conv_norm_out", kind]:
-            return [half, "norm_out", kind]
+            return f"{half}.norm_out.{kind}"
         case [half, "mid_block", "resnets", j, inner, kind] if inner in VAE_RESNET:
-            return [half, "mid", f"block_{int(j) + 1}", *VAE_RESNET[inner], kind]
+            return f"{half}.mid.block_{int(j) + 1}.{VAE_RESNET[inner]}.{kind}"
         case [half, "mid_block", "attentions", "0", "to_out", "0", kind]:
-            return [half, "mid", "attn_1", "proj_out", kind]
+            return f"{half}.mid.attn_1.proj_out.{kind}"
         case [half, "mid_block", "attentions", "0", inner, kind] if inner in VAE_ATTENTION:
-            return [half, "mid", "attn_1", VAE_ATTENTION[inner], kind]
+            return f"{half}.mid.attn_1.{VAE_ATTENTION[inner]}.{kind}"
         case ["encoder", "down_blocks", i, *rest]:
-            return _vae_block_name(["encoder", "down", i], rest)
+            return _vae_block_name(f"encoder.down.{i}", rest)
         case ["decoder", "up_blocks", i, *rest]:
-            return _vae_block_name(["decoder", "up", str(levels - 1 - int(i))], rest)
-    return []
+            return _vae_block_name(f"decoder.up.{levels - 1 - int(i)}", rest)
+    return ""
 
 
-def _vae_block_name(prefix: list[str], words: list[str]) -> list[str]:
+def _vae_block_name(prefix: str, words: list[str]) -> str:
     match words:
         case ["resnets", j, inner, kind] if inner in VAE_RESNET:
-            return [*prefix, "block", j, *VAE_RESNET[inner], kind]
+            return f"{prefix}.block.{j}.{VAE_RESNET[inner]}.{kind}"
         case [("downsamplers" | "upsamplers") as sampler, "0", "conv", kind]:
-            return [*prefix, sampler.removesuffix("rs"), "conv", kind]
-    return []
+            return f"{prefix}.{sampler.removesuffix('rs')}.conv.{kind}"
+    return ""

@@ -21,8 +21,8 @@ def export_original(run: SavedRun, components: Components, out: Path, dtype: tor
     """Write `<out>/<teacher>-flow.pt`, reading it back before it gets this name; returns the file.
 
     `student` holds the averaged weights under the keys of the original's trainer. `opt` and `sched` are empty: the
-    optimizer's moments belong to the weights before averaging, and training goes on from a run's own checkpoints.
-    Raises `Refused` for a student that is still its teacher, and for weights that are no numbers in `dtype`.
+    optimizer's moments belong to the weights before averaging, and training resumes from a run's own checkpoints.
+    Raises `Refused` for a student that equals its teacher, and for weights that are not finite in `dtype`.
     """
     state = load_student(run, components).unet.state_dict()
     student = {f"unet.{name}": value.detach().cpu().to(dtype).contiguous() for name, value in state.items()}
@@ -30,7 +30,8 @@ def export_original(run: SavedRun, components: Components, out: Path, dtype: tor
     content = {"cfg": cfg, "student": student, "opt": {}, "sched": {}, "gstep": run.samples // cfg["batch_size"]}
     file = out / f"{teacher_name(components.name_facts)}-flow.pt"
     OriginalCheckpoint(run.weights, cfg, student, run.samples).weights(components.unet)
-    _refuse_foreign(file)
+    if file.exists() and not {"samples", "target", "tail"} <= read_original(file).cfg.keys():
+        raise Refused(f"{file}: is no export of ours, and would be written over - {MOVE_REMEDY}")
     try:
         with atomic_path(file) as temporary:
             with open(temporary, "wb") as handle:
@@ -42,14 +43,8 @@ def export_original(run: SavedRun, components: Components, out: Path, dtype: tor
     return file
 
 
-def _refuse_foreign(file: Path) -> None:
-    """Raise `Refused` unless the file that would be written over is ours, by what its `cfg` says."""
-    if file.exists() and not {"samples", "target", "tail"} <= read_original(file).cfg.keys():
-        raise Refused(f"{file}: is no export of ours, and would be written over - {MOVE_REMEDY}")
-
-
 def original_cfg(run: SavedRun, components: Components) -> dict[str, Any]:
-    """`cfg`: the original's names where it has them, and what an import of ours wants to know besides.
+    """`cfg`: the original's names where it has them, and what `sollune import` needs besides.
 
     Without a recorded batch size `gstep` counts samples.
     """
@@ -70,6 +65,6 @@ def original_cfg(run: SavedRun, components: Components) -> dict[str, Any]:
 
 def _verify_written(file: Path, student: dict[str, Tensor]) -> None:
     """Raise `Refused` unless a reader that runs no code finds these very tensors."""
-    found = read_original(file).student
-    if found.keys() != student.keys() or not all(torch.equal(found[key], student[key]) for key in student):
+    stored = read_original(file).student
+    if stored.keys() != student.keys() or not all(torch.equal(stored[key], student[key]) for key in student):
         raise Refused(f"{file}: not read back as it was written - check the disk")

@@ -1,14 +1,12 @@
-"""A safetensors file whose bytes depend on nothing but its content, and which carries the hash of its own tensors.
+"""A safetensors file with reproducible bytes, and the metadata by which other programs and ours know it.
 
 The library writes metadata in an order that changes from call to call, so the header is written here: eight bytes of
 length, JSON with sorted keys padded to a multiple of eight, the tensors in the order of their names.
-
-What the single file says of itself: ModelSpec 1.0.1 for the programs that read it, `sollune.*` for ourselves.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +18,19 @@ from stages.system.refusal import Refused
 SAFETENSORS_TYPES = {torch.float16: "F16", torch.float32: "F32"}
 CHUNK_BYTES = 1 << 24
 HEADER_HASH_KEY = "sollune_header_sha256"
-
-
-def tensor_bytes(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    """The bytes of every tensor, little-endian and in the order of their names."""
-    for name in sorted(tensors):
-        yield tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over all that follows the header, in ModelSpec's spelling (formats.md 4.1)."""
-    sha = hashlib.sha256()
-    for part in tensor_bytes(tensors):
-        sha.update(part)
-    return f"0x{sha.hexdigest()}"
-
-
-def with_header_hash(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The same with a hash of all it says, so that whoever changes a word of it is noticed."""
-    return {**metadata, HEADER_HASH_KEY: _header_hash(metadata)}
-
-
-def has_valid_header_hash(metadata: Mapping[str, str]) -> bool:
-    """Whether it says what it said when it was sealed, or was written before there were seals."""
-    said = {key: value for key, value in metadata.items() if key != HEADER_HASH_KEY}
-    return metadata.get(HEADER_HASH_KEY, _header_hash(said)) == _header_hash(said)
-
-
-def _header_hash(metadata: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()
+STUDENT_KEY = "student_sha256"
+FACT_KEYS = {
+    "prediction": "prediction",
+    "path": "path",
+    "time_scale": "time_scale",
+    "flow_shift": "shift",
+    "tail": "tail_policy",
+    "recipe_sha256": "recipe_sha256",
+    "teacher_sha256": "teacher_sha256",
+    "student_sha256": STUDENT_KEY,
+    "samples": "samples_seen",
+}
+"""A fact of `sollune.json` -> its key in the file, behind `sollune.`."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -67,11 +49,25 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.writelines(tensor_bytes(tensors))
+        file.writelines(tensor_bytes(tensors[name]) for name in sorted(tensors))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor on the CPU, little-endian."""
+    content: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return content
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over all that follows the header, in ModelSpec's spelling (formats.md 4.1)."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(tensor_bytes(tensors[name]))
+    return f"0x{sha.hexdigest()}"
 
 
 def hash_file_tensors(path: Path) -> str:
-    """The same hash as `hash_of`, from the bytes of a written file."""
+    """The same hash as `hash_tensors`, from the bytes of a written file."""
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
@@ -80,19 +76,19 @@ def hash_file_tensors(path: Path) -> str:
     return f"0x{sha.hexdigest()}"
 
 
-STUDENT_KEY = "student_sha256"
-FACT_KEYS = {
-    "prediction": "prediction",
-    "path": "path",
-    "time_scale": "time_scale",
-    "flow_shift": "shift",
-    "tail": "tail_policy",
-    "recipe_sha256": "recipe_sha256",
-    "teacher_sha256": "teacher_sha256",
-    "student_sha256": STUDENT_KEY,
-    "samples": "samples_seen",
-}
-"""A fact of `sollune.json` -> its key in the file, behind `sollune.`."""
+def with_header_hash(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata with a hash over itself, by which a later change is noticed."""
+    return {**metadata, HEADER_HASH_KEY: _header_hash(metadata)}
+
+
+def has_valid_header_hash(metadata: Mapping[str, str]) -> bool:
+    """Whether the metadata is as it was written; files of early versions carry no hash and count as such."""
+    hashed = {key: value for key, value in metadata.items() if key != HEADER_HASH_KEY}
+    return metadata.get(HEADER_HASH_KEY, _header_hash(hashed)) == _header_hash(hashed)
+
+
+def _header_hash(metadata: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()
 
 
 def teacher_name(facts: Mapping[str, Any]) -> str:
@@ -104,7 +100,7 @@ def teacher_name(facts: Mapping[str, Any]) -> str:
 
 
 def model_name(facts: Mapping[str, Any]) -> str:
-    """What a student is called unless told: as its teacher, and as its story where it was fine-tuned on classes."""
+    """The default name of a student: its teacher's, with `-classes` behind it where it was fine-tuned on classes."""
     return f"{teacher_name(facts)}-classes" if "classes" in facts else teacher_name(facts)
 
 
@@ -117,7 +113,7 @@ def single_file_name(facts: Mapping[str, Any], name: str | None, unet_only: bool
 def single_file_metadata(
     facts: Mapping[str, Any], pixels: int, tensor_hash: str, name: str | None = None, unet_only: bool = False
 ) -> dict[str, str]:
-    """The file's metadata; `pixels` is the side of the pictures, `tensor_hash` sha256 over the tensor bytes.
+    """ModelSpec 1.0.1 for other programs, `sollune.*` for ours; `pixels` is the side of the pictures.
 
     `sd3` is the one word for a velocity that a program acts on: SwarmUI then samples on the straight path. No date and
     no author: the same export gives the same bytes (formats.md 4.1).

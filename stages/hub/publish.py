@@ -1,6 +1,7 @@
-"""`sollune publish RUN --to ORG/NAME`: send a run's export and newest checkpoint to the hub, as often as it takes."""
+"""`sollune publish RUN --to ORG/NAME`: send a run's export and newest checkpoint to the hub."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from pydantic import Field
@@ -8,7 +9,7 @@ from pydantic import Field
 from configs.load import config_from_arguments
 from configs.values import Strict
 from stages.hub.repository import Repository, root_cause
-from stages.hub.snapshot import CHECKPOINTS_FOLDER, Snapshot, Staging, open_staging
+from stages.hub.snapshot import CHECKPOINTS_FOLDER, Snapshot, Staging
 from stages.system.refusal import Refused
 from stages.train.checkpoint_store import fault_of
 
@@ -21,30 +22,30 @@ class Config(Strict):
     run: Path = Field(description="run folder, such as runs/tiny/distill")
     to: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="hub repository, ORG/NAME; made if it is missing")
     private: bool = Field(True, description="make the repository private, and refuse one that is public already")
-    checkpoint: bool = Field(True, description="send the newest whole checkpoint too, from which a run can go on")
+    checkpoint: bool = Field(True, description="send the newest whole checkpoint too, from which a run can resume")
 
 
 def run(config: Config, repository: Repository | None = None) -> None:
-    """Send what is there, and find it there with the right hashes; what already lies there is not sent twice.
+    """Upload what is there and compare the hashes on the hub; files that are there already are not sent again.
 
-    Raises `Refused` when there is nothing to send, no right to, or when it did not arrive.
+    Raises `Refused` when there is nothing to send, no permission, or when it did not arrive.
     """
     repository = repository or Repository(config.to, config.private)
-    with open_staging(config.run) as staging:
-        parcels = list(_snapshots(config, staging))
-        if not parcels:
+    with closing(Staging(config.run)) as staging:
+        snapshots = list(_snapshots(config, staging))
+        if not snapshots:
             raise Refused(f"{config.run}: holds neither an export nor a whole checkpoint - name a run that does")
-        for parcel in parcels:
+        for snapshot in snapshots:
             try:
-                repository.upload(parcel)
+                repository.upload(snapshot)
             except Refused:
                 raise
-            except Exception as error:  # what the client and its transports raise has no common name
+            except Exception as error:  # the client and its transports raise many kinds
                 raise Refused(
-                    f"hub {config.to}: {parcel.name} has not arrived ({root_cause(error)}) - "
+                    f"hub {config.to}: {snapshot.name} has not arrived ({root_cause(error)}) - "
                     "run the same command again, it goes on from there"
                 ) from error
-            print(f"hub {config.to}: {parcel.name} is there, {len(parcel.files())} files with the right hash")
+            print(f"hub {config.to}: {snapshot.name} is there, {len(snapshot.files())} files with the right hash")
 
 
 def _snapshots(config: Config, staging: Staging) -> Iterator[Snapshot]:

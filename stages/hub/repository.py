@@ -1,6 +1,6 @@
 """A model repository on the hub: the export at its root, checkpoints/<samples>/ below it.
 
-A run's newest checkpoint, brought back from the hub to a machine that holds none.
+`fetch_newest_checkpoint` downloads the newest checkpoint of a run to a machine that holds none.
 """
 
 import hashlib
@@ -24,6 +24,8 @@ from stages.train.checkpoint_store import fault_of, sha256
 FILE_OF_CHECKPOINT = re.compile(rf"{CHECKPOINTS_FOLDER}/(\d+)/.+")
 NO_RIGHTS_STATUS = {401, 402, 403, 404}
 STALL_SECONDS = 300.0
+MAX_TRIES, FIRST_PAUSE_SECONDS = 4, 10.0
+T = TypeVar("T")
 
 
 class UploadMismatch(RuntimeError):
@@ -39,12 +41,12 @@ class Repository:
 
     @property
     def api(self) -> HfApi:
-        """The client, told to give up on a link that is silent for long: by itself it would wait for ever."""
+        """The client, with a timeout for a silent link: its own default is to wait for ever."""
         get_session().timeout = STALL_SECONDS
         return self._api
 
     def open(self) -> None:
-        """Make it if it is missing; raises `Refused` where no attempt to come would be allowed to write.
+        """Make it if it is missing; raises `Refused` where later uploads would not be permitted.
 
         A hub that cannot be reached raises what the client raises.
         """
@@ -55,7 +57,7 @@ class Repository:
             self.api.auth_check(self.name, write=True)
             public = not self.api.repo_info(self.name).private
         except (HFValidationError, OfflineModeIsEnabled) as error:
-            raise Refused(f"hub {self.name}: {first_line(error)} - mend that, or name no repository") from error
+            raise Refused(f"hub {self.name}: {first_line(error)} - correct that, or name no repository") from error
         except HfHubHTTPError as error:
             if error.response.status_code not in NO_RIGHTS_STATUS:
                 raise
@@ -64,13 +66,13 @@ class Repository:
                 "take a token that may, name another repository, or none"
             ) from error
         if public and self.private:
-            raise Refused(f"hub {self.name}: is public, private was asked for - name another, or say private false")
+            raise Refused(f"hub {self.name}: is public, the setting is private - name another, or set private false")
         self.is_open = True
 
     def upload(self, snapshot: Snapshot) -> None:
-        """Send a parcel in one commit and find every file of it on the hub with the right hash.
+        """Send a snapshot in one commit and compare the hash of every file on the hub.
 
-        What is there already is not sent again. Raises `NotAsSent`, or what the client raises.
+        Files that are there already are not sent again. Raises `UploadMismatch`, or what the client raises.
         """
         if not self.is_open:
             self.open()
@@ -86,22 +88,20 @@ class Repository:
         """Samples seen -> paths of a checkpoint's files, in rising order."""
         if not self.is_open:
             self.open()
-        found: dict[int, list[str]] = {}
+        files: dict[int, list[str]] = {}
         for path in self._tree():
             if match := FILE_OF_CHECKPOINT.fullmatch(path):
-                found.setdefault(int(match[1]), []).append(path)
-        return dict(sorted(found.items()))
+                files.setdefault(int(match[1]), []).append(path)
+        return dict(sorted(files.items()))
 
     def remove_old_checkpoints(self, newest_samples: int, keep: int) -> None:
-        """Delete the checkpoints up to `newest` beyond the last `keep`, and give back the room that they took.
+        """Delete the checkpoints up to `newest_samples` but for the last `keep`, and free their storage.
 
-        Later ones are left alone: they come from another life of the run, and nobody knows here what they are worth.
+        Later ones are left alone: they come from another attempt of the run, and may be worth keeping.
         """
-        stale = {n: paths for n, paths in self.checkpoints().items() if n <= newest_samples}
-        for n in list(stale)[-keep:]:
-            del stale[n]
+        stale = [paths for n, paths in self.checkpoints().items() if n <= newest_samples][:-keep]
         if stale:
-            folders = [checkpoint_folder(paths[0]) for paths in stale.values()]
+            folders = [checkpoint_folder(paths[0]) for paths in stale]
             deletions = [CommitOperationDelete(f"{folder}/", is_folder=True) for folder in folders]
             self.api.create_commit(self.name, deletions, commit_message=f"Remove {', '.join(folders)}")
             self._free_storage()
@@ -124,15 +124,15 @@ class Repository:
             entry = listed.get(path)
             if not isinstance(entry, RepoFile):
                 raise UploadMismatch(f"{path} is not in the repository after it was sent")
-            # Hashed here: what the client says of a file it may have from the very reading that went wrong.
-            found, sent = (entry.lfs.sha256, sha256(file)) if entry.lfs else (entry.blob_id, git_blob_id(file))
-            if found != sent:
-                raise UploadMismatch(f"{path} has the hash {found[:12]}... there, sent was {sent[:12]}...")
+            # Hashed here: the client's own hash may come from the very reading that went wrong.
+            remote, sent = (entry.lfs.sha256, sha256(file)) if entry.lfs else (entry.blob_id, git_blob_id(file))
+            if remote != sent:
+                raise UploadMismatch(f"{path} has the hash {remote[:12]}... there, sent was {sent[:12]}...")
 
     def _free_storage(self) -> None:
-        """Give back the storage of checkpoints that are in the tree no more: a deletion alone leaves it in the history.
+        """Free the storage of checkpoints that are no longer in the tree: a deletion alone leaves it in the history.
 
-        Where somebody made a branch or a tag nothing is given back: it may hold one of them on purpose.
+        Nothing is freed where there is another branch or a tag: it may hold one of them on purpose.
         """
         refs = self.api.list_repo_refs(self.name)
         if len(refs.branches) > 1 or refs.tags:
@@ -143,46 +143,41 @@ class Repository:
             for file in self.api.list_lfs_files(self.name)
             if FILE_OF_CHECKPOINT.fullmatch(file.filename) and file.file_oid not in alive
         ]
-        # The history stays as it is, for whoever cloned it: only the content of these files goes.
+        # The history stays as it is, for its clones: only the content of these files is deleted.
         self.api.permanently_delete_lfs_files(self.name, dead, rewrite_history=False)
 
 
 def checkpoint_folder(path: str) -> str:
-    """The checkpoint in which a file of the repository lies."""
+    """The folder of a file of a checkpoint in the repository."""
     return "/".join(path.split("/")[:2])
 
 
 def git_blob_id(file: Path) -> str:
-    """The name that git gives to a file's content (sha1); the hub lists it for files outside of LFS."""
+    """git's hash of a file's content (sha1), which the hub lists for files outside of LFS."""
     content = file.read_bytes()
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
 
 
 def root_cause(error: BaseException) -> str:
-    """Why something failed, in one short line: the innermost cause's words, for the client wraps them."""
+    """Why something failed, in one short line: the innermost cause, which the client wraps."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {first_line(error)}"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, at most 160 letters."""
+    """The first line of an exception's text, at most 160 characters."""
     lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else "no words"
-
-
-MAX_TRIES, FIRST_PAUSE_SECONDS = 4, 10.0
-
-T = TypeVar("T")
+    return lines[0][:160] if lines else "no message"
 
 
 def fetch_newest_checkpoint(
     repository: Repository, folder: Path, sleep: Callable[[float], None] = time.sleep
 ) -> Path | None:
-    """Bring the newest whole checkpoint of the repository into the folder of checkpoints; None when it holds none.
+    """Download the newest whole checkpoint of the repository into the folder of checkpoints; None when it holds none.
 
-    Says which were passed over and why. Raises `Refused` when the hub cannot be asked: to begin anew instead would
-    throw the run away.
+    Prints which were passed over and why. Raises `Refused` when the hub cannot be reached: starting again instead would
+    lose the run.
     """
     unfinished = folder / ".hub.partial"
     try:
@@ -199,25 +194,29 @@ def fetch_newest_checkpoint(
     return None
 
 
+def backoff_seconds(first_pause: float, failures: int) -> float:
+    """The pause after so many failures in a row, which doubles up to the eleventh."""
+    return first_pause * 2.0 ** min(failures - 1, 10)
+
+
 def _with_retries(call: Callable[[], T], repository: Repository, sleep: Callable[[float], None]) -> T:
-    """The answer, asked for a few times."""
-    for attempt in range(MAX_TRIES):
-        if attempt:
-            sleep(FIRST_PAUSE_SECONDS * 2.0 ** (attempt - 1))
+    for failures in range(MAX_TRIES):
+        if failures:
+            sleep(backoff_seconds(FIRST_PAUSE_SECONDS, failures))
         try:
             return call()
         except Refused:
             raise
-        except Exception as error:  # what the client and its transports raise has no common name
+        except Exception as error:  # the client and its transports raise many kinds
             last = error
     raise Refused(
-        f"hub {repository.name}: cannot be asked for a checkpoint ({root_cause(last)}) - "
-        "start again when it can be reached, or say hub.checkpoints false to begin anew"
+        f"hub {repository.name}: no checkpoint can be fetched ({root_cause(last)}) - "
+        "start again when it can be reached, or set hub.checkpoints false to begin anew"
     ) from last
 
 
 def _move_into_place(downloaded: Path, folder: Path) -> Path:
-    """Put a checkpoint in its place, where only one that was passed over as broken can stand."""
+    """Only a broken checkpoint can have that name: it is replaced."""
     final = folder / downloaded.name
     shutil.rmtree(final, ignore_errors=True)
     downloaded.replace(final)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from shards.writer import CacheWriter
 from stages.cache.targets import RenderConfig, StatesConfig, make_records, recipe_of
 from stages.export.diffusers import export_diffusers
+from stages.export.verify import ExportOptions
 from stages.nets.components import load_components
 from stages.nets.graft import graft_time_embedding
 from stages.nets.saved import Origin
@@ -74,6 +75,10 @@ def run_folder(teacher: Teacher, student: Student, tmp_path_factory: pytest.Temp
     save_file(student.state_dict(), checkpoint / "ema.safetensors")
     Origin.from_manifest(writer.manifest).save(run)
     export_diffusers(
-        student, teacher.components.folder, run / "export", {"samples": SAMPLES, "teacher": "random"}, torch.float32
+        student,
+        teacher.components.folder,
+        run / "export",
+        {"samples": SAMPLES, "teacher": "random"},
+        ExportOptions(dtype="float32"),
     )
     return run

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from stages.export.diffusers import export_diffusers
 from stages.export.ldm import export_ldm
+from stages.export.verify import ExportOptions
 from stages.nets.saved import Origin
 from stages.nets.student import Student, make_vp_bridge
 from stages.nets.teacher import Teacher
@@ -163,7 +164,9 @@ def test_a_v_prediction_run_and_its_export_are_the_same_field(
     origin = Origin.open(run_folder)
     Origin(origin.teacher, origin.teacher_sha256, "faithful", origin.recipe_sha256, "vp_v").save(run)
     speaking = Student(student.unet, make_vp_bridge("vp_v", teacher.components.schedule, "faithful"))
-    folder = export_diffusers(speaking, teacher_folder, run / "export", {"tail": "faithful"}, torch.float32)
+    folder = export_diffusers(
+        speaking, teacher_folder, run / "export", {"tail": "faithful"}, ExportOptions(dtype="float32")
+    )
     for solver in ("heun", "ddim"):
         assert_same(pixels(run, "--solver", solver), pixels(folder, "--solver", solver))
 

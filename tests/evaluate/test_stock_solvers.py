@@ -16,6 +16,7 @@ from diffusers import (
 )
 
 from stages.export.diffusers import export_diffusers
+from stages.export.verify import ExportOptions
 from stages.flow.solver import apply_guidance, euler
 from stages.nets.student import TIME_SCALE, Student, make_vp_bridge
 from stages.nets.teacher import Teacher
@@ -113,7 +114,7 @@ def test_ddim_of_a_v_prediction_student_is_stock_ddim(
     student: Student, teacher: Teacher, teacher_folder: Path, tmp_path: Path
 ) -> None:
     speaking = Student(student.unet, make_vp_bridge("vp_v", teacher.components.schedule, "hold"))
-    exported = export_diffusers(speaking, teacher_folder, tmp_path, {"tail": "hold"}, torch.float32)
+    exported = export_diffusers(speaking, teacher_folder, tmp_path, {"tail": "hold"}, ExportOptions(dtype="float32"))
     painter = load_model(str(exported), "cpu")
     pipeline = load_pipeline(exported, torch.device("cpu"))
     assert isinstance(pipeline.scheduler, DDIMScheduler)

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from stages.export import export_all
 from stages.export.diffusers import export_diffusers
+from stages.export.verify import ExportOptions
 from stages.nets.student import Student
 from stages.tiny import anatomy
 
@@ -50,7 +51,7 @@ def student(teacher_folder: Path) -> Student:
 def exported(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export in fp32 that no test may change."""
     out, facts = tmp_path_factory.mktemp("export"), {"samples": 64, "tail": "hold"}
-    return export_diffusers(distilled(teacher_folder), teacher_folder, out, facts, torch.float32)
+    return export_diffusers(distilled(teacher_folder), teacher_folder, out, facts, ExportOptions(dtype="float32"))
 
 
 FACTS = {"base_model": "someone/sd-embedded", "tail": "hold", "samples": 64, "recipe_sha256": "ab" * 32}
@@ -60,7 +61,7 @@ FACTS = {"base_model": "someone/sd-embedded", "tail": "hold", "samples": 64, "re
 def whole(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export in fp16 with its single file that no test may change."""
     out = tmp_path_factory.mktemp("whole")
-    export_all(distilled(teacher_folder), teacher_folder, out, FACTS, torch.float16, 2.5)
+    export_all(distilled(teacher_folder), teacher_folder, out, FACTS, ExportOptions(flow_shift=2.5))
     return out
 
 

@@ -1,4 +1,4 @@
-"""The card says what is known, shows what was measured, and its example runs as it stands."""
+"""The card states what is known, shows what was measured, and its example runs as it stands."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def run(tmp_path: Path) -> Path:
 
 def measured(samples: int) -> str:
     error = RelativeError(0.0123, (0.1, None))
-    found = Evaluation(
+    evaluation = Evaluation(
         run="runs/x",
         samples=samples,
         tail="hold",
@@ -56,7 +56,7 @@ def measured(samples: int) -> str:
         paired={"student": [PairedError(4, 0.2, 0.1, 1.1, 0.125, (0.1, 0.2))]},
         velocity=VelocityErrors(error, error, 600),
     )
-    return to_json(found, [])
+    return to_json(evaluation, [])
 
 
 def parsed(history: RunHistory | None = None, **facts: object) -> ModelCard:
@@ -85,7 +85,7 @@ def test_the_head_is_what_hubs_read() -> None:
     assert "base_model" not in ModelCard(model_card({"teacher": "model"})).data.to_dict()
 
 
-def test_the_run_tells_its_recipe_its_first_sentence_and_its_pictures_up_to_the_checkpoint(run: Path) -> None:
+def test_the_card_shows_the_settings_first_prompt_and_pictures_of_the_run_up_to_the_checkpoint(run: Path) -> None:
     history = read_history(run, 64)
     assert history is not None
     text = parsed(history).text
@@ -130,7 +130,7 @@ def test_the_licence_is_the_one_that_the_teachers_card_states(tmp_path: Path) ->
     assert parsed(**stated).data.to_dict()["license_name"] == "mine"
 
 
-def test_what_a_licence_demands_and_what_the_pictures_lack_is_said() -> None:
+def test_what_a_licence_demands_and_what_the_pictures_lack_is_stated() -> None:
     unknown, openrail = parsed().text, parsed(license="creativeml-openrail-m").text
     assert "whose folder states none" in unknown
     assert "attachment A" in openrail
@@ -141,7 +141,7 @@ def test_what_a_licence_demands_and_what_the_pictures_lack_is_said() -> None:
         assert "AbstractPhil/sd15-flow-lune" in text
 
 
-def test_the_two_stories_have_names_of_their_own() -> None:
+def test_exports_of_both_training_commands_have_different_names() -> None:
     assert single_file_name(FACTS, None, False) == "sd-embedded-flow.safetensors"
     assert (
         single_file_name({**FACTS, "classes": {"stars": "top"}}, None, False) == "sd-embedded-classes-flow.safetensors"

@@ -11,6 +11,7 @@ from transformers import CLIPTokenizer
 
 from stages.export import main
 from stages.export.diffusers import export_diffusers
+from stages.export.verify import ExportOptions
 from stages.flow.schedule import NoiseSchedule
 from stages.flow.solver import apply_guidance, euler
 from stages.nets.files import component_digests, read_json
@@ -28,7 +29,7 @@ def open_stock(folder: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
-def paint(pipeline: StableDiffusionPipeline, steps: int) -> torch.Tensor:
+def sample(pipeline: StableDiffusionPipeline, steps: int) -> torch.Tensor:
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     return pipeline(TEXTS, num_inference_steps=steps, guidance_scale=3.0, latents=noise, output_type="latent").images
 
@@ -40,8 +41,8 @@ def own_euler(pipeline: StableDiffusionPipeline, steps: int, whole_times: bool) 
     student = Student(pipeline.unet)
 
     def velocity(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        told = (TIME_SCALE * s).floor() / TIME_SCALE if whole_times else s
-        out = student(x, told, cond, uncond[:1])
+        time = (TIME_SCALE * s).floor() / TIME_SCALE if whole_times else s
+        out = student(x, time, cond, uncond[:1])
         return apply_guidance(out.v_cond, out.v_uncond, 3.0)
 
     scheduler = flow_scheduler()
@@ -62,19 +63,19 @@ def test_the_scheduler_loads_as_unipc_on_flow_sigmas(exported: Path) -> None:
 
 
 def test_stock_pipeline_in_order_one_is_our_euler(exported: Path) -> None:
-    """With the corrector off. The stock pipeline truncates 1000 s to a whole number, so ours is told the same."""
+    """With the corrector off. The stock pipeline truncates 1000 s to a whole number, so ours gets the same."""
     pipeline = open_stock(exported)
     pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, disable_corrector=[*range(8)])
-    stock = paint(pipeline, 8)
+    stock = sample(pipeline, 8)
     assert torch.allclose(stock, own_euler(pipeline, 8, whole_times=True), atol=2e-4)
-    told_exactly = own_euler(pipeline, 8, whole_times=False)
-    assert (stock - told_exactly).norm() < 5e-3 * told_exactly.norm()
+    exact = own_euler(pipeline, 8, whole_times=False)
+    assert (stock - exact).norm() < 5e-3 * exact.norm()
 
 
 def test_stock_pipeline_approaches_our_euler_with_the_shipped_scheduler(exported: Path) -> None:
     pipeline = open_stock(exported)
     exact = own_euler(pipeline, 80, whole_times=True)
-    near, far = ((paint(pipeline, n) - exact).norm() / exact.norm() for n in (16, 4))
+    near, far = ((sample(pipeline, n) - exact).norm() / exact.norm() for n in (16, 4))
     assert near < 0.02
     assert near < far
 
@@ -90,7 +91,7 @@ def test_unet_is_the_students_and_its_config_the_teachers(
     assert {**own, "_name_or_path": ""} == {**teachers, "_name_or_path": ""}
 
 
-def test_no_file_tells_where_it_was_made(exported: Path, teacher_folder: Path) -> None:
+def test_no_file_names_the_folder_where_it_was_made(exported: Path, teacher_folder: Path) -> None:
     for file in exported.rglob("*.json"):
         assert str(teacher_folder) not in file.read_text()
 
@@ -101,7 +102,7 @@ def test_half_precision_is_the_default(folder: Path) -> None:
             assert {value.dtype for value in load_file(file).values()} == {torch.float16}
 
 
-def test_both_types_lie_side_by_side_and_each_is_found_by_its_variant(
+def test_both_types_are_in_one_folder_and_load_by_variant(
     student: Student, teacher_folder: Path, tmp_path: Path
 ) -> None:
     run = save_run(tmp_path / "distill", teacher_folder, student)
@@ -140,7 +141,7 @@ def test_tokenizer_can_be_read_by_every_transformers(exported: Path) -> None:
     assert tokenizer("a red star").input_ids[1:-1] == [tokenizer.vocab[f"{w}</w>"] for w in ("a", "red", "star")]
 
 
-def test_facts_and_card_say_what_it_is(exported: Path) -> None:
+def test_facts_and_card_state_what_it_is(exported: Path) -> None:
     facts = json.loads((exported / "sollune.json").read_text())
     assert (facts["samples"], facts["tail"], facts["prediction"], facts["time_scale"]) == (
         64,
@@ -160,7 +161,7 @@ def test_a_scheduler_for_noise_prediction_refuses_it_loudly(exported: Path) -> N
     pipeline = open_stock(exported)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     with pytest.raises(ValueError, match="flow_prediction"):
-        paint(pipeline, 2)
+        sample(pipeline, 2)
 
 
 def test_the_teachers_own_weights_are_refused(teacher_folder: Path, tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_values_that_do_not_fit_half_precision_are_refused(
 def test_an_earlier_export_stays_until_the_new_one_is_whole(
     student: Student, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exported = export_diffusers(student, teacher_folder, tmp_path, {"samples": 64}, torch.float32)
+    exported = export_diffusers(student, teacher_folder, tmp_path, {"samples": 64}, ExportOptions(dtype="float32"))
     before = (exported / "sollune.json").read_bytes()
 
     def full(*_: object) -> None:
@@ -200,10 +201,10 @@ def test_an_earlier_export_stays_until_the_new_one_is_whole(
     with monkeypatch.context() as patch:
         patch.setattr("stages.export.diffusers._keep_tokenizer", full)
         with pytest.raises(Refused, match="No space left on device"):
-            export_diffusers(student, teacher_folder, tmp_path, {"samples": 128}, torch.float32)
+            export_diffusers(student, teacher_folder, tmp_path, {"samples": 128}, ExportOptions(dtype="float32"))
     assert (exported / "sollune.json").read_bytes() == before
     assert list(tmp_path.iterdir()) == [exported]
-    export_diffusers(student, teacher_folder, tmp_path, {"samples": 128}, torch.float32)
+    export_diffusers(student, teacher_folder, tmp_path, {"samples": 128}, ExportOptions(dtype="float32"))
     assert json.loads((exported / "sollune.json").read_text())["samples"] == 128
     assert list(tmp_path.iterdir()) == [exported]
 
@@ -235,14 +236,14 @@ def test_export_command_writes_the_newest_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [((), "which run"), (("nowhere",), "no run lies here"), (("RUN", "--checkpoint", "65"), "there are 64")],
 )
 def test_export_command_refuses_in_one_line(
-    words: tuple[str, ...], said: str, student: Student, teacher_folder: Path, tmp_path: Path
+    words: tuple[str, ...], message: str, student: Student, teacher_folder: Path, tmp_path: Path
 ) -> None:
     run = save_run(tmp_path / "distill", teacher_folder, student)
-    with pytest.raises(Refused, match=said) as refusal:
+    with pytest.raises(Refused, match=message) as refusal:
         main([str(run) if word == "RUN" else word for word in words])
     assert "\n" not in str(refusal.value)
 
@@ -251,8 +252,8 @@ def test_a_student_of_v_prediction_goes_out_with_ddim_on_its_teachers_betas(
     student: Student, teacher_folder: Path, tmp_path: Path
 ) -> None:
     schedule = NoiseSchedule.from_config(read_json(teacher_folder / "scheduler" / "scheduler_config.json"))
-    speaking = Student(student.unet, make_vp_bridge("vp_v", schedule, "faithful"))
-    folder = export_diffusers(speaking, teacher_folder, tmp_path, {"samples": 64}, torch.float32)
+    v_student = Student(student.unet, make_vp_bridge("vp_v", schedule, "faithful"))
+    folder = export_diffusers(v_student, teacher_folder, tmp_path, {"samples": 64}, ExportOptions(dtype="float32"))
     pipeline = open_stock(folder)
     assert isinstance(pipeline.scheduler, DDIMScheduler)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
@@ -264,12 +265,12 @@ def test_a_student_of_v_prediction_goes_out_with_ddim_on_its_teachers_betas(
     cond, uncond = pipeline.encode_prompt(TEXTS, torch.device("cpu"), 1, True)
     pipeline.scheduler.set_timesteps(20)
     k, k_next = (pipeline.scheduler.timesteps[i].repeat(2) for i in (4, 5))
-    assert speaking.vp_bridge is not None
-    s, s_next = (speaking.vp_bridge.s_of_k(one) for one in (k, k_next))
+    assert v_student.vp_bridge is not None
+    s, s_next = (v_student.vp_bridge.s_of_k(one) for one in (k, k_next))
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        stepped = x + (s_next - s).float().view(-1, 1, 1, 1) * speaking(x, s, cond, uncond[:1]).v_cond
-        shown = speaking.vp_bridge.teacher_input(x, s)
+        stepped = x + (s_next - s).float().view(-1, 1, 1, 1) * v_student(x, s, cond, uncond[:1]).v_cond
+        shown = v_student.vp_bridge.teacher_input(x, s)
         answer = pipeline.unet(shown, k, cond).sample
     stock = pipeline.scheduler.step(answer, int(k[0]), shown).prev_sample
-    torch.testing.assert_close(stock, speaking.vp_bridge.teacher_input(stepped, s_next), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(stock, v_student.vp_bridge.teacher_input(stepped, s_next), atol=1e-4, rtol=1e-4)

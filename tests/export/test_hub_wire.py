@@ -1,4 +1,4 @@
-"""The real client, over the wire, to a hub on this machine: what the folder of test_hub.py stands in for."""
+"""The real client, over the wire, to a hub on this machine: which test_hub.py replaces by a folder."""
 
 import base64
 import hashlib
@@ -38,7 +38,7 @@ class WireHub(ThreadingHTTPServer):
         self.tree: dict[str, str] = {}
         self.blobs: dict[str, bytes] = {}
         self.commits = 0
-        self.mishaps: dict[str, list[str]] = {}
+        self.failures: dict[str, list[str]] = {}
         self.patience = threading.Event()
 
     def listed(self, path: str) -> dict[str, object]:
@@ -51,7 +51,7 @@ class WireHub(ThreadingHTTPServer):
 
 
 class RequestHandler(BaseHTTPRequestHandler):
-    """What the hub says to one request."""
+    """The answer to one request."""
 
     protocol_version = "HTTP/1.1"
     server: WireHub
@@ -60,9 +60,9 @@ class RequestHandler(BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         sent = self.sent()
         route = f"{self.command} {unquote(address.path)}"
-        for part, mishaps in self.server.mishaps.items():
-            if part in route and mishaps:
-                return self.mishap(mishaps.pop(0))
+        for part, failures in self.server.failures.items():
+            if part in route and failures:
+                return self.fail(failures.pop(0))
         return self.say(*self.reply(route, sent))
 
     def sent(self) -> bytes:
@@ -78,7 +78,7 @@ class RequestHandler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_HEAD = answer  # noqa: N815
 
-    def mishap(self, kind: str) -> None:
+    def fail(self, kind: str) -> None:
         if kind == "silence":
             self.server.patience.wait(20)
         if kind == "forbidden":
@@ -171,7 +171,7 @@ class RequestHandler(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[WireHub]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # its protocol is a library's secret
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # its protocol is internal to a library
     monkeypatch.setattr("time.sleep", lambda _: None)  # the client's own pauses
     huggingface_hub.utils.disable_progress_bars()
     server = WireHub()
@@ -206,19 +206,19 @@ def send(repository: Repository, run: Path, *samples: int) -> list[float]:
     pauses: list[float] = []
     for n in samples:
         config = HubConfig(wait_minutes=0.1)
-        with Uploader(config, run, repository, lambda _wake, seconds: pauses.append(seconds)) as courier:
-            courier.send_checkpoint(checkpoint(run, n))
-        assert courier.warning() is None
+        with Uploader(config, run, repository, lambda _wake, seconds: pauses.append(seconds)) as uploader:
+            uploader.send_checkpoint(checkpoint(run, n))
+        assert uploader.warning() is None
     return pauses
 
 
 def test_a_checkpoint_goes_there_and_back_by_the_real_client(hub, repository, tmp_path):
     assert send(repository, tmp_path / "here", 8) == []
     assert len(hub.tree) == 3
-    brought = fetch_newest_checkpoint(repository, tmp_path / "there" / "checkpoints")
-    assert brought == tmp_path / "there" / "checkpoints" / "000000008"
-    assert fault_of(brought) is None
-    assert [path.name for path in brought.parent.iterdir()] == ["000000008"]
+    fetched = fetch_newest_checkpoint(repository, tmp_path / "there" / "checkpoints")
+    assert fetched == tmp_path / "there" / "checkpoints" / "000000008"
+    assert fault_of(fetched) is None
+    assert [path.name for path in fetched.parent.iterdir()] == ["000000008"]
 
 
 def test_superseded_checkpoints_leave_the_tree_and_the_storage(hub, repository, tmp_path):
@@ -228,29 +228,29 @@ def test_superseded_checkpoints_leave_the_tree_and_the_storage(hub, repository, 
 
 
 @pytest.mark.parametrize("route", ["PUT /lfs/", "/commit/main"])
-def test_a_connection_cut_on_the_wire_is_mended(hub, repository, tmp_path, route):
-    hub.mishaps = {route: ["cut"] * 8}  # more than the client mends by itself
+def test_a_connection_cut_on_the_wire_is_retried(hub, repository, tmp_path, route):
+    hub.failures = {route: ["cut"] * 8}  # more than the client repairs by itself
     assert send(repository, tmp_path, 8)
-    assert not hub.mishaps[route]
+    assert not hub.failures[route]
     assert len(hub.tree) == 3
 
 
 def test_a_silent_connection_is_given_up(hub, repository, tmp_path, monkeypatch):
     monkeypatch.setattr(repository_module, "STALL_SECONDS", 0.3)
-    hub.mishaps = {"/commit/main": ["silence"]}
+    hub.failures = {"/commit/main": ["silence"]}
     assert send(repository, tmp_path, 8) == [15]
     assert len(hub.tree) == 3
 
 
-def test_a_wrong_byte_on_the_wire_is_found(hub, repository, tmp_path):
+def test_a_wrong_byte_on_the_wire_is_noticed(hub, repository, tmp_path):
     send(repository, tmp_path, 8)
     stored = hub.tree["checkpoints/000000008/optimizer.pt"]
     hub.blobs[stored] = b"?"
     with pytest.raises(RuntimeError, match=r"optimizer\.pt has the hash"):
-        repository.put(Staging(tmp_path).snapshot_checkpoint(tmp_path / "checkpoints" / "000000008"))
+        repository.upload(Staging(tmp_path).snapshot_checkpoint(tmp_path / "checkpoints" / "000000008"))
 
 
-def test_a_token_without_rights_is_refused_at_the_door(hub, repository):
-    hub.mishaps = {"/auth-check/write": ["forbidden"]}
+def test_a_token_without_rights_is_refused_at_once(hub, repository):
+    hub.failures = {"/auth-check/write": ["forbidden"]}
     with pytest.raises(Refused, match="may not write there"):
         repository.open()

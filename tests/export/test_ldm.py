@@ -14,6 +14,7 @@ from stages.export.diffusers import export_diffusers
 from stages.export.existing import remove_stale_files
 from stages.export.ldm import export_ldm
 from stages.export.ldm_names import ldm_names, to_ldm
+from stages.export.verify import ExportOptions
 from stages.nets.files import component_digests
 from stages.nets.saved import Origin
 from stages.nets.student import Student, Target
@@ -34,11 +35,11 @@ PORTS = {
 
 def header(file: Path) -> dict[str, str]:
     with safe_open(file, "pt") as opened:
-        found: dict[str, str] = opened.metadata()
-    return found
+        metadata: dict[str, str] = opened.metadata()
+    return metadata
 
 
-def paint(pipeline: StableDiffusionPipeline) -> torch.Tensor:
+def sample(pipeline: StableDiffusionPipeline) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     for part in PARTS:
         # Tensors mapped from two files are aligned differently, and the products of matrices then round differently.
@@ -51,15 +52,15 @@ def paint(pipeline: StableDiffusionPipeline) -> torch.Tensor:
 def test_stock_diffusers_reads_the_file_bit_equal_and_samples_the_same_latents(
     student: Student, tmp_path: Path
 ) -> None:
-    folder = export_diffusers(student, EMBEDDED, tmp_path, {"teacher": "model"}, torch.float32)
+    folder = export_diffusers(student, EMBEDDED, tmp_path, {"teacher": "model"}, ExportOptions(dtype="float32"))
     single = StableDiffusionPipeline.from_single_file(export_ldm(folder), config=str(folder), local_files_only=True)
     whole = StableDiffusionPipeline.from_pretrained(folder)
     for part in PARTS:
-        found, expected = (getattr(pipeline, part).state_dict() for pipeline in (single, whole))
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        loaded, expected = (getattr(pipeline, part).state_dict() for pipeline in (single, whole))
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(loaded[name], value) for name, value in expected.items())
     assert torch.equal(single.unet.conv_in.weight, student.unet.conv_in.weight)
-    assert torch.equal(paint(single), paint(whole))
+    assert torch.equal(sample(single), sample(whole))
 
 
 def test_the_file_holds_the_folders_tensors_in_the_folders_type(whole: Path, single: Path) -> None:
@@ -84,13 +85,13 @@ def test_the_network_alone_is_a_file_for_unet_loader_and_the_whole_one_may_stay_
     assert remove_stale_files(folder.parent) == []
     assert beside.is_file()
     assert file.name == "mine-unet-flow.safetensors"
-    written, told = load_file(file), header(file)
+    written, metadata = load_file(file), header(file)
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     names = ldm_names((f"unet.{name}" for name in unet), layers=1, vae_levels=4)
     assert written.keys() == set(names.values())
     assert all(name.startswith("model.diffusion_model.") for name in written)
-    assert told["modelspec.title"] == "mine UNet flow (sollune)"
-    assert "behind UNETLoader" in told["modelspec.usage_hint"]
+    assert metadata["modelspec.title"] == "mine UNet flow (sollune)"
+    assert "behind UNETLoader" in metadata["modelspec.usage_hint"]
     nodes = json.loads((file.parent / "workflow-comfyui.json").read_text())["nodes"]
     loaders = {node["type"]: node["widgets_values"] for node in nodes if "Loader" in node["type"]}
     assert loaders == {
@@ -101,18 +102,18 @@ def test_the_network_alone_is_a_file_for_unet_loader_and_the_whole_one_may_stay_
     assert unet_loader["outputs"][0]["links"] == [sampling["inputs"][0]["link"]]
 
 
-def test_the_file_says_how_to_sample_it_to_every_program(single: Path) -> None:
-    told = header(file := single)
+def test_the_metadata_state_how_to_sample_the_file(single: Path) -> None:
+    metadata = header(file := single)
     assert file.name == "sd-embedded-flow.safetensors"
-    assert told["format"] == "pt"
-    assert told["modelspec.sai_model_spec"] == "1.0.1"
-    assert told["modelspec.architecture"] == "stable-diffusion-v1"
-    assert told["modelspec.implementation"] == "https://github.com/Stability-AI/generative-models"
-    assert told["modelspec.title"] == "sd-embedded flow (sollune)"
-    assert told["modelspec.resolution"] == "64x64"
-    assert told["modelspec.prediction_type"] == "sd3"
-    assert "ModelSamplingSD3 with shift 2.5" in told["modelspec.usage_hint"]
-    own = {key.removeprefix("sollune."): value for key, value in told.items() if key.startswith("sollune.")}
+    assert metadata["format"] == "pt"
+    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1"
+    assert metadata["modelspec.implementation"] == "https://github.com/Stability-AI/generative-models"
+    assert metadata["modelspec.title"] == "sd-embedded flow (sollune)"
+    assert metadata["modelspec.resolution"] == "64x64"
+    assert metadata["modelspec.prediction_type"] == "sd3"
+    assert "ModelSamplingSD3 with shift 2.5" in metadata["modelspec.usage_hint"]
+    own = {key.removeprefix("sollune."): value for key, value in metadata.items() if key.startswith("sollune.")}
     assert json.loads(own.pop("teacher_sha256")).keys() == {*PARTS, "tokenizer", "scheduler"}
     assert len(own.pop("student_sha256")) == 64
     assert own == {
@@ -124,7 +125,7 @@ def test_the_file_says_how_to_sample_it_to_every_program(single: Path) -> None:
         "recipe_sha256": "ab" * 32,
         "samples_seen": "64",
     }
-    assert not any("v_pred" in key for key in (*told, *load_file(file)))
+    assert not any("v_pred" in key for key in (*metadata, *load_file(file)))
 
 
 def test_the_stated_hash_is_that_of_the_bytes_behind_the_header(single: Path) -> None:
@@ -167,7 +168,7 @@ def test_the_workflow_is_a_sound_graph_that_samples_by_the_straight_path(single:
 def test_an_export_of_v_prediction_is_refused_by_name(folder: Path) -> None:
     facts = folder / "sollune.json"
     facts.write_text(facts.read_text().replace('"velocity"', '"v_prediction"'))
-    with pytest.raises(Refused, match="answers with v_prediction"):
+    with pytest.raises(Refused, match="predicts v_prediction"):
         export_ldm(folder)
     assert list(folder.parent.iterdir()) == [folder]
 

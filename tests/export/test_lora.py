@@ -1,4 +1,4 @@
-"""Laws of exported adapters: stock diffusers adds them to the base's export and has the merged model."""
+"""Exported adapters: stock diffusers adds them to the base's export and has the merged model."""
 
 import json
 import shutil
@@ -16,6 +16,7 @@ from torch import Tensor
 from stages.export import tensorfile
 from stages.export.diffusers import export_diffusers
 from stages.export.lora import LORA_FILE, export_lora, to_kohya, verify_lora
+from stages.export.verify import ExportOptions
 from stages.nets.components import Components, load_components
 from stages.nets.lora import LoraConfig, adapter_parameters, add_adapters, lora_state_dict
 from stages.nets.saved import WEIGHTS_FILE, Origin, SavedRun, load_student, open_run, save_base
@@ -57,7 +58,7 @@ def run(base: Student, teacher_folder: Path, tmp_path_factory: pytest.TempPathFa
 def out(run: SavedRun, parts: Components, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of the run: the merged model in fp32, and both files of adapters."""
     out = tmp_path_factory.mktemp("out")
-    export_diffusers(load_student(run, parts), parts.folder, out, FACTS, torch.float32)
+    export_diffusers(load_student(run, parts), parts.folder, out, FACTS, ExportOptions(dtype="float32"))
     export_lora(run, out)
     return out
 
@@ -81,15 +82,15 @@ def velocity(pipeline: StableDiffusionPipeline) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", [0, 1], ids=["diffusers", "kohya"])
-def test_the_stock_pipeline_of_the_base_with_the_adapters_paints_as_the_merged_model(
+def test_the_stock_pipeline_of_the_base_with_the_adapters_samples_as_the_merged_model(
     out: Path, exported: Path, layout: int
 ) -> None:
     file = files(out)[layout]
     whole, based = (StableDiffusionPipeline.from_pretrained(folder) for folder in (out / "diffusers", exported))
     bare = sampled(based), velocity(based)
     based.load_lora_weights(file.parent, **({} if file.name == LORA_FILE else {"weight_name": file.name}))
-    for plain, ask in zip(bare, (sampled, velocity), strict=True):
-        merged, added = ask(whole), ask(based)
+    for plain, measure in zip(bare, (sampled, velocity), strict=True):
+        merged, added = measure(whole), measure(based)
         assert (merged - plain).abs().max() > 0.01  # the adapters do change it
         assert (added - merged).abs().max() <= 1e-4
 
@@ -106,19 +107,19 @@ def test_a_trip_to_kohyas_names_and_back_by_diffusers_own_way_loses_nothing(out:
     assert torch.equal(there[f"{kohya}.lora_up.weight"], here[f"unet.{name}.lora_B.weight"])
 
 
-def test_the_files_say_on_which_model_they_belong_and_what_pickers_ask(out: Path, exported: Path) -> None:
+def test_the_metadata_name_the_base_model_and_hold_the_keys_of_lora_pickers(out: Path, exported: Path) -> None:
     base = json.loads((exported / "sollune.json").read_text())["student_sha256"]
     for file in files(out):
         with safe_open(file, "pt") as opened:
-            told = opened.metadata()
-        assert "not its teacher" in told["sollune.base"]
-        assert told["sollune.base_student_sha256"] == base
-        assert told["modelspec.architecture"] == "stable-diffusion-v1/lora"
-        assert told["modelspec.hash_sha256"] == tensorfile.hash_file_tensors(file)
-    assert told["ss_base_model_version"] == "sd_v1"
-    assert told["ss_network_module"] == "networks.lora"
-    assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("3", "3")
-    assert json.loads(told["ss_network_args"]) == {"conv_alpha": "3", "conv_dim": "3"}
+            metadata = opened.metadata()
+        assert "not its teacher" in metadata["sollune.base"]
+        assert metadata["sollune.base_student_sha256"] == base
+        assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+        assert metadata["modelspec.hash_sha256"] == tensorfile.hash_file_tensors(file)
+    assert metadata["ss_base_model_version"] == "sd_v1"
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("3", "3")
+    assert json.loads(metadata["ss_network_args"]) == {"conv_alpha": "3", "conv_dim": "3"}
 
 
 def test_the_same_export_gives_the_same_bytes_and_leaves_nothing_else(out: Path, run: SavedRun) -> None:
@@ -133,8 +134,8 @@ def test_adapters_that_do_not_come_back_are_refused_and_the_earlier_files_stay(
 ) -> None:
     before, write = [file.read_bytes() for file in files(out)], tensorfile.write
 
-    def forgetful(path: Path, tensors: dict[str, Tensor], told: dict[str, str]) -> None:
-        write(path, {name: value for name, value in tensors.items() if "mid_block" not in name}, told)
+    def forgetful(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        write(path, {name: value for name, value in tensors.items() if "mid_block" not in name}, metadata)
 
     monkeypatch.setattr(tensorfile, "write", forgetful)
     with pytest.raises(Refused, match=f"{LORA_FILE}: .* tensors are missing"):

@@ -1,4 +1,4 @@
-"""A second export loses nothing that somebody put into the folder, and keeps nothing of its own that is out of date."""
+"""A second export loses nothing that was added to the folder, and keeps nothing of its own that is out of date."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from stages.export import export_all, tensorfile
 from stages.export.comfyui import is_unmodified_workflow, workflow_json
 from stages.export.diffusers import export_diffusers
 from stages.export.folder import is_unmodified_export, read_header
-from stages.export.verify import read_tensors
+from stages.export.verify import ExportOptions, read_tensors
 from stages.nets.student import Student
 from stages.system.ownership import pid_namespace
 from stages.system.refusal import Refused
@@ -34,7 +34,7 @@ def add(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["as exports are now", "as they were before they listed files"])
-def test_what_was_added_is_kept_at_every_depth(
+def test_added_files_are_kept_at_every_depth(
     listed: bool, folder: Path, student: Student, teacher_folder: Path
 ) -> None:
     if not listed:
@@ -51,7 +51,7 @@ def test_what_was_added_is_kept_at_every_depth(
 
 
 def test_our_own_files_of_an_earlier_kind_go(folder: Path, student: Student, teacher_folder: Path) -> None:
-    export_diffusers(student, teacher_folder, folder.parent, FACTS, torch.float32, half_variant=True)
+    export_diffusers(student, teacher_folder, folder.parent, FACTS, ExportOptions(dtype="both"))
     assert (folder / HALF).exists()
     export_diffusers(student, teacher_folder, folder.parent, FACTS)
     assert not (folder / HALF).exists()
@@ -82,21 +82,21 @@ def test_a_single_file_from_before_there_were_seals_is_ours_and_a_changed_one_is
 ) -> None:
     out = Path(shutil.copytree(whole, tmp_path / "export"))
     file = out / "sd-embedded-flow.safetensors"
-    said, tensors = read_header(file), {name: value.clone() for name, value in read_tensors(file).items()}
-    unsealed = {key: value for key, value in said.items() if key != tensorfile.HEADER_HASH_KEY}
+    header, tensors = read_header(file), {name: value.clone() for name, value in read_tensors(file).items()}
+    unsealed = {key: value for key, value in header.items() if key != tensorfile.HEADER_HASH_KEY}
     tensorfile.write(file, tensors, unsealed)
     export_all(student, teacher_folder, out, FACTS)
-    tensorfile.write(file, tensors, said | {"modelspec.author": "me"})
+    tensorfile.write(file, tensors, header | {"modelspec.author": "me"})
     assert not is_unmodified_export(file)
     name = min(tensors)
-    tensorfile.write(file, tensors | {name: tensors[name] + 1}, said)
+    tensorfile.write(file, tensors | {name: tensors[name] + 1}, header)
     before = content(out)
     with pytest.raises(Refused, match=r"sd-embedded-flow\.safetensors: is not as an export of ours wrote it"):
         export_all(student, teacher_folder, out, FACTS)
     assert content(out) == before
 
 
-def test_a_workflow_is_ours_until_a_word_of_it_is_changed() -> None:
+def test_a_workflow_is_ours_until_it_is_changed() -> None:
     text = workflow_json("a-flow.safetensors", 1.0, 64)
     graph = json.loads(text)
     before_seals = json.dumps({**graph, "extra": {}}, indent=2) + "\n"
@@ -107,7 +107,7 @@ def test_a_workflow_is_ours_until_a_word_of_it_is_changed() -> None:
         assert not is_unmodified_workflow(changed)
 
 
-def test_a_stale_file_that_somebody_changed_is_left_alone(
+def test_a_stale_file_that_was_changed_is_left_alone(
     whole: Path, student: Student, teacher_folder: Path, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(whole, tmp_path / "export"))
@@ -115,7 +115,7 @@ def test_a_stale_file_that_somebody_changed_is_left_alone(
     graph.write_text(graph.read_text().replace("a lighthouse", "a house"))
     with torch.no_grad():
         student.unet.conv_in.bias += 1
-    export_all(student, teacher_folder, out, FACTS, single_file=False)
+    export_all(student, teacher_folder, out, FACTS, ExportOptions(single_file=False))
     assert sorted(path.name for path in out.iterdir()) == ["diffusers", "workflow-comfyui.json"]
 
 

@@ -1,4 +1,4 @@
-"""Each thing that can be wrong with an export is caught by its own law, on the disk."""
+"""Each thing that can be wrong with an export is caught by its own check, on the disk."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from stages.export import checks, export_all, main, tensorfile
 from stages.export.diffusers import export_diffusers
 from stages.export.ldm import open_export, verify_single_file
-from stages.export.verify import ExportContent, variant_dtypes, verify_folder
+from stages.export.verify import ExportContent, ExportOptions, verify_folder
 from stages.nets.files import component_digests
 from stages.nets.saved import Origin
 from stages.nets.student import Student
@@ -25,7 +25,7 @@ Damage = Callable[[dict[str, torch.Tensor]], object]
 
 
 def content_of(student: Student, teacher_folder: Path) -> ExportContent:
-    return ExportContent(student, teacher_folder, variant_dtypes(torch.float16, False), 2.5)
+    return ExportContent(student, teacher_folder, ExportOptions(flow_shift=2.5))
 
 
 def change(file: Path, damage: Damage) -> None:
@@ -48,7 +48,7 @@ def test_the_teachers_weights_under_the_students_name_are_caught(
 
 
 @pytest.mark.parametrize(
-    ("part", "damage", "said"),
+    ("part", "damage", "message"),
     [
         (UNET, lambda t: t.pop("conv_in.bias"), r"1 tensors are missing \(conv_in\.bias"),
         (UNET, lambda t: t.update({"v_pred": torch.zeros(1).half()}), r"1 tensors are unexpected \(v_pred"),
@@ -70,17 +70,17 @@ def test_the_teachers_weights_under_the_students_name_are_caught(
     ],
 )
 def test_a_damaged_tensor_is_caught_by_name(
-    part: Path, damage: Damage, said: str, folder: Path, student: Student, teacher_folder: Path
+    part: Path, damage: Damage, message: str, folder: Path, student: Student, teacher_folder: Path
 ) -> None:
     change(folder / part, damage)
-    with pytest.raises(Refused, match=said):
+    with pytest.raises(Refused, match=message):
         verify_folder(folder, content_of(student, teacher_folder))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"prediction_type": "epsilon"}, "prediction_type is epsilon, the student answers with flow_prediction"),
+        ({"prediction_type": "epsilon"}, "prediction_type is epsilon, the student predicts flow_prediction"),
         ({"prediction_type": None}, "prediction_type is None"),
         ({"use_flow_sigmas": False}, "use_flow_sigmas is False, not True"),
         ({"flow_shift": 3.0}, r"flow_shift is 3\.0, not 2\.5"),
@@ -88,11 +88,11 @@ def test_a_damaged_tensor_is_caught_by_name(
     ],
 )
 def test_another_scheduler_is_caught(
-    changes: dict[str, object], said: str, folder: Path, student: Student, teacher_folder: Path
+    changes: dict[str, object], message: str, folder: Path, student: Student, teacher_folder: Path
 ) -> None:
     config = json.loads((folder / SCHEDULER).read_text())
     (folder / SCHEDULER).write_text(json.dumps({**config, **changes}))
-    with pytest.raises(Refused, match=said):
+    with pytest.raises(Refused, match=message):
         verify_folder(folder, content_of(student, teacher_folder))
 
 
@@ -117,7 +117,7 @@ def test_what_rounding_explains_grows_with_the_type_and_leaves_no_room_for_a_los
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda t: t.pop("model.diffusion_model.out.2.bias"), r"missing \(model\.diffusion_model\.out\.2\.bias"),
         (lambda t: t.update({"v_pred": torch.zeros(1).half()}), r"unexpected \(v_pred"),
@@ -129,13 +129,15 @@ def test_what_rounding_explains_grows_with_the_type_and_leaves_no_room_for_a_los
         (lambda t: None, "its header did not come back"),
     ],
 )
-def test_a_damaged_single_file_is_caught(damage: Damage, said: str, whole: Path, single: Path, tmp_path: Path) -> None:
-    tensors, held = load_file(single), open_export(whole / "diffusers")
+def test_a_damaged_single_file_is_caught(
+    damage: Damage, message: str, whole: Path, single: Path, tmp_path: Path
+) -> None:
+    tensors, content = load_file(single), open_export(whole / "diffusers")
     damage(tensors)
-    told = {"format": "pt", "modelspec.hash_sha256": tensorfile.hash_tensors(tensors)}
-    tensorfile.write(tmp_path / single.name, tensors, told)
-    with pytest.raises(Refused, match=said):
-        verify_single_file(tmp_path / single.name, held, {**told, "modelspec.prediction_type": "sd3"}, single.name)
+    header = {"format": "pt", "modelspec.hash_sha256": tensorfile.hash_tensors(tensors)}
+    tensorfile.write(tmp_path / single.name, tensors, header)
+    with pytest.raises(Refused, match=message):
+        verify_single_file(tmp_path / single.name, content, {**header, "modelspec.prediction_type": "sd3"}, single.name)
 
 
 def test_a_file_that_stock_diffusers_reads_otherwise_is_never_left(
@@ -144,15 +146,15 @@ def test_a_file_that_stock_diffusers_reads_otherwise_is_never_left(
     from stages.export import ldm as stock
     from stages.export.ldm import export_ldm
 
-    honest = stock._open
+    original = stock._open_single_file
 
-    def lying(*asked: object) -> object:
-        pipeline = honest(*asked)
+    def changed(*args: object) -> object:
+        pipeline = original(*args)
         with torch.no_grad():
             pipeline.unet.conv_in.bias += 1
         return pipeline
 
-    monkeypatch.setattr(stock, "_open", lying)
+    monkeypatch.setattr(stock, "_open_single_file", changed)
     with pytest.raises(Refused, match=r"stock diffusers reads another unet\.conv_in\.bias"):
         export_ldm(folder)
     assert list(folder.parent.iterdir()) == [folder]
@@ -162,13 +164,11 @@ def test_an_export_that_fails_its_verification_never_replaces_a_good_one(
     folder: Path, student: Student, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (folder / UNET).read_bytes()
-    monkeypatch.setattr("stages.export.diffusers._load_in_float32", lambda config: change(folder_of(config), lose))
 
-    def folder_of(config: Path) -> Path:
-        return config.parents[1] / UNET
+    def remove_a_bias(_tokenizer: object, _files: object, tokenizer_folder: Path) -> None:
+        change(tokenizer_folder.parent / UNET, lambda tensors: tensors.pop("conv_in.bias"))
 
-    def lose(tensors: dict[str, torch.Tensor]) -> None:
-        tensors.pop("conv_in.bias")
+    monkeypatch.setattr("stages.export.diffusers._keep_tokenizer", remove_a_bias)
 
     with pytest.raises(Refused, match="missing"):
         export_diffusers(student, teacher_folder, folder.parent, FACTS)
@@ -207,12 +207,12 @@ def test_files_of_an_earlier_student_do_not_stay_beside_a_newer_folder(
     (out / "torn-flow.safetensors").write_bytes(b"torn")
     with torch.no_grad():
         student.unet.conv_in.bias += 1
-    export_all(student, teacher_folder, out, FACTS, single_file=False)
+    export_all(student, teacher_folder, out, FACTS, ExportOptions(single_file=False))
     assert sorted(path.name for path in out.iterdir()) == [
         "diffusers",
         "theirs-flow.safetensors",
         "torn-flow.safetensors",
     ]
-    said = capsys.readouterr().out
-    assert f"{out / 'sd-embedded-flow.safetensors'}: removed" in said
-    assert "workflow-comfyui.json: removed" in said
+    printed = capsys.readouterr().out
+    assert f"{out / 'sd-embedded-flow.safetensors'}: removed" in printed
+    assert "workflow-comfyui.json: removed" in printed
