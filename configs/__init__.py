@@ -1,1 +1,1 @@
-"""The YAML files of sollune, and the one door that loads them."""
+"""The YAML files of sollune, and the loader of configurations."""

@@ -1,7 +1,4 @@
-"""Between the words of a command line and the values of a field: what may be written, and what the words mean.
-
-What a configuration model may be told: its rooms (nested models) and leaves (single values), as a tree.
-"""
+"""The options of a configuration model as a tree, and how the strings of a command line become values of a field."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,14 +14,8 @@ from configs.yaml_text import parse_yaml
 from stages.system.refusal import Refused, format_value
 
 METAVARS: dict[Any, str] = {
-    int: "INT",
-    float: "FLOAT",
-    str: "TEXT",
-    Path: "PATH",
-    bool: "true|false",
-    NoneType: "none",
-    Any: "VALUE",
-}
+    int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", bool: "true|false", NoneType: "none", Any: "VALUE",
+}  # fmt: skip
 SEQUENCES: tuple[Any, ...] = (tuple, list, set, frozenset, Sequence)
 MAPPINGS: tuple[Any, ...] = (dict, Mapping)
 
@@ -49,14 +40,14 @@ def metavar(annotation: Any) -> str:
 
 
 def is_import(*parts: Any) -> bool:
-    """Whether a field's annotation or one of its annotations' parts asks for something imported by name."""
-    # For a type checker ImportString is an alias of Annotated, so the class is named through Any.
+    """Whether parts of a field's annotation ask for an object that is imported by its name."""
+    # For a type checker ImportString is an alias of Annotated; hence Any.
     import_string: Any = ImportString
     return any(part is import_string or isinstance(part, import_string) for part in parts)
 
 
 def parse_value(tokens: Sequence[str], annotation: Any, option: str) -> Any:
-    """The words after `option` as the plain value that a YAML file would hold; pydantic judges it later."""
+    """The strings after `option` as the plain value that a YAML file would hold; pydantic validates it later."""
     kinds = [get_origin(member) or member for member in _union_members(annotation)]
     many = any(kind in SEQUENCES + MAPPINGS for kind in kinds)
     if not tokens and bool in kinds:
@@ -71,13 +62,13 @@ def parse_value(tokens: Sequence[str], annotation: Any, option: str) -> Any:
         return _parse_yaml_value(tokens[0], option)
     choices = _literal_choices(annotation)
     if any(kind in MAPPINGS for kind in kinds) and not (len(tokens) == 1 and tokens[0] in choices):
-        return dict(_parse_pair(word, option) for word in tokens)
-    values = [choices.get(word, word) for word in tokens]  # pydantic reads numbers from words
+        return dict(_parse_pair(token, option) for token in tokens)
+    values = [choices.get(token, token) for token in tokens]  # pydantic reads numbers from strings
     return values if len(tokens) > 1 or any(kind in SEQUENCES for kind in kinds) else values[0]
 
 
 def _union_members(annotation: Any) -> list[Any]:
-    """The members of a union, opened at every depth, without their annotations."""
+    """The members of a union and of the unions in it, without their annotations."""
     if get_origin(annotation) is Annotated:
         return _union_members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -86,7 +77,7 @@ def _union_members(annotation: Any) -> list[Any]:
 
 
 def _literal_choices(annotation: Any) -> dict[str, Any]:
-    """How each literal that may stand here is spelt."""
+    """Each allowed literal by its spelling."""
     literals = [member for member in _union_members(annotation) if get_origin(member) is Literal]
     return {str(choice): choice for literal in literals for choice in get_args(literal)}
 
@@ -108,7 +99,7 @@ def _parse_yaml_value(token: str, option: str) -> Any:
 
 @dataclass(frozen=True)
 class Option:
-    """A value that one option sets; `condition` names the union member that owns it, if any."""
+    """A single value; `condition` names the union member that owns it, if any."""
 
     annotation: Any
     description: str
@@ -117,30 +108,30 @@ class Option:
 
 @dataclass(frozen=True)
 class OptionGroup:
-    """A nested model, or a union of models told apart by the field `discriminator`."""
+    """A nested model, or a union of models with the field `discriminator`."""
 
     entries: "Mapping[str, Option | OptionGroup]"
     description: str
     discriminator: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """what a single model takes for its entries where nobody says anything of them"""
+    """of a single model"""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one file, or the command line, says; later layers lie over earlier ones."""
+    """The values of one file or of the command line; later layers override earlier ones."""
 
     name: str
     values: Mapping[str, Any]
 
 
 def option_group_of(model: type[Strict], description: str = "") -> OptionGroup:
-    """The tree of `model`."""
+    """The option tree of `model`."""
     return OptionGroup({name: _entry_of_field(field) for name, field in model.model_fields.items()}, description)
 
 
 def models_of(annotation: Any) -> Iterator[type[Strict]]:
-    """Every model that `annotation` mentions, at any depth."""
+    """Every model in `annotation`, at any depth."""
     if isinstance(annotation, type) and issubclass(annotation, Strict):
         yield annotation
     for argument in get_args(annotation):
@@ -149,17 +140,15 @@ def models_of(annotation: Any) -> Iterator[type[Strict]]:
 
 def known_keys(model: type[Strict], path: tuple[str | int, ...]) -> list[str]:
     """The keys that may stand at `path` (steps of names and list positions), for every member of a union."""
-    found = {model}
+    models = {model}
     for step in path:
-        fields = [
-            member.model_fields[step] for member in found if isinstance(step, str) and step in member.model_fields
-        ]
-        found = {inner for field in fields for inner in models_of(field.annotation)} if fields else found
-    return sorted({name for member in found for name in member.model_fields})
+        fields = [member.model_fields[step] for member in models if step in member.model_fields]
+        models = {inner for field in fields for inner in models_of(field.annotation)} if fields else models
+    return sorted({name for member in models for name in member.model_fields})
 
 
 def defaults_of(model: type[Strict]) -> dict[str, Any]:
-    """The model's default values; nested models opened into mappings, so that a file can change one key of them."""
+    """The model's default values; nested models as mappings, so that a file can change one key of them."""
     fields = {name: field for name, field in model.model_fields.items() if not field.is_required()}
     return {
         name: to_mapping(field.get_default(call_default_factory=True, validated_data={}))
@@ -175,33 +164,32 @@ def to_mapping(value: Any) -> Any:
 
 
 def _entry_of_field(field: FieldInfo) -> Option | OptionGroup:
-    meaning = field.description or ""
+    description = field.description or ""
     members = _member_models(field.annotation)
     if not members:
-        return Option(ImportString if is_import(*field.metadata) else field.annotation, meaning)
+        return Option(ImportString if is_import(*field.metadata) else field.annotation, description)
     tag = next((tag for tag in (field.discriminator, *_discriminators(field.annotation)) if isinstance(tag, str)), None)
     entries: dict[str, Option | OptionGroup] = {}
     for member in members:
         for name, entry in option_group_of(member).entries.items():
-            entries[name] = _merge_entries(
-                entries.get(name), _add_condition(entry, member, tag) if name != tag else entry
-            )
+            entry = entry if name == tag else _add_condition(entry, member, tag)
+            entries[name] = _merge_entries(entries.get(name), entry)
     defaults = defaults_of(members[0]) if len(members) == 1 else {}
-    return OptionGroup(entries, meaning or (members[0].__doc__ or ""), tag, defaults)
+    return OptionGroup(entries, description or (members[0].__doc__ or ""), tag, defaults)
 
 
 def _member_models(annotation: Any) -> tuple[type[Strict], ...]:
-    """The models of `Model`, `Model | None` or `Model | Other`; none when anything else may stand there."""
-    options = [option for option in _union_members(annotation) if option is not type(None)]
-    models = tuple(option for option in options if isinstance(option, type) and issubclass(option, Strict))
-    return models if len(models) == len(options) else ()
+    """The models of `Model`, `Model | None` or `Model | Other`; none when anything else is allowed."""
+    members = [member for member in _union_members(annotation) if member is not NoneType]
+    models = tuple(member for member in members if isinstance(member, type) and issubclass(member, Strict))
+    return models if len(models) == len(members) else ()
 
 
 def _discriminators(annotation: Any) -> Iterator[Any]:
     """The discriminators of the unions inside of a union."""
     for argument in get_args(annotation):
         if get_origin(argument) is Annotated:
-            yield from (said.discriminator for said in get_args(argument)[1:] if isinstance(said, FieldInfo))
+            yield from (info.discriminator for info in get_args(argument)[1:] if isinstance(info, FieldInfo))
 
 
 def _add_condition(entry: Option | OptionGroup, member: type[Strict], tag: str | None) -> Option | OptionGroup:
@@ -209,14 +197,13 @@ def _add_condition(entry: Option | OptionGroup, member: type[Strict], tag: str |
     if tag is None:
         return entry
     if isinstance(entry, OptionGroup):
-        return replace(
-            entry, entries={name: _add_condition(inner, member, tag) for name, inner in entry.entries.items()}
-        )
+        entries = {name: _add_condition(inner, member, tag) for name, inner in entry.entries.items()}
+        return replace(entry, entries=entries)
     return replace(entry, condition=f"{tag} {get_args(member.model_fields[tag].annotation)[0]}")
 
 
 def _merge_entries(one: Option | OptionGroup | None, other: Option | OptionGroup) -> Option | OptionGroup:
-    """What two members of a union call by the same name: it may hold what either allows."""
+    """The entry for a name that two members of a union share: it allows what either allows."""
     if isinstance(one, Option) and isinstance(other, Option):
         condition = " or ".join(filter(None, (one.condition, other.condition)))
         return replace(one, annotation=Union[one.annotation, other.annotation], condition=condition)  # noqa: UP007

@@ -1,7 +1,4 @@
-"""Values as users write them: text is text, numbers have a measure, and `~` is a home folder wherever a path stands.
-
-The ground under every model: what users write, and what the program wrote for itself.
-"""
+"""The base classes of models, and the types and checks of values that users write: paths, text, numbers."""
 
 import os
 from pathlib import Path
@@ -12,12 +9,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
 from stages.system.refusal import Refused, first_invalid_character, format_value, invalid_character_reason
 
 MAX_INTEGER = (1 << 63) - 1
-MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
-"""In bytes, as Linux has them."""
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of Linux
 
 
 def expand_home(path: Path) -> Path:
-    """The path with a leading `~` or `~user` opened; raises `ValueError` for what can name no file."""
+    """The path with a leading `~` or `~user` expanded; raises `ValueError` for what can name no file."""
     if fault := invalid_character_reason(str(path)):
         raise ValueError(f"a file name {fault} ({first_invalid_character(str(path))}) - rename it")
     if "\n" in str(path) or "\r" in str(path):
@@ -32,7 +28,7 @@ def expand_home(path: Path) -> Path:
 
 
 def expand_location(location: str) -> str:
-    """A folder or a hub id, the folder's `~` opened: no hub id begins with one, nor is as long as no name can be."""
+    """A folder, its `~` expanded, or a hub id, which begins with no `~` and is shorter than a path may be."""
     return str(expand_home(Path(location))) if location.startswith("~") or len(location) > MAX_NAME_BYTES else location
 
 
@@ -50,7 +46,7 @@ def location_argument(text: str) -> str:
 
 
 def normalize_value(value: Any) -> Any:
-    """The value with every path in it opened; raises `ValueError` for what no user can mean."""
+    """The value with `~` in each of its paths expanded; raises `ValueError` for what no user can mean."""
     match value:
         case Path():
             return expand_home(value)
@@ -63,14 +59,14 @@ def normalize_value(value: Any) -> Any:
         case tuple() if type(value) is tuple:
             return tuple(map(normalize_value, value))
         case list():
-            return [normalize_value(one) for one in value]
+            return [normalize_value(item) for item in value]
         case dict():
-            return {normalize_value(key): normalize_value(one) for key, one in value.items()}
+            return {normalize_value(key): normalize_value(item) for key, item in value.items()}
     return value
 
 
 def refuse_blank(value: str) -> str:
-    """The value; raises `ValueError` for nothing but white space."""
+    """The value; raises `ValueError` for white space only."""
     if not value.strip():
         raise ValueError("should be a word or more")
     return value
@@ -79,7 +75,7 @@ def refuse_blank(value: str) -> str:
 Location = Annotated[str, AfterValidator(expand_location)]
 """A folder or a hub id."""
 NonEmpty = Annotated[str, AfterValidator(refuse_blank)]
-"""Words: not nothing."""
+"""Text that is not blank."""
 
 
 class Stored(BaseModel):
@@ -92,7 +88,7 @@ class Stored(BaseModel):
 
 
 class Strict(Stored):
-    """A model of what users write: floats are finite, integers fit 64 bits, text is text, `~` in a path is opened."""
+    """A model of what users write: finite floats, integers of 64 bits, text without controls, `~` in paths expanded."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 

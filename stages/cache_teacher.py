@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from configs.load import save_resolved
+from configs.load import resolved_yaml
 from configs.values import Location, Strict
 from shards.manifest import Recipe, differences
 from shards.table import is_tabulated, write_table
@@ -192,7 +192,7 @@ def finish(config: Config, writer: CacheWriter, all_tasks: Sequence[ShardTask], 
             write_table(folder)
         # Where it was made is not what it is: whoever repairs it does so alone.
         made_so = config.model_copy(update={"workers": 1, "cluster": HERE, "shard_range": None})
-        save_resolved(made_so, config.run / "cache.yaml", "cache_teacher")
+        atomic_write(config.run / "cache.yaml", resolved_yaml(made_so, "cache_teacher"))
         atomic_write(folder / MARK, f"{config.count + config.validation_count}\n")
     print(f"{folder}: {made_count} shards made, {len(held.shards)} in all, {len(held.failures)} prompts failed")
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from configs.load import save_resolved
+from configs.load import resolved_yaml
 from configs.values import Location, Strict
 from shards.manifest import Manifest
 from shards.reader import Reader, View
@@ -149,7 +149,7 @@ def distill(config: Config, runtime: Runtime) -> None:
 def save_settings(config: Config, origin: Origin) -> None:
     """Save in the run folder what it takes to repeat the run."""
     folder = config.run / "distill"
-    save_resolved(config, folder / "config.yaml", "distill")
+    atomic_write(folder / "config.yaml", resolved_yaml(config, "distill"))
     origin.save(folder)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field, ImportString, JsonValue, model_validator
 
-from configs.load import save_resolved
+from configs.load import resolved_yaml
 from configs.values import Location, Strict
 from shards.manifest import Manifest, Recipe
 from shards.reader import Reader
@@ -37,9 +37,9 @@ from stages.nets.teacher import Teacher
 from stages.prompts import PromptSource
 from stages.system.atomic import atomic_write
 from stages.system.device import device_of
+from stages.system.disk import file_sha256
 from stages.system.ownership import refuse_claimed
 from stages.train.checkpoint import Resume
-from stages.train.checkpoint_store import sha256
 from stages.train.loop import fit
 from stages.train.objective import Objective, ObjectiveConfig, feature_scale
 from stages.train.runtime import Runtime, is_launched, launch
@@ -205,7 +205,7 @@ def refill_class_cache(config: Config, origin: Origin) -> None:
 def save_settings(config: Config, origin: Origin, class_file: bytes | None = None) -> None:
     """Save in RUN/classes all settings from which it can be made again; the class file with these bytes, if given."""
     folder = config.run / "classes"
-    save_resolved(config, folder / "config.yaml", "finetune_classes")
+    atomic_write(folder / "config.yaml", resolved_yaml(config, "finetune_classes"))
     atomic_write(folder / "classes.yaml", config.classes.read_bytes() if class_file is None else class_file)
     origin.save(folder)
 
@@ -219,7 +219,7 @@ def classes_run_identity(
         "pictures": ledger.sha256() if ledger else "",
         "prior": Manifest.open(config.run / "cache").recipe.fingerprint(),
         "prior_share": config.prior_share,
-        "start": sha256(start_weights),
+        "start": file_sha256(start_weights),
         **({"exam": config.exam.model_dump(mode="json", exclude={"pictures"})} if config.stop else {}),
         **({"guidance": config.pictures.guidance} if ledger and ledger.usable_keys("data", "photograph") else {}),
         **({"lora": config.lora.model_dump(mode="json")} if config.lora else {}),

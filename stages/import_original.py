@@ -10,7 +10,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configs.load import config_from_arguments
+from configs.load import config_from_arguments, name_first_argument
 from configs.values import Location, Strict
 from stages.flow.bridge import TailPolicy
 from stages.nets.components import load_components
@@ -18,11 +18,11 @@ from stages.nets.files import absolute_folder, component_digests
 from stages.nets.original import OriginalCheckpoint, read_original
 from stages.nets.saved import CHECKPOINTS_FOLDER, WEIGHTS_FILE, Origin
 from stages.nets.student import Target
-from stages.system.disk import refuse_unwritable
+from stages.system.disk import file_sha256, refuse_unwritable
 from stages.system.ownership import claim_folder
 from stages.system.refusal import Refused
 from stages.train.checkpoint import Checkpoints
-from stages.train.checkpoint_store import KeepConfig, sha256
+from stages.train.checkpoint_store import KeepConfig
 
 USAGE = "usage: sollune import FILE.pt --teacher FOLDER --out RUN [--samples N] [--target vp_v|velocity] [--tail T]"
 
@@ -69,7 +69,7 @@ def run(config: Config) -> Path:
     tail = config.tail or _cfg_choice(original, "tail", get_args(TailPolicy)) or "hold"
     components = load_components(config.teacher, torch.device("cpu"), torch.float32)
     imported = ImportedWeights(original.weights(components.unet), samples)
-    source = {"file": config.file.name, "sha256": sha256(config.file), "gstep": original.gstep}
+    source = {"file": config.file.name, "sha256": file_sha256(config.file), "gstep": original.gstep}
     batch_size = max(1, samples // max(1, original.gstep))
     identities = {"imported": source, "train": {"batch_size": batch_size}}
     path = absolute_folder(config.teacher)
@@ -105,10 +105,8 @@ def _cfg_choice(original: OriginalCheckpoint, key: str, allowed: Sequence[str]) 
 
 def main(argv: Sequence[str]) -> int:
     """`sollune import FILE.pt ...`."""
-    arguments = ["--file", *argv] if argv and not argv[0].startswith("-") else list(argv)
-    if not arguments:
-        raise Refused(f"import: which file? - {USAGE}")
-    config = config_from_arguments(Config, "import", arguments)
+    argv = name_first_argument(argv, "file", f"import: which file? - {USAGE}")
+    config = config_from_arguments(Config, "import", argv)
     if config is not None:
         run(config)
     return 0

@@ -44,7 +44,7 @@ def test_a_finished_cache_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_disk_that_cannot_hold_it_is_refused_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: Usage(0, 0, plan.MARGIN_BYTES + 100_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(0, 0, plan.MARGIN_BYTES + 100_000))
     with pytest.raises(Refused, match=r"cache: 16 MiB free, .* are needed - free some space"):
         cache_teacher.run(config(tmp_path))
     assert not list(tmp_path.rglob("*.tar"))
@@ -56,7 +56,7 @@ def test_a_disk_that_fills_stops_the_job_between_shards_and_the_same_command_goe
 ) -> None:
     left = iter([1 << 40, 1 << 40, plan.MARGIN_BYTES])
     with monkeypatch.context() as patched:
-        patched.setattr(plan.shutil, "disk_usage", lambda _: Usage(0, 0, next(left)))
+        patched.setattr("shutil.disk_usage", lambda _: Usage(0, 0, next(left)))
         with pytest.raises(Refused, match="MiB are needed"):
             cache_teacher.run(config(tmp_path))
     assert [shard.records for shard in Manifest.open(tmp_path / "cache").shards] == [10]

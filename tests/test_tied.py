@@ -16,7 +16,7 @@ from stages.system.tied import tie_to_parent
 SLOW_START = """
 import pathlib, sys, time
 from stages.system.ownership import process_token
-pathlib.Path(sys.argv[1], f"{owner()}.up").touch()
+pathlib.Path(sys.argv[1], f"{process_token()}.up").touch()
 time.sleep(300)  # as if it still imported something
 """
 

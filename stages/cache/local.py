@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from stages.cache.fill import FillJob, fill
 from stages.cache.fleet import GRACE_SECONDS, Worker
+from stages.system.ending import EXIT_INTERRUPTED
 from stages.system.refusal import Refused
-from stages.system.signals import INTERRUPTED, ignore_terminal_signals, interrupt_on
+from stages.system.signals import interrupt_on, signal_handler
 from stages.system.tied import suspend_tie, tie_to_parent
 
 EXIT_SECONDS = 5.0
@@ -23,7 +24,7 @@ EXIT_SECONDS = 5.0
 
 def start_workers(job: FillJob, count: int, method: str = "spawn") -> list[Worker]:
     """Start `count` processes that share a job; worker i is told number i, for the GPU that it takes."""
-    with ignore_terminal_signals():
+    with signal_handler(signal.SIG_IGN, signal.SIGINT, signal.SIGHUP):  # this process says when they stop
         return [_worker(job, number, method) for number in range(count)]
 
 
@@ -85,4 +86,4 @@ def _end_with_parent(finished: threading.Event) -> None:
         if not finished.is_set():
             os.kill(os.getpid(), signal.SIGTERM)  # to the process, so that it wakes the main thread
         finished.wait(GRACE_SECONDS)  # to clear away what is half-written
-        os._exit(INTERRUPTED)
+        os._exit(EXIT_INTERRUPTED)

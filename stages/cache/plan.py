@@ -3,7 +3,6 @@
 import heapq
 import os
 import resource
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from shards.record import BlockFeatures, Record, States
 from stages.nets.features import feature_widths
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt
+from stages.system.disk import free_bytes
 from stages.system.refusal import Refused
 
 RecordMaker = Callable[[Sequence[Prompt], Sequence[str]], list[Record]]
@@ -114,11 +114,6 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space where `folder` is, or will be."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
 def refuse_small_disk(folder: Path, needed: int) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from configs.load import config_from_arguments
+from configs.load import config_from_arguments, name_first_argument
 from configs.values import Strict
 from stages.classes import plan, suggestion
 from stages.system.refusal import Refused, did_you_mean
@@ -11,8 +11,8 @@ from stages.system.refusal import Refused, did_you_mean
 USAGE = "usage: sollune classes show FILE [--config FILE.yaml ...] | suggest RUN --config FILE.yaml [--out FILE]"
 
 COMMANDS: Mapping[str, tuple[type[Strict], str, str, Callable[[Any], None]]] = {
-    "show": (plan.Config, "finetune_classes", "--classes", plan.print_plan),
-    "suggest": (suggestion.Config, "evaluate", "--run", suggestion.run),
+    "show": (plan.Config, "finetune_classes", "classes", plan.print_plan),
+    "suggest": (suggestion.Config, "evaluate", "run", suggestion.run),
 }
 """Name -> configuration, the section of --config that it takes, the option of the first argument, function."""
 
@@ -26,9 +26,8 @@ def main(argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise Refused(f"classes {name}: unknown command - {did_you_mean(name, list(COMMANDS))}")
     config_type, section, first_option, function = COMMANDS[name]
-    if options and not options[0].startswith("-"):
-        options = [first_option, *options]
-    config = config_from_arguments(config_type, section, options, f"sollune classes {name}")
+    named = name_first_argument(options, first_option)
+    config = config_from_arguments(config_type, section, named, f"sollune classes {name}")
     if config is not None:
         function(config)
     return 0

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, ImportString
 from torch import Tensor
 
-from configs.load import config_from_arguments
+from configs.load import config_from_arguments, name_first_argument
 from configs.values import Strict
 from shards.reader import Reader
 from stages.evaluate.metrics import Fidelity, Scorer, compute_fidelity
@@ -205,10 +205,9 @@ def measure_velocity(setup: EvaluationSetup, config: Config) -> VelocityErrors |
 
 def main(argv: Sequence[str]) -> int:
     """`sollune evaluate RUN --config FILE [options]`; 1 when a gate is missed."""
-    words = ["--run", *argv] if argv and not argv[0].startswith("-") else list(argv)
-    if not words:
-        raise Refused("evaluate: which run? - usage: sollune evaluate RUN --config configs/tiny.yaml [options]")
-    config = config_from_arguments(Config, "evaluate", words)
+    usage = "usage: sollune evaluate RUN --config configs/tiny.yaml [options]"
+    argv = name_first_argument(argv, "run", f"evaluate: which run? - {usage}")
+    config = config_from_arguments(Config, "evaluate", argv)
     if config is None:
         return 0
     written = config.run / "evaluation.json"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from configs.load import config_from_arguments
+from configs.load import config_from_arguments, name_first_argument
 from stages.export.comfyui import WORKFLOW_FILE
 from stages.export.diffusers import export_diffusers
 from stages.export.existing import refuse_occupied, remove_stale_files, verify_export
@@ -119,10 +119,8 @@ def export_paths(origin: Origin, facts: Mapping[str, Any]) -> tuple[Path, ...]:
 
 def main(argv: Sequence[str]) -> int:
     """`sollune export RUN ...`."""
-    words = ["--run", *argv] if argv and not argv[0].startswith("-") else list(argv)
-    if not words:
-        raise Refused(f"export: which run? - {USAGE}")
-    config = config_from_arguments(Config, "export", words)
+    argv = name_first_argument(argv, "run", f"export: which run? - {USAGE}")
+    config = config_from_arguments(Config, "export", argv)
     if config is not None:
         for path in run(config):
             print(f"{path}: {'verified' if config.verify else 'written and verified'}")

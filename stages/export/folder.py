@@ -22,9 +22,8 @@ from stages.export.comfyui import is_unmodified_workflow
 from stages.hub.snapshot import link_or_copy
 from stages.nets.files import read_json
 from stages.system.atomic import PARTIAL_SUFFIX, fsync_folder, is_abandoned, temporary_path
-from stages.system.disk import system_error, unwritable_error
+from stages.system.disk import file_sha256, system_error, unwritable_error
 from stages.system.refusal import Refused, in_one_line
-from stages.train.checkpoint_store import sha256
 
 FACTS_FILE = "sollune.json"
 """The facts of an export, by which one of ours is known."""
@@ -98,7 +97,7 @@ def _digest(folder: Path, name: str, facts: Mapping[str, Any]) -> str:
     if name == FACTS_FILE:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     path = folder / name
-    return "a link" if path.is_symlink() else sha256(path)
+    return "a link" if path.is_symlink() else file_sha256(path)
 
 
 def copy_added_files(earlier: Path, new: Path) -> None:

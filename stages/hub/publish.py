@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from configs.load import config_from_arguments
+from configs.load import config_from_arguments, name_first_argument
 from configs.values import Strict
 from stages.hub.repository import Repository, root_cause
 from stages.hub.snapshot import CHECKPOINTS_FOLDER, Snapshot, Staging
@@ -65,10 +65,8 @@ def _snapshots(config: Config, staging: Staging) -> Iterator[Snapshot]:
 
 def main(argv: Sequence[str]) -> int:
     """`sollune publish RUN --to ORG/NAME`."""
-    words = ["--run", *argv] if argv and not argv[0].startswith("-") else list(argv)
-    if not words:
-        raise Refused(f"publish: which run? - {USAGE}")
-    config = config_from_arguments(Config, "publish", words)
+    argv = name_first_argument(argv, "run", f"publish: which run? - {USAGE}")
+    config = config_from_arguments(Config, "publish", argv)
     if config is not None:
         run(config)
     return 0

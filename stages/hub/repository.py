@@ -18,8 +18,9 @@ from huggingface_hub.hf_api import RepoFile
 
 from stages.hub.snapshot import CHECKPOINTS_FOLDER, Snapshot
 from stages.system.atomic import fsync_folder
+from stages.system.disk import file_sha256
 from stages.system.refusal import Refused
-from stages.train.checkpoint_store import fault_of, sha256
+from stages.train.checkpoint_store import fault_of
 
 FILE_OF_CHECKPOINT = re.compile(rf"{CHECKPOINTS_FOLDER}/(\d+)/.+")
 NO_RIGHTS_STATUS = {401, 402, 403, 404}
@@ -125,7 +126,7 @@ class Repository:
             if not isinstance(entry, RepoFile):
                 raise UploadMismatch(f"{path} is not in the repository after it was sent")
             # Hashed here: the client's own hash may come from the very reading that went wrong.
-            remote, sent = (entry.lfs.sha256, sha256(file)) if entry.lfs else (entry.blob_id, git_blob_id(file))
+            remote, sent = (entry.lfs.sha256, file_sha256(file)) if entry.lfs else (entry.blob_id, git_blob_id(file))
             if remote != sent:
                 raise UploadMismatch(f"{path} has the hash {remote[:12]}... there, sent was {sent[:12]}...")
 

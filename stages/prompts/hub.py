@@ -12,6 +12,7 @@ from pydantic import Field
 from configs.values import Location
 from stages.prompts.prompt import import_extra
 from stages.prompts.table import ColumnSource, TableRow
+from stages.system.disk import file_sha256
 from stages.system.refusal import Refused
 
 READ_ERRORS = (OSError, ValueError, NotImplementedError, LookupError, TypeError)
@@ -50,7 +51,10 @@ class HubSource(ColumnSource):
         """A digest of all that the prompts depend on: the dataset's commit, or the files of a local folder."""
         folder = Path(self.dataset)
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        content = [f"{path.relative_to(folder)} {_sha256(path)}" for path in files] or [self.dataset, self._commit()]
+        content = [f"{path.relative_to(folder)} {file_sha256(path)}" for path in files] or [
+            self.dataset,
+            self._commit(),
+        ]
         settings = [self.subset, self.part, self.column, self.class_column]
         return hashlib.sha256(json.dumps([content, settings]).encode()).hexdigest()
 
@@ -77,8 +81,3 @@ class HubSource(ColumnSource):
 
     def __str__(self) -> str:
         return f"{self.dataset}/{self.part} (column {self.column})"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

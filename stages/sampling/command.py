@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from pydantic import Field as Knob
 
-from configs.load import load, parse_common_options, resolved_yaml
+from configs.load import load, name_first_argument, parse_common_options, resolved_yaml
 from configs.values import Location, Strict
 from stages.prompts import FileSource, omission_lines, truncation_lines
 from stages.sampling.grids import fixed_noise, make_sheet, save_sheet
@@ -147,10 +147,9 @@ def _describe(config: Config) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """`sollune sample RUN|FOLDER|FILE "a sentence" ... [options]`."""
-    if not argv:
-        raise Refused(f"sample: which model? - {USAGE}")
     plain = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    asked = parse_common_options([*(["--run", argv[0]] if plain else []), *argv[plain:]])
+    argv_with_run = name_first_argument([*argv[:1], *argv[max(1, plain) :]], "run", f"sample: which model? - {USAGE}")
+    asked = parse_common_options(argv_with_run)
     config = load(Config, "sample", asked.files, asked.options)
     # Sentences are no words of an option: one may begin with a bracket, which an option would read as a list.
     config = config.model_copy(update={"texts": (*argv[1:plain], *config.texts)})

@@ -13,11 +13,11 @@ from stages.system.ownership import is_alive, process_token
 PARTIAL_SUFFIX = ".partial"
 ABANDONED_AFTER_SECONDS = 3600.0
 FOLDER_FSYNC_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
-"""What file systems raise that cannot make a folder durable, such as some of a network."""
+"""Raised by file systems that cannot make a folder durable, such as some network file systems."""
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` durable, where its file system knows how."""
+    """Make a rename inside `folder` durable, where its file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -29,12 +29,12 @@ def fsync_folder(folder: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """A temporary name beside `path` that says whose it is."""
+    """A temporary name beside `path` that holds this process's token."""
     return path.with_name(f".{path.name}.{process_token()}{PARTIAL_SUFFIX}")
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether nobody writes this `unfinished` file any more; a stranger's counts as forgotten after an hour."""
+    """Whether no process writes this temporary file any more; where that cannot be seen, its age decides."""
     alive = is_alive(path.name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[2])
     try:
         return not alive if alive is not None else time.time() - path.stat().st_mtime > ABANDONED_AFTER_SECONDS
@@ -44,10 +44,9 @@ def is_abandoned(path: Path) -> bool:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; renamed to it when the block ends well, removed when it does not.
+    """A temporary name beside `path`; renamed to `path` when the block succeeds, removed when it raises.
 
-    A link of that name is replaced, not followed: it may lead anywhere. Raises `Refused`, naming `path` and the reason,
-    for whatever the system raises.
+    A link of that name is replaced, not followed. Raises `Refused`, naming `path` and the reason, for system errors.
     """
     temporary = temporary_path(path)
     with refuse_write_errors(path):
@@ -60,7 +59,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.replace(path)
             fsync_folder(path.parent)
         finally:
-            with suppress(OSError):  # on a disk that fails this fails too, and would hide why
+            with suppress(OSError):  # on a failing disk this fails too, and would hide the first error
                 temporary.unlink(missing_ok=True)
 
 

@@ -1,7 +1,4 @@
-"""Where a process computes, and whether it can compute there.
-
-How many threads of the CPU compute.
-"""
+"""The torch device that a process computes on, checked before use, and the number of its CPU threads."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,7 +11,7 @@ from stages.system.refusal import Refused, in_one_line
 
 
 def device_of(name: str, worker: int = 0) -> torch.device:
-    """`auto` is a GPU, or else the CPU; several workers of one machine take its GPUs in turn.
+    """The device of this name; `auto` is a GPU, worker by worker another one, or else the CPU.
 
     Raises `Refused` for a device that torch does not know, this machine does not have, or that cannot add two numbers.
     """
@@ -26,7 +23,7 @@ def device_of(name: str, worker: int = 0) -> torch.device:
 
 
 def devices() -> Iterator[str]:
-    """The devices of this machine by the names that may be given."""
+    """The names of this machine's devices."""
     yield "cpu"
     yield from (f"cuda:{number}" for number in range(torch.cuda.device_count()))
     yield from (f"xpu:{number}" for number in range(torch.xpu.device_count()))
@@ -37,46 +34,46 @@ def devices() -> Iterator[str]:
 def _parse_device(name: str) -> torch.device:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of types that torch gave up: the trial says more
+            warnings.simplefilter("ignore")  # about types that torch dropped: `_check_device` decides
             device = torch.device(name)
     except (RuntimeError, ValueError) as error:
         raise _refused(name, "torch knows no such device") from error
     if device.type == "meta":
         raise _refused(name, "holds no numbers")
     known = set(devices())
-    if device.type in {one.partition(":")[0] for one in known} and (device.index or 0) > 0 and name not in known:
+    if device.type in {other.partition(":")[0] for other in known} and (device.index or 0) > 0 and name not in known:
         raise _refused(name, "this machine has none of that number")
     return _check_device(name)
 
 
 @cache
 def _check_device(name: str) -> torch.device:
-    """The device, once it has held a tensor and added to it."""
+    """The device, after an addition on it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            answer = float((torch.ones(1, device=name) + 1).sum())
-    except Exception as error:  # what a driver, or its absence, comes up with has no common name
+            result = float((torch.ones(1, device=name) + 1).sum())
+    except Exception as error:  # errors of drivers, or of their absence, have no common class
         raise _refused(name, f"cannot compute here ({in_one_line(error, 120)})") from error
-    if answer != 2:
-        raise _refused(name, f"adds 1 and 1 to {answer:g}")
+    if result != 2:
+        raise _refused(name, f"adds 1 and 1 to {result:g}")
     return torch.device(name)
 
 
-def _refused(name: str, why: str) -> Refused:
-    return Refused(f"device {name}: {why} - use auto or {' or '.join(devices())}")
+def _refused(name: str, reason: str) -> Refused:
+    return Refused(f"device {name}: {reason} - use auto or {' or '.join(devices())}")
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread of the CPU.
+    """Compute on one CPU thread in this block.
 
-    Two threads add up in another order than one, so their number changes the last bits of a result. On one, neither the
-    bytes of a cache nor a fit depend on how many cores a machine has or on how many workers share them.
+    The number of threads changes the order of sums, and so the last bits of a result. On one, neither the bytes of a
+    cache nor a fit depend on the number of cores or of workers that share them.
     """
-    before = torch.get_num_threads()
+    previous = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)

@@ -1,132 +1,100 @@
-"""SIGHUP, which a closed terminal sends: ignored under `nohup`, and else the end of whatever can be printed.
+"""How SIGTERM, SIGINT and SIGHUP end a program: at once with its cleanup, or after the current step of a loop.
 
-How a job is stopped: SIGTERM and SIGHUP are met like Ctrl-C, so that what is half-written is cleared away.
-
-A polite end: the first of these signals asks the loop to finish its step, the second ends the program at once.
-
-A closed terminal sends SIGHUP, and then nothing can be printed any more: what was the terminal becomes nothing.
+A closed terminal sends SIGHUP. It stays ignored where it was ignored at the start, as under `nohup`.
 """
 
 import os
 import signal
 import stat
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from types import FrameType, TracebackType
 
+from stages.system.ending import EXIT_INTERRUPTED
+from stages.system.terminal import redirect_to_devnull
 from stages.system.tied import suspend_tie
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-def is_ignored(number: signal.Signals) -> bool:
-    """Whether SIGHUP is ignored, as under `nohup`: then it stays so."""
-    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
-
-
-def detach_dead_terminal() -> None:
-    """Let output and errors go nowhere where they went to a terminal that is no more, instead of ending the program."""
-    for handle in (1, 2):
-        with suppress(OSError):
-            if stat.S_ISCHR(os.fstat(handle).st_mode) and not os.isatty(handle):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, handle)
-                os.close(nowhere)
+Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 
 
-INTERRUPTED = 130
+def unless_nohup(numbers: Iterable[signal.Signals] = STOP_SIGNALS) -> list[signal.Signals]:
+    """The signals without SIGHUP where that is ignored."""
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in numbers if not (nohup and number == signal.SIGHUP)]
 
 
 @contextmanager
-def interrupt_on(*numbers: signal.Signals) -> Iterator[None]:
-    """The first of these signals raises `KeyboardInterrupt`; another one ends the process at once.
-
-    SIGHUP stays ignored where it was, as under `nohup`.
-
-    Python hands signals to the main thread only; in another one this changes nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
+def signal_handler(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
+    """Handle the signals by `handler`; without effect in a thread, as Python runs handlers in the main thread only."""
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handler) for number in unless_nohup(numbers) if is_main}
+    try:
         yield
-        return
-    asked = False
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            os._exit(INTERRUPTED)  # a cache bears it, as it bears kill -9
-        asked = True
+
+def interrupt_on(*numbers: signal.Signals) -> AbstractContextManager[None]:
+    """The first of these signals raises `KeyboardInterrupt`; another one ends the process at once."""
+    interrupted = False
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            os._exit(EXIT_INTERRUPTED)  # a cache survives it, as it survives kill -9
+        interrupted = True
         detach_dead_terminal()
         raise KeyboardInterrupt
 
-    earlier = {number: signal.signal(number, stop) for number in numbers if not is_ignored(number)}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+    return signal_handler(interrupt, *numbers)
 
 
-@contextmanager
-def ignore_terminal_signals() -> Iterator[None]:
-    """Processes started in here ignore the terminal's Ctrl-C and its end: who started them says when they stop."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+def detach_dead_terminal() -> None:
+    """Redirect output and errors to /dev/null where they went to a closed terminal: printing would end the program."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                redirect_to_devnull(descriptor)
 
 
 class Interruption:
-    """Whether a signal asked this run to stop; a context that gives the signals back at its end."""
+    """A context in which the first signal asks a loop to finish its step; the second one ends the program."""
 
     def __init__(self, prints_notice: bool = True) -> None:
-        """Of several processes that get the same signal, one speaks."""
+        """`prints_notice` is true for one of several processes that get the same signal."""
         self._prints_notice = prints_notice
-        self.signal: signal.Signals | None = None
+        self._signal: signal.Signals | None = None
         self._launcher_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self._previous_handlers: dict[signal.Signals, object] = {}
-        self._tie_release = ExitStack()
+        self._handlers, self._suspended_tie = ExitStack(), ExitStack()
 
     @property
     def signal_number(self) -> int:
-        """The signal's number, 0 when there was none; the launcher's death is a SIGTERM to those whom it started."""
-        if self.signal is None and self._launcher_pid not in (None, os.getppid()):
+        """The number of the signal, 0 without one; the death of the process launcher counts as SIGTERM."""
+        if self._signal is None and self._launcher_pid not in (None, os.getppid()):
             return int(signal.SIGTERM)
-        return int(self.signal or 0)
+        return int(self._signal or 0)
 
     def __enter__(self) -> "Interruption":
-        # Python hands signals to the main thread only; elsewhere they keep their meaning.
-        if threading.current_thread() is threading.main_thread():
-            # Installed before the tie is loosened: whenever the launcher dies, it is noticed.
-            self._previous_handlers = {
-                number: signal.signal(number, self._handle_signal) for number in SIGNALS if not is_ignored(number)
-            }
-        self._tie_release.enter_context(suspend_tie())
+        # Handlers come before the tie is suspended: so the launcher's death is noticed at any moment.
+        self._handlers.enter_context(signal_handler(self._handle_signal, *STOP_SIGNALS))
+        self._suspended_tie.enter_context(suspend_tie())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore_handlers()
-        self._tie_release.close()
+        self._handlers.close()
+        self._suspended_tie.close()
 
     def _handle_signal(self, number: int, _frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore_handlers()
+        self._signal = signal.Signals(number)
+        self._handlers.close()
         detach_dead_terminal()
         if self._prints_notice:
-            # A handler may run in the middle of a print: it writes past the buffers.
-            told = f"\n{self.signal.name}: finishing this step, then a checkpoint; again to leave at once\n"
-            with suppress(OSError):  # nobody reads any more, which must not end the run before its checkpoint
-                os.write(2, told.encode())
-
-    def _restore_handlers(self) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._previous_handlers = {}
+            notice = f"\n{self._signal.name}: finishing this step, then a checkpoint; again to leave at once\n"
+            with suppress(OSError):  # a closed stream must not end the run before its checkpoint
+                os.write(2, notice.encode())  # past the buffers: a handler may run in the middle of a print

@@ -1,4 +1,4 @@
-"""A process that ends with the one that started it: `python -m stages.system.tied PID MODULE WORDS...` runs MODULE so.
+"""Processes that end with their parent: `python -m stages.system.tied PID MODULE ARGUMENTS...` runs MODULE as one.
 
 It imports nothing but the standard library, so that the tie holds before the first slow import.
 """
@@ -17,16 +17,16 @@ PR_SET_PDEATHSIG = 1
 POLL_SECONDS = 0.5
 
 _parents: list[int] = []
-"""The process that this one is tied to, if it is."""
+"""The pid of the process that this one is tied to, if any."""
 
 
 def tie_to_parent(parent: int) -> None:
-    """Have this process get SIGTERM when `parent` dies, and end it at once if that has happened already.
+    """Send this process SIGTERM when `parent` dies, and end it at once if `parent` is dead already.
 
-    The kernel sends the signal where it can; elsewhere a thread looks for the parent's number now and then.
+    The kernel sends the signal where it can; elsewhere a thread polls the parent's pid.
     """
     by_kernel = _ask_kernel(signal.SIGTERM)
-    if os.getppid() != parent:  # it died before the kernel knew of the tie
+    if os.getppid() != parent:  # it died before the tie
         os._exit(128 + signal.SIGTERM)
     if not by_kernel and parent not in _parents:
         threading.Thread(target=_poll_parent, args=[parent], name="tied", daemon=True).start()
@@ -35,9 +35,9 @@ def tie_to_parent(parent: int) -> None:
 
 @contextmanager
 def suspend_tie() -> Iterator[None]:
-    """Within, this process sees for itself that its parent is gone, and finishes what it does.
+    """No signal in this block: the process polls for its parent itself, and finishes its step.
 
-    The kernel sends its signal once for each thread of the parent, and a second one may mean: at once.
+    The kernel sends its signal once for each thread of the parent, and a second one would end the process at once.
     """
     tied, _parents[:] = list(_parents), []
     if tied:
@@ -50,9 +50,7 @@ def suspend_tie() -> Iterator[None]:
 
 
 def _ask_kernel(number: int) -> bool:
-    """Linux alone has this; it lasts through exec, and is not inherited by children."""
-    if not sys.platform.startswith("linux"):
-        return False
+    """Whether the kernel will send this signal; Linux only, kept through exec, not inherited by children."""
     try:
         return bool(ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0) == 0)
     except (OSError, AttributeError):

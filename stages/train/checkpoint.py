@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from stages.david.fusion import translate_stored
 from stages.system.atomic import fsync_folder
-from stages.system.disk import refuse_unwritable, system_error, unwritable_error
+from stages.system.disk import file_sha256, free_bytes, refuse_unwritable, system_error, unwritable_error
 from stages.system.ending import is_out_of_memory
 from stages.system.refusal import Refused, in_one_line
 from stages.train.checkpoint_store import (
@@ -27,7 +27,6 @@ from stages.train.checkpoint_store import (
     fault_of,
     identity_differences,
     samples_of,
-    sha256,
 )
 
 DISK_MARGIN_BYTES = 1 << 20
@@ -103,8 +102,7 @@ class Checkpoints:
         """Raise `Refused` when one more checkpoint does not fit, or its folder cannot be written."""
         refuse_unwritable(self.store.path_of(0))
         needed = checkpoint_bytes + DISK_MARGIN_BYTES
-        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(existing).free
+        free = free_bytes(self.folder)
         if free < needed:
             raise Refused(
                 f"{self.folder}: {free / 2**20:.1f} MiB free, a checkpoint takes {needed / 2**20:.1f} MiB - "
@@ -187,7 +185,7 @@ class Checkpoints:
 
     def _write(self, folder: Path, state: Saveable, score: float | None) -> None:
         state.write(folder)
-        files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
         measured = score if score is not None and math.isfinite(score) else None
         CheckpointMeta(state.samples, measured, self.identity, files).write(folder)
         for path in folder.iterdir():

@@ -4,7 +4,6 @@ A checkpoint is hidden (.000012800.partial) until all of it was read back, and a
 deleted. Each renaming is atomic, so whatever has a final name was whole once, whenever a process dies.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from configs.values import Strict
 from shards.integrity import append_seal, seal_fault
 from shards.opened import FileIdentity
 from stages.system.atomic import fsync_folder
+from stages.system.disk import file_sha256
 
 META_FILE = "state.json"
 META_SCHEMA = 3
@@ -81,7 +81,7 @@ def fault_of(folder: Path) -> str | None:
         for name, expected in meta.files.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if sha256(folder / name) != expected:
+            if file_sha256(folder / name) != expected:
                 return f"{name} is not the file that was written"
     except BrokenCheckpoint as broken:
         return str(broken)
@@ -101,12 +101,6 @@ def identity_differences(then: Any, now: Any, path: str = "") -> list[str]:
         return []
     because = ": the learning rate's cosine would change" if path.endswith("max_samples") else ""
     return [f"{path} was {then}, is {now}{because}"]
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 class KeepConfig(Strict):

@@ -26,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from configs.load import resolved_yaml
 from configs.values import Strict
 from stages.system.refusal import Refused
-from stages.system.signals import SIGNALS, is_ignored
+from stages.system.signals import unless_nohup
 from stages.train.muon import ProcessGroup
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
@@ -231,7 +231,7 @@ def run_processes(arguments: Sequence[str], processes: int, log_folder: str) -> 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_SECONDS))
     # torch's launcher handles the signals named here; it would undo `nohup` otherwise.
-    handled = [number.name for number in SIGNALS if not is_ignored(number)]
+    handled = [number.name for number in unless_nohup()]
     os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join([*handled, "SIGQUIT"]))
     for name in logging.root.manager.loggerDict:  # this module prints what is needed
         if name.startswith("torch.distributed.elastic"):

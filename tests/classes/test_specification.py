@@ -109,7 +109,7 @@ def test_a_file_without_the_optional_keys_keeps_the_fingerprint_in_existing_cach
         ("classes: [{pattern: '*', priority: top}]", "class number 1: name"),
         ("weights: {top: 1}\nclasses: [{name: a, pattern: '*', priority: low}]", "'low' of class 'a' has no positive"),
         ("classes: [", "classes.yaml"),
-        ("classes: [{name: a, pattern: '*', priority: top}]\nclasses: []", "classes.yaml:2: .*said twice"),
+        ("classes: [{name: a, pattern: '*', priority: top}]\nclasses: []", "classes.yaml:2: .*duplicate key"),
         (
             "classes: [{name: a, pattern: '*', priority: top, weight: 1.0e308}, "
             "{name: b, pattern: b, priority: low, weight: 1.0e308}]",

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 import pytest
 from pydantic import Field, ImportString, ValidationError, model_validator
 
-from configs.load import load, parse_common_options, save_resolved
+from configs.load import load, parse_common_options, resolved_yaml
 from configs.values import Strict
 from stages.system.refusal import Refused
 
@@ -181,7 +181,7 @@ def test_every_error_has_its_own_line() -> None:
     ("text", "said"),
     [
         ("distill: {run: a\n", "one.yaml:2: not good YAML"),
-        ("distill:\n  run: a\n  run: b\n", "one.yaml:3: not good YAML: run is said twice"),
+        ("distill:\n  run: a\n  run: b\n", "one.yaml:3: not good YAML: run is a duplicate key"),
         ("- distill\n", "one.yaml: should be a mapping of sections"),
         ("distill: 3\n", "one.yaml: distill = 3: should be a mapping of keys to values"),
     ],
@@ -200,7 +200,7 @@ def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None
     config = load_config(
         "--run r --prompts.source text --prompts.file p.txt --train.clip none --train.learning-rate 1e-7"
     )
-    save_resolved(config, tmp_path / "config.yaml", "distill")
+    (tmp_path / "config.yaml").write_text(resolved_yaml(config, "distill"))
     assert load_config("", tmp_path / "config.yaml") == config
 
 

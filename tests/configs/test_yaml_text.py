@@ -57,7 +57,7 @@ def test_nesting_ends_somewhere() -> None:
     ["1: a\n0x1: b", "'1': a\n1: b", "a: 1\n'a': 2", "a: {b: 1, b: 1}", "<<: {a: 1}\n<<: {b: 2}", "- {x: 1, x: 2}"],
 )
 def test_a_duplicate_key_is_refused_however_it_is_spelt(text: str) -> None:
-    with pytest.raises(Refused, match=r"^a:\d+: .*is said twice"):
+    with pytest.raises(Refused, match=r"^a:\d+: .*is a duplicate key"):
         parse_yaml(text, "a")
 
 

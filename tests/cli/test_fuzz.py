@@ -1,4 +1,4 @@
-"""A fuzz of the door: whatever a file holds, a command ends well or refuses it in one line, and changes no file."""
+"""A fuzz of the command line: whatever a file holds, a command succeeds or refuses it in one line; no file changes."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stages import __main__ as door
+from stages import __main__ as cli
 
 TEACHER = Path("stages/tiny/model")
 SECONDS = 20
@@ -131,7 +131,7 @@ def comes_to_an_end(words: list[str], folder: Path) -> None:
     signal.alarm(SECONDS)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = door.main(words)
+            code = cli.main(words)
     except SystemExit as left:
         code = left.code
     finally:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages import __main__ as door
+from stages import __main__ as cli
 from stages.nets.files import WEIGHT_FILES
 
 Break = Callable[[Path], object]
@@ -266,7 +266,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a small cache, and its teacher beside it."""
     folder = tmp_path_factory.mktemp("cached")
     shutil.copytree("stages/tiny/model", folder / "teacher")
-    assert door.main(caching(folder / "run", folder / "teacher")) == 0
+    assert cli.main(caching(folder / "run", folder / "teacher")) == 0
     return folder
 
 

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
-from stages import __main__ as door
+from stages import __main__ as cli
 from stages.nets.original import CHECKPOINT_KEYS
 from stages.system.ownership import CLAIM_FILE as CLAIM
 from stages.system.ownership import boot_id, machine_id, pid_namespace, process_token
@@ -61,7 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.mkdir()
     (run / "asked.yaml").write_text(CLASS_FILE)
     for words in (cache_teacher(run), distill(run), finetune(run)):
-        assert door.main(words) == 0
+        assert cli.main(words) == 0
     return run
 
 
@@ -374,7 +374,7 @@ def test_an_evaluation_that_is_refused_changes_nothing(before, named, run, refus
 
 
 def test_an_import_that_is_refused_makes_no_folder(run, refused):
-    assert door.main(export(run, "--to", "pt")) == 0
+    assert cli.main(export(run, "--to", "pt")) == 0
     content = torch.load(run / "distill/export/model-flow.pt", weights_only=True)
     content["cfg"]["tail"] = "bent"
     torch.save(content, run / "bent.pt")
@@ -399,14 +399,14 @@ def test_a_card_tells_what_trained_after_a_refusal(run, refused):
     card = run / "distill/export/diffusers/README.md"
     before, settings = card.read_text(), (run / "distill/config.yaml").read_text()
     refused(distill(run, "--train.optimizer.learning-rate", "0.5"), "learning_rate")
-    assert door.main(export(run)) == 0
+    assert cli.main(export(run)) == 0
     assert card.read_text() == before
     assert "learning_rate: 0.001" in before
     assert (run / "distill/config.yaml").read_text() == settings
 
 
 def test_what_may_change_on_the_way_is_told_as_it_is_now(run):
-    assert door.main(distill(run, "--train.journal-every-samples", "4")) == 0
+    assert cli.main(distill(run, "--train.journal-every-samples", "4")) == 0
     told = yaml.safe_load((run / "distill/config.yaml").read_text())["distill"]["train"]
     assert told["journal_every_samples"] == 4
 
@@ -432,5 +432,5 @@ def test_the_claim_of_a_dead_process_is_taken_over_and_ends_with_the_run(leave, 
     if leave is before_the_last_start:
         said = json.loads((run / "distill" / CLAIM).read_text()) | {"machine": "this machine"}
         (run / "distill" / CLAIM).write_text(json.dumps(said))
-    assert door.main(distill(run)) == 0
+    assert cli.main(distill(run)) == 0
     assert not (run / "distill" / CLAIM).exists()

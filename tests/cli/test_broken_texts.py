@@ -157,7 +157,7 @@ TABLE = {
     "JSON of absurd depth": table("t.jsonl", "[" * 100_000, "t.jsonl:1", "nested too deep"),
     "JSON of absurd digits": table("t.jsonl", '{"text": "a", "n": ' + "9" * 5000 + "}", "5000 digits"),
     "NaN": table("t.jsonl", '{"text": NaN}', "NaN"),
-    "a JSON key said twice": table("t.jsonl", '{"text": "a", "text": "b"}', "'text' is said twice"),
+    "a duplicate JSON key": table("t.jsonl", '{"text": "a", "text": "b"}', "'text' is a duplicate key"),
     "a JSON list": table("t.jsonl", '["a"]', "should be a JSON object"),
     "nothing but escaped controls": table("t.jsonl", '{"text": "a\\u0000b"}', "U+0000"),
     # Parquet
@@ -183,9 +183,9 @@ TABLE = {
     "two documents": config("distill: {}\n---\ndistill: {}\n", "c.yaml:2"),
     "a tab": config("distill:\n\trun: a\n", "c.yaml:2"),
     "an escape of no character": config('distill: {run: "\\U00FFFFFF"}', "c.yaml"),
-    "a key said twice in a class file": classes("classes: []\nclasses: []\n", "k.yaml:2", "said twice"),
-    "a key said twice in a grammar": speech("grammar", GRAMMAR + "class_name: x\n", "grammar.yaml:3", "said twice"),
-    "a key said twice in a lexicon": speech("lexicon", "slots: {}\nslots: {}\n", "lexicon.yaml:2", "said twice"),
+    "a duplicate key in a class file": classes("classes: []\nclasses: []\n", "k.yaml:2", "duplicate key"),
+    "a duplicate key in a grammar": speech("grammar", GRAMMAR + "class_name: x\n", "grammar.yaml:3", "duplicate key"),
+    "a duplicate key in a lexicon": speech("lexicon", "slots: {}\nslots: {}\n", "lexicon.yaml:2", "duplicate key"),
     "an absurd list of classes on the command line": words(
         "prompts", "sample", "--prompts.source", "mixture", "--prompts.parts", "[" * 300, named=("--prompts.parts",)
     ),

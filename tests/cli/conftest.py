@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import __main__ as door
+from stages import __main__ as cli
 
 TEACHER = Path("stages/tiny/model")
 
@@ -37,7 +37,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
         before = contents(below)
         capsys.readouterr()
         try:
-            code = door.main(words)
+            code = cli.main(words)
         except SystemExit as left:  # how a launched or interrupted command leaves
             code = left.code
         said = capsys.readouterr().err

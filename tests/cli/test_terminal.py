@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-DOOR = [sys.executable, "-m", "stages"]
+CLI = [sys.executable, "-m", "stages"]
 STATS = """
 import sys
-from stages.system.ending import ended
-from stages.system.terminal import prepare
-prepare()
+from stages.system.ending import run_to_exit_code
+from stages.system.terminal import prepare_streams
+prepare_streams()
 def act():
     for _ in range(20_000):
         print('a green circle, gr\\u00fcn \\u2605')
     return 0
-sys.exit(ended(act, []))
+sys.exit(run_to_exit_code(act, []))
 """
 HELP = """
 import sys
-from stages.system.ending import ended
-from stages.system.terminal import prepare, quiet
-prepare(); quiet()
+from stages.system.ending import run_to_exit_code
+from stages.system.terminal import prepare_streams, quiet_libraries
+prepare_streams(); quiet_libraries()
 from pathlib import Path
 from pydantic import Field
 from configs.load import load
@@ -34,27 +34,28 @@ from configs.values import Strict
 class Config(Strict):
     'Gr\\u00fcn \\u2605.'
     run: Path = Field(description='the f\\u00f6lder')
-ended(lambda: load(Config, 'distill', [], ['--help']), [])
+run_to_exit_code(lambda: load(Config, 'distill', [], ['--help']), [])
 """
 BOARD = """
-from stages.system.terminal import prepare
-prepare()
-from stages.train.live import view_of
-view = view_of('runs/gr\\u00fcn \\u2605', 0, 10)
+from stages.system.terminal import prepare_streams
+prepare_streams()
+from stages.train.live import make_display
+view = make_display('runs/gr\\u00fcn \\u2605', 0, 10)
 print(type(view).__name__)
 names = 'loss flow guidance block_term grad_norm learning_rate samples_per_second data_wait_seconds bookkeeping_seconds'
 names += ' window_seconds effective_size memory_gib'
 by_s = {'flow_by_s': [.1, None], 'guidance_by_s': [.1, .2], 'blocks_by_s': [.1, .2]}
-view.line({'samples': 4, **dict.fromkeys(names.split(), .5), 'blocks': {'mid': .1}, 'lambdas': {'mid': 1}, **by_s}, [])
-view.warn(4, '\\u2605')
+line = {'samples': 4, **dict.fromkeys(names.split(), .5), 'blocks': {'mid': .1}, 'lambdas': {'mid': 1}, **by_s}
+view.show_line(line, [])
+view.show_warning(4, '\\u2605')
 view.close()
 """
 COLOUR = re.compile(rb"\x1b\[[\d;]*m")
 
 
 def shell(line: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """A line of bash in the folder of the program; `$door` is the command, `$stats` a command that prints much."""
-    names = {"door": " ".join(DOOR), "PYTHON": sys.executable, "STATS": STATS, **environment}
+    """A line of bash in the folder of the program; `$cli` is the command, `$stats` a command that prints much."""
+    names = {"cli": " ".join(CLI), "PYTHON": sys.executable, "STATS": STATS, **environment}
     return subprocess.run(
         ["bash", "-c", line],
         cwd=ROOT,
@@ -88,7 +89,7 @@ def in_terminal(program: str, **environment: str) -> tuple[int, bytes]:
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
 def test_letters_that_a_terminal_lacks_are_shown_as_their_escapes(encoding: str) -> None:
-    done = shell("$door 'nö★'", PYTHONIOENCODING=encoding)
+    done = shell("$cli 'nö★'", PYTHONIOENCODING=encoding)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
@@ -98,13 +99,13 @@ def test_letters_that_a_terminal_lacks_are_shown_as_their_escapes(encoding: str)
 
 
 def test_a_sentence_that_a_terminal_lacks_ends_no_command() -> None:
-    done = shell("$door sample nö★/x 'ein ★'", PYTHONIOENCODING="ascii")
+    done = shell("$cli sample nö★/x 'ein ★'", PYTHONIOENCODING="ascii")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert done.stderr.startswith("sollune: n\\xf6\\u2605/x: ")
 
 
 def test_words_that_the_locale_cannot_read_are_refused() -> None:
-    done = shell("$door sample nö★/x x", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")
+    done = shell("$cli sample nö★/x x", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "is no text in this locale's encoding (ascii) - set PYTHONUTF8=1" in done.stderr
 
@@ -114,9 +115,9 @@ def test_words_that_the_locale_cannot_read_are_refused() -> None:
     [
         ('$PYTHON -c "$STATS" >&-', 0),
         ('$PYTHON -c "$STATS" <&- >&- 2>&-', 0),
-        ("$door --version >&-", 0),
-        ("$door nosuch 2>&-", 2),
-        ("$door nosuch 2>/dev/full", 2),
+        ("$cli --version >&-", 0),
+        ("$cli nosuch 2>&-", 2),
+        ("$cli nosuch 2>/dev/full", 2),
         ('$PYTHON -c "$STATS" | head -1 >/dev/null; exit ${PIPESTATUS[0]}', 141),
     ],
 )
@@ -125,7 +126,7 @@ def test_streams_that_are_closed_or_full_end_no_command(line: str, code: int) ->
     assert (done.returncode, done.stderr) == (code, "")
 
 
-@pytest.mark.parametrize("command", ['$PYTHON -c "$STATS"', "$door --help", "$door --version"])
+@pytest.mark.parametrize("command", ['$PYTHON -c "$STATS"', "$cli --help", "$cli --version"])
 def test_standard_output_on_a_full_disk_is_one_line(command: str) -> None:
     done = shell(f"{command} > /dev/full")
     assert done.returncode == 2

@@ -8,10 +8,10 @@ import shutil
 import pytest
 from PIL import Image
 
-from stages import __main__ as door
+from stages import __main__ as cli
 from stages.nets import files
-from tests.door.test_broken_teachers import caching, content
-from tests.door.test_broken_texts import classes, lines, photographs, table
+from tests.cli.test_broken_teachers import caching, content
+from tests.cli.test_broken_texts import classes, lines, photographs, table
 
 PIPED = ("model_index.json", "unet/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json")
 
@@ -93,13 +93,13 @@ def test_users_files_that_cannot_be_used_are_refused(name, refused, tmp_path):
 
 def test_what_windows_hides_in_a_folder_is_left_out_and_said(tmp_path, capsys):
     words, _ = photographs({"a.png": None, "Thumbs.db": b"x", "desktop.ini": b"x"})(tmp_path)
-    assert door.main(words) == 0
+    assert cli.main(words) == 0
     assert "2 hidden files left out (the first: Thumbs.db)" in capsys.readouterr().out
 
 
 def test_a_cameras_two_pictures_in_one_jpeg_are_read(tmp_path):
     words, _ = photographs({"a.jpg": film("MPO")})(tmp_path)
-    assert door.main(words) == 0
+    assert cli.main(words) == 0
 
 
 @pytest.mark.parametrize("pickled", [("unet", "vae", "text_encoder"), ("text_encoder",), ()])

@@ -1,4 +1,4 @@
-"""Laws of the last resort: what nobody foresaw is one line on the terminal and whole in a file."""
+"""Unexpected errors: one line on the terminal, and all of it in a report file."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.__main__ import run_folder
+from stages.__main__ import memory_hint, run_folder
 from stages.system.ending import run_to_exit_code
 from stages.system.refusal import Refused
 
@@ -38,7 +38,7 @@ def fails(temporary: Path, capsys: pytest.CaptureFixture[str]) -> Fails:
             raise error
 
         capsys.readouterr()
-        return run_to_exit_code(act, words, lambda: folder), capsys.readouterr().err
+        return run_to_exit_code(act, words, lambda: folder, memory_hint(words)), capsys.readouterr().err
 
     return end
 
