@@ -1,4 +1,4 @@
-"""What a cache and a run survive: `python -m benchmarks.faults`, for `--kills 30` or what else is asked for.
+"""What a cache and a run survive: `python -m benchmarks.faults`, for `--kills 30` or what else is args for.
 
 --kills: a real `python -m stages cache-teacher` is killed (-9) at random moments of the time in which it writes, three
 times in one life, and then goes on to its end: each time the bytes must be those of a run that was never stopped, and
@@ -8,7 +8,7 @@ at no kill may anything half-made lie under a final name.
 the same bytes.
 --checkpoints: a process that saves one checkpoint after another is killed at so many random moments, and before every
 step that it takes on the disk; one bit of its newest checkpoint is changed, or a file is cut; files may not grow
-beyond a size. Each time the newest whole checkpoint must be found, to the last bit and never older than the last one
+beyond a size. Each time the newest whole checkpoint must be restored, to the last bit and never older than the last one
 whose saving had ended, all that is kept must be whole, and what was to stay must be there.
 """
 
@@ -125,7 +125,7 @@ def kill_at_each_step(folder: Path) -> int:
 
 
 def call_silently(act, *words):  # type: ignore[no-untyped-def]
-    """Do something whose words nobody needs."""
+    """Do something whose output is not needed."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         return act(*words)
 
@@ -157,7 +157,7 @@ def damage_and_repair(folder: Path, flips: int, cuts: int, rng: random.Random) -
         if code != 1 or not mended:
             failed += 1
             how, end = "cut at" if cut else "bit", "mended" if mended else "NOT MENDED"
-            print(f"{file}, {how} {bit}: verify said {code}, {end}")
+            print(f"{file}, {how} {bit}: verify exited with {code}, {end}")
             for name, good in whole.items():
                 (cache / name).parent.mkdir(parents=True, exist_ok=True)
                 (cache / name).write_bytes(good)
@@ -177,21 +177,21 @@ def main() -> int:
     parser.add_argument("--cuts", type=int, default=0)
     parser.add_argument("--checkpoints", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    nothing = not (asked.kills or asked.steps or asked.flips or asked.cuts or asked.checkpoints)
-    failed, rng = 0, random.Random(asked.seed)
+    args = parser.parse_args()
+    nothing = not (args.kills or args.steps or args.flips or args.cuts or args.checkpoints)
+    failed, rng = 0, random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/stamps"
-        if asked.kills or nothing:
-            failed += kill_cache_runs(Path(folder), asked.kills or 30, rng)
-        if asked.steps:
+        if args.kills or nothing:
+            failed += kill_cache_runs(Path(folder), args.kills or 30, rng)
+        if args.steps:
             failed += kill_at_each_step(Path(folder) / "steps")
-        if asked.flips or asked.cuts:
-            failed += damage_and_repair(Path(folder), asked.flips, asked.cuts, rng)
-        if asked.checkpoints:
+        if args.flips or args.cuts:
+            failed += damage_and_repair(Path(folder), args.flips, args.cuts, rng)
+        if args.checkpoints:
             from benchmarks import saving_faults
 
-            failed += saving_faults.checkpoints(Path(folder) / "checkpoints", asked.checkpoints, rng)
+            failed += saving_faults.checkpoints(Path(folder) / "checkpoints", args.checkpoints, rng)
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""What a stranger can do to a cache: damage bytes, or write other ones and make every checksum agree with them."""
+"""Hostile caches: damaged bytes, or other bytes with which every checksum agrees."""
 
 import copy
 import hashlib
@@ -117,11 +117,11 @@ def damage_bytes(rng: Random, content: bytes) -> bytes:
 
 def tree_paths(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The way to every value inside a JSON tree."""
-    found = [path] if path else []
+    paths = [path] if path else []
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, inner in items:
-        found += tree_paths(inner, (*path, key))
-    return found
+        paths += tree_paths(inner, (*path, key))
+    return paths
 
 
 def mutate_tree(rng: Random, tree: Any, times: int = 1) -> Any:
@@ -194,13 +194,13 @@ def forge_record(rng: Random, number: int) -> tuple[bytes, bytes]:
         return encode(
             record(number, shape, rng.choice((1, 2, 3)), rng.choice((("mid",), ("mid", "up_0"), ("up_0", "mid"))))
         )
-    said, tensors = encode(record(number))
+    metadata, tensors = encode(record(number))
     if way == 1:
-        return damage_bytes(rng, said), tensors
+        return damage_bytes(rng, metadata), tensors
     if way == 2:
-        return to_json(mutate_tree(rng, json.loads(said)), rng, sort_keys=True).encode(errors="replace"), tensors
+        return to_json(mutate_tree(rng, json.loads(metadata)), rng, sort_keys=True).encode(errors="replace"), tensors
     if way == 3:
-        return said, damage_bytes(rng, tensors)
+        return metadata, damage_bytes(rng, tensors)
     size = int.from_bytes(tensors[:8], "little")
     header, body = json.loads(tensors[8 : 8 + size]), tensors[8 + size :]
     header = mutate_tree(rng, header, rng.choice((1, 1, 3)))
@@ -209,7 +209,7 @@ def forge_record(rng: Random, number: int) -> tuple[bytes, bytes]:
     text = to_json(header, rng, separators=(",", ":")).encode(errors="replace")
     text += b" " * (-len(text) % 8)
     length = len(text) if rng.random() < 0.9 else rng.choice((0, 1, len(text) - 1, 2**16, 2**31, 2**63, 2**64 - 1))
-    return said, struct.pack("<Q", length) + text + body
+    return metadata, struct.pack("<Q", length) + text + body
 
 
 def _reshape_one_tensor(rng: Random, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
@@ -262,10 +262,10 @@ def forge_entry(
     """The manifest's entry of a forged shard, which agrees with it."""
     places = []
     for i in range(0, len(members), 2):
-        said, tensors = starts[i], starts[i + 1]
+        json_start, tensors = starts[i], starts[i + 1]
         end = tensors + len(members[i + 1][1])
-        crc32 = zlib.crc32(tar[said - BLOCK : -(-end // BLOCK) * BLOCK])
-        places.append([said, len(members[i][1]), tensors, end - tensors, crc32])
+        crc32 = zlib.crc32(tar[json_start - BLOCK : -(-end // BLOCK) * BLOCK])
+        places.append([json_start, len(members[i][1]), tensors, end - tensors, crc32])
     return {
         **entry,
         "records": len(places),

@@ -1,8 +1,8 @@
 """A long, seeded run of hostile caches: `python -m benchmarks.fuzz [--mutations 100000] [--seed 0]`.
 
 Every case must end in a correct reading, or in one refusal that names the file; a crash, a case of more than ten
-seconds, a silent misreading, or memory over twice the largest record and a constant fails the run, and is told with
-the words that bring it back. The limit of memory is the system's own: what asks for more gets a MemoryError.
+seconds, a silent misreading, or memory over twice the largest record and a constant fails the run, and is printed with
+the options that repeat it. The limit of memory is the system's own: what asks for more gets a MemoryError.
 """
 
 import argparse
@@ -67,26 +67,26 @@ def main() -> int:
     parser.add_argument("--mutations", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="one case by its number")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     signal.signal(signal.SIGALRM, on_alarm)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/stamps"
         world = FuzzCache(Path(folder))
-        numbers = range(asked.mutations) if asked.only is None else [asked.only]
-        began, found = time.perf_counter(), Counter[tuple[str, str]]()
+        numbers = range(args.mutations) if args.only is None else [args.only]
+        began, outcomes = time.perf_counter(), Counter[tuple[str, str]]()
         most = status("VmData") + 2 * world.largest + INTERPRETER_BYTES
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = status("VmRSS")
         resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
         for number in numbers:
-            found[run(asked.seed, number, world)] += 1
+            outcomes[run(args.seed, number, world)] += 1
             if sys.stderr.isatty():
                 print(f"\r{number}", end="", file=sys.stderr)
-    for (kind, outcome), count in sorted(found.items()):
+    for (kind, outcome), count in sorted(outcomes.items()):
         print(f"{kind:<26}{outcome:<24}{count:>8}")
-    failed = sum(count for (_, outcome), count in found.items() if outcome.startswith("FAILED"))
+    failed = sum(count for (_, outcome), count in outcomes.items() if outcome.startswith("FAILED"))
     print(
-        f"{found.total()} mutations in {time.perf_counter() - began:.0f} s, seed {asked.seed}: {failed} failed; "
+        f"{outcomes.total()} mutations in {time.perf_counter() - began:.0f} s, seed {args.seed}: {failed} failed; "
         f"largest record {world.largest} bytes, memory grew by {(status('VmHWM') - before) / 2**20:.1f} MiB at most"
     )
     return 1 if failed else 0

@@ -47,7 +47,7 @@ class FuzzCache:
         }
         self.manifest: dict[str, Any] = json.loads(self.files["manifest.json"])
         self.largest = max(
-            len(said) + len(tensors) for said, tensors in map(encode, map(forge.record, (0, 1, 2, 3, 100)))
+            len(metadata) + len(tensors) for metadata, tensors in map(encode, map(forge.record, (0, 1, 2, 3, 100)))
         )
         self.table = self._read_columns()
 
@@ -87,18 +87,18 @@ def columns_of(table: Table) -> list[str]:
 
 def read_shards_directly(cache: Path, split: str) -> list[Record]:
     """The records of a split, cut out of the shards as the manifest says and decoded one by one."""
-    found = []
+    result = []
     for shard in json.loads((cache / "manifest.json").read_bytes())["shards"]:
         if shard["split"] == split:
             tar = (cache / shard["file"]).read_bytes()
             for first, size, second, length, _ in shard["offsets"]:
-                found.append(decode(tar[first : first + size], tar[second : second + length]))
-    return found
+                result.append(decode(tar[first : first + size], tar[second : second + length]))
+    return result
 
 
 def read_everything(cache: Path) -> dict[str, list[tuple[bytes, bytes]]]:
     """Read a cache in every way that training does, and check each row against `truth`."""
-    found = {}
+    result = {}
     for split in SPLITS:
         if not Manifest.open(cache).shards_of(split):
             continue
@@ -109,24 +109,24 @@ def read_everything(cache: Path) -> dict[str, list[tuple[bytes, bytes]]]:
             for row in range(len(batch)):
                 if not any(_row_equals(batch, row, record) for record in wanted if record.key == batch.keys[row]):
                     raise Misread(
-                        f"row {row} of {split} is not draw {int(batch.state_index[row])} of {batch.keys[row]}"
+                        f"row {row} of {split} is not state {int(batch.state_index[row])} of {batch.keys[row]}"
                     )
-        found[split] = [encode(record) for record in reader.records()]
-        if found[split] != [encode(record) for record in wanted]:
+        result[split] = [encode(record) for record in reader.records()]
+        if result[split] != [encode(record) for record in wanted]:
             raise Misread(f"records of {split}")
-    return found
+    return result
 
 
 def _row_equals(batch: Any, row: int, record: Record) -> bool:
-    draw = int(batch.draw[row])
-    if draw >= len(record.states) or (batch.texts[row], batch.class_names[row]) != (record.text, record.class_name):
+    index = int(batch.state_index[row])
+    if index >= len(record.states) or (batch.texts[row], batch.class_names[row]) != (record.text, record.class_name):
         return False
     pairs = [(batch.cond[row], record.cond)]
     pairs += [
-        (getattr(batch, name)[row], getattr(record.states, name)[draw])
+        (getattr(batch, name)[row], getattr(record.states, name)[index])
         for name in ("x_t", "v_cond", "v_uncond", "s", "k")
     ]
-    pairs += [(batch.features[block][row], values[draw]) for block, values in record.features.by_block.items()]
+    pairs += [(batch.features[block][row], values[index]) for block, values in record.features.by_block.items()]
     return list(batch.features) == list(record.features.by_block) and all(_bits_equal(a, b) for a, b in pairs)
 
 
@@ -157,34 +157,34 @@ def forge_codec(rng: Random, world: FuzzCache) -> str:
     return _check_decoding(*forge.forge_record(rng, rng.randrange(4)))
 
 
-def _check_decoding(said: bytes, tensors: bytes) -> str:
-    no, record = catch_refusal(lambda: decode(said, tensors), "record")
-    if no:
+def _check_decoding(metadata: bytes, tensors: bytes) -> str:
+    refused, record = catch_refusal(lambda: decode(metadata, tensors), "record")
+    if refused:
         return REFUSED
-    if encode(record) != (said, tensors):
+    if encode(record) != (metadata, tensors):
         raise Misread("decoded to a record that is stored in other bytes")
-    return SAME if (said, tensors) in ORIGINAL else FORGED
+    return SAME if (metadata, tensors) in ORIGINAL else FORGED
 
 
 ORIGINAL = {encode(forge.record(number)) for number in range(4)}
 
 
 def damage_file(rng: Random, world: FuzzCache) -> str:
-    """One file of the cache, damaged: found by reading everything, and by verify."""
+    """One file of the cache, damaged: detected by reading everything, and by verify."""
     file = rng.choice([file for file in world.files if "journal" not in file])
     bad = forge.damage_bytes(rng, world.files[file])
     if bad == world.files[file]:
         return SAME
     with world.replace_files({file: bad}):
-        no, _ = catch_refusal(
+        refused, _ = catch_refusal(
             lambda: (read_everything(world.cache), _read_columns(world)), file, "manifest.json", "table.zarr"
         )
         try:
-            found = bool(list(inspect(world.cache, Manifest.open(world.cache))))
+            result = bool(list(inspect(world.cache, Manifest.open(world.cache))))
         except Refused:
-            found = True
-    if not no or not found:
-        raise Misread(f"{file}: damage not seen by {'verify' if no else 'reading'}")
+            result = True
+    if not refused or not result:
+        raise Misread(f"{file}: damage not seen by {'verify' if refused else 'reading'}")
     return REFUSED
 
 
@@ -202,8 +202,8 @@ def forge_shard(rng: Random, world: FuzzCache) -> str:
     members: list[tuple[str, bytes]] = []
     for number in range(first, first + entry["records"]):
         odd = not odd_tar and (rng.random() < 0.6 or number == first)
-        said, tensors = forge.forge_record(rng, number) if odd else encode(forge.record(number))
-        members += [(f"{number:09d}.json", said), (f"{number:09d}.safetensors", tensors)]
+        metadata, tensors = forge.forge_record(rng, number) if odd else encode(forge.record(number))
+        members += [(f"{number:09d}.json", metadata), (f"{number:09d}.safetensors", tensors)]
     tar, starts = forge.forge_tar(rng if odd_tar else None, members)
     tree = {**world.manifest, "shards": list(world.manifest["shards"])}
     tree["shards"][at] = forge.forge_entry(entry, tar, starts, members)
@@ -222,7 +222,7 @@ def forge_manifest(rng: Random, world: FuzzCache) -> str:
 
 def _read_and_verify(world: FuzzCache) -> str:
     """Read a forged cache in every way, and verify it: no way may crash, and each tells what is there."""
-    no, read = catch_refusal(
+    refused, read = catch_refusal(
         lambda: read_everything(world.cache), "data/", "manifest.json", "record", "holds no record"
     )
     catch_refusal(
@@ -230,7 +230,7 @@ def _read_and_verify(world: FuzzCache) -> str:
         "manifest.json",
     )
     catch_refusal(lambda: _read_columns(world), "table.zarr", "manifest.json")
-    return REFUSED if no else SAME if read == EXPECTED else FORGED
+    return REFUSED if refused else SAME if read == EXPECTED else FORGED
 
 
 EXPECTED = {
@@ -240,7 +240,7 @@ EXPECTED = {
 
 
 def damage_tar(rng: Random, world: FuzzCache) -> str:
-    """A tar alone: the places found in it are those of whole members, as Python's own tarfile sees them."""
+    """A tar alone: the spans read from it are those of whole members, as Python's own tarfile sees them."""
     import tarfile  # the oracle alone
 
     members = [
@@ -254,8 +254,8 @@ def damage_tar(rng: Random, world: FuzzCache) -> str:
     path = world.cache / "data" / "odd.tar"
     path.write_bytes(tar)
     try:
-        found = record_spans(path)
-        for key, place in found.items():
+        result = record_spans(path)
+        for key, place in result.items():
             for extension, first, size in (
                 ("json", place.json_offset, place.json_size),
                 ("safetensors", place.st_offset, place.st_size),
@@ -267,7 +267,7 @@ def damage_tar(rng: Random, world: FuzzCache) -> str:
                     raise Misread(f"place {place} of {key}: {info}")
     finally:
         path.unlink()
-    return SAME if len(found) == 3 else REFUSED
+    return SAME if len(result) == 3 else REFUSED
 
 
 def forge_table(rng: Random, world: FuzzCache) -> str:
@@ -290,9 +290,9 @@ def forge_table(rng: Random, world: FuzzCache) -> str:
         if part["file"] == file and content is not None:
             part["bytes"], part["sha256"] = len(content), forge.hashlib.sha256(content).hexdigest()
     with world.replace_files({file: content, "manifest.json": world.manifest_bytes(tree)}):
-        no, read = catch_refusal(lambda: _read_columns(world), "table.zarr", "manifest.json")
+        refused, read = catch_refusal(lambda: _read_columns(world), "table.zarr", "manifest.json")
         catch_refusal(lambda: list(inspect(world.cache, Manifest.open(world.cache))), "manifest.json")
-    if no:
+    if refused:
         return REFUSED
     wanted = dict(world.table)
     if not described:
@@ -307,8 +307,8 @@ def _unpack_rows(content: bytes | None, like: np.ndarray) -> np.ndarray:
     first, size = (2**64 - 1,) * 2 if content is None else forge.struct.unpack_from("<QQ", content[-260:])
     if content is None or first == 2**64 - 1:
         return np.zeros_like(like)
-    frame, told = content[first : first + size - 4], content[first + size - 4 : first + size]
-    if forge.struct.pack("<I", google_crc32c.value(frame)) != told:
+    frame, checksum = content[first : first + size - 4], content[first + size - 4 : first + size]
+    if forge.struct.pack("<I", google_crc32c.value(frame)) != checksum:
         raise Misread("a wrong checksum was believed")
     return np.frombuffer(Zstd().decode(frame), like.dtype)[: like.size].reshape(like.shape)
 
@@ -323,12 +323,12 @@ def forge_journal(rng: Random, world: FuzzCache) -> str:
         bad = (forge.to_json(forge.mutate_tree(rng, tree), rng, separators=(",", ":")) + "\n").encode(errors="replace")
     fingerprint = Manifest.open(world.cache).recipe.fingerprint()
     with world.replace_files({file: bad}):
-        no, found = catch_refusal(lambda: ShardJournal(world.cache, fingerprint).entries(), file)
-    if no:
+        refused, result = catch_refusal(lambda: ShardJournal(world.cache, fingerprint).entries(), file)
+    if refused:
         return REFUSED
-    entry = found.get(tree["shard"]["file"])
-    if len(found) - bool(entry) != 2:
-        raise Misread(f"{file}: {len(found)} entries of 3 left")
+    entry = result.get(tree["shard"]["file"])
+    if len(result) - bool(entry) != 2:
+        raise Misread(f"{file}: {len(result)} entries of 3 left")
     return "left out" if entry is None else SAME if json.loads(entry.model_dump_json()) == tree else FORGED
 
 
@@ -354,15 +354,15 @@ def replace_with_odd_file(rng: Random, world: FuzzCache) -> str:
             path.symlink_to(elsewhere)
         elif way == 6:
             path.write_bytes(world.files[file] + bytes(rng.choice((1, 512, 10240))))
-        no, _ = catch_refusal(
+        refused, _ = catch_refusal(
             lambda: (read_everything(world.cache), _read_columns(world)), file, "manifest.json", "table.zarr"
         )
         try:
             faults = list(inspect(world.cache, Manifest.open(world.cache)))
         except Refused:
             faults = [None]  # type: ignore[list-item]
-    if not no or not faults:
-        raise Misread(f"{file}: way {way} not seen by {'verify' if no else 'reading'}")
+    if not refused or not faults:
+        raise Misread(f"{file}: way {way} not seen by {'verify' if refused else 'reading'}")
     return REFUSED
 
 

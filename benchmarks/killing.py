@@ -20,15 +20,15 @@ STEPS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 """Events of Python's audit that change a folder, beside an `open` for writing; each is raised before it happens."""
 
 
-def fill_small_cache(cache: Path, prompts: int = 8) -> None:
+def fill_small_cache(cache: Path, prompt_count: int = 8) -> None:
     """Fill a cache as cache-teacher does, with records that cost nothing."""
 
-    def make(asked: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+    def make(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
         return [forge.record(int(key)) for key in keys]
 
-    asked = [Prompt(f"star {number}", "star", number) for number in range(prompts)]
+    prompts = [Prompt(f"star {number}", "star", number) for number in range(prompt_count)]
     writer = CacheWriter(cache, Recipe(identity={"steps": 2}))
-    fill(writer, tasks_of({"train": asked, "validation": asked[:2]}, 2), 2, make)
+    fill(writer, tasks_of({"train": prompts, "validation": prompts[:2]}, 2), 2, make)
     write_table(cache)
 
 
@@ -65,14 +65,16 @@ def kill_before_step(job: Callable[[], None], step: int) -> bool:
     def until_then() -> None:
         count = 0
 
-        def watch(event: str, words: tuple[Any, ...]) -> None:
+        def on_event(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal count
-            if event in STEPS or (event == "open" and words[2] is not None and words[2] & (os.O_WRONLY | os.O_RDWR)):
+            if event in STEPS or (
+                event == "open" and arguments[2] is not None and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            ):
                 if count == step:
                     os.kill(os.getpid(), signal.SIGKILL)
                 count += 1
 
-        sys.addaudithook(watch)
+        sys.addaudithook(on_event)
         job()
 
     code = wait_for_exit(fork_job(until_then))
@@ -93,15 +95,15 @@ def incomplete_files(cache: Path, expected_files: dict[str, bytes]) -> list[str]
 
     The manifest grows: it must name shards of the whole one only, and each of those must be there.
     """
-    found = read_files(cache)
-    slips = [file for file in found if file != "manifest.json" and found[file] != expected_files.get(file)]
-    tables = [{file for file in files if file.startswith("table.zarr")} for files in (found, expected_files)]
-    slips += ["table.zarr"] * (tables[0] not in (set(), tables[1]))
-    if "manifest.json" in found:
+    present = read_files(cache)
+    wrong = [file for file in present if file != "manifest.json" and present[file] != expected_files.get(file)]
+    tables = [{file for file in files if file.startswith("table.zarr")} for files in (present, expected_files)]
+    wrong += ["table.zarr"] * (tables[0] not in (set(), tables[1]))
+    if "manifest.json" in present:
         shards = set(Manifest.parse(expected_files["manifest.json"], cache).shards)
         here = Manifest.open(cache).shards
-        slips += [shard.file for shard in here if shard not in shards or shard.file not in found]
-    return slips
+        wrong += [shard.file for shard in here if shard not in shards or shard.file not in present]
+    return wrong
 
 
 def leftovers_text(cache: Path) -> str:

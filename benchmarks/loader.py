@@ -6,11 +6,11 @@
     PYTHONPATH=. /somewhere/bin/python benchmarks/loader.py [--records 768] [--rounds 5] [--folder DIR]
 
 They want older companions than ours (transformers 4, huggingface_hub 0), so they are no extra of pyproject: give them
-a venv of their own. A loader that cannot be imported is told as `not installed`. Some fill a buffer of 64 records
+a venv of their own. A loader that cannot be imported is reported as `not installed`. Some fill a buffer of 64 records
 before their first batch, which no rate counts: few records flatter them.
 
 Every measurement is a process of its own; the loaders take turns, so that what else runs on the machine meets all of
-them. A rate counts from the first batch to the end of the epoch. Cold: the page cache is told to drop the files first.
+them. A rate counts from the first batch to the end of the epoch. Cold: the page cache has to drop the files first.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from shards.writer import CacheWriter
 
 WIDTHS = dict(zip(BLOCKS, (320, 640, 1280, 1280, 1280, 1280, 1280, 640, 320), strict=True))
 SHARD = 48
-# As the Makefile sets it for every story, here for every loader: or else each batch is paid for in page faults.
+# As the Makefile sets it for every command, here for every loader: or else each batch is paid for in page faults.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
@@ -104,11 +104,11 @@ def resume(name: str, cache: Path, folder: Path, workers: int) -> dict[str, Any]
     began = time.perf_counter()
     keys = next(loader.batches(loader.open(cache, folder, workers), state))[0]
     seconds = time.perf_counter() - began
-    found = whole.index(keys) if keys in whole else None
+    result = whole.index(keys) if keys in whole else None
     return {
         "resume": seconds,
-        "error": None if found is None else (found - half) * ROWS // DRAWS,
-        "elsewhere": found is None,
+        "error": None if result is None else (result - half) * ROWS // DRAWS,
+        "elsewhere": result is None,
     }
 
 
@@ -159,44 +159,44 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "sollune-loader")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        name, cache, folder, workers, what = asked.one
+    args = parser.parse_args()
+    if args.one:
+        name, cache, folder, workers, what = args.one
         print("RESULT " + json.dumps(measure_loader(name, Path(cache), Path(folder), int(workers), what)), flush=True)
         return
-    cache = asked.folder / "cache"
-    make_cache(cache, asked.records)
+    cache = args.folder / "cache"
+    make_cache(cache, args.records)
     failed: dict[str, str] = {}
     for name in LOADERS:
-        if not (asked.folder / name / "DONE").exists():
-            found = child(name, cache, asked.folder / name, 0, "convert")
-            if "failed" in found:
-                failed[name] = found["failed"]
+        if not (args.folder / name / "DONE").exists():
+            result = child(name, cache, args.folder / name, 0, "convert")
+            if "failed" in result:
+                failed[name] = result["failed"]
                 continue
-            (asked.folder / name).mkdir(exist_ok=True)
-            (asked.folder / name / "DONE").touch()
+            (args.folder / name).mkdir(exist_ok=True)
+            (args.folder / name / "DONE").touch()
     results: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for _ in range(asked.rounds):
-        for workers in asked.workers:
+    for _ in range(args.rounds):
+        for workers in args.workers:
             for name in (name for name in LOADERS if name not in failed):
-                results.setdefault((name, workers), []).append(child(name, cache, asked.folder / name, workers, "read"))
+                results.setdefault((name, workers), []).append(child(name, cache, args.folder / name, workers, "read"))
     size = sum(path.stat().st_size for path in cache.rglob("*.tar"))
-    print(f"{asked.records} records, {size:,} bytes, {asked.rounds} rounds; median (smallest to greatest)\n")
+    print(f"{args.records} records, {size:,} bytes, {args.rounds} rounds; median (smallest to greatest)\n")
     print("| loader | workers | cold rec/s | warm rec/s | warm MB/s | ours/it cold | ours/it warm | first batch |")
     print("|---|---|---|---|---|---|---|---|")
-    for workers in asked.workers:
+    for workers in args.workers:
         for name in LOADERS:
             print(line(name, workers, results, failed))
     print("\n| loader | first batch after resume at 50 % | position error, records |\n|---|---|---|")
     for name in LOADERS:
-        found = {"failed": failed[name]} if name in failed else child(name, cache, asked.folder / name, 0, "resume")
-        off = "not in the uninterrupted order" if found.get("elsewhere") else found.get("error")
+        result = {"failed": failed[name]} if name in failed else child(name, cache, args.folder / name, 0, "resume")
+        off = "not in the uninterrupted order" if result.get("elsewhere") else result.get("error")
         cells = (
-            (found["failed"], "-")
-            if "failed" in found
+            (result["failed"], "-")
+            if "failed" in result
             else ("cannot resume", "-")
-            if found["resume"] is None
-            else (f"{found['resume']:.3f} s", str(off))
+            if result["resume"] is None
+            else (f"{result['resume']:.3f} s", str(off))
         )
         print(f"| {name} | {cells[0]} | {cells[1]} |")
 
@@ -204,16 +204,16 @@ def main() -> None:
 def line(name: str, workers: int, results: dict[tuple[str, int], list[dict[str, Any]]], failed: dict[str, str]) -> str:
     """A row of the table; ratios are taken round by round."""
     rounds = results.get((name, workers), [])
-    slips = [found["failed"] for found in rounds if "failed" in found]
+    slips = [result["failed"] for result in rounds if "failed" in result]
     if name in failed or slips:
         return f"| {name} | {workers} | {failed.get(name) or slips[0]} | | | | | |"
     ours = results[("sollune", workers)]
-    cells = [spread([found[heat]["records"] for found in rounds]) for heat in ("cold", "warm")]
-    cells.append(f"{statistics.median(found['warm']['bytes'] for found in rounds) / 1e6:.0f}")
+    cells = [spread([result[heat]["records"] for result in rounds]) for heat in ("cold", "warm")]
+    cells.append(f"{statistics.median(result['warm']['bytes'] for result in rounds) / 1e6:.0f}")
     for heat in ("cold", "warm"):
         pairs = [(a, b) for a, b in zip(ours, rounds, strict=True) if "failed" not in a]
         cells.append(spread([a[heat]["records"] / b[heat]["records"] for a, b in pairs]))
-    cells.append(f"{statistics.median(found['warm']['first'] for found in rounds):.2f} s")
+    cells.append(f"{statistics.median(result['warm']['first'] for result in rounds):.2f} s")
     return f"| {name} | {workers} | " + " | ".join(cells) + " |"
 
 

@@ -1,6 +1,6 @@
 """Other loaders over the same records: each writes its own copy by its own writer and reads it by its own reader.
 
-Each hands over batches of `RECORDS` whole records as 48 rows, so each reads a record once and shuffles records, not
+Each yields batches of `RECORDS` whole records as 48 rows, so each reads a record once and shuffles records, not
 draws; ours reads each draw by itself and shuffles draws. What is not installed says so by its `ImportError`.
 """
 
@@ -57,7 +57,7 @@ class Ours:
         stream = reader.batches(start)
         for _ in range((reader.samples_per_epoch - start) // ROWS):
             b = next(stream)
-            keys = [f"{key}/{draw}" for key, draw in zip(b.keys, b.draw.tolist(), strict=True)]
+            keys = [f"{key}/{draw}" for key, draw in zip(b.keys, b.state_index.tolist(), strict=True)]
             yield keys, {"cond": b.cond, "x_t": b.x_t, "v_cond": b.v_cond, "v_uncond": b.v_uncond, **b.features}
 
     def state(self, _reader: Any, batches_seen: int) -> Any:

@@ -45,9 +45,9 @@ def score_at(samples: int) -> float | None:
 def save_repeatedly(folder: Path, completed_file: Path, until: int, width: int = 8) -> None:
     """Go on from what lies in a folder, and save one checkpoint after another; `returned` lists those that are done."""
     checkpoints = Checkpoints(folder, IDENTITY, KEEP)
-    found = state_at(0, width)
-    checkpoints.restore(found)
-    for samples in range(found.samples + STEP, until + 1, STEP):
+    state = state_at(0, width)
+    checkpoints.restore(state)
+    for samples in range(state.samples + STEP, until + 1, STEP):
         checkpoints.save(state_at(samples, width), score_at(samples))
         with open(completed_file, "a") as done:
             done.write(f"{samples}\n")
@@ -55,17 +55,17 @@ def save_repeatedly(folder: Path, completed_file: Path, until: int, width: int =
 
 def find_errors(folder: Path, at_least: int, width: int = 8) -> list[str]:
     """What is wrong in a folder whose process died when checkpoints up to `at_least` were done."""
-    found, wrong = (
+    state, wrong = (
         state_at(0, width),
         [f"{path.name}: {fault}" for path in list_checkpoints(folder) if (fault := fault_of(path))],
     )
-    if Checkpoints(folder, IDENTITY, KEEP).restore(found) is None:
-        return wrong if at_least == 0 else [*wrong, "nothing was found"]
-    if found.samples < at_least:
-        wrong.append(f"{found.samples} was found, {at_least} was done")
-    if not states_equal(found, state_at(found.samples, width)):
-        wrong.append(f"{found.samples} came back with other weights")
-    saved = {samples: score_at(samples) for samples in range(STEP, found.samples + 1, STEP)}
+    if Checkpoints(folder, IDENTITY, KEEP).restore(state) is None:
+        return wrong if at_least == 0 else [*wrong, "nothing was restored"]
+    if state.samples < at_least:
+        wrong.append(f"{state.samples} was restored, {at_least} was done")
+    if not states_equal(state, state_at(state.samples, width)):
+        wrong.append(f"{state.samples} came back with other weights")
+    saved = {samples: score_at(samples) for samples in range(STEP, state.samples + 1, STEP)}
     here = {int(path.name) for path in list_checkpoints(folder)}
     if lost := checkpoints_to_keep(saved, KEEP) - here:
         wrong.append(f"{sorted(lost)} had to stay")
@@ -113,16 +113,16 @@ def kill_at_each_step(folder: Path, until: int, steps: range) -> tuple[int, list
 
 
 def damage_and_check(folder: Path, file: str, change: Callable[[bytes], bytes], width: int = 8) -> list[str]:
-    """Change a file of the newest of a folder's checkpoints; what is wrong with the one that is found then."""
+    """Change a file of the newest of a folder's checkpoints; what is wrong with the one that is restored then."""
     *_, before, newest = list_checkpoints(folder)
     whole = (newest / file).read_bytes()
     (newest / file).write_bytes(change(whole))
-    found = state_at(0, width)
-    taken = Checkpoints(folder, IDENTITY, KEEP).restore(found)
-    right = taken == before and states_equal(found, state_at(int(before.name), width))
+    state = state_at(0, width)
+    restored = Checkpoints(folder, IDENTITY, KEEP).restore(state)
+    right = restored == before and states_equal(state, state_at(int(before.name), width))
     stayed = (newest / file).exists()
     (newest / file).write_bytes(whole)
-    return [] if right and stayed else [f"{file}: {taken} was found"]
+    return [] if right and stayed else [f"{file}: {restored} was restored"]
 
 
 def flip_bit(bit: int) -> Callable[[bytes], bytes]:

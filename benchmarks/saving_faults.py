@@ -15,9 +15,9 @@ DAMAGES_A_FILE = 40
 def checkpoints(folder: Path, kills: int, rng: random.Random) -> int:
     """Kill and damage a process that saves checkpoints; returns how many times that went wrong."""
     life = folder / "life"
-    found = [call_silently(saving.kill_and_check, life, rng.uniform(0, 0.5), WIDTH) for _ in range(kills)]
+    errors = [call_silently(saving.kill_and_check, life, rng.uniform(0, 0.5), WIDTH) for _ in range(kills)]
     done = saving.last_completed(life.with_suffix(".returned"))
-    failed = print_failures(f"{kills} kills, {done // saving.STEP} checkpoints were saved between them", found)
+    failed = print_failures(f"{kills} kills, {done // saving.STEP} checkpoints were saved between them", errors)
 
     met, slips = call_silently(saving.kill_at_each_step, folder / "steps", 64, range(10**6))
     failed += print_failures(f"killed before each of {met} steps on the disk", [slips])
@@ -44,6 +44,6 @@ def print_failures(kind: str, errors: list[list[str]]) -> int:
 
 
 def call_silently(act, *words):  # type: ignore[no-untyped-def]
-    """Do something whose words nobody needs."""
+    """Do something whose output is not needed."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         return act(*words)

@@ -1,1 +1,1 @@
-"""The shard format of a teacher's answers: tars of records, what made them, and a table beside them."""
+"""The shard format of a teacher's cache: tars of records, the manifest of what made them, and a table beside them."""

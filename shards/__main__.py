@@ -27,36 +27,33 @@ def verify(args: argparse.Namespace) -> int:
 
     folder = find_cache(args.folder)
     try:
-        found = Manifest.open(folder)
+        manifest = Manifest.open(folder)
     except Damaged as damage:
         print(f"sollune: {damage}", file=sys.stderr)
         return EXIT_DAMAGED
-    faults = 0
-    for fault in inspect(folder, found):
-        faults += 1
-        way = "" if " - " in fault.reason else f" - {repair_hint(folder)}"
-        print(f"sollune: {escape_unprintable(fault.message(folder))}{way}", file=sys.stderr)
-    if faults:
-        return EXIT_DAMAGED
+    exit_code = 0
+    for fault in inspect(folder, manifest):
+        exit_code = EXIT_DAMAGED
+        hint = "" if " - " in fault.reason else f" - {repair_hint(folder)}"
+        print(f"sollune: {escape_unprintable(fault.message(folder))}{hint}", file=sys.stderr)
+    if exit_code:
+        return exit_code
     for split in SPLITS:
-        shards = found.shards_of(split)
-        records, draws = sum(shard.records for shard in shards), sum(shard.draws for shard in shards)
-        print(
-            f"{split}: {len(shards)} shards, {records} records, {draws} draws, {sum(s.bytes for s in shards):,} bytes"
-        )
-    if found.failures:
-        print(f"{len(found.failures)} prompts gave no record (see stats)")
+        shards, records, states, size = manifest.totals(split)
+        print(f"{split}: {shards} shards, {records} records, {states} states, {size:,} bytes")
+    if manifest.failures:
+        print(f"{len(manifest.failures)} prompts gave no record (see stats)")
     print("ok")
     return 0
 
 
 def show(args: argparse.Namespace) -> None:
-    """Print one record: its words, and shape, type, mean and deviation of its tensors."""
+    """Print one record: its texts, and shape, type, mean and deviation of its tensors."""
     print("\n".join(record_lines(selected_record(args))))
 
 
 def selected_record(args: argparse.Namespace) -> "Record":
-    """The record that is meant: the one of this key, or the first of its split."""
+    """The record of this key, or the first of its split."""
     from shards.reader import Reader
 
     reader = Reader(args.folder, args.split)
@@ -65,21 +62,18 @@ def selected_record(args: argparse.Namespace) -> "Record":
 
 def record_lines(record: "Record") -> Iterator[str]:
     """A record as lines of text."""
-    from shards.stats import tensors_by_purpose
+    from shards.record import tensors_of
 
     for name in ("key", "text", "class_name", "seed", "guidance_scale"):
         yield f"{name:<16}{escape_unprintable(str(getattr(record, name)))}"
-    named = {name: values[0] for name, values in tensors_by_purpose(record).items() if len(values) == 1}
-    named |= {f"features.{block}": values for block, values in record.features.by_block.items()}
-    for name, values in named.items():
-        kind = str(values.dtype).removeprefix("torch.")
-        wide = values.double()
-        spread = f"mean {wide.mean():+.4f}  std {wide.std(correction=0):.4f}"
-        yield f"{name:<16}{list(values.shape)!s:<18}{kind:<10}{spread}"
-    for i, (k, s, walked) in enumerate(
-        zip(*(getattr(record.states, n) for n in ("k", "s", "trajectory")), strict=True)
-    ):
-        yield f"draw {i:<11}k {int(k):>3}  s {float(s):.6f}  {'trajectory' if walked else 'noised again'}"
+    for name, values in tensors_of(record).items():
+        if values.dim() > 1:
+            wide, dtype = values.double(), str(values.dtype).removeprefix("torch.")
+            spread = f"mean {wide.mean():+.4f}  std {wide.std(correction=0):.4f}"
+            yield f"{name:<16}{list(values.shape)!s:<18}{dtype:<10}{spread}"
+    states = record.states
+    for i, (k, s, on_trajectory) in enumerate(zip(states.k, states.s, states.trajectory, strict=True)):
+        yield f"state {i:<10}k {int(k):>3}  s {float(s):.6f}  {'trajectory' if on_trajectory else 'fresh noise'}"
 
 
 def stats(args: argparse.Namespace) -> None:
@@ -97,26 +91,26 @@ def export_index(args: argparse.Namespace) -> None:
     from shards.publish import export_index
 
     cache: Path = find_cache(args.folder)
-    whole = cache.absolute()
-    name = args.name or f"sollune cache {(whole.parent if whole.name == 'cache' else whole).name}"
-    for path in export_index(cache, args.license, name):
-        print(f"{path}: written")
+    path = cache.absolute()
+    name = args.name or f"sollune cache {(path.parent if path.name == 'cache' else path).name}"
+    for written in export_index(cache, args.license, name):
+        print(f"{written}: written")
     if args.license == UNKNOWN_LICENSE:
-        print(f"its license is {UNKNOWN_LICENSE} - say --license before you publish it")
-    told = Manifest.open(cache).recipe.information
-    places = " and ".join(str(told[name]) for name in ("teacher_location", "teacher_path") if told.get(name))
-    print(f"the card names no path of this machine; manifest.json says that the teacher lay at {places or None}")
+        print(f"its license is {UNKNOWN_LICENSE} - set it with --license before you publish it")
+    information = Manifest.open(cache).recipe.information
+    paths = " and ".join(str(information[n]) for n in ("teacher_location", "teacher_path") if information.get(n))
+    print(f"the card names no path of this machine; manifest.json names the teacher's: {paths or None}")
     print("for Megatron-Energon run energon prepare on the folder: it takes the tars as they are")
 
 
 def add_show_options(parser: argparse.ArgumentParser) -> None:
-    """The words of `show`."""
-    parser.add_argument("key", nargs="?", metavar="KEY", help="nine digits; the first record unless given")
+    """The options of `show`."""
+    parser.add_argument("key", nargs="?", metavar="KEY", help="nine digits (default: the first record)")
     parser.add_argument("--split", choices=("train", "validation"), default="train", help="(default: train)")
 
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
-    """The words of `export-index`."""
+    """The options of `export-index`."""
     parser.add_argument(
         "--license", default=UNKNOWN_LICENSE, metavar="ID", help=f"as the hub spells it ({UNKNOWN_LICENSE})"
     )
@@ -124,10 +118,10 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
 
 
 class ShardsCommand(NamedTuple):
-    """What runs, and what else it may be told beside the folder."""
+    """What runs, and its options beside the folder."""
 
     run: Callable[[argparse.Namespace], int | None]
-    add_options: Callable[[argparse.ArgumentParser], None] = lambda words: None
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
 
 COMMANDS: Mapping[str, ShardsCommand] = {
@@ -143,14 +137,14 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, ShardsCommand
     parser = Parser(prog="sollune shards", description="Look into a cache.", allow_abbrev=False)
     parsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands))
     for name, command in commands.items():
-        meaning = command.run.__doc__
-        words = parsers.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
-        words.add_argument(
+        text = command.run.__doc__
+        command_parser = parsers.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command_parser.add_argument(
             "folder", type=path_argument, metavar="FOLDER", help="cache folder, or a run folder with a cache in it"
         )
-        command.add_options(words)
-    parsed = parser.parse_args(argv)
-    return commands[parsed.command].run(parsed) or 0
+        command.add_options(command_parser)
+    args = parser.parse_args(argv)
+    return commands[args.command].run(args) or 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""A shard's tar seen from outside: which bytes hold which record, their checksums, and the sha256 of all of them.
+"""The files of a cache: records inside a tar by byte, checksums, and the manifest's entry of each file.
 
-The headers are read here and not by tarfile, which believes what a stranger's header says of sizes and extensions.
-
-What the manifest says of each file: a tar of records, a prompt that gave none, a file of the table.
+Tar headers are parsed here and not by tarfile, which trusts the sizes and extensions of an untrusted header.
 """
 
 import hashlib
@@ -26,20 +24,20 @@ OCTAL = re.compile(rb"[0-7]{11}\0")
 CHECKSUM = re.compile(rb"[0-7]{6}\0 ")
 MEMBER_NAME = re.compile(rb"([0-9]{9})\.(json|safetensors)\0+")
 PREFIX_FIELD, LINK_FIELD = slice(345, TAR_BLOCK_BYTES), slice(157, 257)
-"""Of a header: what would be put before the name, and another name; both are empty."""
+"""Of a header: the prefix of the name, and the target of a link; both are empty."""
 END_BLOCKS, TAR_RECORD_BYTES = 2, 20 * TAR_BLOCK_BYTES
 """A tar ends with two empty blocks, and its size is a multiple of twenty."""
 
 
 class RecordSpan(NamedTuple):
-    """Where the two members of a record lie in their tar, in bytes, and the checksum of all that is between."""
+    """Byte offsets and sizes of the two members of a record in their tar, and a checksum."""
 
     json_offset: int
     json_size: int
     st_offset: int
     st_size: int
     crc32: int
-    """over the record's two tar headers, members and paddings: it tells which record of a damaged shard is spoilt"""
+    """over the record's two tar headers, members and paddings, so that the damaged record of a shard can be named"""
 
     @property
     def first(self) -> int:
@@ -53,8 +51,6 @@ class RecordSpan(NamedTuple):
 
 
 class TarMember(NamedTuple):
-    """A file in a tar."""
-
     key: str
     extension: str
     offset: int
@@ -62,37 +58,28 @@ class TarMember(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where the next header begins."""
+        """The offset of the next header."""
         return _pad_to_block(self.offset + self.size)
 
 
 def record_spans(tar: Path) -> dict[str, RecordSpan]:
-    """Key -> place of every record from the first on that is whole.
+    """Key -> span of every record, in order, up to the first that is not whole.
 
-    A tar cut between two members is a good tar to every reader, and shorter: only a count tells.
+    A tar cut between two members is a valid, shorter tar: only the count of records tells.
     """
-    found, at = dict[str, RecordSpan](), 0
+    spans, at = dict[str, RecordSpan](), 0
     with open(tar, "rb", opener=open_plain_file) as content:
         size = os.fstat(content.fileno()).st_size
         while True:
             first = _read_member(content, at, size)
             second = _read_member(content, first.end, size) if first else None
-            if not first or not second or (second.key, "json") != (first.key, first.extension) or first.key in found:
-                return found
-            if second.extension != "safetensors" or second.end > size:
-                return found
+            if not first or not second or first.key in spans or second.end > size:
+                return spans
+            if (first.extension, second.extension, second.key) != ("json", "safetensors", first.key):
+                return spans
             crc32 = _crc32(content, at, second.end)
-            found[first.key] = RecordSpan(first.offset, first.size, second.offset, second.size, crc32)
+            spans[first.key] = RecordSpan(first.offset, first.size, second.offset, second.size, crc32)
             at = second.end
-
-
-def first_damaged(tar: Path, spans: tuple[RecordSpan, ...]) -> int | None:
-    """The number of the first record whose bytes are not what they were; None when the damage lies behind them all."""
-    with open(tar, "rb", opener=open_plain_file) as content:
-        for number, place in enumerate(spans):
-            if _crc32(content, place.first, place.last) != place.crc32:
-                return number
-    return None
 
 
 def tar_bytes(end: int) -> int:
@@ -106,18 +93,23 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def _sha256_fault(file: Path, expected: str) -> str | None:
+    actual = sha256_of(file)
+    return None if actual == expected else f"sha256 {actual[:12]}..., manifest says {expected[:12]}..."
+
+
 def _read_member(content: BinaryIO, offset: int, size: int) -> TarMember | None:
     """The member whose header is at this byte, if it is whole and of the only kind that is ever written."""
     content.seek(offset)
     header = content.read(TAR_BLOCK_BYTES)
     if len(header) < TAR_BLOCK_BYTES or header[257:265] != MAGIC or header[156:157] != PLAIN_FILE:
         return None
-    name, length, told = MEMBER_NAME.fullmatch(header[:100]), header[124:136], header[148:156]
-    if not name or not OCTAL.fullmatch(length) or not CHECKSUM.fullmatch(told):
+    name, length, checksum = MEMBER_NAME.fullmatch(header[:100]), header[124:136], header[148:156]
+    if not name or not OCTAL.fullmatch(length) or not CHECKSUM.fullmatch(checksum):
         return None
     if any(header[PREFIX_FIELD]) or any(header[LINK_FIELD]):
         return None
-    if int(told[:6], 8) != sum(header[:148]) + sum(b"        ") + sum(header[156:]):
+    if int(checksum[:6], 8) != sum(header[:148]) + sum(b"        ") + sum(header[156:]):
         return None
     member = TarMember(name[1].decode(), name[2].decode(), offset + TAR_BLOCK_BYTES, int(length[:11], 8))
     return member if member.offset + member.size <= size else None
@@ -143,19 +135,20 @@ TableFile = Annotated[str, Field(pattern=r"^table\.zarr/([a-z0-9_]+/)*(zarr\.jso
 
 
 class Shard(Stored):
-    """One tar of the cache, as it was when it was finished; all its records have the same number of draws."""
+    """One finished tar of the cache; all its records have the same number of states."""
 
     file: ShardFile
-    """path inside the cache folder: these names and no others, so that none leads out of it"""
+    """path inside the cache folder; the pattern keeps it from leading out of it"""
     split: Split
     records: Count
     draws: Count
+    """stored states, of all its records"""
     bytes: Count
     sha256: Sha256
     first_key: Key
     last_key: Key
     offsets: tuple[RecordSpan, ...]
-    """where each record lies, in bytes, in the order of the tar"""
+    """in the order of the tar"""
 
     @model_validator(mode="after")
     def _check_consistency(self) -> "Shard":
@@ -164,15 +157,15 @@ class Shard(Stored):
         if self.draws % self.records or len(self.offsets) != self.records or self.last_key < self.first_key:
             raise ValueError(f"{self.file}: its counts do not agree")
         end = 0
-        for place in self.offsets:
-            gap = place.st_offset - place.json_offset - place.json_size
-            if place.first != end or not 512 <= gap < 1024 or min(place.json_size, place.st_size) < 1:
-                raise ValueError(f"{self.file}: places a record at byte {place.json_offset}, where none can lie")
-            if place.json_size > MAX_JSON_BYTES or place.st_size > MAX_RECORD_BYTES:
-                raise ValueError(f"{self.file}: places a record of {place.st_size} bytes at byte {place.json_offset}")
-            if self.states_per_record * MIN_STATE_BYTES > place.st_size:
-                raise ValueError(f"{self.file}: {self.states_per_record} draws in a record of {place.st_size} bytes")
-            end = place.last
+        for span in self.offsets:
+            gap = span.st_offset - span.json_offset - span.json_size
+            if span.first != end or not 512 <= gap < 1024 or min(span.json_size, span.st_size) < 1:
+                raise ValueError(f"{self.file}: places a record at byte {span.json_offset}, where none can lie")
+            if span.json_size > MAX_JSON_BYTES or span.st_size > MAX_RECORD_BYTES:
+                raise ValueError(f"{self.file}: places a record of {span.st_size} bytes at byte {span.json_offset}")
+            if self.states_per_record * MIN_STATE_BYTES > span.st_size:
+                raise ValueError(f"{self.file}: {self.states_per_record} states in a record of {span.st_size} bytes")
+            end = span.last
         if self.bytes != tar_bytes(end):
             raise ValueError(f"{self.file}: its records end at byte {end} of {self.bytes}")
         return self
@@ -187,45 +180,42 @@ class Shard(Stored):
         path = folder / self.file
         if not path.is_file() and not path.is_symlink():
             return "missing"
-        checked_path(folder, self.file)
-        if path.stat().st_size == self.bytes:
+        size = checked_path(folder, self.file).stat().st_size
+        if size == self.bytes:
             return None
-        found = len(record_spans(path))
-        if found != self.records:
-            return f"{found} records, manifest says {self.records}"
-        return f"{path.stat().st_size} bytes, manifest says {self.bytes}"
+        records = len(record_spans(path))
+        if records != self.records:
+            return f"{records} records, manifest says {self.records}"
+        return f"{size} bytes, manifest says {self.bytes}"
 
     def fault(self, folder: Path) -> str | None:
         """What is wrong with the file's content; reads all of it."""
-        glance = self.size_fault(folder)
-        if glance:
-            return glance
-        found = sha256_of(folder / self.file)
-        return None if found == self.sha256 else f"sha256 {found[:12]}..., manifest says {self.sha256[:12]}..."
+        return self.size_fault(folder) or _sha256_fault(folder / self.file, self.sha256)
 
     def first_damaged_key(self, folder: Path) -> str | None:
-        """The key of the first record of a damaged tar that is not what it was, where that can be told."""
+        """Key and offset of the first record whose checksum is wrong; None when that cannot be determined."""
         if not (folder / self.file).is_file():
             return None
-        number = first_damaged(folder / self.file, self.offsets)
-        if number is None:
-            return None
         gapless = int(self.last_key) - int(self.first_key) + 1 == self.records
-        name = f"{int(self.first_key) + number:09d}" if gapless else f"number {number}"
-        return f"{name} at byte {self.offsets[number].json_offset}"
+        with open(folder / self.file, "rb", opener=open_plain_file) as content:
+            for number, span in enumerate(self.offsets):
+                if _crc32(content, span.first, span.last) != span.crc32:
+                    name = f"{int(self.first_key) + number:09d}" if gapless else f"number {number}"
+                    return f"{name} at byte {span.json_offset}"
+        return None
 
     def offsets_fault(self, folder: Path) -> str | None:
-        """What the manifest says wrongly about a tar whose content is right."""
-        found = record_spans(folder / self.file)
-        if len(found) != self.records or len(self.offsets) != self.records:
-            return f"{len(found)} records, manifest says {self.records} and places {len(self.offsets)}"
-        if (min(found), max(found)) != (self.first_key, self.last_key) or tuple(found.values()) != self.offsets:
+        """What is wrong with the manifest's offsets into a tar whose content is right."""
+        spans = record_spans(folder / self.file)
+        if len(spans) != self.records:
+            return f"{len(spans)} records, manifest says {self.records}"
+        if (min(spans), max(spans)) != (self.first_key, self.last_key) or tuple(spans.values()) != self.offsets:
             return "its records lie elsewhere than the manifest says"
         return None
 
 
 class Failure(Stored):
-    """A prompt that could not be rendered, and why: it is told, never silently left out."""
+    """A prompt that could not be rendered, and why."""
 
     file: ShardFile
     """the shard that should hold it"""
@@ -242,10 +232,8 @@ class TableEntry(Stored):
 
     def fault(self, folder: Path) -> str | None:
         """What is wrong with the file; reads all of it."""
-        if not (folder / self.file).exists() and not (folder / self.file).is_symlink():
+        path = folder / self.file
+        if not path.exists() and not path.is_symlink():
             return "missing"
-        path = checked_path(folder, self.file)
-        if path.stat().st_size != self.bytes:
-            return f"{path.stat().st_size} bytes, manifest says {self.bytes}"
-        found = sha256_of(path)
-        return None if found == self.sha256 else f"sha256 {found[:12]}..., manifest says {self.sha256[:12]}..."
+        size = checked_path(folder, self.file).stat().st_size
+        return f"{size} bytes, manifest says {self.bytes}" if size != self.bytes else _sha256_fault(path, self.sha256)

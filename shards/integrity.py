@@ -1,7 +1,4 @@
-"""What is wrong with a cache that lies on the disk, and files of strangers that are opened without trusting them.
-
-A text that carries its own sha256 in its last line, so that no bit of it changes unseen.
-"""
+"""Faults of a cache, opening untrusted files safely, and texts that carry their own sha256 in their last line."""
 
 import hashlib
 import os
@@ -18,23 +15,23 @@ class Damaged(Refused):
 
 
 class Fault(NamedTuple):
-    """One thing that is wrong."""
+    """What is wrong with one file."""
 
     file: str
     """path inside the cache folder"""
     reason: str
     record: str | None = None
-    """key of the first record that it spoils, where that is known"""
+    """key of the first damaged record, where that is known"""
 
     def message(self, folder: Path) -> str:
-        """The line for the user, without the way out."""
+        """The line for the user, without a hint."""
         kind = "shard " if self.file.endswith(".tar") else ""
-        what = self.reason.removeprefix(f"{folder / self.file}: ")  # as refusals of this very file begin
-        return f"{kind}{folder / self.file}: {what}{f', first in record {self.record}' if self.record else ''}"
+        reason = self.reason.removeprefix(f"{folder / self.file}: ")  # as refusals of this very file begin
+        return f"{kind}{folder / self.file}: {reason}{f', first in record {self.record}' if self.record else ''}"
 
 
 def repair_hint(folder: Path) -> str:
-    """How to mend a cache."""
+    """The command that mends a cache."""
     return f"sollune shards repair {folder} makes it again"
 
 
@@ -57,10 +54,7 @@ def checked_path(folder: Path, file: str) -> Path:
 
 
 def open_plain_file(path: str | Path, flags: int) -> int:
-    """The opener of every file that a stranger may have made: follows no link, and waits for nobody.
-
-    Opening a pipe would wait for its writer, for ever, and reading a device ends never: raises `Damaged` for both.
-    """
+    """The opener of every untrusted file; raises `Damaged` for a link, a pipe (opening may block) or a device."""
     if Path(path).is_symlink():
         raise Damaged(f"{path}: is a link, which may lead anywhere - copy what it points at into its place")
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -71,7 +65,7 @@ def open_plain_file(path: str | Path, flags: int) -> int:
 
 
 def read_at_most(path: Path, max_bytes: int) -> bytes:
-    """A plain file's content, unless it has more than `most` bytes."""
+    """A plain file's content, unless it has more than `max_bytes`."""
     with open(path, "rb", opener=open_plain_file) as content:
         size = os.fstat(content.fileno()).st_size
         if size > max_bytes:
@@ -84,17 +78,16 @@ SEAL_BYTES = len('"sha256": ""\n}\n') + 64
 
 
 def append_seal(body: str) -> str:
-    """`body`, an open JSON object, closed by the sha256 of everything before it."""
+    """`body`, an open JSON object, closed by its own sha256."""
     return f'{body}"sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
 
 
 def seal_fault(content: bytes) -> str | None:
     """What is wrong with a sealed text, if anything is."""
-    body, tail = content[:-SEAL_BYTES], SEAL_PATTERN.fullmatch(content[-SEAL_BYTES:])
-    if not tail:
+    body, seal = content[:-SEAL_BYTES], SEAL_PATTERN.fullmatch(content[-SEAL_BYTES:])
+    if not seal:
         return f"has no sha256 in its last line, at byte {max(0, len(content) - SEAL_BYTES)}"
-    found = hashlib.sha256(body).hexdigest()
-    said = tail[1].decode()
-    return (
-        None if found == said else f"sha256 of its first {len(body)} bytes is {found[:12]}..., it says {said[:12]}..."
-    )
+    actual, stored = hashlib.sha256(body).hexdigest(), seal[1].decode()
+    if actual != stored:
+        return f"sha256 of its first {len(body)} bytes is {actual[:12]}..., it says {stored[:12]}..."
+    return None

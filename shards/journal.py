@@ -1,7 +1,7 @@
-"""What is finished, one small file for each shard: any number of processes can write it without waiting for each other.
+"""The journal of finished shards: one small file for each, so that any number of processes can write without waiting.
 
 manifest.json is put together from it. An entry appears after its shard has its final name, and never changes unless the
-shard is made again. It seals itself: one whose bytes are not those that were written is never believed.
+shard is made again. It carries its own sha256, and one that does not match counts as missing.
 """
 
 import json
@@ -29,59 +29,58 @@ class JournalEntry(Stored):
 
     @classmethod
     def parse(cls, content: bytes) -> "JournalEntry":
-        """The entry of these bytes; raises `ValueError` unless they are the very ones that `text` gives."""
-        fault = seal_fault(content)
-        if fault:
+        """The entry of these bytes; raises `ValueError` unless they are those that `text` gives."""
+        if fault := seal_fault(content):
             raise ValueError(fault)
-        said = json.loads(content)
-        del said["sha256"]
-        entry = cls.model_validate(said)
+        fields = json.loads(content)
+        del fields["sha256"]
+        entry = cls.model_validate(fields)
         if entry.text().encode() != content:
             raise ValueError("is not in the form in which it is written")
         return entry
 
     def text(self) -> str:
         """The content of its file."""
-        said = self.model_dump(mode="json")
-        return append_seal("{\n" + "".join(f'"{name}": {json.dumps(value)},\n' for name, value in said.items()))
+        fields = self.model_dump(mode="json")
+        return append_seal("{\n" + "".join(f'"{name}": {json.dumps(value)},\n' for name, value in fields.items()))
 
 
 class ShardJournal:
-    """The entries of a cache folder; what was read once is read again only when its file changes."""
+    """The entries of a cache folder; a file is read again only when it changes."""
 
     def __init__(self, cache: Path, recipe_sha256: str) -> None:
         self.folder, self.recipe_sha256 = cache / JOURNAL_FOLDER, recipe_sha256
         self._cached_entries: dict[str, tuple[tuple[int, int, int], JournalEntry | None]] = {}
 
     def write(self, shard: Shard, failures: tuple[Failure, ...]) -> None:
-        """Note a finished shard, all or nothing."""
+        """Enter a finished shard, all or nothing."""
         entry = JournalEntry(recipe_sha256=self.recipe_sha256, shard=shard, failures=failures)
         atomic_write(self._path(shard.file), entry.text())
 
     def forget(self, file: str) -> None:
-        """Take back that a shard is finished."""
+        """Remove the entry of a shard."""
         self._path(file).unlink(missing_ok=True)
 
     def entry(self, file: str) -> JournalEntry | None:
-        """What is noted of one shard, read this moment; None when it is not finished."""
+        """The entry of one shard, read now; None when it is not finished."""
         try:
             return self._read(self._path(file))
         except FileNotFoundError:
             return None
 
     def entries(self) -> dict[str, JournalEntry]:
-        """Shard's file -> its entry, as far as they are whole: a shard whose entry is damaged is not finished.
+        """Shard's file -> its entry; a shard whose entry is damaged is not finished.
 
         Raises `Refused` for an entry of another recipe.
         """
-        found: dict[str, tuple[tuple[int, int, int], JournalEntry | None]] = {}
+        entries: dict[str, tuple[tuple[int, int, int], JournalEntry | None]] = {}
         for path in sorted(self.folder.glob("*.json")):
-            said = path.lstat()
-            stamp = (said.st_ino, said.st_mtime_ns, said.st_size)
+            stat = path.lstat()
+            stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
             known = self._cached_entries.get(path.name)
-            found[path.name] = known if known and known[0] == stamp else (stamp, self._read(path))
-        self._cached_entries = found
-        return {entry.shard.file: entry for _, entry in found.values() if entry}
+            entries[path.name] = known if known and known[0] == stamp else (stamp, self._read(path))
+        self._cached_entries = entries
+        return {entry.shard.file: entry for _, entry in entries.values() if entry}
 
     def _read(self, path: Path) -> JournalEntry | None:
         try:
@@ -93,19 +92,14 @@ class ShardJournal:
         return entry if self._path(entry.shard.file) == path else None
 
     def _path(self, file: str) -> Path:
-        return self.folder / entry_file_name(file)
-
-
-def entry_file_name(shard_file: str) -> str:
-    """The name of a shard's entry."""
-    return f"{Path(shard_file).stem}.json"
+        return self.folder / f"{Path(file).stem}.json"
 
 
 def entries_of(manifest: Manifest) -> dict[str, JournalEntry]:
-    """Name of its file -> each entry that belongs to a manifest."""
+    """Path inside the cache -> entry, for each shard of a manifest."""
     recipe = manifest.recipe.fingerprint()
     return {
-        entry_file_name(shard.file): JournalEntry(
+        f"{JOURNAL_FOLDER}/{Path(shard.file).stem}.json": JournalEntry(
             recipe_sha256=recipe,
             shard=shard,
             failures=tuple(failure for failure in manifest.failures if failure.file == shard.file),
@@ -115,44 +109,37 @@ def entries_of(manifest: Manifest) -> dict[str, JournalEntry]:
 
 
 def journal_faults(cache: Path, manifest: Manifest) -> Iterator[Fault]:
-    """Each entry that is damaged, missing, or says otherwise than the manifest; a cache may do without a journal."""
-    if not (cache / JOURNAL_FOLDER).exists() and not (cache / JOURNAL_FOLDER).is_symlink():
+    """Each entry that is damaged, missing, or differs from the manifest; a cache may do without a journal."""
+    journal = cache / JOURNAL_FOLDER
+    if not journal.is_dir() or journal.is_symlink():
+        if journal.exists() or journal.is_symlink():
+            yield Fault(JOURNAL_FOLDER, "is no folder")
         return
-    if not (cache / JOURNAL_FOLDER).is_dir() or (cache / JOURNAL_FOLDER).is_symlink():
-        yield Fault(JOURNAL_FOLDER, "is no folder")
-        return
-    wanted = entries_of(manifest)
-    found = {path.name for path in (cache / JOURNAL_FOLDER).iterdir() if not path.name.startswith(".")}
-    for name in sorted(wanted.keys() | found):
-        fault = _entry_fault(cache, f"{JOURNAL_FOLDER}/{name}", wanted.get(name))
-        if fault:
-            yield Fault(f"{JOURNAL_FOLDER}/{name}", fault)
+    expected = entries_of(manifest)
+    present = {f"{JOURNAL_FOLDER}/{path.name}" for path in journal.iterdir() if not path.name.startswith(".")}
+    for file in sorted(expected.keys() | present):
+        entry = _read_entry(cache, file)
+        if isinstance(entry, str):
+            yield Fault(file, entry)
+        elif file not in expected:
+            yield Fault(file, "the manifest does not know its shard")
+        elif changed := [n for n in JournalEntry.model_fields if getattr(entry, n) != getattr(expected[file], n)]:
+            yield Fault(file, f"has another {' and '.join(changed)} than the manifest")
 
 
 def restore_entries(cache: Path, manifest: Manifest) -> list[Path]:
-    """Write each missing entry again, as the manifest knows it; returns where they lie."""
-    missing = {cache / JOURNAL_FOLDER / name: entry for name, entry in entries_of(manifest).items()}
-    missing = {path: entry for path, entry in missing.items() if not path.exists()}
+    """Write each missing entry again from the manifest; returns their paths."""
+    missing = {cache / file: entry for file, entry in entries_of(manifest).items() if not (cache / file).exists()}
     for path, entry in missing.items():
         atomic_write(path, entry.text())
     return list(missing)
 
 
 def broken_entries(cache: Path) -> Iterator[str]:
-    """The entries that are damaged in themselves: all that can be told where there is no manifest to compare with."""
+    """The entries that are damaged in themselves, for a cache without a manifest to compare them with."""
     for path in sorted((cache / JOURNAL_FOLDER).glob("*.json")):
-        if isinstance(_read_entry(cache, f"{JOURNAL_FOLDER}/{path.name}"), str):
-            yield f"{JOURNAL_FOLDER}/{path.name}"
-
-
-def _entry_fault(cache: Path, file: str, wanted: JournalEntry | None) -> str | None:
-    entry = _read_entry(cache, file)
-    if isinstance(entry, str):
-        return entry
-    if wanted is None:
-        return "the manifest does not know its shard"
-    slips = [name for name in JournalEntry.model_fields if getattr(entry, name) != getattr(wanted, name)]
-    return f"says another {' and '.join(slips)} than the manifest" if slips else None
+        if isinstance(_read_entry(cache, file := f"{JOURNAL_FOLDER}/{path.name}"), str):
+            yield file
 
 
 def _read_entry(cache: Path, file: str) -> JournalEntry | str:

@@ -1,12 +1,10 @@
-"""What decides the bytes of a cache, and how two such decisions differ.
-
-What made these shards, and what each of them should hold.
-"""
+"""manifest.json: the recipe that made a cache, and what each of its files should hold."""
 
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
@@ -21,7 +19,7 @@ MAX_SHOWN_CHARACTERS = 40
 
 
 class Recipe(Stored):
-    """What made a cache: `identity` decides its bytes, `information` (versions, where things lay) does not."""
+    """What made a cache: `identity` decides its bytes, `information` (versions, paths) does not."""
 
     schema_version: int = SCHEMA
     identity: dict[str, JsonValue]
@@ -29,16 +27,16 @@ class Recipe(Stored):
 
     def fingerprint(self) -> str:
         """sha256 over everything that decides the bytes, in hex."""
-        counts: JsonValue = {"schema_version": self.schema_version, "identity": self.identity}
-        return hashlib.sha256(_canonical(counts).encode()).hexdigest()
+        hashed: JsonValue = {"schema_version": self.schema_version, "identity": self.identity}
+        return hashlib.sha256(_canonical(hashed).encode()).hexdigest()
 
     def flat_identity(self) -> dict[str, str]:
-        """Dotted name -> value, for each single thing that counts."""
+        """Dotted name -> value of each field that decides the bytes."""
         return {"schema_version": str(self.schema_version), **dict(_flatten("", self.identity))}
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
-    """Each dotted field that counts and is not the same in both, with its value in `a` (was) and in `b` (is now)."""
+    """A text for each dotted field of the identity that differs, with its value in `a` (was) and in `b` (is now)."""
     before, now = a.flat_identity(), b.flat_identity()
     return [
         f"{name} was {_shorten(before.get(name))}, is now {_shorten(now.get(name))}"
@@ -56,7 +54,7 @@ def _flatten(name: str, value: JsonValue) -> Iterator[tuple[str, str]]:
 
 
 def _canonical(value: JsonValue) -> str:
-    """One text for one value: 5 and 5.0, or true and 1, are different things to whoever reads them."""
+    """One text for one value; 5 and 5.0, or true and 1, have different ones."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -71,6 +69,15 @@ MAX_BYTES = 1 << 26
 """A million records take three quarters of it."""
 
 
+class Totals(NamedTuple):
+    """Sums over the shards of a split."""
+
+    shards: int
+    records: int
+    states: int
+    bytes: int
+
+
 class Manifest(Stored):
     """The content of manifest.json."""
 
@@ -79,12 +86,12 @@ class Manifest(Stored):
     shards: tuple[Shard, ...] = ()
     failures: tuple[Failure, ...] = ()
     table: tuple[TableEntry, ...] = ()
-    """the files of the table of these very shards; none when it is not made yet"""
+    """the files of the table of these shards; none when it is not made yet"""
 
     @model_validator(mode="after")
     def _check_file_order(self) -> "Manifest":
         for name in ("shards", "table"):
-            files = [one.file for one in getattr(self, name)]
+            files = [entry.file for entry in getattr(self, name)]
             if files != sorted(set(files)):
                 raise ValueError(f"{name} are not in order, or one is there twice")
         return self
@@ -103,25 +110,25 @@ class Manifest(Stored):
 
     @classmethod
     def parse(cls, content: bytes, folder: Path) -> "Manifest":
-        """The manifest of `folder` from the bytes of its file, which must be the very bytes that `save` wrote."""
+        """The manifest of `folder` from the bytes of its file, which must be those that `save` wrote."""
         path = folder / MANIFEST_FILE
         try:
-            said = json.loads(content, parse_constant=_refuse_constant)
+            content_json = json.loads(content, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise Damaged(f"{path}: not good JSON ({error}) - {repair_hint(folder)}") from error
-        version = said.get("schema_version") if isinstance(said, dict) else None
+        version = content_json.get("schema_version") if isinstance(content_json, dict) else None
         if version != SCHEMA:
             raise Refused(
                 f"{path}: schema_version {version!r:.40}, this program reads {SCHEMA} - make the cache in a new folder"
             )
-        fault = seal_fault(content)
-        said.pop("sha256", None)
+        content_json.pop("sha256", None)
         try:
-            manifest = cls.model_validate(said)
+            manifest = cls.model_validate(content_json)
         except ValidationError as error:
-            slip = error.errors(include_url=False)[0]
-            where = ascii(".".join(map(str, slip["loc"])))[1:-1]
-            raise Damaged(f"{path}: {where:.80}: {slip['msg']} - {repair_hint(folder)}") from error
+            first = error.errors(include_url=False)[0]
+            where = ascii(".".join(map(str, first["loc"])))[1:-1]
+            raise Damaged(f"{path}: {where:.80}: {first['msg']} - {repair_hint(folder)}") from error
+        fault = seal_fault(content)
         if fault is None and manifest.text().encode() != content:
             fault = "is not in the form in which it is written"
         if fault:
@@ -130,9 +137,11 @@ class Manifest(Stored):
 
     def text(self) -> str:
         """The content of manifest.json: one line for each shard, and a last one that seals the others."""
-        said = self.model_dump(mode="json")
-        parts = [f'"schema_version": {said["schema_version"]}', f'"recipe": {json.dumps(said["recipe"], indent=1)}']
-        parts += [f'"{name}": {_json_lines(said[name])}' for name in ("failures", "shards", "table")]
+        fields = self.model_dump(mode="json")
+        parts = [f'"schema_version": {fields["schema_version"]}', f'"recipe": {json.dumps(fields["recipe"], indent=1)}']
+        for name in ("failures", "shards", "table"):
+            lines = ",".join(f"\n {json.dumps(entry)}" for entry in fields[name])
+            parts.append(f'"{name}": [{lines}' + ("\n]" if lines else "]"))
         return append_seal("{\n" + ",\n".join(parts) + ",\n")
 
     def save(self, folder: Path) -> None:
@@ -143,73 +152,60 @@ class Manifest(Stored):
         """The shards of one split, in order."""
         return tuple(shard for shard in self.shards if shard.split == split)
 
+    def totals(self, split: Split) -> Totals:
+        """What one split holds."""
+        shards = self.shards_of(split)
+        counts = ((shard.records, shard.draws, shard.bytes) for shard in shards)
+        return Totals(len(shards), *map(sum, zip(*counts, strict=True))) if shards else Totals(0, 0, 0, 0)
+
     def with_shard(self, shard: Shard, failures: tuple[Failure, ...] = ()) -> "Manifest":
-        """This manifest with `shard` in its place, which depends on its name and not on when it was made."""
-        shards = sorted(
-            [other for other in self.shards if other.file != shard.file] + [shard], key=lambda one: one.file
-        )
-        others = [failure for failure in self.failures if failure.file != shard.file]
-        listed = sorted([*others, *failures], key=lambda one: (one.file, one.key))
-        if (tuple(shards), tuple(listed)) == (self.shards, self.failures):
-            return self  # the table is still the one of these shards
-        return self.model_copy(update={"shards": tuple(shards), "failures": tuple(listed), "table": ()})
+        """This manifest with `shard` in the place of its name, and without a table unless nothing changes."""
+        others = self.without_shard(shard.file)
+        shards = tuple(sorted([*others.shards, shard], key=lambda entry: entry.file))
+        listed = tuple(sorted([*others.failures, *failures], key=lambda failure: (failure.file, failure.key)))
+        if (shards, listed) == (self.shards, self.failures):
+            return self
+        return others.model_copy(update={"shards": shards, "failures": listed})
 
     def without_shard(self, file: str) -> "Manifest":
-        """This manifest as if this shard had never been made."""
+        """This manifest without a shard and its failures, and without a table."""
         shards = tuple(shard for shard in self.shards if shard.file != file)
-        failures = tuple(one for one in self.failures if one.file != file)
+        failures = tuple(failure for failure in self.failures if failure.file != file)
         return self.model_copy(update={"shards": shards, "failures": failures, "table": ()})
 
     def check_recipe(self, recipe: Recipe, cache: Path | str = "cache") -> None:
-        """Raise `Refused`, naming each field that differs, unless `recipe` would make these very shards."""
+        """Raise `Refused`, naming each field that differs, unless `recipe` would make these shards."""
         if self.recipe.fingerprint() != recipe.fingerprint():
-            slips = "; ".join(differences(self.recipe, recipe))
+            changes = "; ".join(differences(self.recipe, recipe))
             raise Refused(
-                f"{cache}: made by another recipe: {slips} - choose another run folder (RUN=), or remove this one"
+                f"{cache}: made by another recipe: {changes} - choose another run folder (RUN=), or remove this one"
             )
 
     def faults(self, folder: Path) -> Iterator[Fault]:
         """What is wrong with each file that is not what the manifest says; reads every byte."""
-        for shard in self.shards:
+        entries: tuple[Shard | TableEntry, ...] = (*self.shards, *self.table)
+        for entry in entries:
             try:
-                fault = shard.fault(folder)
-                if fault:
-                    yield Fault(shard.file, fault, shard.first_damaged_key(folder))
-                elif misplaced := shard.offsets_fault(folder):
-                    yield Fault(shard.file, misplaced)
+                if fault := entry.fault(folder):
+                    yield Fault(
+                        entry.file, fault, entry.first_damaged_key(folder) if isinstance(entry, Shard) else None
+                    )
+                elif isinstance(entry, Shard) and (fault := entry.offsets_fault(folder)):
+                    yield Fault(entry.file, fault)
             except Damaged as damage:
-                yield Fault(shard.file, str(damage))
-        for part in self.table:
-            try:
-                if fault := part.fault(folder):
-                    yield Fault(part.file, fault)
-            except Damaged as damage:
-                yield Fault(part.file, str(damage))
-
-
-def open_verified(folder: Path) -> Manifest:
-    """The manifest of a cache whose every file is what it should be; raises `Damaged` naming the first that is not."""
-    manifest = Manifest.open(folder)
-    fault = next(manifest.faults(folder), None)
-    if fault:
-        raise Damaged(f"{fault.message(folder)} - {repair_hint(folder)}")
-    return manifest
+                yield Fault(entry.file, str(damage))
 
 
 def fault_message(folder: Path, shard: Shard, fault: str) -> str:
-    """The line that tells a user about a bad shard."""
+    """The line for the user about a damaged shard."""
     return f"{Fault(shard.file, fault).message(folder)} - {repair_hint(folder)}"
 
 
 def find_cache(folder: Path) -> Path:
-    """The cache folder that is meant: `folder` itself, or the one inside it when it is a run folder."""
+    """`folder` itself, or the cache inside it when it is a run folder."""
     inner = folder / "cache"
     return inner if not (folder / MANIFEST_FILE).exists() and (inner / MANIFEST_FILE).exists() else folder
 
 
 def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no number")
-
-
-def _json_lines(items: list[dict[str, object]]) -> str:
-    return "[" + ",".join(f"\n {json.dumps(item)}" for item in items) + ("\n]" if items else "]")

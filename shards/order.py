@@ -1,8 +1,7 @@
-"""The order of training as a function: sample number n -> (record, draw), with no state to save or restore.
+"""The order of training as a function: sample number n -> (record, index of its state), with no state of its own.
 
 An epoch is a bijection in two levels: the shards are permuted and dealt into windows of at most `WINDOW`, and all
-samples of a window are permuted together. What lies in one window is in uniform order; a longer split is read a few
-shards at a time, so that each of them is fetched once in an epoch. Nothing here knows of ranks or workers.
+samples of a window are permuted together, so that each shard of a long split is fetched once in an epoch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,22 +15,22 @@ from stages.system.refusal import Refused, did_you_mean
 
 SAMPLES_PER_BLOCK = 4096
 WINDOW = 16
-"""Shards open at a time; a part of the order, so it is the same on every machine."""
+"""Shards open at a time; it decides the order, so it is a constant."""
 UNIFORM_STREAM, WEIGHTED_STREAM, SHARDS_STREAM = 0, 1, 2
 
 Indices = Int[np.ndarray, " n"]
 
 
 class Order(Protocol):
-    """Which draw of which record each sample of an endless stream is."""
+    """Which state of which record each sample of an endless stream is."""
 
     def at(self, samples: Indices) -> tuple[Indices, Indices]:
-        """The records, and the draws within them, at these places of the stream (from 0)."""
+        """The records, and the states within them, at these places of the stream (from 0)."""
         ...
 
 
 class Pairs:
-    """The (record, draw) pairs of a split that are wanted, numbered from 0 record by record."""
+    """The (record, state) pairs of a split that are selected, numbered from 0 record by record."""
 
     def __init__(
         self,
@@ -39,7 +38,7 @@ class Pairs:
         records_per_shard: Sequence[int] | None = None,
         mask: Bool[np.ndarray, " n"] | None = None,
     ) -> None:
-        """All records lie in one shard unless told, and all pairs are wanted; `wanted` has a place for each pair."""
+        """By default all records lie in one shard and all pairs are selected; `mask` has a place for each pair."""
         self.starts = np.concatenate([[0], np.cumsum(states_per_record)])
         self.selected = None if mask is None or mask.all() else np.flatnonzero(mask)
         ends = self.starts[np.cumsum([len(states_per_record)] if records_per_shard is None else records_per_shard)]
@@ -51,7 +50,7 @@ class Pairs:
         return sum(self.per_shard)
 
     def locate(self, numbers: Indices) -> tuple[Indices, Indices]:
-        """The record of each pair, and the draw within it."""
+        """The record of each pair, and the state within it."""
         numbers = numbers if self.selected is None else self.selected[numbers]
         records = np.searchsorted(self.starts, numbers, side="right") - 1
         return records, numbers - self.starts[records]
@@ -64,7 +63,7 @@ class ShuffledOrder:
         self.seed, self.pairs = seed, pairs
 
     def at(self, samples: Indices) -> tuple[Indices, Indices]:
-        """The records and draws at these places of the stream."""
+        """The records and states at these places."""
         epochs, places = np.divmod(samples, len(self.pairs))
         numbers = np.empty_like(places)
         for epoch in np.unique(epochs):
@@ -74,7 +73,7 @@ class ShuffledOrder:
 
 
 class Epoch:
-    """The order of one epoch: place -> number of the thing there; any place costs no more than its own window."""
+    """The order of one epoch: place -> pair number; any place costs no more than its own window."""
 
     def __init__(self, seed: int, epoch: int, per_shard: tuple[int, ...]) -> None:
         self._seed, self._epoch = seed, epoch
@@ -85,34 +84,24 @@ class Epoch:
         self._windows = [np.sort(shards) for shards in np.array_split(shuffled, -(-len(filled) // WINDOW))]
         self.starts = np.cumsum([0, *(sum(per_shard[shard] for shard in shards) for shards in self._windows)])
 
-    def shards(self, window: int) -> list[int]:
-        """The shards that a window mixes, rising."""
-        return [int(shard) for shard in self._windows[window]]
-
     def at(self, places: Indices) -> Indices:
-        """The numbers at these places of the epoch."""
+        """The pair numbers at these places of the epoch."""
         windows = np.searchsorted(self.starts, places, side="right") - 1
         numbers = np.empty_like(places)
         for window in np.unique(windows):
             here = windows == window
-            numbers[here] = self._window(int(window))[places[here] - self.starts[window]]
+            spans = tuple(map(tuple, self._spans[self._windows[window]].tolist()))
+            order = _window_numbers(self._seed, self._epoch, int(window), spans)
+            numbers[here] = order[places[here] - self.starts[window]]
         return numbers
 
-    def _window(self, window: int) -> Indices:
-        return _window_numbers(
-            self._seed, self._epoch, window, tuple(map(tuple, self._spans[self._windows[window]].tolist()))
-        )
 
-
-@lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, per_shard: tuple[int, ...]) -> Epoch:
-    """The order of an epoch over shards that hold so many things each."""
-    return Epoch(seed, epoch, per_shard)
+epoch_order = lru_cache(maxsize=4)(Epoch)
 
 
 @lru_cache(maxsize=4)
 def _window_numbers(seed: int, epoch: int, window: int, spans: tuple[tuple[int, int], ...]) -> Indices:
-    """The numbers of these spans, permuted together."""
+    """The pair numbers of these spans, permuted together."""
     numbers: Indices = np.concatenate([np.arange(first, last) for first, last in spans])
     # The first window has the epoch's own key, so that what fits into one keeps the order it had before windows.
     key = (UNIFORM_STREAM, seed, epoch) if window == 0 else (UNIFORM_STREAM, seed, epoch, window)
@@ -120,22 +109,22 @@ def _window_numbers(seed: int, epoch: int, window: int, spans: tuple[tuple[int, 
 
 
 class GroupedOrder:
-    """Draws with replacement: a group of pairs by its share, then one of its pairs, all alike."""
+    """Samples with replacement: a group of pairs by its share, then one of its pairs uniformly."""
 
     def __init__(self, seed: int, pairs: Pairs, group_of_pair: Indices, shares: Float[np.ndarray, " groups"]) -> None:
-        """`shares` are relative to their sum; a group of share 0 may be empty and never comes, any other has pairs."""
+        """`shares` are relative to their sum; a group of share 0 never comes and may be empty, any other has pairs."""
         self.seed, self.pairs = seed, pairs
         sizes = np.bincount(group_of_pair, minlength=len(shares))
         if (shares < 0).any() or (sizes[shares > 0] == 0).any():
-            raise ValueError("every share should be 0, or positive with pairs to draw from")
+            raise ValueError("every share should be 0, or positive with pairs to sample from")
         # Groups of share 0 have no place of their own: the last place takes what rounding leaves over.
-        drawn = np.flatnonzero(shares)
-        self._upper_bounds = (np.cumsum(shares) / shares.sum())[drawn]
+        present = np.flatnonzero(shares)
+        self._upper_bounds = (np.cumsum(shares) / shares.sum())[present]
         self._pairs_by_group = np.argsort(group_of_pair, kind="stable")
-        self._sizes, self._starts = sizes[drawn], (np.cumsum(sizes) - sizes)[drawn]
+        self._sizes, self._starts = sizes[present], (np.cumsum(sizes) - sizes)[present]
 
     def at(self, samples: Indices) -> tuple[Indices, Indices]:
-        """The records and draws at these places of the stream."""
+        """The records and states at these places."""
         chance = np.empty((len(samples), 2))
         for block in np.unique(samples // SAMPLES_PER_BLOCK):
             here = samples // SAMPLES_PER_BLOCK == block
@@ -147,13 +136,13 @@ class GroupedOrder:
 
 
 class WeightedOrder(GroupedOrder):
-    """Draws with replacement: a class by its weight, then one of its pairs, all alike.
+    """Samples with replacement: a class by its weight, then one of its pairs uniformly.
 
     A class's share of the stream is its weight over the sum of weights, however many records it has.
     """
 
     def __init__(self, seed: int, pairs: Pairs, class_names: Sequence[str], weights: Mapping[str, float]) -> None:
-        """`class_names` has one name for each record; raises `Refused` unless weights and wanted classes match."""
+        """`class_names` has one name for each record; raises `Refused` unless weights and classes of `pairs` match."""
         record_of_pair, _ = pairs.locate(np.arange(len(pairs)))
         names = _ordered_classes([class_names[record] for record in np.unique(record_of_pair)], weights)
         number = {name: i for i, name in enumerate(names)}
@@ -179,11 +168,11 @@ def _ordered_classes(class_names: Sequence[str], weights: Mapping[str, float]) -
 
 
 def permutation(key: tuple[int, ...], n: int) -> Indices:
-    """The order of n things that belongs to a key."""
+    """The permutation of n that belongs to a key."""
     return np.random.Generator(np.random.PCG64(list(key))).permutation(n)
 
 
 @lru_cache(maxsize=4)
-def chances(seed: int, block: int) -> Float[np.ndarray, "BLOCK 2"]:
-    """Two uniform numbers for each sample of a block, so that any sample is found without those before it."""
+def chances(seed: int, block: int) -> Float[np.ndarray, "SAMPLES_PER_BLOCK 2"]:
+    """Two uniform numbers for each sample of a block, so that any sample is computed without those before it."""
     return np.random.Generator(np.random.PCG64([WEIGHTED_STREAM, seed, block])).random((SAMPLES_PER_BLOCK, 2))

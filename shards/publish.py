@@ -1,9 +1,6 @@
-"""The dataset card of a published cache, from facts alone.
+"""A dataset card and lists of the shards, with which a cache can be published as it lies and read by other loaders.
 
-What other loaders need beside the shards, so that a cache can be published as it lies.
-
-Megatron-Energon's `.nv-meta` is left out: its index is a database whose making belongs to `energon prepare`, which
-takes these tars as they are.
+Megatron-Energon's `.nv-meta` is left out: `energon prepare` makes its index from these tars.
 """
 
 import json
@@ -14,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, try_to_load_from_cache
-from torch import Tensor
 
 from shards.codec import JSON_TYPES
 from shards.manifest import Manifest
 from shards.reader import Reader
-from shards.record import FEATURES, PER_PROMPT, PER_STATE, SPLITS, Record, Split
+from shards.record import PER_PROMPT, SPLITS, Record, Split, tensors_of
 from shards.stats import ranked
 from stages.system.atomic import atomic_write
 from stages.system.refusal import Refused
 
+CARD_FILE = "README.md"
 CARD_MARK = "<!-- written by sollune shards export-index -->"
 TAGS = ["webdataset", "distillation", "flow-matching", "sollune"]
 SIZE_CATEGORIES = (
@@ -37,34 +34,34 @@ MAX_CLASSES = 50
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MEANINGS = {
     "blocks": "names of the blocks whose features are kept",
-    "class_name": "what the sentence is about",
+    "class_name": "the class of the text",
     "draws": "K, the number of states",
     "guidance_scale": "w of the teacher's guided sampling",
     "key": "number of the prompt in its split, nine digits",
     "schema_version": "version of this layout",
     "seed": "of every random choice made for this picture",
-    "text": "the sentence",
+    "text": "the prompt",
     "cond": "last hidden state of the teacher's text encoder",
     "x0": "the picture: scaled latent at the end of the teacher's guided sampling",
     "k": "the teacher's timestep; its last one for the whole tail beyond it",
     "s": "path time, 1 is noise",
-    "x_t": "the state: on the teacher's guided trajectory, or (1 - s) x0 + s eps; rounded before the teacher answered",
+    "x_t": "the state: on the teacher's guided trajectory, or (1 - s) x0 + s eps; rounded first, velocities are at it",
     "v_cond": "velocity of the conditional branch at (x_t, s)",
     "v_uncond": "velocity of the unconditional branch at (x_t, s)",
-    "trajectory": "true: a state of the guided sampling; false: x0 noised again",
+    "trajectory": "true: a state of the guided sampling; false: x0 under fresh noise",
 }
 
 CARD_TEMPLATE = """{mark}
 # {name}
 
-What a Stable Diffusion 1.x teacher{teacher} answered about {records:,} sentences, {draws:,} states in all: an offline
+The velocities of a Stable Diffusion 1.x teacher{teacher} for {records:,} prompts, {states:,} states in all: an offline
 cache for distilling it into a flow-matching model on the path `x_s = (1 - s) x0 + s eps`, velocity `v = eps - x0`.
 
 {splits}
 
 ## Fields
 
-Each record is two members of a tar, `KEY.json` and `KEY.safetensors`. K is {draws_each}.
+Each record is two members of a tar, `KEY.json` and `KEY.safetensors`. K is {states_per_record}.
 
 {fields}
 
@@ -103,6 +100,43 @@ Everything that decides the bytes; its sha256 is `{recipe}`.
 """
 
 
+def export_index(cache: Path, license_id: str, name: str) -> list[Path]:
+    """Write README.md and a list of shards for each split into a cache; returns the files.
+
+    Raises `Refused` for a README.md that this command did not write.
+    """
+    target = cache / CARD_FILE
+    if target.exists() and CARD_MARK not in target.read_text(encoding="utf-8", errors="replace"):
+        raise Refused(f"{target}: was not written by this command - move it away, then run the command again")
+    manifest = Manifest.open(cache)
+    first = next((split for split in SPLITS if manifest.shards_of(split)), None)
+    if first is None:
+        raise Refused(f"{cache}: holds no record yet - run its make target first")
+    written = {
+        f"wids-{split}.json": json.dumps(_shard_list(manifest, split, name), indent=1) + "\n"
+        for split in SPLITS
+        if manifest.shards_of(split)
+    }
+    written[CARD_FILE] = str(dataset_card(Reader(cache, first), license_id, name))
+    for file, content in written.items():
+        atomic_write(cache / file, content)
+    return [cache / file for file in written]
+
+
+def _shard_list(manifest: Manifest, split: Split, name: str) -> dict[str, object]:
+    """A split's shards with their counts, in the form that `wids` reads for random access."""
+    shards = manifest.shards_of(split)
+    return {
+        "wids_version": 1,
+        "name": f"{name}-{split}",
+        "length": sum(shard.records for shard in shards),
+        "shardlist": [
+            {"url": shard.file, "nsamples": shard.records, "filesize": shard.bytes, "dataset": split}
+            for shard in shards
+        ],
+    }
+
+
 def dataset_card(reader: Reader, license_id: str, name: str) -> DatasetCard:
     """README.md with the head that the hub reads (formats: configs with globs, splits, size, tags, license)."""
     manifest = reader.manifest
@@ -129,8 +163,8 @@ def dataset_card(reader: Reader, license_id: str, name: str) -> DatasetCard:
         name=name,
         teacher=f" (`{at_hub}`)" if at_hub else "",
         records=records,
-        draws=sum(shard.draws for shard in manifest.shards),
-        draws_each=len(record.states),
+        states=sum(shard.draws for shard in manifest.shards),
+        states_per_record=len(record.states),
         splits="\n".join(_splits(manifest)),
         fields="\n".join(_fields(record)),
         last=f"{len(manifest.shards_of(splits[0])) - 1:06d}",
@@ -142,33 +176,29 @@ def dataset_card(reader: Reader, license_id: str, name: str) -> DatasetCard:
 
 
 def size_category(records: int) -> str:
-    """The hub's word for a number of records."""
+    """The hub's category of a number of records."""
     return next((word for word, most in SIZE_CATEGORIES if records < most), "n>10M")
 
 
 def hub_id(manifest: Manifest) -> str | None:
-    """The teacher's repository, if it is one that this machine's hub cache knows: a local path is nobody's business."""
-    said: Any = manifest.recipe.information.get("teacher_location")
-    if not isinstance(said, str) or not HUB_ID.fullmatch(said):
+    """The teacher's repository, if this machine's hub cache holds it; None for a local path, which is not published."""
+    location: Any = manifest.recipe.information.get("teacher_location")
+    if not isinstance(location, str) or not HUB_ID.fullmatch(location):
         return None
-    return said if isinstance(try_to_load_from_cache(said, "model_index.json"), str) else None
+    return location if isinstance(try_to_load_from_cache(location, "model_index.json"), str) else None
 
 
 def _splits(manifest: Manifest) -> Iterator[str]:
     yield "| split | shards | records | states | bytes |\n|---|---|---|---|---|"
     for split in SPLITS:
-        shards = manifest.shards_of(split)
-        sums = [sum(getattr(shard, name) for shard in shards) for name in ("records", "draws", "bytes")]
-        yield f"| {split} | {len(shards)} | {sums[0]:,} | {sums[1]:,} | {sums[2]:,} |"
+        totals = manifest.totals(split)
+        yield f"| {split} | {totals.shards} | {totals.records:,} | {totals.states:,} | {totals.bytes:,} |"
 
 
 def _fields(record: Record) -> Iterator[str]:
     yield "| member | field | type | shape | meaning |\n|---|---|---|---|---|"
     yield from (f"| json | `{name}` | {kind.__name__} | | {MEANINGS[name]} |" for name, kind in JSON_TYPES.items())
-    tensors: dict[str, Tensor] = {name: getattr(record, name) for name in PER_PROMPT}
-    tensors |= {name: getattr(record.states, name) for name in PER_STATE}
-    tensors |= {f"{FEATURES}{block}": values for block, values in record.features.by_block.items()}
-    for name, values in tensors.items():
+    for name, values in tensors_of(record).items():
         sizes = [*map(str, values.shape)] if name in PER_PROMPT else ["K", *map(str, values.shape[1:])]
         meaning = MEANINGS.get(name, "spatial mean of the block's last resnet, conditional branch")
         kind = str(values.dtype).removeprefix("torch.")
@@ -184,47 +214,5 @@ def _classes(counts: Counter[str]) -> Iterator[str]:
 
 
 def _table_cell(name: str) -> str:
-    """A stranger's word in one cell of a table."""
+    """An untrusted text in one cell of a table."""
     return " ".join(name.replace("|", "\\|").split())
-
-
-CARD_FILE = "README.md"
-
-
-def export_index(cache: Path, license_id: str, name: str) -> list[Path]:
-    """Write README.md and a list of shards for each split into a cache; returns the files.
-
-    Raises `Refused` rather than write over a README.md of somebody else.
-    """
-    target = cache / CARD_FILE
-    if target.exists() and CARD_MARK not in target.read_text(encoding="utf-8", errors="replace"):
-        raise Refused(f"{target}: was not written by this command - move it away, then run the command again")
-    manifest = Manifest.open(cache)
-    first = next((split for split in SPLITS if manifest.shards_of(split)), None)
-    if first is None:
-        raise Refused(f"{cache}: holds no record yet - run its make target first")
-    written = dict(_shard_lists(manifest, name))
-    written[CARD_FILE] = str(dataset_card(Reader(cache, first), license_id, name))
-    for file, content in written.items():
-        atomic_write(cache / file, content)
-    return [cache / file for file in written]
-
-
-def _shard_lists(manifest: Manifest, name: str) -> Iterator[tuple[str, str]]:
-    for split in SPLITS:
-        if manifest.shards_of(split):
-            yield f"wids-{split}.json", json.dumps(shard_list(manifest, split, name), indent=1) + "\n"
-
-
-def shard_list(manifest: Manifest, split: Split, name: str) -> dict[str, object]:
-    """A split's shards with their counts, in the form that `wids` reads for random access."""
-    shards = manifest.shards_of(split)
-    return {
-        "wids_version": 1,
-        "name": f"{name}-{split}",
-        "length": sum(shard.records for shard in shards),
-        "shardlist": [
-            {"url": shard.file, "nsamples": shard.records, "filesize": shard.bytes, "dataset": split}
-            for shard in shards
-        ],
-    }

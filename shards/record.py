@@ -1,15 +1,13 @@
-"""One prompt with everything the teacher said about it: the unit that a shard stores.
+"""The record, which a shard stores: one prompt with what the teacher computed for it, and the layout of its tensors.
 
-Which tensors a record has, and where they lie inside its KEY.safetensors, so that each is read without the others.
-
-A header is believed only when it is, byte for byte, the one that these tensors have: what lies where then follows from
-names, types and shapes, and nothing a stranger writes can overlap, point elsewhere or leave a gap.
+A safetensors header is accepted only when it is, byte for byte, the one that these tensors have: offsets then follow
+from names, types and shapes, and none can overlap, point elsewhere or leave a gap.
 """
 
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -37,11 +35,11 @@ class States:
     s: Float[Tensor, " K"]
     """float32 path time, 1 is noise; the time of k, except in the tail"""
     x_t: Float[Tensor, "K c h w"]
-    """float16, rounded before the teacher was asked"""
+    """float16, rounded before the teacher computed the velocities"""
     v_cond: Float[Tensor, "K c h w"]
     v_uncond: Float[Tensor, "K c h w"]
     trajectory: Bool[Tensor, " K"]
-    """True: a state of the guided trajectory; False: x0 noised again"""
+    """True: a state of the guided trajectory; False: x0 under fresh noise"""
 
     def __len__(self) -> int:
         return len(self.s)
@@ -57,7 +55,7 @@ class BlockFeatures:
 
 @dataclass(frozen=True)
 class Record:
-    """One prompt: its sentence, its picture, and K draws."""
+    """One prompt: its text, its picture, and K states."""
 
     key: str
     """the prompt's index in its split, nine digits"""
@@ -80,17 +78,26 @@ PER_STATE = {
     "v_uncond": torch.float16,
     "trajectory": torch.bool,
 }
-FEATURES = "features."
 LATENTS = ("x_t", "v_cond", "v_uncond")
+ROW_FIELDS = (*LATENTS, "s", "k")
+"""The tensors of a state that a row of a training batch has."""
+FEATURES = "features."
 SAFETENSORS_TYPES = {torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
 MIN_STATE_BYTES = sum(dtype.itemsize for dtype in PER_STATE.values())
-"""What one draw takes at least: no record of n bytes has more than n / LEAST_DRAW_BYTES draws."""
+"""The least that one state takes: no record of n bytes has more than n / MIN_STATE_BYTES states."""
 MAX_HEADER_BYTES = 1 << 16
 """Some five hundred blocks; SD1.5 has nine and takes 1.5 KB."""
 MAX_RECORD_BYTES = 1 << 30
 """A thousand times a record of SD1.5."""
 HEADER_LENGTH = struct.Struct("<Q")
 """The number of bytes of the JSON header, at the beginning of every safetensors file."""
+
+
+def tensors_of(record: Record) -> dict[str, Tensor]:
+    """Every tensor of a record by its stored name, in the order of the schema."""
+    tensors = {name: getattr(record, name) for name in PER_PROMPT}
+    tensors |= {name: getattr(record.states, name) for name in PER_STATE}
+    return tensors | {f"{FEATURES}{block}": values for block, values in record.features.by_block.items()}
 
 
 class TensorLayout(NamedTuple):
@@ -104,24 +111,16 @@ class TensorLayout(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RecordLayout:
-    """All that one header says: the parts by name; `rows` is how many draws each per-draw part holds."""
+    """The tensors of one header by name; those of a state have `states` rows, those of the prompt one."""
 
     tensors: Mapping[str, TensorLayout]
     states: int
     bytes: int
 
-    def rows_of(self, name: str) -> int:
-        """How many rows of `Part.shape` a part has: one of what belongs to the prompt."""
-        return 1 if name in PER_PROMPT else self.states
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one row of each part: the same in every record of a cache."""
-        return {name: part.shape for name, part in self.tensors.items()}
-
 
 @dataclass(frozen=True)
 class RecordHeader:
-    """What is known of a record without its large tensors."""
+    """A record without its large tensors."""
 
     key: str
     text: str
@@ -145,46 +144,46 @@ def header_span(start: bytes | bytearray | memoryview, size: int) -> tuple[int, 
 
 @lru_cache(maxsize=256)
 def parse_layout(header: bytes, blocks: tuple[str, ...]) -> RecordLayout:
-    """What a safetensors header says; raises `ValueError` when it is not the one of a record with these blocks."""
-    wanted = {**PER_PROMPT, **PER_STATE, **{f"{FEATURES}{block}": torch.float16 for block in blocks}}
-    shapes = _parse_shapes(header, wanted)
-    rows = shapes["k"][0]
-    parts, said, at, first = dict[str, TensorLayout](), dict[str, Any](), 0, HEADER_LENGTH.size + len(header)
-    for name, dtype in sorted(wanted.items(), key=lambda one: (-one[1].itemsize, one[0])):  # as safetensors sorts them
+    """The layout of a safetensors header; raises `ValueError` when it is not the one of a record with these blocks."""
+    dtypes = {**PER_PROMPT, **PER_STATE, **{f"{FEATURES}{block}": torch.float16 for block in blocks}}
+    shapes = _parse_shapes(header, dtypes)
+    states = shapes["k"][0]
+    tensors, entries, at, first = dict[str, TensorLayout](), dict[str, Any](), 0, HEADER_LENGTH.size + len(header)
+    for name, dtype in sorted(dtypes.items(), key=lambda item: (-item[1].itemsize, item[0])):  # as safetensors sorts
         shape = shapes[name]
         end = at + math.prod(shape) * dtype.itemsize
-        said[name] = {"dtype": SAFETENSORS_TYPES[dtype], "shape": shape, "data_offsets": [at, end]}
+        entries[name] = {"dtype": SAFETENSORS_TYPES[dtype], "shape": shape, "data_offsets": [at, end]}
         if name not in PER_PROMPT:
-            if shape[0] != rows:
-                raise ValueError(f"{name} has {shape[0]} draws, k has {rows}")
+            if shape[0] != states:
+                raise ValueError(f"{name} has {shape[0]} states, k has {states}")
             shape = shape[1:]
-        parts[name] = TensorLayout(first + at, tuple(shape), dtype, math.prod(shape) * dtype.itemsize)
+        tensors[name] = TensorLayout(first + at, tuple(shape), dtype, math.prod(shape) * dtype.itemsize)
         at = end
-    if any(parts[name].shape != parts["x0"].shape for name in LATENTS):
+    if any(tensors[name].shape != tensors["x0"].shape for name in LATENTS):
         raise ValueError("its states are not of the picture's shape")
-    if any(parts[name].shape for name in ("k", "s", "trajectory")):
-        raise ValueError("it has more than one step, time or kind a draw")
-    text = json.dumps(said, separators=(",", ":")).encode()
+    if any(tensors[name].shape for name in ("k", "s", "trajectory")):
+        raise ValueError("it has more than one step, time or kind a state")
+    text = json.dumps(entries, separators=(",", ":")).encode()
     if header != text + b" " * (-len(text) % HEADER_LENGTH.size):
         raise ValueError("its header is not the one of these tensors")
-    return RecordLayout({name: parts[name] for name in wanted}, rows, first + at)
+    return RecordLayout({name: tensors[name] for name in dtypes}, states, first + at)
 
 
-def _parse_shapes(header: bytes, wanted: Mapping[str, torch.dtype]) -> dict[str, list[int]]:
-    """The shape of each tensor, judged before anything is computed of it."""
+def _parse_shapes(header: bytes, names: Collection[str]) -> dict[str, list[int]]:
+    """The shape of each tensor, checked before anything is computed of it."""
     try:
-        said = json.loads(header)
+        entries = json.loads(header)
     except RecursionError as error:
         raise ValueError("its header is nested too deeply") from error
-    if not isinstance(said, dict) or set(said) != set(wanted):
+    if not isinstance(entries, dict) or set(entries) != set(names):
         raise ValueError("it has other tensors than the schema")
-    found = {}
-    for name, entry in said.items():
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        if not isinstance(shape, list) or not 1 <= len(shape) <= 4 or any(not _is_size(size) for size in shape):
+    shapes: dict[str, Any] = {
+        name: entry.get("shape") if isinstance(entry, dict) else None for name, entry in entries.items()
+    }
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or not 1 <= len(shape) <= 4 or not all(map(_is_size, shape)):
             raise ValueError(f"{name} has shape {shape!r:.60}")
-        found[name] = shape
-    return found
+    return shapes
 
 
 def _is_size(value: Any) -> bool:

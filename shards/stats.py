@@ -1,8 +1,6 @@
-"""Mean and deviation of channels, gathered piece by piece without losing digits.
+"""Statistics of channels in bins of path time, and what a cache holds: states, classes, velocities and bytes."""
 
-What a cache holds, in numbers: how much, at which times, of which classes, and how fast the velocities are.
-"""
-
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,13 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from shards.reader import Reader
-from shards.record import SPLITS, Record
+from shards.record import FEATURES, SPLITS, Record, tensors_of
 from stages.system.refusal import escape_unprintable
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is known of the n channels of a block, apart for each bin; all in float64."""
+    """Count, mean and squared deviations of the n channels of a block in each bin; all in float64."""
 
     count: Float[Tensor, "bins 1"]
     mean: Float[Tensor, "bins n"]
@@ -27,13 +25,13 @@ class Statistics:
 
     @classmethod
     def empty(cls, bins: int, n: int) -> "Statistics":
-        """What is known before the first row."""
+        """Statistics of no rows."""
         zeros = torch.zeros(bins, n, dtype=torch.float64)
         return cls(zeros[:, :1], zeros, zeros)
 
     @classmethod
     def from_values(cls, values: Float[Tensor, "m n"], bin_of_row: Int[Tensor, " m"], bins: int) -> "Statistics":
-        """What these rows say."""
+        """Statistics of these rows."""
         empty = cls.empty(bins, values.shape[1])
         values = values.double()
         count = empty.count.index_add(0, bin_of_row, torch.ones(len(values), 1, dtype=torch.float64))
@@ -41,23 +39,18 @@ class Statistics:
         return cls(count, mean, empty.square.index_add(0, bin_of_row, (values - mean[bin_of_row]).square()))
 
     def merge(self, other: "Statistics") -> "Statistics":
-        """What both say together (Chan, Golub and LeVeque's update)."""
+        """Statistics of the rows of both (Chan, Golub and LeVeque's update)."""
         count = self.count + other.count
         share = other.count / count.clamp_min(1)
-        apart = other.mean - self.mean
-        square = self.square + other.square + apart.square() * self.count * share
-        return Statistics(count, self.mean + apart * share, square)
+        delta = other.mean - self.mean
+        square = self.square + other.square + delta.square() * self.count * share
+        return Statistics(count, self.mean + delta * share, square)
 
     def merge_bins(self) -> "Statistics":
         """The same rows in a single bin."""
-        each = [
-            Statistics(self.count[i : i + 1], self.mean[i : i + 1], self.square[i : i + 1])
-            for i in range(len(self.count))
-        ]
-        found = each[0]
-        for one in each[1:]:
-            found = found.merge(one)
-        return found
+        bins = (slice(i, i + 1) for i in range(len(self.count)))
+        each = (Statistics(self.count[i], self.mean[i], self.square[i]) for i in bins)
+        return functools.reduce(Statistics.merge, each)
 
     def std(self, correction: int = 1) -> Float[Tensor, "bins n"]:
         """Standard deviations, 0 where there are too few rows for one."""
@@ -66,44 +59,31 @@ class Statistics:
 
 BINS = 10
 MAX_BAR_CHARACTERS = 40
-"""Letters of the longest bar of a histogram."""
+"""Of the longest bar of a histogram."""
 MAX_CLASSES = 20
+SMALL = "k, s, trajectory"
 
 
 @dataclass
 class CacheStats:
-    """Sums over the records seen so far; bin i holds i/BINS <= s < (i+1)/BINS, and the last one s = 1 too."""
+    """Sums over the records of a cache; bin i holds i/BINS <= s < (i+1)/BINS, and the last one s = 1 too."""
 
-    states: Float[Tensor, " bins"] = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
-    square_cond: Float[Tensor, " bins"] = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
-    square_uncond: Float[Tensor, " bins"] = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
+    sums: Float[Tensor, "3 bins"] = field(default_factory=lambda: torch.zeros(3, BINS, dtype=torch.float64))
+    """over the states: 1, mean square of v_cond, mean square of v_uncond"""
     classes: Counter[str] = field(default_factory=Counter)
     bytes_of: Counter[str] = field(default_factory=Counter)
 
     def add(self, record: Record) -> None:
         """Add one record."""
-        draws = record.states
-        bins = (draws.s * BINS).long().clamp(0, BINS - 1)
-        self.states.index_add_(0, bins, torch.ones(len(draws), dtype=torch.float64))
-        self.square_cond.index_add_(0, bins, draws.v_cond.double().square().mean(dim=(1, 2, 3)))
-        self.square_uncond.index_add_(0, bins, draws.v_uncond.double().square().mean(dim=(1, 2, 3)))
+        states = record.states
+        squares = [values.double().square().mean(dim=(1, 2, 3)) for values in (states.v_cond, states.v_uncond)]
+        self.sums.index_add_(
+            1, (states.s * BINS).long().clamp(0, BINS - 1), torch.stack([torch.ones_like(squares[0]), *squares])
+        )
         self.classes[record.class_name] += 1
-        for name, values in tensors_by_purpose(record).items():
-            self.bytes_of[name] += sum(value.nbytes for value in values)
-
-
-def tensors_by_purpose(record: Record) -> dict[str, list[Tensor]]:
-    """The tensors of a record by what they are for."""
-    draws = record.states
-    return {
-        "cond": [record.cond],
-        "x0": [record.x0],
-        "x_t": [draws.x_t],
-        "v_cond": [draws.v_cond],
-        "v_uncond": [draws.v_uncond],
-        "k, s, trajectory": [draws.k, draws.s, draws.trajectory],
-        "features": list(record.features.by_block.values()),
-    }
+        for name, values in tensors_of(record).items():
+            part = "features" if name.startswith(FEATURES) else SMALL if name in SMALL.split(", ") else name
+            self.bytes_of[part] += values.nbytes
 
 
 def collect_stats(reader: Reader) -> CacheStats:
@@ -117,26 +97,25 @@ def collect_stats(reader: Reader) -> CacheStats:
 
 def stats_lines(reader: Reader, stats: CacheStats) -> Iterator[str]:
     """The numbers as lines of text."""
-    yield f"{'split':<12}{'shards':>8}{'records':>10}{'draws':>10}{'bytes':>16}"
+    yield f"{'split':<12}{'shards':>8}{'records':>10}{'states':>10}{'bytes':>16}"
     for split in SPLITS:
-        shards = reader.manifest.shards_of(split)
-        sums = [sum(getattr(shard, name) for shard in shards) for name in ("records", "draws", "bytes")]
-        yield f"{split:<12}{len(shards):>8}{sums[0]:>10}{sums[1]:>10}{sums[2]:>16,}"
-    yield f"\n{'s':<12}{'draws':>8}{'rms v_cond':>14}{'rms v_uncond':>14}"
-    for i, count in enumerate(stats.states.tolist()):
-        squares = (stats.square_cond[i], stats.square_uncond[i])
-        rms = [f"{(square / count).sqrt():.4f}" if count else "-" for square in squares]
-        bar = _bar(count, float(stats.states.max()))
+        totals = reader.manifest.totals(split)
+        yield f"{split:<12}{totals.shards:>8}{totals.records:>10}{totals.states:>10}{totals.bytes:>16,}"
+    yield f"\n{'s':<12}{'states':>8}{'rms v_cond':>14}{'rms v_uncond':>14}"
+    for i, (count, *squares) in enumerate(stats.sums.T.tolist()):
+        rms = [f"{(square / count) ** 0.5:.4f}" if count else "-" for square in squares]
+        bar = _bar(count, float(stats.sums[0].max()))
         yield f"{i / BINS:.1f} to {(i + 1) / BINS:.1f}  {count:>8.0f}{rms[0]:>14}{rms[1]:>14}{bar}"
     yield f"\n{'class':<32}{'records':>10}"
     yield from _class_lines(stats.classes)
     yield f"\n{'part':<32}{'bytes':>16}"
-    whole = sum(shard.bytes for shard in reader.manifest.shards)
-    sizes = {**stats.bytes_of, "JSON and framing": whole - stats.bytes_of.total()}
+    total = sum(shard.bytes for shard in reader.manifest.shards)
+    sizes = {**stats.bytes_of, "JSON and framing": total - stats.bytes_of.total()}
     yield from (f"{name:<32}{count:>16,}{_bar(count, max(sizes.values()))}" for name, count in sizes.items())
     if reader.manifest.failures:
         yield f"\n{len(reader.manifest.failures)} prompts failed:"
-        yield from (f"{one.file} {one.key}: {escape_unprintable(one.reason)}" for one in reader.manifest.failures)
+        for failure in reader.manifest.failures:
+            yield f"{failure.file} {failure.key}: {escape_unprintable(failure.reason)}"
 
 
 def _class_lines(counts: Counter[str]) -> Iterator[str]:
@@ -147,7 +126,7 @@ def _class_lines(counts: Counter[str]) -> Iterator[str]:
     rest = ranked(counts)[len(shown) :]
     if rest:
         yield f"and {len(rest):,} more classes, by how many records they have:"
-        sizes = Counter(size_class(count) for _, count in rest)
+        sizes = Counter(1 << (count.bit_length() - 1) for _, count in rest)  # the power of two at or below
         for lowest, classes in sorted(sizes.items(), reverse=True):
             records = f"{lowest:,} to {2 * lowest - 1:,} records" if lowest > 1 else "1 record"
             yield f"{records:<32}{classes:>10}{_bar(classes, max(sizes.values()))}"
@@ -158,12 +137,7 @@ def ranked(counts: Counter[str]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
-def size_class(count: int) -> int:
-    """The power of two at or below a count of one or more."""
-    return 1 << (count.bit_length() - 1)
-
-
 def _bar(count: float, largest: float) -> str:
-    """A bar of a histogram; whatever is not zero is seen."""
-    letters = max(1, round(MAX_BAR_CHARACTERS * count / largest)) if count else 0
-    return f"  {'#' * letters}" if letters else ""
+    """A bar of a histogram, at least one character unless the count is 0."""
+    length = max(1, round(MAX_BAR_CHARACTERS * count / largest)) if count else 0
+    return f"  {'#' * length}" if length else ""

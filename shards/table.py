@@ -1,8 +1,6 @@
-"""Makes the table of a cache: one row for each draw, in the order of the shards, all or nothing.
+"""The table of a cache: one row for each state, in the order of the shards, to look things up without reading records.
 
-The table beside the shards: one row for each draw, to look things up without reading records.
-
-Rows lie in the order of the shards. Names that repeat (splits, classes) are numbers here and words in the attributes.
+Names that repeat (splits, classes) are numbers in the columns and texts in the attributes.
 """
 
 import hashlib
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
@@ -41,6 +39,9 @@ from stages.system.disk import refuse_write_errors
 from stages.system.refusal import Refused, did_you_mean, in_one_line
 
 ROWS_PER_CHUNK, ROWS_PER_FILE = 1024, 16384
+ROWS_AT_ONCE = 4 * ROWS_PER_CHUNK
+UNITS = {"s": "path time, 1 is noise", "k": "teacher's timestep", "feature": "spatial mean of activations"}
+Columns = dict[str, np.ndarray]
 
 
 def write_table(folder: Path) -> None:
@@ -64,7 +65,7 @@ def write_table(folder: Path) -> None:
 
 
 def is_tabulated(folder: Path) -> bool:
-    """Whether the table of these very shards is there, byte for byte."""
+    """Whether the table of these shards is there, byte for byte."""
     table = Manifest.open(folder).table
     return bool(table) and table == table_files(folder)
 
@@ -78,10 +79,10 @@ def table_files(folder: Path) -> tuple[TableEntry, ...]:
 
 
 def source_attributes(manifest: Manifest) -> dict[str, str | int]:
-    """What a table belongs to: a recipe, and these shards with this content."""
-    listed = "".join(f"{shard.file} {shard.sha256}\n" for shard in manifest.shards)
-    shards = hashlib.sha256(listed.encode()).hexdigest()
-    return {"schema_version": SCHEMA, "recipe_sha256": manifest.recipe.fingerprint(), "shards_sha256": shards}
+    """The attributes by which a table names its recipe, and its shards with their content."""
+    shards = "".join(f"{shard.file} {shard.sha256}\n" for shard in manifest.shards)
+    sha256 = hashlib.sha256(shards.encode()).hexdigest()
+    return {"schema_version": SCHEMA, "recipe_sha256": manifest.recipe.fingerprint(), "shards_sha256": sha256}
 
 
 def _write_arrays(path: Path, folder: Path) -> None:
@@ -90,22 +91,21 @@ def _write_arrays(path: Path, folder: Path) -> None:
     rows = sum(shard.draws for shard in reader.manifest.shards)
     widths = {block: values.shape[1] for block, values in next(reader.records()).features.by_block.items()}
     group = zarr.open_group(path, mode="w-", zarr_format=3)
-    group.attrs.update(
-        {
-            **source_attributes(reader.manifest),
-            "blocks": list(widths),
-            "class_names": classes,
-            "splits": list(SPLITS),
-            "units": {
-                "s": "path time, 1 is noise",
-                "k": "teacher's timestep",
-                "feature": "spatial mean of activations",
-            },
-        }
-    )
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {name: ((rows,), kind) for name, kind in COLUMNS.items()}
-    shapes |= {f"{FEATURE_PREFIX}{block}": ((rows, width), FEATURE_TYPE) for block, width in widths.items()}
-    arrays = {name: _array(group, name, shape, kind) for name, (shape, kind) in shapes.items()}
+    group.attrs.update(source_attributes(reader.manifest))
+    group.attrs.update({"blocks": [*widths], "class_names": classes, "splits": [*SPLITS], "units": UNITS})
+    columns: dict[str, tuple[str, tuple[int, ...]]] = {name: (dtype, ()) for name, dtype in COLUMNS.items()}
+    columns |= {f"{FEATURE_PREFIX}{block}": (FEATURE_TYPE, (width,)) for block, width in widths.items()}
+    arrays: dict[str, zarr.Array[Any]] = {
+        name: group.create_array(
+            name,
+            shape=(rows, *width),
+            dtype=dtype,
+            chunks=(ROWS_PER_CHUNK, *width),
+            shards=(ROWS_PER_FILE, *width),
+            compressors=[ZstdCodec(level=3), Crc32cCodec()],
+        )
+        for name, (dtype, width) in columns.items()
+    }
     first = 0
     for block in _row_blocks(reader, classes):
         last = first + len(block["key"])
@@ -114,20 +114,9 @@ def _write_arrays(path: Path, folder: Path) -> None:
         first = last
 
 
-def _array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str) -> zarr.Array[Any]:
-    return group.create_array(
-        name,
-        shape=shape,
-        dtype=dtype,
-        chunks=(ROWS_PER_CHUNK, *shape[1:]),
-        shards=(ROWS_PER_FILE, *shape[1:]),
-        compressors=[ZstdCodec(level=3), Crc32cCodec()],
-    )
-
-
-def _row_blocks(reader: Reader, classes: list[str]) -> Iterator[dict[str, np.ndarray]]:
+def _row_blocks(reader: Reader, classes: list[str]) -> Iterator[Columns]:
     """The rows of all records, exactly ROWS_PER_FILE at a time, so that every file of the table is written once."""
-    waiting: list[dict[str, np.ndarray]] = []
+    waiting: list[Columns] = []
     count = 0
     for split in SPLITS:
         for record in reader.records(split):
@@ -142,16 +131,16 @@ def _row_blocks(reader: Reader, classes: list[str]) -> Iterator[dict[str, np.nda
         yield _concatenate(waiting)
 
 
-def _concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _concatenate(parts: list[Columns]) -> Columns:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def table_rows(record: Record, split: Split, class_number: int) -> dict[str, np.ndarray]:
+def table_rows(record: Record, split: Split, class_number: int) -> Columns:
     """The rows of one record, column by column."""
-    draws = record.states
-    alike = {"key": int(record.key), "split": SPLITS.index(split), "class": class_number}
-    columns = {name: np.full(len(draws), value, dtype=COLUMNS[name]) for name, value in alike.items()}
-    columns |= {"draw": np.arange(len(draws), dtype=COLUMNS["draw"]), "k": draws.k.numpy(), "s": draws.s.numpy()}
+    states = record.states
+    constant = {"key": int(record.key), "split": SPLITS.index(split), "class": class_number}
+    columns = {name: np.full(len(states), value, dtype=COLUMNS[name]) for name, value in constant.items()}
+    columns |= {"draw": np.arange(len(states), dtype=COLUMNS["draw"]), "k": states.k.numpy(), "s": states.s.numpy()}
     return columns | {f"{FEATURE_PREFIX}{block}": values.numpy() for block, values in record.features.by_block.items()}
 
 
@@ -164,20 +153,17 @@ def _make_durable(folder: Path) -> None:
                 os.fsync(handle.fileno())
 
 
-ROWS_AT_ONCE = 4 * ROWS_PER_CHUNK
-
-
 class Table:
-    """The table of a cache, read as it is asked for."""
+    """The table of a cache; a column is read, and its files checked, when it is first needed."""
 
     def __init__(
         self, group: zarr.Group, folder: Path, files: Sequence[TableEntry], chunk_layouts: Mapping[str, ChunkLayout]
     ) -> None:
         self._group, self._folder, self._files, self._chunk_layouts = group, folder, files, chunk_layouts
         self._verified_columns: set[str] = set()
-        said: Mapping[str, Any] = group.attrs.asdict()
-        self.blocks: tuple[str, ...] = tuple(said["blocks"])
-        self.class_names: tuple[str, ...] = tuple(said["class_names"])
+        attributes: Mapping[str, Any] = group.attrs.asdict()
+        self.blocks: tuple[str, ...] = tuple(attributes["blocks"])
+        self.class_names: tuple[str, ...] = tuple(attributes["class_names"])
 
     @classmethod
     def open(cls, folder: Path) -> "Table":
@@ -188,10 +174,9 @@ class Table:
             raise Refused(f"{path}: not there - {repair_hint(cache)}")
         if not manifest.table:
             raise Refused(f"{path}: was made from other shards than {cache}/manifest.json names - {repair_hint(cache)}")
-        packings = check_layout(cache, manifest, source_attributes(manifest))
-        return cls(
-            zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False), cache, manifest.table, packings
-        )
+        chunk_layouts = check_layout(cache, manifest, source_attributes(manifest))
+        group = zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False)
+        return cls(group, cache, manifest.table, chunk_layouts)
 
     def __len__(self) -> int:
         return len(self.key)
@@ -203,7 +188,7 @@ class Table:
 
     @cached_property
     def state_index(self) -> Int[np.ndarray, " n"]:
-        """The row's place among the draws of its record."""
+        """The row's place among the states of its record."""
         return self.column("draw")
 
     @cached_property
@@ -216,18 +201,9 @@ class Table:
         """Path time."""
         return self.column("s")
 
-    def rows(
-        self, split: Split | None = None, class_name: str | None = None, s_from: float = 0.0, s_to: float = 1.0
-    ) -> Int[np.ndarray, " m"]:
-        """Numbers of the rows of a split and class with s_from <= s <= s_to, rising."""
-        wanted: Bool[np.ndarray, " n"] = (self.s >= s_from) & (self.s <= s_to)
-        if split is not None:
-            wanted &= self.column("split") == SPLITS.index(split)
-        if class_name is not None:
-            if class_name not in self.class_names:
-                raise Refused(f"class {class_name}: not in the table - {did_you_mean(class_name, self.class_names)}")
-            wanted &= self.column("class") == self.class_names.index(class_name)
-        return np.flatnonzero(wanted)
+    def rows(self, split: Split) -> Int[np.ndarray, " m"]:
+        """Numbers of the rows of a split, rising."""
+        return np.flatnonzero(self.column("split") == SPLITS.index(split))
 
     def features(self, block: str, rows: Int[np.ndarray, " m"] | slice = slice(None)) -> Float[Tensor, "m n_b"]:
         """Pooled features of a block at these rows, float16."""
@@ -235,26 +211,26 @@ class Table:
             raise Refused(f"block {block}: not in the table - {did_you_mean(block, self.blocks)}")
         return torch.from_numpy(self.column(f"{FEATURE_PREFIX}{block}", rows))
 
-    def statistics(self, bins: int = 10, split: Split = "train") -> dict[str, Statistics]:
-        """Mean and deviation of each channel of each block in each bin of s, in one pass over the table.
+    def statistics(self, bins: int = 10) -> dict[str, Statistics]:
+        """Statistics of each block in each bin of s over the training split, in one pass over the table.
 
         Bin i holds i/bins <= s < (i+1)/bins, and the last one s = 1 too.
         """
-        found = {block: Statistics.empty(bins, self._width(block)) for block in self.blocks}
+        statistics = {
+            block: Statistics.empty(bins, self.features(block, slice(0, 0)).shape[1]) for block in self.blocks
+        }
         bin_of_row = torch.from_numpy(self.s * np.float32(bins)).floor().long().clamp(0, bins - 1)
-        wanted = torch.from_numpy(self.column("split") == SPLITS.index(split))
+        in_split = torch.from_numpy(self.column("split") == SPLITS.index("train"))
         for first in range(0, len(self), ROWS_AT_ONCE):
-            here = slice(first, first + ROWS_AT_ONCE)
-            for block in self.blocks:
-                values = self.features(block, here)[wanted[here]]
-                found[block] = found[block].merge(Statistics.from_values(values, bin_of_row[here][wanted[here]], bins))
-        return found
-
-    def _width(self, block: str) -> int:
-        return self.features(block, slice(0, 0)).shape[1]
+            part = slice(first, first + ROWS_AT_ONCE)
+            mask = in_split[part]
+            for block, before in statistics.items():
+                values = self.features(block, part)[mask]
+                statistics[block] = before.merge(Statistics.from_values(values, bin_of_row[part][mask], bins))
+        return statistics
 
     def column(self, name: str, rows: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
-        """A column at these rows; its files are checked against the manifest when it is first asked for."""
+        """A column at these rows; its files are checked against the manifest first."""
         if name not in self._chunk_layouts:
             raise Refused(f"column {name}: not in the table - {did_you_mean(name, [*self._chunk_layouts])}")
         if name not in self._verified_columns:
@@ -262,17 +238,15 @@ class Table:
         array: Any = self._group[name]
         try:
             return np.asarray(array.oindex[rows])
-        except (ValueError, RuntimeError, OSError) as error:  # the codecs' words for bytes of a stranger
-            raise Damaged(
-                f"{self._folder / TABLE_FOLDER / name}: cannot be unpacked ({in_one_line(error)}) - "
-                f"{repair_hint(self._folder)}"
-            ) from error
+        except (ValueError, RuntimeError, OSError) as error:  # what the codecs raise for damaged bytes
+            path = self._folder / TABLE_FOLDER / name
+            raise Damaged(f"{path}: cannot be unpacked ({in_one_line(error)}) - {repair_hint(self._folder)}") from error
 
     def _check(self, name: str) -> None:
-        parts = [part for part in self._files if part.file.startswith(f"{TABLE_FOLDER}/{name}/")]
-        check_files(self._folder, parts)
-        for part in parts:
-            path = self._folder / part.file
+        entries = [entry for entry in self._files if entry.file.startswith(f"{TABLE_FOLDER}/{name}/")]
+        check_files(self._folder, entries)
+        for entry in entries:
+            path = self._folder / entry.file
             fault = None if path.name == "zarr.json" else chunk_fault(path, self._chunk_layouts[name])
             if fault:
                 raise Damaged(f"{path}: {fault} - {repair_hint(self._folder)}")

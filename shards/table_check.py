@@ -1,12 +1,8 @@
-"""The compressed chunks of the table, judged before zarr unpacks them: none may claim to become larger than it is.
+"""The files of a table, checked before zarr reads them, because zarr allocates what an untrusted file claims.
 
-A file of the table ends with an index: for each chunk its first byte and its size, then a checksum. A chunk is a zstd
-frame and a checksum. zarr takes the memory that index and frame ask for, before it finds out whether they lie.
-
-The table's own description of itself, judged before zarr believes it.
-
-An array is described in exactly one way: a stranger cannot ask for another codec, a shape beyond the shards, a fill
-value, or a description inside another one that zarr would believe instead.
+A file ends with an index: the first byte and size of each chunk, then a checksum. A chunk is a zstd frame and a
+checksum; the unpacked size that it claims must be the one of its array. The description of an array is accepted in
+exactly one form: no other codec, shape, fill value, or description inside another one.
 """
 
 import json
@@ -22,9 +18,17 @@ from shards.integrity import Damaged, checked_path, open_plain_file, read_at_mos
 from shards.manifest import Manifest
 from stages.system.refusal import Refused
 
+TABLE_FOLDER = "table.zarr"
+COLUMNS = {"key": "int64", "split": "int8", "draw": "int16", "k": "int64", "s": "float32", "class": "int32"}
+FEATURE_PREFIX, FEATURE_TYPE = "feature_", "float16"
+ITEM_BYTES = {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "float32": 4, "float16": 2}
+MAX_ARRAY_JSON_BYTES, MAX_GROUP_JSON_BYTES = 1 << 13, 1 << 24
+MAX_FILE_ROWS, MAX_CHUNK_BYTES = 1 << 16, 1 << 26
+"""Of SD1.5's widest block a chunk has 2.6 MB."""
+
 INDEX_ENTRY = struct.Struct("<QQ")
 ABSENT_CHUNK = (1 << 64) - 1
-"""First byte and size of a chunk that is not there, which holds the fill value."""
+"""First byte and size of a chunk that is not stored and holds the fill value."""
 CHECKSUM_BYTES = 4
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MAX_FRAME_HEADER_BYTES = 18
@@ -33,7 +37,7 @@ BLOCK_HEADER_BYTES, RLE_BLOCK = 3, 1
 
 
 class ChunkLayout(NamedTuple):
-    """How one array lies in its files."""
+    """How one array is packed."""
 
     chunks: int
     """in each file"""
@@ -59,15 +63,14 @@ def chunk_fault(file: Path, layout: ChunkLayout) -> str | None:
             except ValueError as error:
                 return f"chunk {number} at byte {first}: {error}"
             if unpacked != layout.chunk_bytes:
-                return f"chunk {number} at byte {first} says {unpacked} bytes unpacked, not {layout.chunk_bytes}"
+                return f"chunk {number} at byte {first} claims {unpacked} bytes unpacked, not {layout.chunk_bytes}"
     return None
 
 
 def unpacked_bytes(content: BinaryIO, first: int, last: int) -> int:
-    """The size that a zstd frame says it has when unpacked (RFC 8878, 3.1.1).
+    """The unpacked size that the header of a zstd frame claims (RFC 8878, 3.1.1).
 
-    Raises `ValueError` unless exactly one frame, which says its size, lies between these bytes: of several, all that
-    they claim would be believed.
+    Raises `ValueError` unless exactly one frame, with a size, lies between these bytes: a decoder adds up several.
     """
     content.seek(first)
     header = content.read(min(MAX_FRAME_HEADER_BYTES, last - first))
@@ -103,99 +106,89 @@ def _max_compressed_bytes(size: int) -> int:
     return size + size // 64 + 1024
 
 
-TABLE_FOLDER = "table.zarr"
-COLUMNS = {"key": "int64", "split": "int8", "draw": "int16", "k": "int64", "s": "float32", "class": "int32"}
-FEATURE_PREFIX, FEATURE_TYPE = "feature_", "float16"
-ITEM_BYTES = {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "float32": 4, "float16": 2}
-MAX_ARRAY_JSON_BYTES, MAX_GROUP_JSON_BYTES = 1 << 13, 1 << 24
-MAX_FILE_ROWS, MAX_CHUNK_BYTES = 1 << 16, 1 << 26
-"""Of SD1.5's widest block a chunk has 2.6 MB."""
-
-
 def check_files(folder: Path, files: Iterable[TableEntry]) -> None:
     """Raise `Damaged` with the first of these files that is not what the manifest says."""
-    for part in files:
-        fault = part.fault(folder)
-        if fault:
-            raise Damaged(f"{folder / part.file}: {fault} - {repair_hint(folder)}")
+    for entry in files:
+        if fault := entry.fault(folder):
+            raise Damaged(f"{folder / entry.file}: {fault} - {repair_hint(folder)}")
 
 
 def check_layout(
     folder: Path, manifest: Manifest, expected_attributes: Mapping[str, str | int]
 ) -> dict[str, ChunkLayout]:
-    """How each array is packed, after a look at all descriptions and for files that the manifest does not name.
+    """How each array is packed, after a check of all descriptions, and of files that the manifest does not name.
 
     Raises `Damaged`, or `Refused` for a table that does not belong to these shards.
     """
-    named = {part.file for part in manifest.table}
+    named = {entry.file for entry in manifest.table}
     for path in (folder / TABLE_FOLDER).rglob("*"):
         if (path.is_symlink() or not path.is_dir()) and str(path.relative_to(folder)) not in named:
             raise Damaged(f"{path}: is not in the manifest - {repair_hint(folder)}")
-    check_files(folder, (part for part in manifest.table if part.file.endswith("zarr.json")))
-    said = _read_description(folder, f"{TABLE_FOLDER}/zarr.json", MAX_GROUP_JSON_BYTES)
-    attributes = _group_attributes(folder, said)
+    check_files(folder, (entry for entry in manifest.table if entry.file.endswith("zarr.json")))
+    attributes = _group_attributes(folder)
     if any(attributes.get(name) != value for name, value in expected_attributes.items()):
         raise Refused(
             f"{folder / TABLE_FOLDER}: was made from other shards than {folder}/manifest.json names - "
             f"{repair_hint(folder)}"
         )
-    kinds = COLUMNS | {f"{FEATURE_PREFIX}{block}": FEATURE_TYPE for block in attributes["blocks"]}
-    files = {f"{TABLE_FOLDER}/zarr.json", *(f"{TABLE_FOLDER}/{name}/zarr.json" for name in kinds)}
+    dtypes = COLUMNS | {f"{FEATURE_PREFIX}{block}": FEATURE_TYPE for block in attributes["blocks"]}
+    files = {f"{TABLE_FOLDER}/zarr.json", *(f"{TABLE_FOLDER}/{name}/zarr.json" for name in dtypes)}
     if odd := files ^ {file for file in named if file.endswith("zarr.json")}:
         raise Damaged(f"{folder / min(odd)}: should {'not ' * (min(odd) in named)}be there - {repair_hint(folder)}")
-    rows, most_bytes = sum(shard.draws for shard in manifest.shards), sum(shard.bytes for shard in manifest.shards)
-    found = {}
-    for name, kind in kinds.items():
+    rows, max_bytes = sum(shard.draws for shard in manifest.shards), sum(shard.bytes for shard in manifest.shards)
+    layouts = {}
+    for name, dtype in dtypes.items():
         file = f"{TABLE_FOLDER}/{name}/zarr.json"
         try:
-            found[name] = _chunk_layout(_read_description(folder, file, MAX_ARRAY_JSON_BYTES), kind, rows, most_bytes)
+            array = _read_description(folder, file, MAX_ARRAY_JSON_BYTES)
+            layouts[name] = _chunk_layout(array, dtype, rows, max_bytes)
         except ValueError as error:
             raise Damaged(f"{folder / file}: {error} - {repair_hint(folder)}") from error
-    return found
+    return layouts
 
 
 def _read_description(folder: Path, file: str, max_bytes: int) -> dict[str, Any]:
-    """What a zarr.json says."""
+    """The content of a zarr.json."""
     path = checked_path(folder, file)
     try:
-        said = json.loads(read_at_most(path, max_bytes))
+        description = json.loads(read_at_most(path, max_bytes))
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path}: not good JSON ({error}) - {repair_hint(folder)}") from error
-    if not isinstance(said, dict):
+    if not isinstance(description, dict):
         raise Damaged(f"{path}: describes nothing - {repair_hint(folder)}")
-    return said
+    return description
 
 
-def _group_attributes(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
+def _group_attributes(folder: Path) -> dict[str, Any]:
     """The attributes of the group, whose blocks and classes are names."""
+    file = f"{TABLE_FOLDER}/zarr.json"
+    description = _read_description(folder, file, MAX_GROUP_JSON_BYTES)
     attributes = description.get("attributes")
-    if not isinstance(attributes, dict) or not _is_same_json(description, group_description(attributes)):
-        raise Damaged(
-            f"{folder / TABLE_FOLDER}/zarr.json: describes no group, or more than one - {repair_hint(folder)}"
-        )
-    for name in ("blocks", "class_names"):
-        words = attributes.get(name)
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise Damaged(f"{folder / TABLE_FOLDER}/zarr.json: its {name} are no names - {repair_hint(folder)}")
-    blocks = attributes["blocks"]
+    group = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
+    if not isinstance(attributes, dict) or not _is_same_json(description, group):
+        raise Damaged(f"{folder / file}: describes no group, or more than one - {repair_hint(folder)}")
+    blocks: Any = attributes.get("blocks")
+    for name, values in (("blocks", blocks), ("class_names", attributes.get("class_names"))):
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise Damaged(f"{folder / file}: its {name} are no names - {repair_hint(folder)}")
     if len({*blocks}) != len(blocks) or len(blocks) > MAX_BLOCKS or not all(map(BLOCK_NAME.fullmatch, blocks)):
-        raise Damaged(f"{folder / TABLE_FOLDER}/zarr.json: its blocks are no names - {repair_hint(folder)}")
+        raise Damaged(f"{folder / file}: its blocks are no names - {repair_hint(folder)}")
     return attributes
 
 
-def _chunk_layout(array: dict[str, Any], kind: str, rows: int, max_bytes: int) -> ChunkLayout:
-    """How an array is packed; raises `ValueError` unless all of its description follows from its shape and this."""
+def _chunk_layout(array: dict[str, Any], dtype: str, rows: int, max_bytes: int) -> ChunkLayout:
+    """How an array is packed; raises `ValueError` unless its shape and these arguments give all of its description."""
     try:
         shape = [*map(_size, array["shape"])]
         file_rows = _size(array["chunk_grid"]["configuration"]["chunk_shape"][0])
         chunk_rows = _size(array["codecs"][0]["configuration"]["chunk_shape"][0])
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError("describes no array of the table") from error
-    if not _is_same_json(array, array_description(shape, kind, file_rows, chunk_rows)):
-        raise ValueError("describes its array in another way than is believed, such as with other codecs")
-    width = ITEM_BYTES[kind] * (shape[1] if len(shape) == 2 else 1)
-    if shape[0] != rows or len(shape) != (2 if kind == FEATURE_TYPE else 1):
-        raise ValueError(f"has shape {shape}, the shards have {rows} draws")
+    if not _is_same_json(array, array_description(shape, dtype, file_rows, chunk_rows)):
+        raise ValueError("describes its array in another way than is accepted, such as with other codecs")
+    width = ITEM_BYTES[dtype] * (shape[1] if len(shape) == 2 else 1)
+    if shape[0] != rows or len(shape) != (2 if dtype == FEATURE_TYPE else 1):
+        raise ValueError(f"has shape {shape}, the shards have {rows} states")
     if rows * width > max_bytes:
         raise ValueError(f"has {rows * width} bytes, the shards it was made from have {max_bytes}")
     if file_rows % chunk_rows or file_rows > MAX_FILE_ROWS or chunk_rows * width > MAX_CHUNK_BYTES:
@@ -210,18 +203,13 @@ def _size(value: Any) -> int:
 
 
 def _is_same_json(a: object, b: object) -> bool:
-    """Whether two things are the same JSON: for Python alone, 3.0 is 3 and true is 1."""
+    """Whether two values are the same JSON; to Python, 3.0 equals 3 and true equals 1."""
     return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
 
-def group_description(attributes: dict[str, Any]) -> dict[str, Any]:
-    """What zarr writes of a group."""
-    return {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
-
-
-def array_description(shape: list[int], kind: str, file_rows: int, chunk_rows: int) -> dict[str, Any]:
-    """What zarr writes of such an array, by its specification of version 3."""
-    little = {"name": "bytes", **({"configuration": {"endian": "little"}} if ITEM_BYTES[kind] > 1 else {})}
+def array_description(shape: list[int], dtype: str, file_rows: int, chunk_rows: int) -> dict[str, Any]:
+    """The description that zarr writes for such an array (specification of version 3)."""
+    little = {"name": "bytes", **({"configuration": {"endian": "little"}} if ITEM_BYTES[dtype] > 1 else {})}
     compressed = [{"name": "zstd", "configuration": {"level": 3, "checksum": False}}, {"name": "crc32c"}]
     sharding = {
         "chunk_shape": [chunk_rows, *shape[1:]],
@@ -231,10 +219,10 @@ def array_description(shape: list[int], kind: str, file_rows: int, chunk_rows: i
     }
     return {
         "shape": shape,
-        "data_type": kind,
+        "data_type": dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [file_rows, *shape[1:]]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": 0.0 if kind.startswith("float") else 0,
+        "fill_value": 0.0 if dtype.startswith("float") else 0,
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "attributes": {},
         "zarr_format": 3,

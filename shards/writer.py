@@ -19,7 +19,7 @@ TAR_OWNER = "sollune"
 
 
 def shard_file(split: Split, index: int) -> str:
-    """Where shard number `index` of a split lies inside its cache."""
+    """The path of shard number `index` of a split inside its cache."""
     return f"data/{split}-{index:06d}.tar"
 
 
@@ -33,46 +33,75 @@ def write_shard(
 ) -> Shard:
     """Write one shard, all or nothing; the same records always give the same bytes.
 
-    `before` is told of the shard when it is whole and has not yet got its name; `failures` are the reasons of the
-    prompts that gave no record.
+    `before_rename` is called with the shard when it is whole and has not yet got its name; `failures` are (key,
+    reason) of the prompts that gave no record.
     Raises `Refused` when the disk is full, `ValueError` when the records do not belong into one shard.
     """
     path = folder / shard_file(split, index)
     with atomic_path(path) as temporary:
-        shapes = _write_tar(temporary, records)
-        if not shapes:
-            why = "; ".join(dict.fromkeys(reason for _, reason in failures)) or "there was no prompt"
+        state_counts = _write_tar(temporary, records)
+        if not state_counts:
+            reasons = "; ".join(dict.fromkeys(reason for _, reason in failures)) or "there was no prompt"
             raise Refused(
-                f"{path}: none of its {len(failures)} prompts gave a record ({why[:300]}) - "
+                f"{path}: none of its {len(failures)} prompts gave a record ({reasons[:300]}) - "
                 "mend what the reason names, then run the same command again"
             )
-        shard = _describe_shard(temporary, split, index, shapes)
+        spans = record_spans(temporary)
+        if list(spans) != list(state_counts):
+            raise RuntimeError(f"{temporary}: wrote {len(state_counts)} records and read back {len(spans)}")
+        shard = Shard(
+            file=shard_file(split, index),
+            split=split,
+            records=len(spans),
+            draws=sum(state_counts.values()),
+            bytes=temporary.stat().st_size,
+            sha256=sha256_of(temporary),
+            first_key=min(spans),
+            last_key=max(spans),
+            offsets=tuple(spans.values()),
+        )
         before_rename(shard)
         return shard
+
+
+def _write_tar(path: Path, records: Iterable[Record]) -> dict[str, int]:
+    """Write the records; returns key -> number of states of each, in order."""
+    written, last_key = dict[str, int](), ""
+    with open(path, "wb") as stream, TarWriter(stream, user=TAR_OWNER, group=TAR_OWNER, mtime=0, encoder=False) as tar:
+        for record in records:
+            if record.key <= last_key:
+                raise ValueError(f"{path.name}: key {record.key} after {last_key}: keys must rise")
+            count = len(record.states)
+            if written and count != written[last_key]:
+                raise ValueError(f"{path.name}: {record.key} has {count} states, others have {written[last_key]}")
+            json_bytes, st_bytes = encode(record)
+            tar.write({"__key__": record.key, "json": json_bytes, "safetensors": st_bytes})
+            written[record.key], last_key = count, record.key
+    return written
 
 
 class CacheWriter:
     """Fills a cache folder shard by shard; any number of processes may, each with a writer of its own."""
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
-        """Go on with the cache in `folder`, or begin one; raises `Refused` when it was made by another recipe."""
+        """Continue the cache in `folder`, or begin one; raises `Refused` when it was made by another recipe."""
         refuse_unwritable(folder / MANIFEST_FILE)
         self.folder = folder
         self.manifest = Manifest(recipe=recipe)
         if (folder / MANIFEST_FILE).exists():
             self.manifest = Manifest.open(folder)
             self.manifest.check_recipe(recipe, folder)
-        said = self.manifest
+        before = self.manifest
         self._journal = ShardJournal(folder, recipe.fingerprint())
         self._known_entries: dict[str, JournalEntry] = {}
         remove_leftovers(folder)
         self.refresh()
-        if self.manifest is not said:
+        if self.manifest is not before:
             # The journal outlives a manifest that was moved aside, and a process that was killed between the two.
             self.rebuild_manifest()
 
     def refresh(self) -> None:
-        """Learn what other processes have finished, or found to be unfinished, since."""
+        """Read from the journal which shards any process has finished, or forgotten, since."""
         entries = self._journal.entries()
         for file in self._known_entries.keys() - entries.keys():
             self.manifest = self.manifest.without_shard(file)
@@ -82,32 +111,29 @@ class CacheWriter:
         self._known_entries = entries
 
     def is_finished_now(self, split: Split, index: int, records: int) -> bool:
-        """The same as `finished`, looked up this moment; it touches nothing that another thread of ours may change."""
+        """`is_finished` by the journal as it is now; changes nothing that another thread may read."""
         entry = self._journal.entry(shard_file(split, index))
-        return bool(
-            entry
-            and entry.shard.records + len(entry.failures) == records
-            and entry.shard.size_fault(self.folder) is None
-        )
+        complete = entry is not None and entry.shard.records + len(entry.failures) == records
+        return bool(entry and complete and entry.shard.size_fault(self.folder) is None)
 
     def is_finished(self, split: Split, index: int, records: int) -> bool:
-        """Whether this shard answers for each of `records` prompts, as far as its size tells; see `refresh`."""
-        shard = self._find_shard(split, index)
-        return bool(shard and self._answered_prompts(shard) == records and shard.size_fault(self.folder) is None)
+        """Whether this shard has a record or a failure for each of `records` prompts, and its size is right."""
+        shard = self._find_complete(split, index, records)
+        return shard is not None and shard.size_fault(self.folder) is None
 
     def is_intact(self, split: Split, index: int, records: int) -> bool:
-        """Whether this shard is finished: its bytes are right, and it answers for each of `records` prompts."""
-        shard = self._find_shard(split, index)
-        return bool(shard and self._answered_prompts(shard) == records and shard.fault(self.folder) is None)
+        """Whether this shard is finished and its bytes are right; reads all of it."""
+        shard = self._find_complete(split, index, records)
+        return shard is not None and shard.fault(self.folder) is None
 
     def prompt_count(self, split: Split) -> int:
-        """How many prompts of a split this cache is for, as far as its shards tell; some before may be missing yet."""
+        """The last prompt's number plus one, over the shards of a split; earlier ones may be missing yet."""
         keys = [shard.last_key for shard in self.manifest.shards_of(split)]
-        keys += [one.key for one in self.manifest.failures if one.file.startswith(f"data/{split}-")]
+        keys += [failure.key for failure in self.manifest.failures if failure.file.startswith(f"data/{split}-")]
         return max((int(key) + 1 for key in keys), default=0)
 
     def forget(self, split: Split, index: int) -> None:
-        """Make every process know that this shard is to be made (again)."""
+        """Remove this shard from journal and manifest, so that some process makes it again."""
         file = shard_file(split, index)
         if self._find_shard(split, index):
             self._journal.forget(file)
@@ -116,8 +142,7 @@ class CacheWriter:
 
     def forget_damaged(self, split: Split, index: int) -> None:
         """Forget this shard unless its bytes are right."""
-        shard = self._find_shard(split, index)
-        if shard and shard.fault(self.folder):
+        if (shard := self._find_shard(split, index)) and shard.fault(self.folder):
             self.forget(split, index)
 
     def add(
@@ -126,30 +151,29 @@ class CacheWriter:
         """Write a shard and then enter it into the manifest.
 
         `failures` are (key, reason) of prompts that gave no record; it is read after the records, which may fill it.
-        A shorter shard of that name stays listed until the new one takes its place. In between, neither is listed: a
-        process killed there leaves a shard to be made, and never a manifest that says something else than the files.
+        An older shard of that name is removed from the manifest before the new file takes its place, so that a process
+        killed in between leaves a shard to be made, and never a manifest that contradicts the files.
         """
 
-        def retire(shard: Shard) -> None:
+        def forget_older(shard: Shard) -> None:
             self.refresh()
             if self._find_shard(split, index) not in (None, shard):
                 self.forget(split, index)
 
-        shard = write_shard(self.folder, split, index, records, retire, failures)
+        shard = write_shard(self.folder, split, index, records, forget_older, failures)
         self.enter(shard, failures)
         return shard
 
     def enter(self, shard: Shard, failures: Sequence[tuple[str, str]] = ()) -> None:
         """Enter a shard that `write_shard` finished, here or in another process."""
-        told = tuple(Failure(file=shard.file, key=key, reason=reason) for key, reason in failures)
-        self._journal.write(shard, told)
+        self._journal.write(shard, tuple(Failure(file=shard.file, key=key, reason=reason) for key, reason in failures))
         self.rebuild_manifest()
 
     def rebuild_manifest(self) -> None:
         """Put manifest.json together from the journal.
 
-        Two processes may do so at once, and the slower one may know less: whoever wrote looks into the journal again,
-        so the last to write has seen every entry.
+        Two processes may do so at once, and the slower one may know less: each reads the journal again after writing,
+        so the last to write has read every entry.
         """
         self.refresh()
         while True:
@@ -163,12 +187,14 @@ class CacheWriter:
         file = shard_file(split, index)
         return next((shard for shard in self.manifest.shards if shard.file == file), None)
 
-    def _answered_prompts(self, shard: Shard) -> int:
-        return shard.records + sum(failure.file == shard.file for failure in self.manifest.failures)
+    def _find_complete(self, split: Split, index: int, prompts: int) -> Shard | None:
+        shard = self._find_shard(split, index)
+        failed = sum(failure.file == shard_file(split, index) for failure in self.manifest.failures)
+        return shard if shard and shard.records + failed == prompts else None
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written, and nothing that a living one is writing."""
+    """Remove the partial files of ended processes."""
     for leftover in [*folder.glob(f".*{PARTIAL_SUFFIX}"), *folder.glob(f"*/.*{PARTIAL_SUFFIX}")]:
         if not is_abandoned(leftover):
             continue
@@ -176,37 +202,3 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
-
-
-def _write_tar(path: Path, records: Iterable[Record]) -> list[tuple[str, int]]:
-    """Write the records; returns key and number of draws of each."""
-    written: list[tuple[str, int]] = []
-    with open(path, "wb") as stream, TarWriter(stream, user=TAR_OWNER, group=TAR_OWNER, mtime=0, encoder=False) as tar:
-        for record in records:
-            if written and record.key <= written[-1][0]:
-                raise ValueError(f"{path.name}: key {record.key} after {written[-1][0]}: keys must rise")
-            if written and len(record.states) != written[0][1]:
-                raise ValueError(
-                    f"{path.name}: {record.key} has {len(record.states)} draws, others have {written[0][1]}"
-                )
-            json_bytes, st_bytes = encode(record)
-            tar.write({"__key__": record.key, "json": json_bytes, "safetensors": st_bytes})
-            written.append((record.key, len(record.states)))
-    return written
-
-
-def _describe_shard(tar: Path, split: Split, index: int, written: Sequence[tuple[str, int]]) -> Shard:
-    found = record_spans(tar)
-    if list(found) != [key for key, _ in written]:
-        raise RuntimeError(f"{tar}: wrote {len(written)} records and found {len(found)}")
-    return Shard(
-        file=shard_file(split, index),
-        split=split,
-        records=len(written),
-        draws=sum(draws for _, draws in written),
-        bytes=tar.stat().st_size,
-        sha256=sha256_of(tar),
-        first_key=written[0][0],
-        last_key=written[-1][0],
-        offsets=tuple(found.values()),
-    )

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from shards.manifest import Recipe, open_verified
+from shards.manifest import Recipe
 from shards.record import BlockFeatures, Record, States
 from shards.writer import CacheWriter
 from stages.cache.fill import fill, ranges, refuse_surplus, tasks_in, tasks_of
 from stages.prompts import Prompt
 from stages.system.refusal import Refused
 from stages.system.signals import interrupt_on
+from tests.cache_checks import open_verified
 
 RECIPE = Recipe(identity={"steps": 2})
 

@@ -11,11 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from configs.load import load
-from shards.manifest import Manifest, open_verified
+from shards.manifest import Manifest
 from stages import cache_teacher, distill, finetune_classes
 from stages.evaluate import david as david_tool
 from stages.nets.saved import open_run
 from stages.system.refusal import Refused
+from tests.cache_checks import open_verified
 
 TINY = [Path("configs/tiny.yaml")]
 CACHE = ["--count", "8", "--validation-count", "2", "--render.records-per-shard", "4", "--render.states.steps", "4"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from configs.load import load
-from shards.manifest import Manifest, Recipe, open_verified
+from shards.manifest import Manifest, Recipe
 from shards.record import BlockFeatures, Record, States
 from shards.writer import CacheWriter
 from stages import cache_teacher
@@ -24,6 +24,7 @@ from stages.cache.fleet import fill_by_many
 from stages.prompts import Prompt
 from stages.system.ownership import is_alive, process_token
 from stages.system.refusal import Refused
+from tests.cache_checks import open_verified
 
 RECIPE = Recipe(identity={"steps": 2})
 COUNT = 40

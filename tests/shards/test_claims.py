@@ -8,13 +8,14 @@ import time
 import pytest
 
 from shards import journal
-from shards.manifest import Manifest, Recipe, open_verified
+from shards.manifest import Manifest, Recipe
 from shards.writer import CacheWriter, write_shard
 from stages.cache import claims
 from stages.cache.claims import Claims
 from stages.system.atomic import temporary_path
 from stages.system.ownership import is_alive, pid_namespace, process_token
 from stages.system.refusal import Refused
+from tests.cache_checks import open_verified
 
 
 def dead_owner():

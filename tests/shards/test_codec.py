@@ -23,7 +23,7 @@ def test_a_record_comes_back_bit_for_bit(make_record):
         assert getattr(back, name) == getattr(sent, name)
     assert is_bit_equal(back.cond, sent.cond)
     assert is_bit_equal(back.x0, sent.x0)
-    assert all(is_bit_equal(getattr(back.states, name), getattr(sent.draws, name)) for name in PER_STATE)
+    assert all(is_bit_equal(getattr(back.states, name), getattr(sent.states, name)) for name in PER_STATE)
     assert list(back.features.by_block) == ["mid", "down_0"]
     assert all(is_bit_equal(back.features.by_block[block], values) for block, values in sent.features.by_block.items())
 
@@ -69,7 +69,7 @@ def encode_by_hand(values):
 def test_the_bytes_are_the_ones_of_schema_1(make_record):
     sent = make_record(0)
     features = sent.features.by_block.values()
-    for values in (sent.cond, sent.x0, *(getattr(sent.draws, name) for name in PER_STATE), *features):
+    for values in (sent.cond, sent.x0, *(getattr(sent.states, name) for name in PER_STATE), *features):
         values.copy_(torch.arange(values.numel()).view_as(values) % 7)
     json_bytes, st_bytes = encode(sent)
     assert json_bytes == (
@@ -92,8 +92,8 @@ def test_every_json_has_the_same_keys_and_types(make_record):
 
 def test_views_of_one_storage_are_stored_as_any_other_tensor(make_record):
     sent = make_record(2)
-    both = torch.stack([sent.draws.v_cond, sent.draws.v_uncond])
-    views = dataclasses.replace(sent, draws=dataclasses.replace(sent.draws, v_cond=both[0], v_uncond=both[1]))
+    both = torch.stack([sent.states.v_cond, sent.states.v_uncond])
+    views = dataclasses.replace(sent, states=dataclasses.replace(sent.states, v_cond=both[0], v_uncond=both[1]))
     assert encode(views) == encode(sent)
 
 
@@ -112,8 +112,8 @@ def test_what_is_not_of_the_schema_is_not_written(make_record, change, words):
 
 
 def test_features_of_another_number_of_states_are_not_written(make_record):
-    mixed = dataclasses.replace(make_record(0), features=make_record(0, draws=3).features)
-    with pytest.raises(ValueError, match=r"features\.mid has 3 draws, s has 2"):
+    mixed = dataclasses.replace(make_record(0), features=make_record(0, state_count=3).features)
+    with pytest.raises(ValueError, match=r"features\.mid has 3 states, s has 2"):
         encode(mixed)
 
 
@@ -134,14 +134,14 @@ def test_broken_bytes_are_refused(make_record, cut):
 
 def test_a_prompt_too_long_to_be_read_again_is_not_written(make_record):
     encode(dataclasses.replace(make_record(0), text="x" * 60_000))
-    with pytest.raises(Refused, match=r"record 000000000: its words take .* at most 65536 are stored"):
+    with pytest.raises(Refused, match=r"record 000000000: its texts take .* at most 65536 are stored"):
         encode(dataclasses.replace(make_record(0), text="x" * 66_000))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"text": "half a letter \ud83d"}, "has words that are no text"),
+        ({"text": "half a letter \ud83d"}, "is no Unicode text"),
         ({"features": BlockFeatures({"Mid/0": torch.zeros(2, 3).half()})}, "has blocks that are not names"),
         ({"x0": torch.zeros(0, 4, 5).half()}, "x0 has shape"),
     ],

@@ -1,4 +1,4 @@
-"""A cache whose hashes agree, made by somebody who means no good or by a program that is wrong: `verify` tells."""
+"""A cache whose hashes agree but whose content is wrong, by intent or by a bug: `verify` reports it."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def reseal_manifest(cache: Path, manifest: Manifest) -> None:
     for path in (cache / "journal").iterdir():
         path.unlink()
     for name, entry in entries_of(manifest).items():
-        (cache / "journal" / name).write_text(entry.text())
+        (cache / name).write_text(entry.text())
 
 
 def forge(cache: Path, forged: Members, behind: bytes = b"") -> None:
@@ -98,9 +98,9 @@ def four(make_record):
 
 
 def with_value(record, name: str, value: float):
-    tensor = getattr(record.draws, name).clone()
+    tensor = getattr(record.states, name).clone()
     tensor.view(-1)[1] = value
-    return replace(record, draws=replace(record.draws, **{name: tensor}))
+    return replace(record, states=replace(record.states, **{name: tensor}))
 
 
 def test_a_forged_cache_that_is_good_passes(cache, four, capsys):
@@ -121,11 +121,11 @@ def test_a_forged_cache_that_is_good_passes(cache, four, capsys):
         (lambda m: [m[0], (m[1][0], edit_json(m[1][1], extra=1), m[1][2]), *m[2:]], "has not the keys and types"),
         (lambda m: [m[0], (m[1][0], edit_json(m[1][1], guidance_scale=3), m[1][2]), *m[2:]],
          "has not the keys and types"),
-        (lambda m: [m[0], (m[1][0], edit_json(m[1][1], seed=-1), m[1][2]), *m[2:]], "a key, seed or number of draws"),
+        (lambda m: [m[0], (m[1][0], edit_json(m[1][1], seed=-1), m[1][2]), *m[2:]], "a key, seed or number of states"),
         (lambda m: [m[0], (m[1][0], m[1][1], m[1][2][:-2]), *m[2:]], "record 000000001: not good safetensors"),
         (lambda m: [m[0], (m[1][0], m[1][1], m[1][2].replace(b'"F16"', b'"I16"', 1)), *m[2:]], "not good safetensors"),
         (lambda m: [m[0], (m[1][0], edit_json(m[0][1], key="000000001"), m[0][2]), *m[2:]],
-         "has the sentence and the seed of record 000000000 of data/train-000000.tar: the same record twice"),
+         "has the text and the seed of record 000000000 of data/train-000000.tar: the same record twice"),
     ],
 )  # fmt: skip
 def test_unexpected_members_are_reported(cache, four, capsys, change: Callable[[Members], Members], words: str):
@@ -181,7 +181,7 @@ def test_a_shard_missing_at_the_end_of_a_finished_cache_is_reported(cache, capsy
     assert main(["verify", str(cache)]) == 0
     (cache / "data/train-000001.tar").unlink()
     reseal_manifest(cache, Manifest.open(cache).without_shard("data/train-000001.tar"))
-    assert "COMPLETE: 9 prompts were answered for, now 6 are" in verify_output(cache, capsys)
+    assert "COMPLETE: 9 prompts were finished, now 6 are" in verify_output(cache, capsys)
 
 
 def test_a_failure_of_a_missing_shard_is_reported(cache, capsys):
@@ -209,7 +209,7 @@ def change_one_value(group: zarr.Group, name: str) -> None:
 @pytest.mark.parametrize("name", ["key", "split", "draw", "k", "s", "class", "feature_mid", "feature_down_0"])
 def test_a_table_that_differs_is_reported_with_the_record(cache, capsys, name):
     edit_table(cache, lambda group: change_one_value(group, name))
-    assert f"the table says another {name}, first in record 000000002" in verify_output(cache, capsys)
+    assert f"the table has another {name}, first in record 000000002" in verify_output(cache, capsys)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_digit_of_the_journal_is_never_believed(cache, capsys, make_recipe):
     path.write_text(
         append_seal(said.replace('"first_key": "000000000"', '"first_key": "000000001"').rpartition('"sha256"')[0])
     )
-    assert "journal/train-000000.json: says another shard than the manifest" in verify_output(cache, capsys)
+    assert "journal/train-000000.json: has another shard than the manifest" in verify_output(cache, capsys)
     path.rename(cache / "journal/train-000005.json")
     found = verify_output(cache, capsys)
     assert "journal/train-000000.json: " in found

@@ -4,9 +4,10 @@ import os
 import pytest
 
 from shards.integrity import Damaged, append_seal
-from shards.manifest import Manifest, Recipe, find_cache, open_verified
+from shards.manifest import Manifest, Recipe, find_cache
 from shards.reader import Reader
 from stages.system.refusal import Refused
+from tests.cache_checks import open_verified
 
 
 def test_a_manifest_comes_back_as_it_was_saved(cache, tmp_path):

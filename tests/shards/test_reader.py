@@ -18,7 +18,7 @@ TRAIN = range(7)
 def samples(reader, start, count):
     """(key, draw) of the next `count` samples of a reader from `start` on."""
     batches = itertools.islice(reader.batches(start), -(-count // reader.batch_size))
-    pairs = [pair for batch in batches for pair in zip(batch.keys, batch.draw.tolist(), strict=True)]
+    pairs = [pair for batch in batches for pair in zip(batch.keys, batch.state_index.tolist(), strict=True)]
     return pairs[:count]
 
 
@@ -49,7 +49,7 @@ def test_a_row_is_the_state_of_the_record_that_it_names(cache, make_record, memo
             assert (batch.texts[row], batch.class_names[row]) == (sent.text, sent.class_name)
             assert batch.cond[row].equal(sent.cond)
             for name in ("k", "s", "x_t", "v_cond", "v_uncond"):
-                assert getattr(batch, name)[row].equal(getattr(sent.draws, name)[draw])
+                assert getattr(batch, name)[row].equal(getattr(sent.states, name)[draw])
             assert list(batch.features) == list(sent.features.by_block)
             for block, values in sent.features.by_block.items():
                 assert batch.features[block][row].equal(values[draw])

@@ -23,8 +23,8 @@ def flip_bit(file, bit):
 def test_verify_prints_a_line_for_each_split_and_ok(cache, capsys, inner):
     assert main(["verify", str(cache if inner else cache.parent)]) == 0
     train, validation, ok = capsys.readouterr().out.splitlines()
-    assert train.startswith("train: 2 shards, 7 records, 14 draws, ")
-    assert validation.startswith("validation: 1 shards, 2 records, 4 draws, ")
+    assert train.startswith("train: 2 shards, 7 records, 14 states, ")
+    assert validation.startswith("validation: 1 shards, 2 records, 4 states, ")
     assert ok == "ok"
 
 
@@ -32,19 +32,19 @@ def test_verify_names_the_first_bad_record_and_exits_with_1(cache, capsys):
     place = Manifest.open(cache).shards[1].offsets[2]
     flip_bit(cache / "data/train-000001.tar", 8 * (place.st_offset + place.st_size - 1))
     assert main(["verify", str(cache)]) == 1
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert re.search(r"train-000001\.tar: sha256 .*, first in record 000000006 at byte \d+", told.err)
-    assert len(told.err.splitlines()) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.search(r"train-000001\.tar: sha256 .*, first in record 000000006 at byte \d+", shown.err)
+    assert len(shown.err.splitlines()) == 1
 
 
 def test_show_prints_the_record_that_was_asked_for(cache, capsys):
     main(["show", str(cache), "000000101", "--split", "validation"])
-    told = capsys.readouterr().out
-    assert "a star, number 101" in told
-    assert "[2, 3, 4, 5]" in told
-    assert "features.mid" in told
-    assert told.count("draw ") == 2
+    shown = capsys.readouterr().out
+    assert "a star, number 101" in shown
+    assert "[2, 3, 4, 5]" in shown
+    assert "features.mid" in shown
+    assert shown.count("state ") == 2
 
 
 def test_a_strangers_words_reach_no_terminal_as_escapes():
@@ -65,8 +65,8 @@ def test_stats_adds_up(cache, capsys):
 
 def test_the_module_prints_a_refusal_in_one_line_and_exits_with_2(tmp_path):
     words = [sys.executable, "-m", "shards", "verify", str(tmp_path)]
-    told = subprocess.run(words, cwd=ROOT, check=False, capture_output=True, text=True)
-    assert (told.returncode, told.stdout) == (2, "")
-    assert told.stderr.startswith("sollune: ")
-    assert "manifest.json: not there" in told.stderr
-    assert len(told.stderr.splitlines()) == 1
+    shown = subprocess.run(words, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr.startswith("sollune: ")
+    assert "manifest.json: not there" in shown.stderr
+    assert len(shown.stderr.splitlines()) == 1

@@ -47,13 +47,12 @@ def test_two_tables_of_the_same_shards_are_the_same_bytes(cache, make_cache, tmp
     assert folder_content(cache / "table.zarr") == folder_content(other / "table.zarr")
 
 
-def test_rows_are_found_by_split_class_and_time(cache):
+def test_rows_are_selected_by_split(cache):
     write_table(cache)
     table = Table.open(cache)
     assert table.rows("validation").tolist() == [14, 15, 16, 17]
-    assert table.rows("train", "shape/disc").tolist() == [2, 3, 8, 9]
-    assert table.rows(s_from=0.25, s_to=0.75).tolist() == [i for i, s in enumerate(table.s) if 0.25 <= s <= 0.75]
-    assert len(table.rows()) == len(table) == 18
+    assert table.rows("train").tolist() == [*range(14)]
+    assert len(table) == 18
 
 
 @pytest.mark.parametrize("rows_at_once", [4096, 3])
@@ -115,13 +114,13 @@ def test_a_table_of_other_shards_is_refused(cache, make_recipe, make_record):
         Table.open(cache)
 
 
-def test_unknown_blocks_and_classes_are_refused_with_the_nearest(cache):
+def test_unknown_blocks_and_columns_are_refused_with_the_nearest(cache):
     write_table(cache)
     table = Table.open(cache)
     with pytest.raises(Refused, match="block middle: not in the table - did you mean mid"):
         table.features("middle")
-    with pytest.raises(Refused, match="class shape/stars: not in the table - did you mean shape/star"):
-        table.rows(class_name="shape/stars")
+    with pytest.raises(Refused, match="column clas: not in the table - did you mean class"):
+        table.column("clas")
 
 
 def test_a_failure_leaves_no_half_table(cache, monkeypatch):

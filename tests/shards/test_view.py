@@ -16,7 +16,9 @@ def samples_of_epoch(cache, view, **options):
 
 def expected(make_record, keeps):
     records = [make_record(number) for number in range(7)]
-    return [(record.key, draw) for record in records for draw in range(2) if keeps(record, float(record.draws.s[draw]))]
+    return [
+        (record.key, draw) for record in records for draw in range(2) if keeps(record, float(record.states.s[draw]))
+    ]
 
 
 @pytest.mark.parametrize("memory_budget_bytes", [2 << 30, 0])

@@ -9,9 +9,10 @@ import pytest
 import webdataset
 
 from shards.codec import decode, encode
-from shards.manifest import Manifest, Recipe, open_verified
+from shards.manifest import Manifest, Recipe
 from shards.writer import CacheWriter, write_shard
 from stages.system.refusal import Refused
+from tests.cache_checks import open_verified
 
 HERE = Path(__file__).parent
 
@@ -75,11 +76,11 @@ from shards.writer import CacheWriter
 made = runpy.run_path(sys.argv[1])
 
 def until_killed():
-    yield from (made["record"](number) for number in (4, 5))
+    yield from (made["make_numbered_record"](number) for number in (4, 5))
     os.kill(os.getpid(), signal.SIGKILL)
 
-writer = CacheWriter(Path(sys.argv[2]), made["recipe"]())
-writer.add("train", 0, (made["record"](number) for number in range(4)))
+writer = CacheWriter(Path(sys.argv[2]), made["make_small_recipe"]())
+writer.add("train", 0, (made["make_numbered_record"](number) for number in range(4)))
 writer.add("train", 1, until_killed())
 """
 
@@ -99,7 +100,7 @@ def test_a_killed_run_goes_on_to_the_bytes_of_an_uninterrupted_one(cache, make_c
 
 
 def test_a_shard_that_only_the_journal_knows_is_entered_when_the_cache_is_opened_again(cache, make_recipe, make_cache):
-    """Killed between journal and manifest: when nothing else is left to make, nobody would enter the last shard."""
+    """Killed between journal and manifest: when nothing else is left to make, the last shard would never be entered."""
     whole = folder_content(cache)
     Manifest.open(cache).without_shard("data/validation-000000.tar").save(cache)
     assert folder_content(cache) != whole
@@ -139,14 +140,14 @@ def test_failed_prompts_are_recorded_and_count_as_done(tmp_path, make_recipe, ma
 
     def records():
         yield make_record(0)
-        failures.append(("000000001", "the teacher said nan"))
+        failures.append(("000000001", "the teacher gave nan"))
         yield make_record(2)
 
     writer.add("train", 0, records(), failures)
     again = CacheWriter(tmp_path, make_recipe())
     assert again.is_intact("train", 0, 3)
     assert [(one.file, one.key, one.reason) for one in again.manifest.failures] == [
-        ("data/train-000000.tar", "000000001", "the teacher said nan")
+        ("data/train-000000.tar", "000000001", "the teacher gave nan")
     ]
     again.add("train", 0, map(make_record, range(3)))
     assert open_verified(tmp_path).failures == ()
@@ -169,8 +170,8 @@ def test_keys_of_a_shard_must_rise(tmp_path, make_record, numbers, words):
 
 
 def test_records_of_a_shard_must_have_as_many_states(tmp_path, make_record):
-    with pytest.raises(ValueError, match="000000001 has 3 draws, others have 2"):
-        write_shard(tmp_path, "train", 0, [make_record(0), make_record(1, draws=3)])
+    with pytest.raises(ValueError, match="000000001 has 3 states, others have 2"):
+        write_shard(tmp_path, "train", 0, [make_record(0), make_record(1, state_count=3)])
 
 
 def test_a_shard_without_records_is_refused(tmp_path):
@@ -184,11 +185,11 @@ from pathlib import Path
 from stages.system.refusal import Refused
 from shards.writer import CacheWriter
 made = runpy.run_path(sys.argv[1])
-writer = CacheWriter(Path(sys.argv[2]), made["recipe"]())
-writer.add("train", 0, (made["record"](number) for number in range(4)))
+writer = CacheWriter(Path(sys.argv[2]), made["make_small_recipe"]())
+writer.add("train", 0, (made["make_numbered_record"](number) for number in range(4)))
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 try:
-    writer.add("train", 1, (made["record"](number) for number in range(4, 40)))
+    writer.add("train", 1, (made["make_numbered_record"](number) for number in range(4, 40)))
 except Refused as refusal:
     print(refusal)
 """
@@ -196,8 +197,8 @@ except Refused as refusal:
 
 def test_a_file_that_does_not_fit_is_refused_and_leaves_nothing(tmp_path, make_recipe):
     words = [sys.executable, "-c", FULL, str(HERE / "conftest.py"), str(tmp_path)]
-    told = subprocess.run(words, cwd=HERE.parents[1], check=True, capture_output=True, text=True)
-    assert "data/train-000001.tar: cannot be written (File too large)" in told.stdout
-    assert told.stderr == ""
+    result = subprocess.run(words, cwd=HERE.parents[1], check=True, capture_output=True, text=True)
+    assert "data/train-000001.tar: cannot be written (File too large)" in result.stdout
+    assert result.stderr == ""
     assert sorted(folder_content(tmp_path)) == ["data/train-000000.tar", "journal/train-000000.json", "manifest.json"]
     assert CacheWriter(tmp_path, make_recipe()).is_intact("train", 0, 4)
