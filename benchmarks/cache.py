@@ -1,7 +1,7 @@
-"""How much of the time of caching is not the teacher's own forward pass: `python -m benchmarks.cache [--size full]`.
+"""The share of caching time outside the teacher's forward pass: `python -m benchmarks.cache [--size full]`.
 
-The real story is run into a fresh folder, with a clock around the networks. Loading the teacher is told apart: it is
-paid once, whatever the size of the cache.
+`cache-teacher` fills a fresh folder with timers around the networks. Loading the teacher is counted apart: it is paid
+once, whatever the size of the cache.
 """
 
 import argparse
@@ -31,7 +31,7 @@ FULL_SIZE = [
 
 
 def now() -> float:
-    """Seconds, after whatever a GPU still has to do."""
+    """Seconds, after the pending work of a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -39,25 +39,25 @@ def now() -> float:
 
 @dataclass
 class CallTimer:
-    """When some calls began and ended."""
+    """Begin and end of timed calls."""
 
     now: Callable[[], float] = now
     spans: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
-        """Spent inside them, all together."""
+        """Total time of the calls."""
         return sum(ended - began for began, ended in self.spans)
 
     @contextmanager
     def time_calls(self, owner: Any, name: str) -> Iterator[None]:
         """Time every call of `owner.name` while the context lasts."""
-        true: Callable[..., Any] = getattr(owner, name)
+        original: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **options: Any) -> Any:
             began = self.now()
             try:
-                return true(*args, **options)
+                return original(*args, **options)
             finally:
                 self.spans.append((began, self.now()))
 
@@ -65,7 +65,7 @@ class CallTimer:
         try:
             yield
         finally:
-            setattr(owner, name, true)
+            setattr(owner, name, original)
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,19 @@ class CacheTiming:
 
     @property
     def other_seconds(self) -> float:
-        """What is neither loading nor the teacher."""
+        """Time of neither loading nor the teacher."""
         return self.total_seconds - self.loading - self.forward
 
     @property
     def overhead_share(self) -> float:
-        """Of the time after loading, what is not the teacher's forward pass."""
+        """Share of the time after loading that is not the teacher's forward pass."""
         return self.other_seconds / (self.total_seconds - self.loading)
 
 
-def measure(words: list[str], run: Path) -> CacheTiming:
+def measure(options: list[str], run: Path) -> CacheTiming:
     """Fill a fresh cache."""
     shutil.rmtree(run, ignore_errors=True)
-    config = load(cache_teacher.Config, "cache_teacher", [Path("configs/tiny.yaml")], [*words, "--run", str(run)])
+    config = load(cache_teacher.Config, "cache_teacher", [Path("configs/tiny.yaml")], [*options, "--run", str(run)])
     loading, networks, texts = CallTimer(), CallTimer(), CallTimer()
     with (
         loading.time_calls(cache_teacher, "load_components"),
@@ -99,8 +99,8 @@ def measure(words: list[str], run: Path) -> CacheTiming:
     ):
         began = now()
         cache_teacher.run(config)
-        whole = now() - began
-    return CacheTiming(whole, loading.seconds, networks.seconds + texts.seconds)
+        total = now() - began
+    return CacheTiming(total, loading.seconds, networks.seconds + texts.seconds)
 
 
 def main() -> int:
@@ -109,25 +109,24 @@ def main() -> int:
     parser.add_argument("--size", choices=("embedded", "full"), default="embedded", help="of the teacher")
     parser.add_argument("--count", type=int, help="prompts (default: 300 embedded, 2 at full size)")
     parser.add_argument("--rounds", type=int, default=3, help="runs (default: 3; 1 at full size)")
-    parser.add_argument("--teacher", type=Path, default=Path("runs/full-size"), help="where the full-size folder lies")
-    said = parser.parse_args()
-    full = said.size == "full"
-    words = ["--count", str(said.count or (2 if full else 300))]
+    parser.add_argument("--teacher", type=Path, default=Path("runs/full-size"), help="path of the full-size folder")
+    args = parser.parse_args()
+    full = args.size == "full"
+    options = ["--count", str(args.count or (2 if full else 300))]
     if full:
-        words += [*FULL_SIZE, "--teacher", str(make_full_size(said.teacher))]
+        options += [*FULL_SIZE, "--teacher", str(make_full_size(args.teacher))]
     with tempfile.TemporaryDirectory() as folder:
-        found = [measure(words, Path(folder) / "run") for _ in range(1 if full else said.rounds)]
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    print(f"\n{said.size} teacher, {words[1]} prompts, {where}, {len(found)} runs\n")
-    print(
-        "| whole run | loading | teacher's forward | the rest | share that is not the teacher |\n|---|---|---|---|---|"
-    )
-    for one in found:
+        timings = [measure(options, Path(folder) / "run") for _ in range(1 if full else args.rounds)]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    print(f"\n{args.size} teacher, {options[1]} prompts, {device}, {len(timings)} runs\n")
+    print("| whole run | loading | teacher's forward | the rest | share that is not the teacher |")
+    print("|---|---|---|---|---|")
+    for timing in timings:
         print(
-            f"| {one.total_seconds:.1f} s | {one.loading:.1f} s | {one.forward:.1f} s | {one.other_seconds:.2f} s "
-            f"| {one.overhead_share:.1%} |"
+            f"| {timing.total_seconds:.1f} s | {timing.loading:.1f} s | {timing.forward:.1f} s "
+            f"| {timing.other_seconds:.2f} s | {timing.overhead_share:.1%} |"
         )
-    share = statistics.median(one.overhead_share for one in found)
+    share = statistics.median(timing.overhead_share for timing in timings)
     print(f"\nmedian share {share:.1%}, limit {LIMIT:.0%}")
     return 0 if share <= LIMIT else 1
 

@@ -126,7 +126,7 @@ def test_grids_and_journal_are_there_for_each_checkpoint(journey: Path) -> None:
     assert all(line["held_out"] > 0 and len(line["seen_new_noise_by_s"]) == 5 for line in validated)
 
 
-def test_classes_are_told_apart_in_the_journal_and_drawn_at_each_checkpoint(journey: Path) -> None:
+def test_classes_are_separate_in_the_journal_and_drawn_at_each_checkpoint(journey: Path) -> None:
     folder, names = journey / "classes", ["stars", "rest", "mine", "(outside)"]
     assert [path.stem for path in sorted((folder / "grids").iterdir())] == ["000000008", "000000012"]
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Who makes which shard: a claim is a file that one process alone can create, and that it keeps warm.
+"""Which process makes which shard: a claim is a file that one process creates and touches as a heartbeat.
 
 Claims save work, and bytes never depend on them: two owners of one shard would write the same shard twice.
 """
@@ -7,7 +7,6 @@ import os
 import threading
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from stages.system.disk import refuse_write_errors
 from stages.system.ownership import is_alive, process_token
@@ -23,6 +22,7 @@ class Claims:
 
     def __init__(self, cache: Path) -> None:
         self.folder = cache / CLAIMS_FOLDER
+        self._clock_file = self.folder / f".now.{process_token()}"
         self._held_paths: set[Path] = set()
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -31,25 +31,23 @@ class Claims:
         threading.Thread(target=self._run_heartbeat, name="claims", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         for path in list(self._held_paths):
             self.release(path.name)
-        for path in self.folder.glob("*"):  # of what is finished already nobody takes over the claim
-            word = path.name.rpartition(".")[2]
+        for path in self.folder.glob("*"):  # stale claims on finished shards are taken over by no process
+            token = path.name.rpartition(".")[2]
             if path.name.startswith("."):
-                if is_alive(word) is False or word == process_token():
+                if is_alive(token) is False or token == process_token():
                     path.unlink(missing_ok=True)
             elif self.is_stale(path.name):
                 self._remove_stale(path.name)
-        self._clock_file.unlink(missing_ok=True)  # to ask after the dead is to probe
-        with suppress(OSError):  # somebody else's claims are still in it, or it was never made
+        self._clock_file.unlink(missing_ok=True)  # `is_stale` made it
+        with suppress(OSError):  # it holds claims of other processes, or was never made
             self.folder.rmdir()
 
     def acquire(self, name: str) -> bool:
-        """Claim `name`; False while a living process has it. The claim of a dead one is taken over."""
+        """Claim `name`; False while a living process has it. The claim of a dead process is taken over."""
         path = self.folder / name
         if not self._create(path):
             if not self.is_stale(name):
@@ -62,7 +60,7 @@ class Claims:
         return True
 
     def release(self, name: str) -> None:
-        """Give a claim back, unless somebody took it for dead and has it now."""
+        """End a claim, unless another process took it for stale and has it now."""
         path = self.folder / name
         with self._lock:
             self._held_paths.discard(path)
@@ -70,7 +68,7 @@ class Claims:
             path.unlink(missing_ok=True)
 
     def owner_of(self, name: str) -> str | None:
-        """The process that claims `name`, None when nobody does."""
+        """The token of the process that claims `name`, None when there is none."""
         try:
             return (self.folder / name).read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -79,19 +77,19 @@ class Claims:
             raise Refused(f"{self.folder / name}: no claim ({in_one_line(error)}) - remove {self.folder}") from error
 
     def is_stale(self, name: str) -> bool:
-        """Whether a claim's owner is gone: seen from here, or because it has not been kept warm."""
-        word = self.owner_of(name)
-        # Whoever was killed between making the claim and signing it never signs it.
-        stale = BEAT_SECONDS if word == "" else STALE_SECONDS
+        """Whether a claim's owner has ended: a dead process of this machine, or any without a recent heartbeat."""
+        token = self.owner_of(name)
+        # A process that was killed between creating the file and writing its token never writes it.
+        max_age = BEAT_SECONDS if token == "" else STALE_SECONDS
         try:
             # The folder's own clock on both sides: the clocks of two machines differ.
-            return is_alive(word or "") is False or self._now() - (self.folder / name).stat().st_mtime > stale
+            return is_alive(token or "") is False or self._now() - (self.folder / name).stat().st_mtime > max_age
         except FileNotFoundError:
             return True
 
     def _remove_stale(self, name: str) -> None:
         aside = self.folder / f".dead.{name}.{process_token()}"
-        with suppress(FileNotFoundError):  # it was released, or another process buries it
+        with suppress(FileNotFoundError):  # it was released, or removed by another process
             (self.folder / name).rename(aside)
             aside.unlink()
 
@@ -106,10 +104,6 @@ class Claims:
                 file.write(process_token())
         return True
 
-    @property
-    def _clock_file(self) -> Path:
-        return self.folder / f".now.{process_token()}"
-
     def _now(self) -> float:
         self._clock_file.touch()
         return self._clock_file.stat().st_mtime
@@ -119,5 +113,5 @@ class Claims:
             with self._lock:
                 held = list(self._held_paths)
             for path in held:
-                with suppress(OSError):  # it is gone, or the disk fails, which whoever writes a shard will tell
+                with suppress(OSError):  # it is gone, or the disk fails, which writing a shard reports
                     os.utime(path)

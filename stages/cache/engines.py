@@ -1,4 +1,4 @@
-"""The one knob for where workers run."""
+"""The option for where workers run: on this machine or on a Ray cluster."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ CLUSTER_PATTERN = rf"^({HERE}|{RAY}(:.+)?)$"
 
 
 def worker_starter(cluster: str, workers: int) -> Callable[[FillJob], list[Worker]]:
-    """What starts so many workers there; raises `Refused` when Ray is asked for and cannot be reached."""
+    """A function that starts the workers of a job; raises `Refused` when the Ray cluster cannot be reached."""
     name, _, address = cluster.partition(":")
     if name != RAY:
         return partial(local.start_workers, count=workers)
@@ -24,6 +24,6 @@ def worker_starter(cluster: str, workers: int) -> Callable[[FillJob], list[Worke
 
 
 def refuse_ray_without_library(cluster: str) -> None:
-    """Raise `Refused` when Ray is asked for and not installed."""
+    """Raise `Refused` when workers are to run on Ray and it is not installed."""
     if cluster.partition(":")[0] == RAY and find_spec("ray") is None:
         raise Refused(f"cluster = {cluster}: ray is not installed - pip install 'sollune[ray]'")

@@ -1,4 +1,4 @@
-"""Workers on this machine: each is a process with a pool of its own, so that one that dies takes no other with it."""
+"""Workers on this machine: each is a process in a pool of its own, so that none of them dies with another."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 
 from tqdm import tqdm
 
-from stages.cache.fill import FillJob, fill
+from stages.cache.fill import FillJob
 from stages.cache.fleet import GRACE_SECONDS, Worker
 from stages.system.ending import EXIT_INTERRUPTED
 from stages.system.refusal import Refused
@@ -23,8 +23,8 @@ EXIT_SECONDS = 5.0
 
 
 def start_workers(job: FillJob, count: int, method: str = "spawn") -> list[Worker]:
-    """Start `count` processes that share a job; worker i is told number i, for the GPU that it takes."""
-    with signal_handler(signal.SIG_IGN, signal.SIGINT, signal.SIGHUP):  # this process says when they stop
+    """Start `count` processes that share a job; worker i takes GPU i."""
+    with signal_handler(signal.SIG_IGN, signal.SIGINT, signal.SIGHUP):  # this process stops them
         return [_worker(job, number, method) for number in range(count)]
 
 
@@ -47,15 +47,15 @@ def _error_text(error: BaseException, process: BaseProcess) -> str:
     if isinstance(error, BrokenProcessPool):
         code = _exit_code(process)
         if code == -signal.SIGKILL:
-            return "was killed (SIGKILL: somebody, or the system for want of memory)"
+            return "was killed (SIGKILL: by a person, or by the system for want of memory)"
         return f"died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
     if isinstance(error, Refused):
         return str(error)
-    return str(error.__cause__ or repr(error)).strip('"\n')  # the pool hands the traceback over in quotes
+    return str(error.__cause__ or repr(error)).strip('"\n')  # the pool quotes the traceback
 
 
 def _exit_code(process: BaseProcess) -> int:
-    """How a dead process ended; the pool asks too, and whoever of the two was not answered learns it a moment later."""
+    """The exit code of a dead process; the pool reads it too, so here it may come a moment later."""
     deadline = time.monotonic() + EXIT_SECONDS
     while (code := process.exitcode) is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -63,20 +63,19 @@ def _exit_code(process: BaseProcess) -> int:
 
 
 def _run_worker(job: FillJob, number: int) -> int:
-    """Fill the cache beside others until all is made, or the parent says stop, or is no more.
+    """Fill the cache beside others until all shards are made, or the parent stops it or ends.
 
-    A pool would wait for another call for ever.
+    Without the thread the pool would wait for another call for ever.
     """
-    over = threading.Event()
-    threading.Thread(target=_end_with_parent, args=[over], name="parent", daemon=True).start()
+    finished = threading.Event()
+    threading.Thread(target=_end_with_parent, args=[finished], name="parent", daemon=True).start()
     # tqdm's own lock is a semaphore of the system, which a process that is killed leaves behind.
     tqdm.set_lock(threading.RLock())
     try:
-        with suspend_tie(), interrupt_on(signal.SIGTERM):  # and deaf to the terminal
-            writer, make = job.open_worker(number)
-            return fill(writer, job.tasks, job.batch_size, make, show_progress=False)
+        with suspend_tie(), interrupt_on(signal.SIGTERM):  # signals of the terminal stay ignored
+            return job.run(number)
     finally:
-        over.set()
+        finished.set()
 
 
 def _end_with_parent(finished: threading.Event) -> None:
@@ -85,5 +84,5 @@ def _end_with_parent(finished: threading.Event) -> None:
         wait([parent.sentinel])
         if not finished.is_set():
             os.kill(os.getpid(), signal.SIGTERM)  # to the process, so that it wakes the main thread
-        finished.wait(GRACE_SECONDS)  # to clear away what is half-written
+        finished.wait(GRACE_SECONDS)  # to remove unfinished files
         os._exit(EXIT_INTERRUPTED)

@@ -2,23 +2,23 @@
 
 from typing import Any
 
-from stages.cache.fill import FillJob, fill
+from stages.cache.fill import FillJob
 from stages.cache.fleet import Worker
 from stages.system.refusal import Refused
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster at `address`, or begin one of this machine's own; it is left when the process ends.
+    """Join the cluster at `address`, or start one on this machine; it is left when the process ends.
 
     Raises `Refused` when there is no cluster.
     """
-    import ray  # an extra that few need
+    import ray  # an optional dependency
 
     try:
         ray.init(address or "local", log_to_driver=False, logging_level="error", include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise Refused(f"cluster = ray:{address}: {said} - name a running cluster, or plain ray") from error
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"cluster = ray:{address}: {reason} - name a running cluster, or plain ray") from error
 
 
 def start_workers(job: FillJob, count: int) -> list[Worker]:
@@ -42,5 +42,4 @@ def _error_text(error: BaseException) -> str:
 
 def _run_worker(job: FillJob) -> int:
     """Fill the cache beside others; Ray shows each task its own GPU as number 0."""
-    writer, make = job.open_worker(0)
-    return fill(writer, job.tasks, job.batch_size, make, show_progress=False)
+    return job.run(0)

@@ -1,13 +1,13 @@
-"""Prompts -> records: the teacher paints each picture by its own guided sampling; what it said on the way is kept."""
+"""Prompts -> records: states of the teacher's own guided sampling, and of renoised pictures, with its predictions."""
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field, JsonValue, model_validator
 from torch import Tensor
 
@@ -22,6 +22,8 @@ from stages.nets.features import HOOK_POINT, feature_widths
 from stages.nets.files import absolute_folder, digests_as_recorded
 from stages.nets.teacher import Prediction, Teacher
 from stages.prompts import Prompt, derived_seed
+
+VERSIONS = ("torch", "diffusers", "transformers", "webdataset")
 
 
 class StatesConfig(Strict):
@@ -54,10 +56,7 @@ class RenderConfig(Strict):
     tail: TailPolicy = Field("hold", description="velocity beyond the teacher's last step: hold or faithful")
     states: StatesConfig = Field(StatesConfig(), description="which states of a picture are kept")
     records_per_shard: int = Field(250, ge=1, description="prompts in one shard: the unit of work and of resuming")
-    batch_size: int = Field(50, ge=1, description="prompts that the teacher is asked at once; part of the recipe")
-
-
-VERSIONS = ("torch", "diffusers", "transformers", "webdataset")
+    batch_size: int = Field(50, ge=1, description="prompts in one batch of the teacher; part of the recipe")
 
 
 def recipe_in(cache: Path) -> Recipe | None:
@@ -72,11 +71,12 @@ def recipe_of(
     device: torch.device | None = None,
     existing: Recipe | None = None,
 ) -> Recipe:
-    """What the records depend on, and what is merely good to know; `device` computes if it is not the teacher's own.
+    """All that the records depend on, and information beside it; `device` computes if not the teacher's own device.
 
-    `before` is the recipe of the cache that is gone on with, which may call the same teacher's files by older digests.
+    `existing` is the recipe of the cache to continue, which may hold older digests of the same teacher's files.
     """
-    parts, (channels, height, width) = teacher.components, teacher.components.latent_shape
+    parts = teacher.components
+    device = device or parts.unet.device  # its name is recorded because another processor rounds otherwise
     return Recipe(
         identity={
             "teacher": dict(digests_as_recorded(existing.identity.get("teacher") if existing else None, parts.folder)),
@@ -85,25 +85,20 @@ def recipe_of(
             "dtype": teacher.precision,
             "hook_point": HOOK_POINT,
             "blocks": dict(feature_widths(parts.unet)),
-            "latent_shape": [channels, height, width],
+            "latent_shape": list(parts.latent_shape),
         },
         information={
             "teacher_location": parts.location,
             "teacher_path": absolute_folder(parts.location),
-            "device": device_name(device or parts.unet.device),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         },
     )
 
 
-def device_name(device: torch.device) -> str:
-    """The kind of processor that computes, because another one rounds otherwise."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 @dataclass(frozen=True)
 class PromptRandomness:
-    """Every random choice of one prompt, drawn on the CPU from its own seed, so that no batch or device changes it."""
+    """Every random choice of one prompt, sampled on the CPU from its own seed: no batch or device changes it."""
 
     guidance_scale: float
     times: Float[Tensor, " n"]
@@ -114,7 +109,7 @@ class PromptRandomness:
 
 
 def draw_randomness(prompt: Prompt, config: StatesConfig, latent_shape: tuple[int, int, int]) -> PromptRandomness:
-    """The choices for one prompt: s = 1 first, then an even grid whose phase is random, so that all times are met."""
+    """The choices for one prompt; times are s = 1, then an even grid of random phase, so that all times occur."""
     generator = torch.Generator().manual_seed(derived_seed("states", prompt.seed))
     scale, phase = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     inner = (torch.arange(config.steps - 2, -1, -1, dtype=torch.float64) + phase) / (config.steps - 1)
@@ -131,70 +126,28 @@ def draw_randomness(prompt: Prompt, config: StatesConfig, latent_shape: tuple[in
     )
 
 
-@dataclass(frozen=True)
-class TeacherState:
-    """One state of each of b prompts, and what the teacher answered there."""
-
-    k: Int[Tensor, " b"]
-    s: Float[Tensor, " b"]
-    x_t: Float[Tensor, "b c h w"]
-    prediction: Prediction
-
-
-class ConditionedTeacher:
-    """The teacher, asked about one batch of prompts."""
-
-    def __init__(self, teacher: Teacher, cond: Float[Tensor, "b l d"], uncond: Float[Tensor, "1 l d"]) -> None:
-        self.teacher, self.cond, self.uncond = teacher, cond, uncond
-
-    def evaluate(self, x: Float[Tensor, "b c h w"], s: Float[Tensor, " b"]) -> TeacherState:
-        """The answer at a state whose time the teacher knows; x is rounded to what is stored **before** it is asked."""
-        k, known = self.teacher.bridge.nearest_state(s)
-        s_stored, x_stored = known.float(), x.half().float()
-        return TeacherState(k, s_stored, x_stored, self.teacher.predict(x_stored, s_stored, k, self.cond, self.uncond))
-
-    def sample_guided(
-        self, noise: Float[Tensor, "b c h w"], times: Float[Tensor, "n b"], scale: Float[Tensor, " b"]
-    ) -> tuple[list[TeacherState], Float[Tensor, "b c h w"]]:
-        """The teacher's own guided sampling: every state on its way, and the picture.
-
-        Euler's method on the bridged velocity, between the teacher's own states, is DDIM.
-        """
-        x, seen = noise, []
-        grid = torch.cat([times, torch.zeros_like(times[:1])])
-        for s, s_next in pairwise(grid):
-            state = self.evaluate(x, s)
-            v = apply_guidance(state.prediction.v_cond, state.prediction.v_uncond, scale)
-            x = state.x_t + per_sample(s_next - state.s, v) * v
-            seen.append(state)
-        return seen, x
-
-
 @torch.inference_mode()
 def make_records(
     teacher: Teacher, prompts: Sequence[Prompt], keys: Sequence[str], config: StatesConfig
 ) -> list[Record]:
     """One record for each prompt, all made in one batch."""
-    device, shape = teacher.components.unet.device, teacher.components.latent_shape
-    chosen = [draw_randomness(prompt, config, shape) for prompt in prompts]
-    cond = teacher.encode_texts([prompt.text for prompt in prompts]).half()
-    asked = ConditionedTeacher(teacher, cond, teacher.uncond.half())
-
+    batch = ConditionedTeacher(teacher, prompts)
+    device = batch.cond.device
+    chosen = [draw_randomness(prompt, config, teacher.components.latent_shape) for prompt in prompts]
     times = torch.stack([choice.times for choice in chosen], dim=1).to(device)
     _, known_times = teacher.bridge.nearest_state(times.flatten())
     scale = torch.tensor([choice.guidance_scale for choice in chosen], device=device)
     noise = torch.stack([choice.noise for choice in chosen]).to(device)
-    walked, x0 = asked.sample_guided(noise, known_times.view_as(times), scale)
+    trajectory, x0 = batch.sample_guided(noise, known_times.view_as(times), scale)
     x0 = x0.half()
-    renoised = [asked.evaluate(*renoise(teacher, x0.float(), chosen, i)) for i in range(config.renoised_states)]
+    renoised = batch.renoise(x0.float(), chosen)
 
     records = []
     for row, (key, prompt, choice) in enumerate(zip(keys, prompts, chosen, strict=True)):
-        seen = [walked[i] for i in choice.kept_steps.tolist()] + renoised
-        trajectory = torch.arange(len(seen)) < len(choice.kept_steps)
-        draws, features = stack_states(seen, trajectory, row)
+        kept = [trajectory[i] for i in choice.kept_steps.tolist()]
+        states, features = stack_states(kept, renoised, row)
         head = (key, prompt.text, prompt.class_name, prompt.seed, choice.guidance_scale)
-        records.append(Record(*head, cond[row].cpu(), x0[row].cpu(), draws, features))
+        records.append(Record(*head, batch.cond[row].cpu(), x0[row].cpu(), states, features))
     return records
 
 
@@ -206,49 +159,89 @@ def records_from_pictures(
     x0: Float[Tensor, "b c h w"],
     config: StatesConfig,
 ) -> list[Record]:
-    """One record for each picture that the teacher did not paint: all of its states are the picture under fresh noise.
+    """One record for each picture that the teacher did not generate: all of its states are renoised.
 
-    Their guidance scale is 1, because nothing guided them.
+    Their guidance scale is 1, because they were sampled without guidance.
     """
     all_renoised = config.model_copy(update={"renoised_states": config.states_per_prompt})
     chosen = [draw_randomness(prompt, all_renoised, teacher.components.latent_shape) for prompt in prompts]
-    cond = teacher.encode_texts([prompt.text for prompt in prompts]).half()
-    asked, x0 = ConditionedTeacher(teacher, cond, teacher.uncond.half()), x0.half()
-    seen = [asked.evaluate(*renoise(teacher, x0.float(), chosen, i)) for i in range(config.states_per_prompt)]
+    batch, x0 = ConditionedTeacher(teacher, prompts), x0.half()
+    renoised = batch.renoise(x0.float(), chosen)
 
     records = []
     for row, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
-        draws, features = stack_states(seen, torch.zeros(len(seen), dtype=torch.bool), row)
         head = (key, prompt.text, prompt.class_name, prompt.seed, 1.0)
-        records.append(Record(*head, cond[row].cpu(), x0[row].cpu(), draws, features))
+        records.append(Record(*head, batch.cond[row].cpu(), x0[row].cpu(), *stack_states([], renoised, row)))
     return records
 
 
-def renoise(
-    teacher: Teacher, x0: Float[Tensor, "b c h w"], chosen: Sequence[PromptRandomness], i: int
-) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"]]:
-    """The finished pictures under their i-th fresh noise, at the nearest times that the teacher knows."""
-    times = torch.stack([choice.renoised_times[i] for choice in chosen]).to(x0.device)
-    eps = torch.stack([choice.renoised_noise[i] for choice in chosen]).to(x0.device)
-    _, s = teacher.bridge.nearest_state(times)
-    return interpolate(x0, eps, s), s
+@dataclass(frozen=True)
+class TeacherState:
+    """One state of each of b prompts, and the teacher's prediction there."""
+
+    k: Int[Tensor, " b"]
+    s: Float[Tensor, " b"]
+    x_t: Float[Tensor, "b c h w"]
+    prediction: Prediction
+
+
+class ConditionedTeacher:
+    """The teacher under the conditioning of one batch of prompts."""
+
+    def __init__(self, teacher: Teacher, prompts: Sequence[Prompt]) -> None:
+        self.teacher = teacher
+        self.cond = teacher.encode_texts([prompt.text for prompt in prompts]).half()
+        self.uncond = teacher.uncond.half()
+
+    def evaluate(self, x: Float[Tensor, "b c h w"], s: Float[Tensor, " b"]) -> TeacherState:
+        """The prediction at the teacher's nearest time; x is rounded to its stored precision **before** that."""
+        k, known = self.teacher.bridge.nearest_state(s)
+        s_stored, x_stored = known.float(), x.half().float()
+        return TeacherState(k, s_stored, x_stored, self.teacher.predict(x_stored, s_stored, k, self.cond, self.uncond))
+
+    def sample_guided(
+        self, noise: Float[Tensor, "b c h w"], times: Float[Tensor, "n b"], scale: Float[Tensor, " b"]
+    ) -> tuple[list[TeacherState], Float[Tensor, "b c h w"]]:
+        """The teacher's own guided sampling: every state on the way, and x0.
+
+        Euler's method on the bridged velocity, between the teacher's own states, is DDIM.
+        """
+        x, trajectory = noise, []
+        grid = torch.cat([times, torch.zeros_like(times[:1])])
+        for s, s_next in pairwise(grid):
+            state = self.evaluate(x, s)
+            v = apply_guidance(state.prediction.v_cond, state.prediction.v_uncond, scale)
+            x = state.x_t + per_sample(s_next - state.s, v) * v
+            trajectory.append(state)
+        return trajectory, x
+
+    def renoise(self, x0: Float[Tensor, "b c h w"], chosen: Sequence[PromptRandomness]) -> list[TeacherState]:
+        """The finished pictures under each of their fresh noises, at the teacher's nearest times."""
+        times = torch.stack([choice.renoised_times for choice in chosen], dim=1).to(x0.device)
+        noises = torch.stack([choice.renoised_noise for choice in chosen], dim=1).to(x0.device)
+        states = []
+        for s, eps in zip(times, noises, strict=True):
+            _, known = self.teacher.bridge.nearest_state(s)
+            states.append(self.evaluate(interpolate(x0, eps, known), known))
+        return states
 
 
 def stack_states(
-    states: Sequence[TeacherState], trajectory: Bool[Tensor, " K"], row: int
+    trajectory: Sequence[TeacherState], renoised: Sequence[TeacherState], row: int
 ) -> tuple[States, BlockFeatures]:
     """One prompt's states as they are stored: fp16, on the CPU."""
+    states = [*trajectory, *renoised]
 
-    def stack(values: Sequence[Tensor]) -> Tensor:
+    def stack(values: Iterable[Tensor]) -> Tensor:
         return torch.stack([value[row] for value in values]).cpu()
 
-    draws = States(
-        k=stack([state.k for state in states]),
-        s=stack([state.s for state in states]),
-        x_t=stack([state.x_t for state in states]).half(),
-        v_cond=stack([state.prediction.v_cond for state in states]).half(),
-        v_uncond=stack([state.prediction.v_uncond for state in states]).half(),
-        trajectory=trajectory,
+    stacked = States(
+        k=stack(state.k for state in states),
+        s=stack(state.s for state in states),
+        x_t=stack(state.x_t for state in states).half(),
+        v_cond=stack(state.prediction.v_cond for state in states).half(),
+        v_uncond=stack(state.prediction.v_uncond for state in states).half(),
+        trajectory=torch.arange(len(states)) < len(trajectory),
     )
     blocks = states[0].prediction.features
-    return draws, BlockFeatures({b: stack([state.prediction.features[b] for state in states]).half() for b in blocks})
+    return stacked, BlockFeatures({b: stack(state.prediction.features[b] for state in states).half() for b in blocks})

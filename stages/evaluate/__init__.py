@@ -1,1 +1,1 @@
-"""Pictures and numbers: sampling, grids, the paired error, what a scorer says; the commands `sample` and `evaluate`."""
+"""Metrics of a student against its teacher: fidelity, paired-noise and velocity errors; `evaluate` and `david`."""

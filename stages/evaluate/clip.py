@@ -1,4 +1,4 @@
-"""How near pictures are to their sentences, by a CLIP model."""
+"""The cosine similarity of pictures and sentences under a CLIP model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,23 +18,23 @@ from stages.system.refusal import Refused
 CLIP_PATTERNS = ("*.json", "*.txt", "*.safetensors")
 HUB_ERRORS = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)
 LOAD_ERRORS = (*HUB_ERRORS, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
-"""What the libraries raise at a folder that is no model, or a broken one."""
+"""What the libraries raise for a folder that is no model, or a broken one."""
 
 
 class ClipScorer:
-    """A `Scorer` of one attribute, the cosine of picture and sentence: some 0.15 for strangers, 0.3 for a match."""
+    """A `Scorer` of one attribute, the cosine of picture and sentence: 0.15 or so if unrelated, 0.3 if they match."""
 
     def __init__(self, location: str, device: torch.device) -> None:
         """`location` is a folder or a hub id; raises `Refused` when no CLIP model can be loaded from it."""
         try:
-            folder = (
-                location if Path(location).is_dir() else snapshot_download(location, allow_patterns=list(CLIP_PATTERNS))
-            )
+            folder = location
+            if not Path(location).is_dir():
+                folder = snapshot_download(location, allow_patterns=list(CLIP_PATTERNS))
             loaded: Any = CLIPModel.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
-            model, said = loaded
-            if reason := incomplete_reason(said) or non_finite_reason(model):
+            model, loading_info = loaded
+            if reason := incomplete_reason(loading_info) or non_finite_reason(model):
                 raise ValueError(reason)  # it would be filled up with random numbers
             self._processor = CLIPProcessor.from_pretrained(folder)
         except LOAD_ERRORS as error:
@@ -47,10 +47,10 @@ class ClipScorer:
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str], pictures: Float[Tensor, "b 3 h w"]) -> Mapping[str, Float[Tensor, " b"]]:
-        """The cosine of each pair, in fp32 on the CPU; a sentence that is too long is cut, as teachers do."""
-        bytes_ = (pictures.detach().float().cpu().clamp(0, 1) * 255).round().byte()
-        shown = [picture.permute(1, 2, 0).numpy() for picture in bytes_]
-        asked = self._processor(text=list(texts), images=shown, return_tensors="pt", padding=True, truncation=True)
-        said = self._model(**asked.to(self._model.device))
-        cosine: Tensor = (said.image_embeds.float() * said.text_embeds.float()).sum(-1)
+        """The cosine of each pair, in fp32 on the CPU; a sentence longer than the model's context is truncated."""
+        pixels = (pictures.detach().float().cpu().clamp(0, 1) * 255).round().byte()
+        images = [picture.permute(1, 2, 0).numpy() for picture in pixels]
+        inputs = self._processor(text=list(texts), images=images, return_tensors="pt", padding=True, truncation=True)
+        output = self._model(**inputs.to(self._model.device))
+        cosine: Tensor = (output.image_embeds.float() * output.text_embeds.float()).sum(-1)
         return {"clip": cosine.cpu()}

@@ -1,4 +1,4 @@
-"""How near a student is to its teacher: `sollune evaluate RUN --config FILE`."""
+"""The command `sollune evaluate`: fidelity, paired-noise and velocity errors of a student against its teacher."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 from pydantic import Field, ImportString
 from torch import Tensor
 
@@ -39,13 +40,13 @@ from stages.system.device import device_of
 from stages.system.disk import refuse_unwritable
 from stages.system.refusal import Refused
 from stages.system.terminal import console
-from stages.train.validation import VelocityErrors, read_first_states, velocity_errors
+from stages.train.validation import read_first_states, velocity_errors
 
 GRID_ROWS = 6
 
 
 class FidelityConfig(Strict):
-    """Do pictures show what their prompts say? Both models through stock diffusers."""
+    """Do pictures show what their prompts name? Both models through stock diffusers."""
 
     prompts: int = Field(500, ge=1, description="validation prompts")
     control_prompts: int = Field(100, ge=1, description="of these, prompts for the student sampled as a noise model")
@@ -54,7 +55,7 @@ class FidelityConfig(Strict):
 
 
 class PairedConfig(Strict):
-    """The same noise must give the same picture: fields compared by our own solver."""
+    """The paired-noise error: fields compared by our own solver."""
 
     prompts: int = Field(
         256, ge=2, description="validation prompts, the first ones; few pictures carry most of the error"
@@ -85,7 +86,7 @@ class Config(Strict):
 
 @dataclass(frozen=True)
 class EvaluationSetup:
-    """What every measurement needs: the run, both models, and fixed lists of prompts and noises."""
+    """Inputs of every measurement: the run, both models, and fixed lists of prompts and noises."""
 
     run: SavedRun
     teacher: Teacher
@@ -95,32 +96,30 @@ class EvaluationSetup:
     held_out_reader: Reader | None
     """The cache's validation split, where states of it are measured."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where both models live."""
-        return self.noise.device
-
 
 def evaluate(config: Config) -> Evaluation:
     """Every measurement of one run."""
-    bench = prepare_evaluation(config)
+    setup = prepare_evaluation(config)
     if config.scorer:
-        verified_export(bench)
-    # The pictures come last, for they are shown in a file, and nothing may be refused after that.
-    paired, velocity = measure_paired(bench, config), measure_velocity(bench, config)
+        verified_export(setup)
+    # Fidelity comes last: it writes its pictures to a file, and nothing may be refused after that.
+    paired, velocity = measure_paired(setup, config), None
+    if setup.held_out_reader is not None:
+        states = read_first_states(setup.held_out_reader, config.velocity_states)
+        velocity = velocity_errors(setup.student, states, setup.teacher.uncond)
     return Evaluation(
         run=str(config.run),
-        samples=bench.run.samples,
-        tail=bench.run.origin.tail,
+        samples=setup.run.samples,
+        tail=setup.run.origin.tail,
         settings=config.model_dump(mode="json", exclude={"gates", "run"}),
-        fidelity=measure_fidelity(bench, config.scorer, config) if config.scorer else {},
+        fidelity=measure_fidelity(setup, config.scorer, config) if config.scorer else {},
         paired=paired,
         velocity=velocity,
     )
 
 
 def prepare_evaluation(config: Config) -> EvaluationSetup:
-    """Open the run and fix the lists; raises `Refused` for what cannot be measured, the export among it."""
+    """Open the run and fix the lists; raises `Refused` for a run that cannot be measured."""
     saved = open_run(config.run)
     parts = load_run_teacher(saved.origin, device_of(config.device), torch.float32)
     texts = distinct_texts(config.prompts, config.seed, max(config.fidelity.prompts, config.paired.prompts))
@@ -131,76 +130,62 @@ def prepare_evaluation(config: Config) -> EvaluationSetup:
 
 def distinct_texts(source: PromptSource, seed: int, count: int) -> list[str]:
     """Validation sentences, each once as far as the source has them; a longer list begins with the shorter one."""
-    found = [prompt.text for prompt in prompts(source, seed, "validation", 4 * count)]
-    once = list(dict.fromkeys(found))
-    return [once[i % len(once)] for i in range(count)]
+    distinct = list(dict.fromkeys(prompt.text for prompt in prompts(source, seed, "validation", 4 * count)))
+    return [distinct[i % len(distinct)] for i in range(count)]
 
 
 def measure_fidelity(setup: EvaluationSetup, scorer: Scorer, config: Config) -> Mapping[str, Fidelity]:
     """Teacher by DDIM, student by its exported folder, and the student sampled as the noise model that it is not."""
-    asked = config.fidelity
-    texts, noise = setup.texts[: asked.prompts], setup.noise[: asked.prompts]
-    teacher = load_pipeline(setup.teacher.components.folder, setup.device)
-    use_ddim_scheduler(teacher, setup.teacher.components.folder)
-    student = load_pipeline(verified_export(setup), setup.device)
-    pictures = {
-        TEACHER: generate_pictures(teacher, texts, noise, asked.steps, asked.guidance),
-        STUDENT: generate_pictures(student, texts, noise, asked.steps, asked.guidance),
-    }
-    use_ddim_scheduler(student, setup.teacher.components.folder)
-    few = slice(asked.control_prompts)
-    pictures[STUDENT_AS_NOISE_MODEL] = generate_pictures(student, texts[few], noise[few], asked.steps, asked.guidance)
+    settings = config.fidelity
+
+    def generate(pipeline: StableDiffusionPipeline, count: int) -> Tensor:
+        texts, noise = setup.texts[:count], setup.noise[:count]
+        return generate_pictures(pipeline, texts, noise, settings.steps, settings.guidance)
+
+    folder, device = setup.teacher.components.folder, setup.noise.device
+    teacher, student = load_pipeline(folder, device), load_pipeline(verified_export(setup), device)
+    use_ddim_scheduler(teacher, folder)
+    pictures = {TEACHER: generate(teacher, settings.prompts), STUDENT: generate(student, settings.prompts)}
+    use_ddim_scheduler(student, folder)
+    pictures[STUDENT_AS_NOISE_MODEL] = generate(student, min(settings.control_prompts, settings.prompts))
     rows = min(GRID_ROWS, len(pictures[STUDENT_AS_NOISE_MODEL]))
-    columns = [painted[:rows] for painted in pictures.values()]
-    image = make_sheet(texts[:rows], list(pictures), columns)
-    save_sheet(image, setup.run.folder / "evaluation.png", {"seed": config.seed, **asked.model_dump()})
-    return {who: compute_fidelity(scorer, texts[: len(painted)], painted) for who, painted in pictures.items()}
+    image = make_sheet(setup.texts[:rows], list(pictures), [column[:rows] for column in pictures.values()])
+    save_sheet(image, setup.run.folder / "evaluation.png", {"seed": config.seed, **settings.model_dump()})
+    return {name: compute_fidelity(scorer, setup.texts[: len(shown)], shown) for name, shown in pictures.items()}
 
 
 def verified_export(setup: EvaluationSetup) -> Path:
     """The run's exported folder; raises `Refused` unless it holds the very weights that are measured."""
     folder = setup.run.folder / "export" / "diffusers"
-    again = f"run sollune export {setup.run.folder}"
+    hint = f"run sollune export {setup.run.folder}"
     if not folder.is_dir():
-        raise Refused(f"{folder}: not there - {again}")
+        raise Refused(f"{folder}: not there - {hint}")
     dtype = getattr(torch, str(read_json(folder / "sollune.json").get("dtype")), torch.float32)
-    found, expected = load_pipeline(folder, setup.device).unet.state_dict(), setup.student.unet.state_dict()
-    if any(not torch.equal(value.to(dtype), found[name].to(dtype)) for name, value in expected.items()):
-        raise Refused(f"{folder}: is not the export of {setup.run.weights} - {again}")
+    exported, expected = load_pipeline(folder, setup.noise.device).unet.state_dict(), setup.student.unet.state_dict()
+    if any(not torch.equal(value.to(dtype), exported[name].to(dtype)) for name, value in expected.items()):
+        raise Refused(f"{folder}: is not the export of {setup.run.weights} - {hint}")
     return folder
 
 
 def measure_paired(setup: EvaluationSetup, config: Config) -> Mapping[str, Sequence[PairedError]]:
-    """Paired-noise errors of the student, and of controls that a good measure must tell from it."""
-    asked, count = config.paired, config.paired.prompts
-    cond, uncond = setup.teacher.encode_texts(setup.texts[:count]), setup.teacher.uncond
-    other = fixed_noises(derived_seed("other noise", config.seed), count, setup.noise.shape[1:])
-    task = PairedInputs(cond, uncond, setup.noise[:count])
-    reference = make_reference(
-        teacher_field(setup.teacher), task, other.to(setup.device), asked.sampler, asked.steps, asked.reference_steps
-    )
-    copy = Student.from_teacher(setup.teacher.components.unet).eval()
-    graft = Student.from_teacher(setup.teacher.components.unet).eval()
-    graft_time_embedding(graft.unet, setup.teacher.bridge)
-    measured = {
-        STUDENT: (setup.student, cond),
-        "undistilled graft": (graft, cond),
-        "undistilled copy": (copy, cond),
-        "wrong prompts": (setup.student, cond.roll(1, 0)),
-    }
-    names = list(measured) if asked.controls else [STUDENT]
+    """Paired-noise errors of the student, and of controls whose errors must be larger."""
+    paired, count = config.paired, config.paired.prompts
+    cond = setup.teacher.encode_texts(setup.texts[:count])
+    other = fixed_noises(derived_seed("other noise", config.seed), count, setup.noise.shape[1:]).to(setup.noise.device)
+    inputs = PairedInputs(cond, setup.teacher.uncond, setup.noise[:count])
+    teacher = teacher_field(setup.teacher)
+    reference = make_reference(teacher, inputs, other, paired.sampler, paired.steps, paired.reference_steps)
+    measured = {STUDENT: (setup.student, cond)}
+    if paired.controls:
+        copy, graft = (Student.from_teacher(setup.teacher.components.unet).eval() for _ in range(2))
+        graft_time_embedding(graft.unet, setup.teacher.bridge)
+        measured["undistilled graft"] = (graft, cond)
+        measured["undistilled copy"] = (copy, cond)
+        measured["wrong prompts"] = (setup.student, cond.roll(1, 0))
     return {
-        name: [paired_error(student_field(measured[name][0]), reference, n, measured[name][1]) for n in asked.steps]
-        for name in names
+        name: [paired_error(student_field(model), reference, n, prompts_cond) for n in paired.steps]
+        for name, (model, prompts_cond) in measured.items()
     }
-
-
-def measure_velocity(setup: EvaluationSetup, config: Config) -> VelocityErrors | None:
-    """The student's velocities at held-out states of the cache."""
-    if setup.held_out_reader is None:
-        return None
-    states = read_first_states(setup.held_out_reader, config.velocity_states)
-    return velocity_errors(setup.student, states, setup.teacher.uncond)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -210,11 +195,11 @@ def main(argv: Sequence[str]) -> int:
     config = config_from_arguments(Config, "evaluate", argv)
     if config is None:
         return 0
-    written = config.run / "evaluation.json"
+    report = config.run / "evaluation.json"
     device_of(config.device)  # refused before the run is read, which takes longer
-    refuse_unwritable(written)
-    found = evaluate(config)
-    judged = check_gates(found, config.gates)
-    print_report(found, judged, console())
-    atomic_write(written, to_json(found, judged))
-    return 0 if all(verdict.passed for verdict in judged) else 1
+    refuse_unwritable(report)
+    evaluation = evaluate(config)
+    results = check_gates(evaluation, config.gates)
+    print_report(evaluation, results, console())
+    atomic_write(report, to_json(evaluation, results))
+    return 0 if all(result.passed for result in results) else 1

@@ -1,4 +1,4 @@
-"""How well pictures show what their prompts say."""
+"""Fidelity: the share of pictures that show what their prompts name."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 class Scorer(Protocol):
-    """Texts and pictures [b 3 H W] in [0, 1] -> attribute -> [b]: 1 shown, 0 not shown, nan where nothing was said."""
+    """Texts and pictures [b 3 H W] in [0, 1] -> attribute -> [b]: 1 shown, 0 not shown, nan where not named."""
 
     def __call__(self, texts: Sequence[str], pictures: Tensor) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Share of pictures that show each attribute, of those whose prompt names it, and that show all that was said."""
+    """Share of pictures that show each attribute, of those whose prompt names it, and that show every named one."""
 
     by_attribute: Mapping[str, float]
     all_at_once: float
@@ -25,12 +25,12 @@ class Fidelity:
 
 
 def shows_everything(scores: Mapping[str, Float[Tensor, " b"]]) -> Bool[Tensor, " b"]:
-    """Whether each picture shows all that was said."""
-    return ~torch.stack([value < 1 for value in scores.values()]).any(0)  # nan < 1 is false: unsaid is never wrong
+    """Whether each picture shows every attribute that its text names."""
+    return ~torch.stack([value < 1 for value in scores.values()]).any(0)  # nan < 1 is false
 
 
 def compute_fidelity(scorer: Scorer, texts: Sequence[str], pictures: Float[Tensor, "b 3 H W"]) -> Fidelity:
-    """What the scorer says about pictures of these texts."""
+    """The scorer's shares for pictures of these texts."""
     scores = {name: value.float() for name, value in scorer(texts, pictures).items()}
     shares = {name: float(value.nanmean()) for name, value in scores.items()}
     return Fidelity(shares, float(shows_everything(scores).float().mean()), len(texts))

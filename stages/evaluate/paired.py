@@ -5,7 +5,7 @@ at many steps. Every number is under the teacher's tail policy.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ BOOTSTRAP_RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class PairedError:
-    """The error at a number of steps; the teacher's own there; and that of the teacher's pictures from other noise."""
+    """The student's error at a number of steps, the teacher's own there, and that of the teacher from other noise."""
 
     steps: int
     student: float
@@ -28,7 +28,7 @@ class PairedError:
     score: float | None
     """(student - floor) / (ceiling - floor): 0 as good as the teacher, 1 unrelated; None where floor >= ceiling."""
     interval: tuple[float, float] | None
-    """95 % of the scores of resampled lists of pictures; a few that turn out otherwise carry most of the error."""
+    """95 % of the scores of resampled lists of pictures; a few pictures carry most of the error."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PairedInputs:
 
 @dataclass(frozen=True)
 class TeacherReference:
-    """What the teacher makes of a task, computed once and compared with many fields; one error for each picture."""
+    """The teacher's latents and errors (one for each picture), computed once and compared with many fields."""
 
     inputs: PairedInputs
     sampler: Sampler
@@ -55,12 +55,12 @@ class TeacherReference:
     floors: Mapping[int, Float[Tensor, " b"]]
 
     def compare(self, x0: Float[Tensor, "b c h w"], steps: int) -> PairedError:
-        """The figures of latents that were drawn in that many steps."""
+        """The errors of latents that were sampled in that many steps."""
         errors = torch.stack([relative_errors(x0, self.x0), self.floors[steps], self.ceiling])
-        found, floor, ceiling = errors.mean(1).tolist()
+        student, floor, ceiling = errors.mean(1).tolist()
         if floor >= ceiling:
-            return PairedError(steps, found, floor, ceiling, None, None)
-        return PairedError(steps, found, floor, ceiling, float(normalised_score(errors)), bootstrap_interval(errors))
+            return PairedError(steps, student, floor, ceiling, None, None)
+        return PairedError(steps, student, floor, ceiling, float(normalised_score(errors)), bootstrap_interval(errors))
 
 
 def normalised_score(errors: Float[Tensor, "3 ... b"]) -> Float[Tensor, "..."]:
@@ -71,7 +71,7 @@ def normalised_score(errors: Float[Tensor, "3 ... b"]) -> Float[Tensor, "..."]:
 
 
 def bootstrap_interval(errors: Float[Tensor, "3 b"]) -> tuple[float, float]:
-    """The bootstrap's 95 % interval of the score: lists of as many pictures, drawn with replacement."""
+    """The 95 % bootstrap interval of the score: lists of as many pictures, resampled with replacement."""
     count = errors.shape[1]
     rows = torch.randint(count, (BOOTSTRAP_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
     low, high = normalised_score(errors[:, rows]).quantile(torch.tensor([0.025, 0.975], dtype=errors.dtype)).tolist()
@@ -90,23 +90,26 @@ def make_reference(
     other_noise: Float[Tensor, "b c h w"],
     sampler: Sampler,
     steps: Sequence[int],
-    reference_steps: int = 50,
+    reference_steps: int,
 ) -> TeacherReference:
-    """Ask the teacher: at `reference_steps`, again from other noise (the ceiling), and at each of `steps` (the floors).
+    """Sample the teacher at `reference_steps`, again from other noise (the ceiling), and at each of `steps` (floors).
 
-    `sampler` says guidance and shift; the teacher is always sampled by Euler's method at its own states.
+    `sampler` gives guidance and shift; the teacher is always sampled by Euler's method at its own states.
     """
-    own = sampler.model_copy(update={"solver": "euler"})
-    many = own.model_copy(update={"steps": reference_steps})
-    x0 = inputs.sample(teacher, many)
-    ceiling = relative_errors(PairedInputs(inputs.cond, inputs.uncond, other_noise).sample(teacher, many), x0)
-    few = {n: inputs.sample(teacher, own.model_copy(update={"steps": n})) for n in steps}
-    return TeacherReference(inputs, sampler, x0, ceiling, {n: relative_errors(drawn, x0) for n, drawn in few.items()})
+
+    def sample(steps: int, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        own = sampler.for_teacher.model_copy(update={"steps": steps})
+        return replace(inputs, noise=noise).sample(teacher, own)
+
+    x0 = sample(reference_steps, inputs.noise)
+    ceiling = relative_errors(sample(reference_steps, other_noise), x0)
+    floors = {n: relative_errors(sample(n, inputs.noise), x0) for n in steps}
+    return TeacherReference(inputs, sampler, x0, ceiling, floors)
 
 
 def paired_error(
     field: TwoBranchField, reference: TeacherReference, steps: int, cond: Float[Tensor, "b l d"] | None = None
 ) -> PairedError:
-    """The error of any field at one of the reference's numbers of steps; `cond` puts in other prompts."""
-    task = reference.inputs if cond is None else PairedInputs(cond, reference.inputs.uncond, reference.inputs.noise)
-    return reference.compare(task.sample(field, reference.sampler.model_copy(update={"steps": steps})), steps)
+    """The error of any field at one of the reference's numbers of steps; `cond` replaces its prompts."""
+    inputs = reference.inputs if cond is None else replace(reference.inputs, cond=cond)
+    return reference.compare(inputs.sample(field, reference.sampler.model_copy(update={"steps": steps})), steps)

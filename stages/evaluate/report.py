@@ -1,8 +1,8 @@
-"""What an evaluation found, judged by its gates, as a table and as JSON."""
+"""An evaluation's metrics and the results of its gates, as tables and as JSON."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,13 +13,13 @@ from rich.table import Table
 from configs.values import Strict
 from stages.evaluate.metrics import Fidelity
 from stages.evaluate.paired import PairedError
-from stages.train.validation import RelativeError, VelocityErrors
+from stages.train.validation import VelocityErrors
 
 TEACHER, STUDENT, STUDENT_AS_NOISE_MODEL = "teacher", "student", "student as a noise model"
 
 
 class Gates(Strict):
-    """What a student must reach, and its controls must not; a gate left out is not judged."""
+    """Limits that a student must keep and its controls must miss; a limit left out is not checked."""
 
     attribute_loss: float | None = Field(
         None, ge=0, description="most that any attribute may lose to the teacher, 0 to 1"
@@ -31,7 +31,7 @@ class Gates(Strict):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every figure, by who was measured: the teacher, the student, and the controls that must fail."""
+    """Every metric of the teacher, the student, and the controls that must fail."""
 
     run: str
     samples: int
@@ -44,60 +44,54 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class GateResult:
-    """One gate: what was found and what was asked."""
+    """One gate: the measured value and its limit."""
 
     name: str
     found: float
     asked: str
     passed: bool
 
+    @classmethod
+    def at_most(cls, name: str, value: float, limit: float) -> "GateResult":
+        """A gate of the student."""
+        return cls(name, value, f"<= {limit:g}", value <= limit)
+
+    @classmethod
+    def above(cls, name: str, value: float, limit: float) -> "GateResult":
+        """A gate of a control, which must miss the student's limit."""
+        return cls(f"control: {name}", value, f"> {limit:g}", value > limit)
+
 
 def check_gates(evaluation: Evaluation, gates: Gates) -> list[GateResult]:
     """Every gate that is set, and whether the controls fail where the student must pass."""
-    return [
-        *_fidelity_results(evaluation, gates),
-        *_score_results(evaluation, gates),
-        *_velocity_results(evaluation, gates),
-    ]
-
-
-def _fidelity_results(evaluation: Evaluation, gates: Gates) -> Iterator[GateResult]:
-    most = gates.attribute_loss
-    if most is None or STUDENT not in evaluation.fidelity:
-        return
-    teacher, student = evaluation.fidelity[TEACHER].by_attribute, evaluation.fidelity[STUDENT].by_attribute
-    for name, share in student.items():
-        loss = teacher[name] - share
-        yield GateResult(f"{name} lost to the teacher", loss, f"<= {most:g}", loss <= most)
-    loss = evaluation.fidelity[TEACHER].all_at_once - evaluation.fidelity[STUDENT_AS_NOISE_MODEL].all_at_once
-    yield GateResult(f"control: {STUDENT_AS_NOISE_MODEL} loses", loss, f"> {most:g}", loss > most)
-
-
-def _score_results(evaluation: Evaluation, gates: Gates) -> Iterator[GateResult]:
+    results, limit, fidelity = list[GateResult](), gates.attribute_loss, evaluation.fidelity
+    if limit is not None and STUDENT in fidelity:
+        for name, share in fidelity[STUDENT].by_attribute.items():
+            loss = fidelity[TEACHER].by_attribute[name] - share
+            results.append(GateResult.at_most(f"{name} lost to the teacher", loss, limit))
+        loss = fidelity[TEACHER].all_at_once - fidelity[STUDENT_AS_NOISE_MODEL].all_at_once
+        results.append(GateResult.above(f"{STUDENT_AS_NOISE_MODEL} loses", loss, limit))
     for name, errors in evaluation.paired.items():
         for error in errors:
-            most = gates.score.get(error.steps)
-            if most is None or error.score is None:
+            limit = gates.score.get(error.steps)
+            if limit is None or error.score is None:
                 continue
             if name == STUDENT:
-                yield GateResult(f"paired score at {error.steps}", error.score, f"<= {most:g}", error.score <= most)
+                results.append(GateResult.at_most(f"paired score at {error.steps}", error.score, limit))
             else:
-                label = f"control: {name} at {error.steps}"
-                yield GateResult(label, error.score, f"> {most:g}", error.score > most)
-
-
-def _velocity_results(evaluation: Evaluation, gates: Gates) -> Iterator[GateResult]:
-    if evaluation.velocity is None:
-        return
-    asked = ((gates.velocity_error, evaluation.velocity.velocity), (gates.guidance_error, evaluation.velocity.guidance))
-    for name, (most, error) in zip(("velocity error", "guidance error"), asked, strict=True):
-        if most is not None:
-            yield GateResult(name, error.overall, f"<= {most:g}", error.overall <= most)
+                results.append(GateResult.above(f"{name} at {error.steps}", error.score, limit))
+    if evaluation.velocity and gates.velocity_error is not None:
+        error_of_all = evaluation.velocity.velocity.overall
+        results.append(GateResult.at_most("velocity error", error_of_all, gates.velocity_error))
+    if evaluation.velocity and gates.guidance_error is not None:
+        error_of_all = evaluation.velocity.guidance.overall
+        results.append(GateResult.at_most("guidance error", error_of_all, gates.guidance_error))
+    return results
 
 
 def to_json(evaluation: Evaluation, gate_results: Sequence[GateResult]) -> str:
-    """The same for programs; what is no number is null."""
-    content = _replace_non_finite({**asdict(evaluation), "gates": [asdict(verdict) for verdict in gate_results]})
+    """Metrics and gates for programs; a number that is not finite becomes null."""
+    content = _replace_non_finite({**asdict(evaluation), "gates": [asdict(result) for result in gate_results]})
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
@@ -110,61 +104,51 @@ def _replace_non_finite(value: Any) -> Any:
 
 
 def print_report(evaluation: Evaluation, gate_results: Sequence[GateResult], console: Console) -> None:
-    """Print the tables."""
+    """Print a table of each kind of metric that was measured, and of the gates."""
     console.print(f"{evaluation.run} at {evaluation.samples} samples, tail policy {evaluation.tail}")
-    tables = [
+    gates = [(gate.name, f"{gate.found:.4f}", gate.asked, "PASS" if gate.passed else "FAIL") for gate in gate_results]
+    for table in (
         _fidelity_table(evaluation.fidelity),
         _paired_table(evaluation.paired),
         _velocity_table(evaluation.velocity),
-    ]
-    for table in (*tables, _gate_table(gate_results)):
+        _make_table("gates", ["", "measured", "limit", ""], gates),
+    ):
         if table.row_count:
             console.print(table)
 
 
 def _fidelity_table(fidelity: Mapping[str, Fidelity]) -> Table:
-    names = list(next(iter(fidelity.values())).by_attribute) if fidelity else []
-    table = _make_table("pictures that show what was said, %", "", *names, "all", "pictures")
-    for who, shares in fidelity.items():
-        cells = [*shares.by_attribute.values(), shares.all_at_once]
-        table.add_row(who, *(f"{100 * share:.1f}" for share in cells), str(shares.pictures))
-    return table
+    attributes = next(iter(fidelity.values())).by_attribute if fidelity else ()
+    shares = {name: [*metrics.by_attribute.values(), metrics.all_at_once] for name, metrics in fidelity.items()}
+    rows = [(n, *(f"{100 * share:.1f}" for share in shares[n]), str(fidelity[n].pictures)) for n in fidelity]
+    return _make_table("pictures that show what their prompts name, %", ["", *attributes, "all", "pictures"], rows)
 
 
 def _paired_table(paired: Mapping[str, Sequence[PairedError]]) -> Table:
-    table = _make_table("paired-noise error", "", "steps", "error", "floor", "ceiling", "score", "95 %")
-    for who, errors in paired.items():
+    rows = []
+    for name, errors in paired.items():
         for e in errors:
             score = "-" if e.score is None else f"{e.score:.3f}"
-            between = "-" if e.interval is None else f"{e.interval[0]:.3f} to {e.interval[1]:.3f}"
-            table.add_row(who, str(e.steps), f"{e.student:.4f}", f"{e.floor:.4f}", f"{e.ceiling:.4f}", score, between)
-    return table
+            interval = "-" if e.interval is None else f"{e.interval[0]:.3f} to {e.interval[1]:.3f}"
+            rows.append((name, f"{e.steps}", f"{e.student:.4f}", f"{e.floor:.4f}", f"{e.ceiling:.4f}", score, interval))
+    return _make_table("paired-noise error", ["", "steps", "error", "floor", "ceiling", "score", "95 %"], rows)
 
 
 def _velocity_table(velocity: VelocityErrors | None) -> Table:
     bins = len(velocity.velocity.by_bin) if velocity else 0
-    heads = [f"s {i / bins:.1f}-{(i + 1) / bins:.1f}" for i in range(bins)]
-    table = _make_table("held-out relative squared error", "", "all", *heads)
-
-    def row(name: str, error: RelativeError) -> None:
-        cells = (error.overall, *error.by_bin)
-        table.add_row(name, *("-" if cell is None else f"{cell:.4f}" for cell in cells))
-
-    if velocity:
-        row("velocity", velocity.velocity)
-        row("guidance difference", velocity.guidance)
-    return table
+    columns = ["", "all", *(f"s {i / bins:.1f}-{(i + 1) / bins:.1f}" for i in range(bins))]
+    errors = {"velocity": velocity.velocity, "guidance difference": velocity.guidance} if velocity else {}
+    rows = [
+        (name, *("-" if value is None else f"{value:.4f}" for value in (error.overall, *error.by_bin)))
+        for name, error in errors.items()
+    ]
+    return _make_table("held-out relative squared error", columns, rows)
 
 
-def _gate_table(gate_results: Sequence[GateResult]) -> Table:
-    table = _make_table("gates", "", "found", "asked", "")
-    for v in gate_results:
-        table.add_row(v.name, f"{v.found:.4f}", v.asked, "PASS" if v.passed else "FAIL")
-    return table
-
-
-def _make_table(title: str, *column_titles: str) -> Table:
+def _make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left")
-    for i, head in enumerate(column_titles):
-        table.add_column(head, justify="left" if i == 0 else "right")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -1,9 +1,4 @@
-"""Fixed noises, and a sheet of pictures as PNG: a row for each prompt, a column for each model.
-
-A contact sheet: many pictures on one page, each with a few words below it.
-
-Pictures at each checkpoint: the teacher beside the student, the same prompts and the same noise every time.
-"""
+"""Grids of pictures as PNG, from fixed noises: comparison grids of models, and contact sheets of labelled pictures."""
 
 import json
 import math
@@ -32,9 +27,18 @@ GAP_PIXELS, HEADER_PIXELS, LABEL_PIXELS = 4, 20, 180
 MAX_DOUBLED_PIXELS = 128
 """Pictures up to this width are shown twice as large."""
 
+SHEET_FILE = "set_aside.png"
+MAX_PICTURES = 400
+"""Pictures on a contact sheet: the first ones."""
+MAX_WIDTH_PIXELS = 2 * MAX_DOUBLED_PIXELS
+LABEL_LINES, LINE_HEIGHT_PIXELS, LETTER_WIDTH_PIXELS = 5, 14, 6.5
+
+FEW_STEPS = 4
+"""Steps of the last column of a comparison grid."""
+
 
 def fixed_noise(seed: int, index: int, shape: Sequence[int]) -> Float[Tensor, "c h w"]:
-    """Noise number `index` of a seed: the same however many are asked for, drawn on the CPU in fp32."""
+    """Noise number `index` of a seed, whatever the number of noises; sampled on the CPU in fp32."""
     generator = torch.Generator().manual_seed(derived_seed("noise", seed, index))
     return torch.randn(tuple(shape), generator=generator)
 
@@ -48,36 +52,28 @@ def to_pil_image(picture: Float[Tensor, "3 h w"]) -> Image.Image:
     """A picture in [0, 1]; a tiny one doubled, pixel by pixel."""
     pixels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte()
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    return (
-        image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST)
-        if image.width <= MAX_DOUBLED_PIXELS
-        else image
-    )
+    if image.width > MAX_DOUBLED_PIXELS:
+        return image
+    return image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST)
 
 
 def make_sheet(
     labels: Sequence[str], column_titles: Sequence[str], columns: Sequence[Float[Tensor, "rows 3 h w"]]
 ) -> Image.Image:
-    """`labels` at the left of the rows, `heads` above the columns, `columns[j][i]` where row i meets column j."""
+    """`labels` at the left of the rows, titles above the columns, `columns[j][i]` where row i meets column j."""
     images = [[to_pil_image(picture) for picture in column] for column in columns]
-    width, height = images[0][0].size
-    canvas = Image.new(
-        "RGB",
-        (LABEL_PIXELS + len(column_titles) * (width + GAP_PIXELS), HEADER_PIXELS + len(labels) * (height + GAP_PIXELS)),
-        "white",
-    )
+    wide, high = images[0][0].width + GAP_PIXELS, images[0][0].height + GAP_PIXELS
+    size = (LABEL_PIXELS + len(column_titles) * wide, HEADER_PIXELS + len(labels) * high)
+    canvas = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-    for j, head in enumerate(column_titles):
-        pen.text((LABEL_PIXELS + j * (width + GAP_PIXELS), GAP_PIXELS), head, "black", font)
+    for j, title in enumerate(column_titles):
+        pen.text((LABEL_PIXELS + j * wide, GAP_PIXELS), title, "black", font)
         for i, image in enumerate(images[j]):
-            canvas.paste(image, (LABEL_PIXELS + j * (width + GAP_PIXELS), HEADER_PIXELS + i * (height + GAP_PIXELS)))
+            canvas.paste(image, (LABEL_PIXELS + j * wide, HEADER_PIXELS + i * high))
+    max_lines = max(1, images[0][0].height // 16)
     for i, label in enumerate(labels):
-        pen.text(
-            (GAP_PIXELS, HEADER_PIXELS + GAP_PIXELS + i * (height + GAP_PIXELS)),
-            _wrap_label(label, height),
-            "black",
-            font,
-        )
+        lines = textwrap.wrap(label, LABEL_PIXELS // 7, max_lines=max_lines, placeholder=" ...")
+        pen.text((GAP_PIXELS, HEADER_PIXELS + GAP_PIXELS + i * high), "\n".join(lines), "black", font)
     return canvas
 
 
@@ -96,21 +92,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _wrap_label(label: str, height_pixels: int) -> str:
-    """A label in lines that fit beside a picture of that height in pixels; the rest is cut."""
-    return "\n".join(textwrap.wrap(label, LABEL_PIXELS // 7, max_lines=max(1, height_pixels // 16), placeholder=" ..."))
-
-
-SHEET_FILE = "set_aside.png"
-MAX_PICTURES = 400
-"""Pictures on a sheet: the first ones."""
-MAX_WIDTH_PIXELS = 256
-"""Pixels: 2 x SMALL, so that a doubled picture is as it is."""
-LABEL_LINES, LINE_HEIGHT_PIXELS, LETTER_WIDTH_PIXELS = 5, 14, 6.5
-
-
 def make_contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
-    """The pictures in rows, about as many rows as columns, their labels below them."""
+    """The pictures in about as many rows as columns, their labels below them."""
     width, height = pictures[0].size
     columns = math.ceil(math.sqrt(len(pictures)))
     wide, high = width + 2 * GAP_PIXELS, height + 2 * GAP_PIXELS + LABEL_LINES * LINE_HEIGHT_PIXELS
@@ -127,26 +110,19 @@ def make_contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str]) -
 def save_contact_sheet(
     pictures: Iterable[Float[Tensor, "3 h w"]], labels: Sequence[str], path: Path, settings: Mapping[str, Any]
 ) -> None:
-    """Write a sheet of the first pictures; where there are none, an earlier sheet is removed."""
+    """Write a contact sheet of the first pictures; where there are none, an earlier sheet is removed."""
     if not labels:
         path.unlink(missing_ok=True)
         return
-    shown = [_shrink(to_pil_image(picture)) for picture in islice(pictures, MAX_PICTURES)]
-    kept = {**settings, "pictures": len(labels), "shown": len(shown)}
-    save_sheet(make_contact_sheet(shown, labels[: len(shown)]), path, kept)
-
-
-def _shrink(image: Image.Image) -> Image.Image:
-    """Not wider than a sheet of hundreds can bear; tiny ones are doubled already."""
-    image.thumbnail((MAX_WIDTH_PIXELS, MAX_WIDTH_PIXELS))
-    return image
-
-
-FEW_STEPS = 4
+    shown = [to_pil_image(picture) for picture in islice(pictures, MAX_PICTURES)]
+    for image in shown:
+        image.thumbnail((MAX_WIDTH_PIXELS, MAX_WIDTH_PIXELS))
+    metadata = {**settings, "pictures": len(labels), "shown": len(shown)}
+    save_sheet(make_contact_sheet(shown, labels[: len(shown)]), path, metadata)
 
 
 class GridConfig(Strict):
-    """What the grids show."""
+    """The prompts of the comparison grids."""
 
     prompts: tuple[str, ...] = Field(
         ("a photo of a cat", "a red car", "a house by a lake", "a portrait of a woman"),
@@ -154,7 +130,7 @@ class GridConfig(Strict):
         description="sentences, one row each",
     )
     seed: int = Field(0, description="seed of the fixed noises")
-    sampler: Sampler = Field(Sampler(), description="how the pictures are drawn")
+    sampler: Sampler = Field(Sampler(), description="how the pictures are sampled")
 
 
 def comparison_grid_hook(teacher: Teacher, config: GridConfig, folder: Path) -> Callable[[int, Student], None]:

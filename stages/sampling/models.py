@@ -1,9 +1,9 @@
-"""Whatever paints: a run, an exported folder or file, or a teacher, opened by what lies there."""
+"""Models to sample: a run, an exported folder or file, or a teacher, recognised by the files at a location."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -12,7 +12,7 @@ from torch import Tensor
 from stages.flow.bridge import TailPolicy
 from stages.nets.anatomy import check_sd1_architecture
 from stages.nets.components import Components, load_components
-from stages.nets.files import CONFIG_PATTERNS, MODEL_PATTERNS, read_json, resolve_folder
+from stages.nets.files import CONFIG_PATTERNS, MODEL_INDEX, MODEL_PATTERNS, read_json, resolve_folder
 from stages.nets.saved import is_run, load_run_teacher, load_student, open_run
 from stages.nets.scheduler import vp_scheduler
 from stages.nets.student import Student, make_vp_bridge
@@ -22,10 +22,8 @@ from stages.sampling.single_file import load_pipeline, load_single_file, read_si
 from stages.system.device import device_of
 from stages.system.refusal import Refused
 
-Encode: TypeAlias = Callable[[Sequence[str]], Tensor]
-Decode: TypeAlias = Callable[[Tensor], Tensor]
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-MODEL_INDEX, FACTS_FILE = "model_index.json", "sollune.json"
+FACTS_FILE = "sollune.json"
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,8 @@ class LoadedModel:
     """Everything between sentences and pictures in [0, 1]."""
 
     field: TwoBranchField
-    encode: Encode
-    decode: Decode
+    encode: Callable[[Sequence[str]], Tensor]
+    decode: Callable[[Tensor], Tensor]
     latent_shape: tuple[int, int, int]
     metadata: Mapping[str, Any]
     """What identifies the weights, for the pictures' metadata."""
@@ -46,9 +44,9 @@ class LoadedModel:
 def load_model(
     location: str, device: str, checkpoint: int | None = None, config_from: str | None = None
 ) -> LoadedModel:
-    """The model at `location`; where nothing else tells, its scheduler tells a teacher from an exported student.
+    """The model at `location`; of a folder without metadata, the scheduler tells a teacher from an exported student.
 
-    Raises `Refused` for what is none of them, and for `checkpoint` and `config_from` where they mean nothing.
+    Raises `Refused` for a location that holds no model, and for `checkpoint` and `config_from` where they mean nothing.
     """
     where, place = device_of(device), Path(location)
     if checkpoint is not None and not is_run(place):
@@ -64,39 +62,27 @@ def load_model(
 def _load_run(folder: Path, device: torch.device, checkpoint: int | None) -> LoadedModel:
     run = open_run(folder, checkpoint)
     parts = load_run_teacher(run.origin, device, torch.float32)
-    teacher, student = Teacher(parts, run.origin.tail), load_student(run, parts)
-    solved = student_field(student, vp_scheduler(parts.folder))
-    return LoadedModel(
-        solved,
-        teacher.encode_texts,
-        teacher.decode_latents,
-        parts.latent_shape,
-        {"checkpoint": run.samples},
-        tokenizer=parts.tokenizer,
-    )
+    return _from_components(parts, run.origin.tail, {"checkpoint": run.samples}, load_student(run, parts))
 
 
 def _load_folder(location: str, device: torch.device) -> LoadedModel:
     folder = _find_diffusers_folder(location)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     facts = read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
-    told: dict[str, Any] = {key: facts[key] for key in ("samples", "recipe_sha256") if key in facts}
+    metadata: dict[str, Any] = {key: facts[key] for key in ("samples", "recipe_sha256") if key in facts}
     if facts.get("prediction") == "v_prediction":
         tail: Any = facts.get("tail")
         if tail not in get_args(TailPolicy):
             known = ", ".join(get_args(TailPolicy))
             raise Refused(f"{folder / FACTS_FILE}: tail is {tail!r:.40}, known are {known} - export the run again")
         parts = load_components(str(folder), device, torch.float32)
-        teacher, student = Teacher(parts, tail), Student(parts.unet, make_vp_bridge("vp_v", parts.schedule, tail))
-        solved = student_field(student.eval(), vp_scheduler(folder))
-        return LoadedModel(
-            solved, teacher.encode_texts, teacher.decode_latents, parts.latent_shape, told, tokenizer=parts.tokenizer
-        )
+        student = Student(parts.unet, make_vp_bridge("vp_v", parts.schedule, tail)).eval()
+        return _from_components(parts, tail, metadata, student)
     if scheduler.get("prediction_type") == "flow_prediction":
         check_sd1_architecture(folder)
         shift = scheduler_shift(scheduler, folder)
-        return _from_pipeline(load_pipeline(folder, device), shift, told)
-    return _from_teacher(load_components(str(folder), device, torch.float32), told)
+        return _from_pipeline(load_pipeline(folder, device), shift, metadata)
+    return _from_components(load_components(str(folder), device, torch.float32), "hold", metadata)
 
 
 def _load_file(path: Path, device: torch.device, config_from: str | None) -> LoadedModel:
@@ -105,24 +91,22 @@ def _load_file(path: Path, device: torch.device, config_from: str | None) -> Loa
     file = read_single_file(path)
     beside = path.parent / "diffusers"
     if config_from is None and not (file.is_sollune_export and beside.is_dir()):
-        why = (
-            "the sizes of its model and its tokenizer are" if file.is_sollune_export else "how it has to be sampled is"
+        missing, hint = (
+            ("the sizes of its model and its tokenizer are", "or keep the export's diffusers/ beside it")
+            if file.is_sollune_export
+            else ("how it has to be sampled is", "whose scheduler then says it")
         )
         raise Refused(
-            f"{path}: {why} not in the file - name by --config-from a diffusers folder of the same kind of model"
-            + (
-                ", or keep the export's diffusers/ beside it"
-                if file.is_sollune_export
-                else ", whose scheduler then says it"
-            )
+            f"{path}: {missing} not in the file - "
+            f"name by --config-from a diffusers folder of the same kind of model, {hint}"
         )
     configs = _find_diffusers_folder(config_from, CONFIG_PATTERNS) if config_from else beside
     shift = file.flow_shift(configs)
     pipeline = load_single_file(file, configs, device)
-    told = {key: value for key, value in file.metadata.items() if key == "modelspec.hash_sha256"}
+    metadata = {key: value for key, value in file.metadata.items() if key == "modelspec.hash_sha256"}
     if shift is not None:
-        return _from_pipeline(pipeline, shift, told)
-    return _from_teacher(Components.from_pipeline(pipeline, str(path), configs), told)
+        return _from_pipeline(pipeline, shift, metadata)
+    return _from_components(Components.from_pipeline(pipeline, str(path), configs), "hold", metadata)
 
 
 def _find_diffusers_folder(location: str, patterns: Sequence[str] = MODEL_PATTERNS) -> Path:
@@ -136,7 +120,7 @@ def _find_diffusers_folder(location: str, patterns: Sequence[str] = MODEL_PATTER
             "name a folder such as runs/tiny/distill, or the model's diffusers folder"
         ) from refusal
     if not (folder / MODEL_INDEX).is_file():
-        runs = sorted(str(one) for one in folder.iterdir() if is_run(one))
+        runs = sorted(str(path) for path in folder.iterdir() if is_run(path))
         raise Refused(
             f"{location}: no run, no export and no diffusers folder lies here ({MODEL_INDEX} is missing) - "
             f"name {' or '.join(runs) or 'a folder such as runs/tiny/distill'}"
@@ -144,12 +128,14 @@ def _find_diffusers_folder(location: str, patterns: Sequence[str] = MODEL_PATTER
     return folder
 
 
-def _from_teacher(parts: Components, metadata: Mapping[str, Any]) -> LoadedModel:
-    teacher = Teacher(parts, "hold")
-    solved = teacher_field(teacher, vp_scheduler(parts.folder))
-    return LoadedModel(
-        solved, teacher.encode_texts, teacher.decode_latents, parts.latent_shape, metadata, tokenizer=parts.tokenizer
-    )
+def _from_components(
+    parts: Components, tail: TailPolicy, metadata: Mapping[str, Any], student: Student | None = None
+) -> LoadedModel:
+    """The teacher, or its student."""
+    teacher, steps = Teacher(parts, tail), vp_scheduler(parts.folder)
+    field = student_field(student, steps) if student else teacher_field(teacher, steps)
+    encode, decode = teacher.encode_texts, teacher.decode_latents
+    return LoadedModel(field, encode, decode, parts.latent_shape, metadata, tokenizer=parts.tokenizer)
 
 
 def _from_pipeline(pipeline: StableDiffusionPipeline, shift: float, metadata: Mapping[str, Any]) -> LoadedModel:
@@ -163,8 +149,6 @@ def _from_pipeline(pipeline: StableDiffusionPipeline, shift: float, metadata: Ma
         decoded: Tensor = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
         return (decoded / 2 + 0.5).clamp(0, 1)
 
-    size = pipeline.unet.config.sample_size
-    shape = (pipeline.unet.config.in_channels, size, size)
-    return LoadedModel(
-        student_field(Student(pipeline.unet)), encode, decode, shape, metadata, shift, pipeline.tokenizer
-    )
+    channels, size = pipeline.unet.config.in_channels, pipeline.unet.config.sample_size
+    field, shape = student_field(Student(pipeline.unet)), (channels, size, size)
+    return LoadedModel(field, encode, decode, shape, metadata, shift, pipeline.tokenizer)

@@ -1,10 +1,9 @@
-"""Pictures as a stranger makes them: stock diffusers pipelines on folders.
-
-One .safetensors file in the LDM layout: what it says of itself, and the stock pipeline that it makes.
-"""
+"""Stock diffusers pipelines, of a diffusers folder or of one .safetensors file in the LDM layout."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,18 @@ from stages.nets.files import WEIGHT_FILES, read_json
 from stages.nets.loading import call_library, load_component, load_tokenizer, non_finite_reason
 from stages.nets.student import TIME_SCALE
 from stages.system.refusal import Refused
+
+BATCH_SIZE = 50
+COMPONENT_PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.",
+}
+"""Component -> prefix of the names of its tensors in the LDM layout."""
+OPTIONAL_COMPONENTS = ("vae", "text_encoder")
+"""Components that a file may leave to the folder: exports hold the UNet alone on request."""
+EXPORT_METADATA = {"prediction": "velocity", "path": "linear", "time_scale": f"{TIME_SCALE:g}"}
+"""Metadata of `sollune export`, behind `sollune.`, in a file that can be sampled."""
 
 
 def load_pipeline(folder: Path, device: torch.device) -> StableDiffusionPipeline:
@@ -40,7 +51,7 @@ def load_pipeline(folder: Path, device: torch.device) -> StableDiffusionPipeline
 
 
 def use_ddim_scheduler(pipeline: StableDiffusionPipeline, teacher_folder: Path) -> None:
-    """Let the pipeline sample as a noise model does, by DDIM on the teacher's schedule."""
+    """Make the pipeline sample like a noise model, by DDIM on the teacher's schedule."""
     pipeline.scheduler = DDIMScheduler.from_config(read_json(teacher_folder / "scheduler" / "scheduler_config.json"))
 
 
@@ -50,43 +61,30 @@ def generate_pictures(
     noise: Float[Tensor, "b c h w"],
     steps: int,
     guidance: float,
-    batch_size: int = 50,
 ) -> Float[Tensor, "b 3 H W"]:
     """Pictures in [0, 1], on the CPU."""
     pictures = []
-    for first in range(0, len(texts), batch_size):
-        rows = slice(first, first + batch_size)
-        painted = pipeline(
+    for first in range(0, len(texts), BATCH_SIZE):
+        rows = slice(first, first + BATCH_SIZE)
+        batch = pipeline(
             list(texts[rows]),
             latents=noise[rows].to(pipeline.device),
             num_inference_steps=steps,
             guidance_scale=guidance,
             output_type="pt",
         ).images
-        pictures.append(painted.float().cpu())
+        pictures.append(batch.float().cpu())
     return torch.cat(pictures)
-
-
-COMPONENT_PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.",
-}
-"""Part -> how the names of its tensors begin."""
-OPTIONAL_COMPONENTS = ("vae", "text_encoder")
-"""Parts that a file may leave to the folder: exports hold the UNet alone on request."""
-EXPORT_METADATA = {"prediction": "velocity", "path": "linear", "time_scale": f"{TIME_SCALE:g}"}
-"""What `sollune export` says in a file's metadata, behind `sollune.`, of a model that we can sample."""
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A file's metadata, and the parts of a model that its tensors belong to."""
+    """A file's metadata, and the components of a model that its tensors belong to."""
 
     path: Path
     metadata: Mapping[str, str]
     tensor_counts: Mapping[str, int]
-    """Part -> how many tensors of it the file holds."""
+    """Component -> how many tensors of it the file holds."""
 
     @property
     def is_sollune_export(self) -> bool:
@@ -94,75 +92,68 @@ class SingleFile:
         return "sollune.prediction" in self.metadata
 
     def flow_shift(self, configs: Path) -> float | None:
-        """The shift of a model that answers with velocity; None for a teacher.
+        """The shift of a model that predicts velocity; None for a teacher.
 
-        A file of ours says so itself. Of another only the scheduler of `configs` tells, as in stock diffusers; raises
-        `Refused` where the file's own metadata says otherwise.
+        An export holds its shift. For any other file the scheduler of `configs` decides, as in stock diffusers; raises
+        `Refused` where the file's own metadata contradict it.
         """
         if self.is_sollune_export:
-            return self._metadata_shift()
+            value = self.metadata.get("sollune.shift", "nothing")
+            return _valid_shift(value, f"{self.path}: sollune.shift is {value}", "export the run again")
         scheduler = read_json(configs / "scheduler" / "scheduler_config.json")
-        flow, said = (
-            scheduler.get("prediction_type") == "flow_prediction",
-            self.metadata.get("modelspec.prediction_type"),
-        )
-        if flow and said in ("epsilon", "v"):
+        if scheduler.get("prediction_type") != "flow_prediction":
+            return None
+        prediction = self.metadata.get("modelspec.prediction_type")
+        if prediction in ("epsilon", "v"):
             raise Refused(
-                f"{self.path}: its metadata say prediction {said}, and {configs} is a flow model - "
+                f"{self.path}: its metadata say prediction {prediction}, and {configs} is a flow model - "
                 "name with --config-from the diffusers folder of the model that this file was made from"
             )
-        return scheduler_shift(scheduler, configs) if flow else None
-
-    def _metadata_shift(self) -> float:
-        said = self.metadata.get("sollune.shift", "nothing")
-        try:
-            shift = float(said)
-            if not 0 < shift < math.inf:
-                raise ValueError(said)
-            return shift
-        except ValueError as error:
-            raise Refused(
-                f"{self.path}: sollune.shift is {said}, not a number above 0 - export the run again"
-            ) from error
+        return scheduler_shift(scheduler, configs)
 
 
 def scheduler_shift(scheduler: Mapping[str, Any], folder: Path) -> float:
-    """The shift that a folder's scheduler names; raises `Refused` for one that is no shift."""
-    said = scheduler.get("flow_shift", 1.0)
-    if isinstance(said, bool) or not isinstance(said, int | float) or not 0 < said < math.inf:
-        raise Refused(f"{folder}/scheduler: flow_shift is {said!r:.40}, not a number above 0 - fetch the folder again")
-    return float(said)
+    """The shift in a folder's scheduler config; raises `Refused` for a value that is none."""
+    value = scheduler.get("flow_shift", 1.0)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    place = f"{folder}/scheduler: flow_shift is {value!r:.40}"
+    return _valid_shift(value if is_number else "", place, "fetch the folder again")
+
+
+def _valid_shift(value: str | float, place: str, hint: str) -> float:
+    with suppress(ValueError, OverflowError):
+        if 0 < (shift := float(value)) < math.inf:
+            return shift
+    raise Refused(f"{place}, not a number above 0 - {hint}")
 
 
 def read_single_file(path: Path) -> SingleFile:
-    """Look into a file without loading it; raises `Refused` for what is no whole SD-1.x model of a known prediction."""
+    """Read the header of a file; raises `Refused` for what is no whole SD-1.x model of a known prediction."""
     if path.suffix != ".safetensors":
         raise Refused(f"{path}: not a .safetensors file - other formats may run code when opened, so convert it first")
     try:
         with safe_open(path, "pt") as opened:
-            told, names = opened.metadata() or {}, list(opened.keys())
+            metadata, names = opened.metadata() or {}, list(opened.keys())
     except (SafetensorError, OSError) as error:
         raise Refused(f"{path}: cannot be read ({error}) - export or fetch it again") from error
-    counts = {
-        part: sum(_is_component_tensor(name, prefix) for name in names) for part, prefix in COMPONENT_PREFIXES.items()
-    }
-    file = SingleFile(path, told, {part: count for part, count in counts.items() if count})
+    owners = ((name, part) for name in names for part, prefix in COMPONENT_PREFIXES.items() if name.startswith(prefix))
+    # The original autoencoders' files hold their training's loss as well.
+    counts = Counter(part for name, part in owners if not name.startswith("first_stage_model.loss."))
+    file = SingleFile(path, metadata, counts)
     if "unet" not in file.tensor_counts:
         raise Refused(
             f"{path}: holds no UNet in the LDM layout ({COMPONENT_PREFIXES['unet']}...) - name a whole model's file"
         )
     for key, value in EXPORT_METADATA.items():
-        if file.is_sollune_export and told.get(f"sollune.{key}") != value:
-            raise Refused(
-                f"{path}: sollune.{key} is {told.get(f'sollune.{key}')}, not {value} - sample its run instead"
-            )
+        if file.is_sollune_export and (found := metadata.get(f"sollune.{key}")) != value:
+            raise Refused(f"{path}: sollune.{key} is {found}, not {value} - sample its run instead")
     return file
 
 
 def load_single_file(file: SingleFile, configs: Path, device: torch.device) -> StableDiffusionPipeline:
-    """The stock pipeline of the file's weights, in fp32; sizes and words, and the parts it lacks, come from `configs`.
+    """The stock pipeline of the file's weights, in fp32; sizes, tokenizer and missing components from `configs`.
 
-    Raises `Refused` unless every tensor of every part is there, in the size that `configs` say.
+    Raises `Refused` unless every tensor of every component is there, in the size that `configs` say.
     """
     check_sd1_architecture(configs)
     check_component_match(configs)
@@ -182,7 +173,7 @@ def load_single_file(file: SingleFile, configs: Path, device: torch.device) -> S
             tokenizer=tokenizer,
             **others,
         ).to(device)
-    except NotImplementedError as error:  # what torch says of a tensor that nobody filled
+    except NotImplementedError as error:  # raised by torch for a tensor without values
         raise Refused(f"{file.path}: lacks tensors that {configs} ask for - export or fetch it again") from error
     except (SingleFileComponentError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
@@ -195,13 +186,8 @@ def load_single_file(file: SingleFile, configs: Path, device: torch.device) -> S
     return pipeline
 
 
-def _is_component_tensor(name: str, prefix: str) -> bool:
-    """Whether a tensor is one of a part's own; the original autoencoders' files hold their training's loss as well."""
-    return name.startswith(prefix) and not name.startswith("first_stage_model.loss.")
-
-
 def _refuse_unused_tensors(file: SingleFile, component: str, module: nn.Module, configs: Path) -> None:
-    """Raise `Refused` for tensors that diffusers left out of a part, and for values that are no numbers."""
+    """Raise `Refused` for tensors that diffusers left out of a component, and for values that are not finite."""
     if reason := non_finite_reason(module):
         raise Refused(f"{file.path}: {component}: {reason} - export or fetch it again")
     # A text encoder's file may hold more than is read of it: position_ids, and what CLIP itself needs.

@@ -20,7 +20,7 @@ def batch(run_folder: Path) -> Batch:
 
 
 class FixedStudent(Student):
-    """A student that says what it is told."""
+    """A student with a fixed prediction."""
 
     def __init__(self, v_cond: torch.Tensor, v_uncond: torch.Tensor) -> None:
         torch.nn.Module.__init__(self)

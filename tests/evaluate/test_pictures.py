@@ -20,6 +20,7 @@ from stages.sampling.command import main
 from stages.sampling.grids import fixed_noise, read_settings, to_pil_image
 from stages.sampling.models import load_model
 from stages.sampling.sampler import Sampler, sample_student
+from stages.sampling.solvers import supported_solvers
 from stages.system.refusal import Refused
 
 FEW = ["--steps", "2", "--seeds", "1"]
@@ -57,7 +58,7 @@ def assert_same(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> Non
 
 
 @pytest.mark.parametrize("kind", ["run", "export", "file", "teacher"])
-def test_sample_command_paints_with_whatever_lies_there(
+def test_sample_command_samples_every_kind_of_model(
     kind: str, run_folder: Path, teacher_folder: Path, single: Path, tmp_path: Path
 ) -> None:
     places = {"run": run_folder, "export": run_folder / "export", "file": single, "teacher": teacher_folder}
@@ -65,10 +66,15 @@ def test_sample_command_paints_with_whatever_lies_there(
     out, more = tmp_path / "out.png", tmp_path / "more.txt"
     words = ["[a] red star", "--prompts", str(more), "--steps", "2", "--seeds", "0", "7", "42", "--negative", "a ring"]
     assert main([str(places[kind]), *words, "--out", str(out)]) == 0
-    told = read_settings(out)["sample"]
-    assert told["texts"] == ["[a] red star", "a green moon", "a blue ring"]
-    assert (told["run"], told["steps"], told["negative"], told["seeds"]) == (str(places[kind]), 2, "a ring", [0, 7, 42])
-    assert (told["shift"], told["checkpoint"]) == (1.0, 64 if kind == "run" else None)
+    settings = read_settings(out)["sample"]
+    assert settings["texts"] == ["[a] red star", "a green moon", "a blue ring"]
+    assert (settings["run"], settings["steps"], settings["negative"], settings["seeds"]) == (
+        str(places[kind]),
+        2,
+        "a ring",
+        [0, 7, 42],
+    )
+    assert (settings["shift"], settings["checkpoint"]) == (1.0, 64 if kind == "run" else None)
     with Image.open(out) as image:
         assert image.size == (180 + 3 * (128 + 4), 20 + 3 * (128 + 4))
 
@@ -118,30 +124,30 @@ def test_a_seed_is_the_same_noise_for_every_sentence_and_number_of_seeds(
     assert_same(np.asarray(found, dtype=np.int64), np.asarray(expected, dtype=np.int64))
 
 
-def test_run_and_its_export_paint_the_same(run_folder: Path) -> None:
+def test_run_and_its_export_sample_the_same(run_folder: Path) -> None:
     assert_same(pixels(run_folder), pixels(run_folder / "export" / "diffusers"))
 
 
-def test_a_file_paints_what_its_folder_paints_and_needs_of_another_its_configs_only(
+def test_a_file_samples_what_its_folder_samples_and_needs_of_another_its_configs_only(
     single: Path, lone: Path, teacher_folder: Path, run_folder: Path
 ) -> None:
     """The teacher's folder gives sizes and words, while its scheduler for noise prediction is not asked."""
     noise, sampler = fixed_noise(0, 1, (4, 8, 8))[None], Sampler(steps=2, guidance=3.0)
     drawn = []
     for where, configs in ((run_folder / "export", None), (single, None), (lone, str(teacher_folder))):
-        painter = load_model(str(where), "cpu", config_from=configs)
-        drawn.append(sampler.sample(painter.field, painter.encode(["a red star"]), painter.encode([""]), noise))
+        model = load_model(str(where), "cpu", config_from=configs)
+        drawn.append(sampler.sample(model.field, model.encode(["a red star"]), model.encode([""]), noise))
     torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(drawn[2], drawn[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_file_of_the_unet_alone_takes_the_rest_from_the_folder(lone: Path, teacher_folder: Path) -> None:
     whole = pixels(lone, "--config-from", str(teacher_folder))
-    told = read_settings(lone.parent / "sheet.png")["model"]
+    settings = read_settings(lone.parent / "sheet.png")["model"]
     kept = {name: value for name, value in load_file(lone).items() if name.startswith("model.")}
     save_file(kept, lone.parent / "unet-flow.safetensors", {"sollune.prediction": "velocity", **FLOW})
     assert_same(pixels(lone.parent / "unet-flow.safetensors", "--config-from", str(teacher_folder)), whole)
-    assert told["modelspec.hash_sha256"].startswith("0x")
+    assert settings["modelspec.hash_sha256"].startswith("0x")
 
 
 FLOW = {"sollune.path": "linear", "sollune.time_scale": "1000", "sollune.shift": "1"}
@@ -152,8 +158,8 @@ def test_of_a_file_without_our_metadata_the_folders_scheduler_decides(
 ) -> None:
     as_flow = load_model(str(nameless), "cpu", config_from=str(run_folder / "export"))
     as_noise = load_model(str(nameless), "cpu", config_from=str(teacher_folder))
-    assert as_flow.field.supported_solvers == ("euler", "heun", "unipc")
-    assert as_noise.field.supported_solvers == ("euler", "ddim")
+    assert supported_solvers(as_flow.field) == ("euler", "heun", "unipc")
+    assert supported_solvers(as_noise.field) == ("euler", "ddim")
 
 
 def test_a_v_prediction_run_and_its_export_are_the_same_field(
@@ -226,18 +232,18 @@ def test_sample_command_refuses_in_one_line(
         ("a pickle", "not a .safetensors file"),
     ],
 )
-def test_a_file_that_would_paint_noise_is_refused(fault: str, said: str, lone: Path, run_folder: Path) -> None:
-    tensors, told, out = load_file(lone), {"format": "pt"}, "model.diffusion_model.out.2.weight"
+def test_a_file_that_would_sample_noise_is_refused(fault: str, said: str, lone: Path, run_folder: Path) -> None:
+    tensors, settings, out = load_file(lone), {"format": "pt"}, "model.diffusion_model.out.2.weight"
     match fault:
         case "a hole":
             del tensors[out]
         case "another size":
             tensors[out] = torch.zeros(4, 8, 3, 3)
         case "says epsilon":
-            told["modelspec.prediction_type"] = "epsilon"
+            settings["modelspec.prediction_type"] = "epsilon"
         case "says v_prediction":
-            told["sollune.prediction"] = "v_prediction"
-    save_file(tensors, lone, told)
+            settings["sollune.prediction"] = "v_prediction"
+    save_file(tensors, lone, settings)
     if fault == "cut":
         lone.write_bytes(lone.read_bytes()[:5000])
     where = lone.rename(lone.with_suffix(".ckpt")) if fault == "a pickle" else lone

@@ -62,7 +62,7 @@ def test_teacher_is_asked_at_its_own_states_only(teacher: Teacher, monkeypatch: 
         asked.extend(s.tolist())
         return answer(x, s, *rest)
 
-    monkeypatch.setattr(teacher, "answer", listening)
+    monkeypatch.setattr(teacher, "predict", listening)
     noise = fixed_noises(0, 1, (4, 8, 8))
     sample_teacher(
         teacher, teacher.encode_texts(["a"]), teacher.encode_texts([""]), noise, Sampler(steps=5, solver="heun")

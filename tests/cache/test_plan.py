@@ -1,4 +1,4 @@
-"""What is told before a cache is made, and how a full disk is met before it is full."""
+"""Laws of the cost estimate, and of a disk that fills before or while a cache is made."""
 
 from collections import namedtuple
 from pathlib import Path
@@ -20,19 +20,17 @@ def config(run: Path, *options: str) -> cache_teacher.Config:
     return load(cache_teacher.Config, "cache_teacher", [Path("configs/tiny.yaml")], words)
 
 
-def said(text: str, name: str) -> int:
+def printed_number(text: str, name: str) -> int:
     return int(next(line for line in text.splitlines() if line.startswith(name)).split()[-3].replace(",", ""))
 
 
-def test_the_bytes_that_are_told_are_the_bytes_that_are_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_estimated_bytes_are_the_bytes_that_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache_teacher.run(config(tmp_path, "--plan"))
-    told = said(capsys.readouterr().out, "bytes")
+    planned = printed_number(capsys.readouterr().out, "bytes")
     assert not (tmp_path / "cache" / "data").exists()
     cache_teacher.run(config(tmp_path))
     written = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
-    assert told == pytest.approx(written, rel=0.15)
+    assert planned == pytest.approx(written, rel=0.15)
 
 
 def test_a_finished_cache_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,8 +70,8 @@ def test_the_last_worker_to_end_decides_how_long_it_takes() -> None:
     assert plan.longest_share([], 2) == 0
 
 
-def test_only_the_shards_of_the_range_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_shards_of_the_range_are_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache_teacher.run(config(tmp_path, "--plan", "--shard-range", "1:3", "--workers", "2"))
-    told = capsys.readouterr().out
-    assert "prompts to make  12 (72 states)" in told
-    assert "each of 2 workers" in told
+    printed = capsys.readouterr().out
+    assert "prompts to make  12 (72 states)" in printed
+    assert "each of 2 workers" in printed

@@ -69,7 +69,7 @@ def test_any_number_of_workers_gives_the_bytes_of_one(tmp_path: Path, workers: i
     assert len(open_verified(tmp_path / "many").shards) == 10
 
 
-def test_a_worker_that_is_killed_is_told_and_its_shard_is_made_by_another(
+def test_a_worker_that_is_killed_is_reported_and_its_shard_is_made_by_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def killed_once(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
@@ -83,12 +83,14 @@ def test_a_worker_that_is_killed_is_told_and_its_shard_is_made_by_another(
         return make(prompts, keys)
 
     assert content(filled(tmp_path / "many", 2, killed_once)) == content(filled(tmp_path / "one", 1))
-    told = capsys.readouterr().err
-    assert "worker " in told
-    assert "was killed (SIGKILL" in told
+    printed = capsys.readouterr().err
+    assert "worker " in printed
+    assert "was killed (SIGKILL" in printed
 
 
-def test_an_error_of_every_worker_is_told_with_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_every_worker_is_reported_with_their_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
         if int(keys[0]) >= 36:
             raise ZeroDivisionError("by zero")
@@ -160,7 +162,7 @@ def test_two_workers_with_the_real_teacher_give_the_bytes_of_one(alone: Path, tm
     assert content(tmp_path / "cache") == content(alone)
 
 
-def test_two_ranges_give_the_bytes_of_one_and_the_first_says_what_is_missing(
+def test_two_ranges_give_the_bytes_of_one_and_the_first_prints_what_is_missing(
     alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache_teacher.run(config(tmp_path, "--shard-range", "1:3"))

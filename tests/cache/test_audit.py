@@ -1,4 +1,4 @@
-"""The audit: the teacher says again what the cache says, and says otherwise as soon as one of its tensors changed."""
+"""Laws of the audit: an intact cache passes, and a change of any teacher tensor or stored value is an error."""
 
 import random
 import shutil
@@ -130,16 +130,16 @@ def test_what_does_not_belong_to_the_sentence_or_the_step_is_seen(
     file, record = records[0]
     other = replace(record, text=records[1][1].text)
     assert audit_record(teacher, other, file, False).worst().quantity == "cond"
-    draws = replace(record.states, k=(record.states.k + 1).clamp_max(999))
+    states = replace(record.states, k=(record.states.k + 1).clamp_max(999))
     bad = [
         one.quantity
-        for one in audit_record(teacher, replace(record, draws=draws), file, False).comparisons
+        for one in audit_record(teacher, replace(record, states=states), file, False).comparisons
         if one.error_ratio > 1
     ]
     assert "k" in bad
 
 
-def test_errors_are_told_in_tolerances() -> None:
+def test_errors_are_measured_in_tolerances() -> None:
     one = Comparison("v_cond", 0.5, 3e-6, ROUNDINGS * SINGLE)
     assert one.error_ratio == pytest.approx(3e-6 / 7.63e-6, rel=1e-3)
     assert Comparison("k", 0.5, 0.0, 0.0).error_ratio == 0
@@ -158,9 +158,9 @@ def test_the_command_passes_on_a_good_cache(
 ) -> None:
     made = run if dtype == "float32" else filled(tmp_path / "half", *SMALL, "--dtype", dtype)
     assert upkeep.main(["verify", str(made), "--deep", "--sample", "6"]) == 0
-    told = capsys.readouterr().out
-    assert "the one that the recipe names" in told
-    assert told.rstrip().endswith("the teacher says the same")
+    printed = capsys.readouterr().out
+    assert "the one that the recipe names" in printed
+    assert printed.rstrip().endswith("the teacher says the same")
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -176,9 +176,9 @@ def test_the_command_fails_on_a_cache_of_another_teacher(
     if not named:
         monkeypatch.setattr("stages.upkeep.other_parts", lambda manifest, teacher: iter(()))
     assert upkeep.main(["verify", str(run), "--deep", "--sample", "3", "--teacher", str(other)]) == 1
-    told = capsys.readouterr()
-    assert ("unet is not what the recipe names" in told.err) == named
-    lines = [line for line in told.err.splitlines() if ": record 0000000" in line]
+    printed = capsys.readouterr()
+    assert ("unet is not what the recipe names" in printed.err) == named
+    lines = [line for line in printed.err.splitlines() if ": record 0000000" in line]
     assert len(lines) == 3
     assert all("is off by" in line and "tolerance 7.6e-06" in line and "--teacher" in line for line in lines)
 
@@ -190,7 +190,7 @@ def test_a_damaged_cache_is_not_audited(run: Path, tmp_path: Path, capsys: pytes
     assert "audit" not in capsys.readouterr().out
 
 
-def test_a_cache_without_its_configuration_needs_to_be_told_its_teacher(run: Path, tmp_path: Path) -> None:
+def test_a_cache_without_its_configuration_needs_the_location_of_its_teacher(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run / "cache", tmp_path / "published")
     with pytest.raises(Refused, match="nothing says how"):
         upkeep.main(["verify", str(copy), "--deep"])
@@ -200,9 +200,9 @@ def test_a_cache_without_its_configuration_needs_to_be_told_its_teacher(run: Pat
 def test_a_record_is_shown_with_its_picture(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "picture.png"
     assert upkeep.main(["show", str(run), "000000001", "--split", "validation", "--picture", str(file)]) == 0
-    told = capsys.readouterr().out
-    assert "key             000000001" in told
-    assert f"picture: {file}" in told
+    printed = capsys.readouterr().out
+    assert "key             000000001" in printed
+    assert f"picture: {file}" in printed
     with Image.open(file) as image:
         assert image.width > 6 * image.height
 
@@ -213,15 +213,15 @@ def test_a_record_is_shown_where_no_teacher_can_be_found(
     copy = shutil.copytree(run / "cache", tmp_path / "published")
     monkeypatch.chdir(tmp_path)
     assert upkeep.main(["show", str(copy)]) == 0
-    told = capsys.readouterr().out
-    assert "key             000000000" in told
-    assert "no picture: " in told
+    printed = capsys.readouterr().out
+    assert "key             000000000" in printed
+    assert "no picture: " in printed
     assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.fixture(scope="module")
-def painted(run: Path) -> Path:
-    """The class pictures of a run, as story three leaves them before it studies."""
+def class_folder(run: Path) -> Path:
+    """The class pictures of a run, as finetune-classes leaves them before training."""
     classes = run / "classes.yaml"
     classes.write_text(
         "classes: [{name: star, pattern: star/*, priority: top}, {name: moon, pattern: moon/*, priority: low}]"
@@ -236,12 +236,12 @@ def painted(run: Path) -> Path:
 
 
 def test_the_pictures_of_classes_are_audited_and_repaired_too(
-    painted: Path, capsys: pytest.CaptureFixture[str]
+    class_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert upkeep.main(["verify", str(painted), "--deep", "--sample", "3"]) == 0
-    file = painted / "cache" / "data" / "train-000001.tar"
+    assert upkeep.main(["verify", str(class_folder), "--deep", "--sample", "3"]) == 0
+    file = class_folder / "cache" / "data" / "train-000001.tar"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1000] + b"x" * 1000)
-    (painted.parent / "classes.yaml").unlink()  # the one that lies beside the pictures is enough
-    assert upkeep.main(["repair", str(painted)]) == 0
+    (class_folder.parent / "classes.yaml").unlink()  # the one that lies beside the pictures is enough
+    assert upkeep.main(["repair", str(class_folder)]) == 0
     assert file.read_bytes() == whole

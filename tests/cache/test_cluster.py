@@ -1,4 +1,4 @@
-"""Laws of filling a cache: several processes share it, and a prompt that cannot be made is told."""
+"""Laws of filling a cache: several processes share it, and a prompt that cannot be made is reported."""
 
 import multiprocessing
 import os
@@ -62,7 +62,7 @@ def test_writers_at_once_give_the_bytes_of_one(tmp_path: Path) -> None:
     assert content(tmp_path / "many") == content(filled(tmp_path / "one", 40))
 
 
-def test_a_prompt_that_cannot_be_made_is_told_and_the_rest_is_kept(tmp_path: Path) -> None:
+def test_a_prompt_that_cannot_be_made_is_reported_and_the_rest_is_kept(tmp_path: Path) -> None:
     def fragile(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
         if any(prompt.seed == 5 for prompt in prompts):
             raise RuntimeError("no such\nword")
@@ -73,11 +73,11 @@ def test_a_prompt_that_cannot_be_made_is_told_and_the_rest_is_kept(tmp_path: Pat
     assert [shard.records for shard in manifest.shards] == [4, 3]
 
 
-def test_an_answer_that_is_not_finite_is_told(tmp_path: Path) -> None:
+def test_an_answer_that_is_not_finite_is_reported(tmp_path: Path) -> None:
     def wild(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
         records = make(prompts, keys)
         bad = records[0].states.v_cond.clone().fill_(float("inf"))
-        return [replace(records[0], draws=replace(records[0].states, v_cond=bad)), *records[1:]]
+        return [replace(records[0], states=replace(records[0].states, v_cond=bad)), *records[1:]]
 
     manifest = open_verified(filled(tmp_path, 2, wild))
     assert [(one.key, one.reason) for one in manifest.failures] == [("000000000", "v_cond is not finite")]
@@ -180,9 +180,9 @@ def test_a_process_that_ends_as_a_shard_gets_longer_leaves_a_manifest_that_is_ri
 def test_the_next_batch_is_made_while_the_last_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     next_begun, true = threading.Event(), CacheWriter.enter
 
-    def slow(writer: CacheWriter, *told: Any) -> None:
+    def slow(writer: CacheWriter, *arguments: Any) -> None:
         assert next_begun.wait(10), "the second shard was not begun before the first was entered"
-        true(writer, *told)
+        true(writer, *arguments)
 
     def noting(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
         if keys[0] == "000000004":
@@ -232,7 +232,7 @@ def test_a_range_that_is_none_is_refused_with_the_number_of_shards(asked_for: st
         tasks_in(tasks_of({"train": asked(9)}, 4), asked_for)
 
 
-def test_ranges_are_told_as_they_are_asked() -> None:
+def test_ranges_are_printed_in_the_notation_of_the_option() -> None:
     tasks = tasks_of({"train": asked(9), "validation": asked(3)}, 4)
     assert [task.name for task in tasks_in(tasks, "2:4")] == ["train-000002", "validation-000000"]
     assert ranges([0, 1, 2, 5, 7, 8]) == "0:3, 5:6, 7:9"
