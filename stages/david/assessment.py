@@ -67,7 +67,7 @@ class Assessment:
 
 
 class Assessor(Protocol):
-    """A back-end: `Fitted` on this cache, or `Published` weights."""
+    """A back-end: `FittedAssessor` on this cache, or `PublishedAssessor`."""
 
     bins: int
     steps: int
