@@ -124,7 +124,7 @@ def _row_equals(batch: Any, row: int, record: Record) -> bool:
     pairs = [(batch.cond[row], record.cond)]
     pairs += [
         (getattr(batch, name)[row], getattr(record.states, name)[index])
-        for name in ("x_t", "v_cond", "v_uncond", "s", "k")
+        for name in ("x_s", "v_cond", "v_uncond", "s", "k")
     ]
     pairs += [(batch.features[block][row], values[index]) for block, values in record.features.by_block.items()]
     return list(batch.features) == list(record.features.by_block) and all(_bits_equal(a, b) for a, b in pairs)

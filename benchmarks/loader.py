@@ -48,9 +48,9 @@ def record(number: int) -> Record:
     def half(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).half()
 
-    x_t, v_cond, v_uncond = (half(DRAWS, 4, 64, 64) for _ in range(3))
+    x_s, v_cond, v_uncond = (half(DRAWS, 4, 64, 64) for _ in range(3))
     times = torch.rand(DRAWS, generator=generator)
-    draws = States((times * 999).long(), times, x_t, v_cond, v_uncond, torch.arange(DRAWS) < 4)
+    draws = States((times * 999).long(), times, x_s, v_cond, v_uncond, torch.arange(DRAWS) < 4)
     features = BlockFeatures({block: half(DRAWS, width) for block, width in WIDTHS.items()})
     return Record(
         f"{number:09d}", f"number {number}", "none", number, 5.0, half(77, 768), half(4, 64, 64), draws, features

@@ -58,7 +58,7 @@ class Ours:
         for _ in range((reader.samples_per_epoch - start) // ROWS):
             b = next(stream)
             keys = [f"{key}/{draw}" for key, draw in zip(b.keys, b.state_index.tolist(), strict=True)]
-            yield keys, {"cond": b.cond, "x_t": b.x_t, "v_cond": b.v_cond, "v_uncond": b.v_uncond, **b.features}
+            yield keys, {"cond": b.cond, "x_t": b.x_s, "v_cond": b.v_cond, "v_uncond": b.v_uncond, **b.features}
 
     def state(self, _reader: Any, batches_seen: int) -> Any:
         """A number."""

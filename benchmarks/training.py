@@ -99,14 +99,14 @@ def records(setup: Setup, unet: UNet2DConditionModel, count: int) -> Iterator[Re
     latent, width = unet.config["sample_size"], unet.config["cross_attention_dim"]
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
-        x_t, v_cond, v_uncond = torch.randn(3, STATES_PER_RECORD, 4, latent, latent, generator=generator).half()
+        x_s, v_cond, v_uncond = torch.randn(3, STATES_PER_RECORD, 4, latent, latent, generator=generator).half()
         k = torch.randint(1000, (STATES_PER_RECORD,), generator=generator)
-        states = States(k, k / 1000, x_t, v_cond, v_uncond, torch.ones(STATES_PER_RECORD, dtype=torch.bool))
+        states = States(k, k / 1000, x_s, v_cond, v_uncond, torch.ones(STATES_PER_RECORD, dtype=torch.bool))
         features = {
             b: torch.randn(STATES_PER_RECORD, n, generator=generator).half() for b, n in feature_widths(unet).items()
         }
         cond = torch.randn(setup.tokens, width, generator=generator).half()
-        yield Record(f"{number:09d}", "a", "none", number, 5.0, cond, x_t[0], states, BlockFeatures(features))
+        yield Record(f"{number:09d}", "a", "none", number, 5.0, cond, x_s[0], states, BlockFeatures(features))
 
 
 def reader_of(setup: Setup, unet: UNet2DConditionModel, folder: Path) -> Reader:
@@ -130,7 +130,7 @@ def online(setup: Setup, device: torch.device) -> LoopTiming:
 
     def predicted(batch: Batch) -> Batch:
         moved = batch.to(device, torch.float32)
-        output = teacher.predict(moved.x_t, moved.s, moved.k, moved.cond, torch.zeros_like(moved.cond[:1]))
+        output = teacher.predict(moved.x_s, moved.s, moved.k, moved.cond, torch.zeros_like(moved.cond[:1]))
         return replace(moved, v_cond=output.v_cond, v_uncond=output.v_uncond, features=output.features)
 
     if not setup.full:

@@ -18,7 +18,19 @@ from shards.archive import RecordSpan, Shard
 from shards.integrity import Damaged
 from shards.opened import OpenShards
 from shards.order import Indices
-from shards.record import FEATURES, LATENTS, PER_PROMPT, ROW_FIELDS, Record, RecordHeader, RecordLayout, tensors_of
+from shards.record import (
+    FEATURES,
+    LATENTS,
+    PER_PROMPT,
+    ROW_FIELDS,
+    STATE_FIELDS,
+    Record,
+    RecordHeader,
+    RecordLayout,
+    tensors_of,
+)
+
+LATENT_FIELDS = tuple(STATE_FIELDS[name] for name in LATENTS)
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Batch:
     texts: tuple[str, ...]
     class_names: tuple[str, ...]
     cond: Float[Tensor, "b L d"]
-    x_t: Float[Tensor, "b c h w"]
+    x_s: Float[Tensor, "b c h w"]
     v_cond: Float[Tensor, "b c h w"]
     v_uncond: Float[Tensor, "b c h w"]
     s: Float[Tensor, " b"]
@@ -57,7 +69,7 @@ class Batch:
                 return values
             # As stored, and cast over there: a cast here would leave pinned memory and double the bytes on the way.
             there = values.to(device, non_blocking=True)
-            return there.to(dtype) if name in ("cond", "features", *LATENTS) else there
+            return there.to(dtype) if name in ("cond", "features", *LATENT_FIELDS) else there
 
         return self._map(moved)
 
@@ -228,7 +240,8 @@ def _batch(
         keys=tuple(record.key for record in records),
         texts=tuple(record.text for record in records),
         class_names=tuple(record.class_name for record in records),
-        **{name: tensors[name] for name in ("cond", *ROW_FIELDS)},
+        cond=tensors["cond"],
+        **{STATE_FIELDS[name]: tensors[name] for name in ROW_FIELDS},
         features={name.removeprefix(FEATURES): tensors[name] for name in tensors if name.startswith(FEATURES)},
         state_index=state_index,
     )

@@ -20,6 +20,7 @@ from shards.record import (
     PER_PROMPT,
     PER_STATE,
     SCHEMA,
+    STATE_FIELDS,
     BlockFeatures,
     Record,
     States,
@@ -92,7 +93,7 @@ def decode(json_bytes: bytes, st_bytes: bytes | bytearray | memoryview) -> Recor
         **{name: metadata[name] for name in ("key", "text", "class_name", "seed", "guidance_scale")},
         cond=tensors["cond"],
         x0=tensors["x0"],
-        states=States(**{name: tensors[name] for name in PER_STATE}),
+        states=States(**{field: tensors[name] for name, field in STATE_FIELDS.items()}),
         features=BlockFeatures({block: tensors[f"{FEATURES}{block}"] for block in blocks}),
     )
 

@@ -34,7 +34,7 @@ class States:
     """int64, the teacher's timestep; its last one for the whole tail beyond it"""
     s: Float[Tensor, " K"]
     """float32 path time, 1 is noise; the time of k, except in the tail"""
-    x_t: Float[Tensor, "K c h w"]
+    x_s: Float[Tensor, "K c h w"]
     """float16, rounded before the teacher computed the velocities"""
     v_cond: Float[Tensor, "K c h w"]
     v_uncond: Float[Tensor, "K c h w"]
@@ -78,6 +78,8 @@ PER_STATE = {
     "v_uncond": torch.float16,
     "trajectory": torch.bool,
 }
+STATE_FIELDS = {name: "x_s" if name == "x_t" else name for name in PER_STATE}
+"""The field of `States`, and of a batch, by the stored name: the state at path time s is stored as x_t."""
 LATENTS = ("x_t", "v_cond", "v_uncond")
 ROW_FIELDS = (*LATENTS, "s", "k")
 """The tensors of a state that a row of a training batch has."""
@@ -96,7 +98,7 @@ HEADER_LENGTH = struct.Struct("<Q")
 def tensors_of(record: Record) -> dict[str, Tensor]:
     """Every tensor of a record by its stored name, in the order of the schema."""
     tensors = {name: getattr(record, name) for name in PER_PROMPT}
-    tensors |= {name: getattr(record.states, name) for name in PER_STATE}
+    tensors |= {name: getattr(record.states, field) for name, field in STATE_FIELDS.items()}
     return tensors | {f"{FEATURES}{block}": values for block, values in record.features.by_block.items()}
 
 

@@ -260,10 +260,10 @@ def _worst(comparisons: Sequence[Comparison], name: str) -> str:
 
 
 def save_record_picture(record: Record, teacher: str, path: Path) -> None:
-    """A row of pictures as PNG: x0, then x0_hat = x_t - s v_cond of each state, from noise to data."""
+    """A row of pictures as PNG: x0, then x0_hat = x_s - s v_cond of each state, from noise to data."""
     components = load_components(teacher, device_of("auto"), torch.float32)
     states = record.states
-    x0_hat = x0_from_velocity(states.x_t.float(), states.v_cond.float(), states.s)
+    x0_hat = x0_from_velocity(states.x_s.float(), states.v_cond.float(), states.s)
     order = states.s.argsort(descending=True)
     latents = torch.cat([record.x0.float()[None], x0_hat[order]]).to(components.unet.device)
     pictures = Teacher(components, "hold").decode_latents(latents)

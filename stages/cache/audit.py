@@ -96,7 +96,7 @@ def audit_record(teacher: Teacher, record: Record, file: str, tf32: bool) -> Rec
     """
     _check_shapes(teacher, record)
     states, device = record.states, teacher.components.unet.device
-    x, s, k = states.x_t.float().to(device), states.s.to(device), states.k.to(device)
+    x, s, k = states.x_s.float().to(device), states.s.to(device), states.k.to(device)
     cond = record.cond.to(device).expand(len(states), -1, -1)
     prediction = teacher.predict(x, s, k, cond, teacher.uncond.half())
 

@@ -8,10 +8,9 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from shards.record import SPLITS, Record
+from shards.record import SPLITS, Record, tensors_of
 from shards.writer import CacheWriter
 from stages.cache.claims import Claims
 from stages.cache.writer_thread import WriterThread
@@ -224,17 +223,11 @@ def write_shard(
 def drop_non_finite(records: Iterable[Record], failures: Failures) -> Iterator[Record]:
     """The records whose numbers are all finite; the others become failures."""
     for record in records:
-        bad = next((name for name, values in _named_tensors(record) if not values.isfinite().all()), None)
+        bad = next((name for name, values in tensors_of(record).items() if not values.isfinite().all()), None)
         if bad:
             failures.append((record.key, f"{bad} is not finite"))
         else:
             yield record
-
-
-def _named_tensors(record: Record) -> Iterator[tuple[str, Tensor]]:
-    yield from ((name, getattr(record, name)) for name in ("cond", "x0"))
-    yield from ((name, getattr(record.states, name)) for name in ("s", "x_t", "v_cond", "v_uncond"))
-    yield from ((f"features.{block}", values) for block, values in record.features.by_block.items())
 
 
 def print_failures(task: ShardTask, failures: Failures) -> None:

@@ -181,7 +181,7 @@ class TeacherState:
 
     k: Int[Tensor, " b"]
     s: Float[Tensor, " b"]
-    x_t: Float[Tensor, "b c h w"]
+    x_s: Float[Tensor, "b c h w"]
     prediction: Prediction
 
 
@@ -211,7 +211,7 @@ class ConditionedTeacher:
         for s, s_next in pairwise(grid):
             state = self.evaluate(x, s)
             v = apply_guidance(state.prediction.v_cond, state.prediction.v_uncond, scale)
-            x = state.x_t + per_sample(s_next - state.s, v) * v
+            x = state.x_s + per_sample(s_next - state.s, v) * v
             trajectory.append(state)
         return trajectory, x
 
@@ -238,7 +238,7 @@ def stack_states(
     stacked = States(
         k=stack(state.k for state in states),
         s=stack(state.s for state in states),
-        x_t=stack(state.x_t for state in states).half(),
+        x_s=stack(state.x_s for state in states).half(),
         v_cond=stack(state.prediction.v_cond for state in states).half(),
         v_uncond=stack(state.prediction.v_uncond for state in states).half(),
         trajectory=torch.arange(len(states)) < len(trajectory),

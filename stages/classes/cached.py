@@ -117,7 +117,7 @@ def _record_errors(
     records = [reader.record_at(number) for number in numbers]
     states = [(record, index) for record in records for index in range(len(record.states))]
     batch = collate([record for record, _ in states], [index for _, index in states]).to(uncond.device, torch.float32)
-    output = student(batch.x_t, batch.s, batch.cond, uncond)
+    output = student(batch.x_s, batch.s, batch.cond, uncond)
     error = mean_squares(output.v_cond - batch.v_cond) + mean_squares(output.v_uncond - batch.v_uncond)
     norm = mean_squares(batch.v_cond) + mean_squares(batch.v_uncond)
     difficulty = run_assessor.difficulty(batch, output).double() if run_assessor else torch.zeros_like(error)

@@ -75,25 +75,25 @@ class DataTarget:
     def apply(self, batch: Batch, samples: Int[np.ndarray, " b"]) -> Batch:
         """The batch with new noise in each row of these pictures; `samples` are the sample numbers of the rows.
 
-        There x_t = (1 - s) x0 + s eps, v_cond = eps - x0, and `own_guidance` is the picture's. `v_uncond`, `k` and the
+        There x_s = (1 - s) x0 + s eps, v_cond = eps - x0, and `own_guidance` is the picture's. `v_uncond`, `k` and the
         features remain those of the stored state, and the loss ignores them.
         """
         rows = [row for row, key in enumerate(batch.keys) if key in self.x0]
         if not rows:
             return batch
         states = [self._sample_state(int(samples[row]), self.x0[batch.keys[row]].float()) for row in rows]
-        s, x_t, v = (torch.stack(column) for column in zip(*states, strict=True))
+        s, x_s, v = (torch.stack(column) for column in zip(*states, strict=True))
         at, scales = torch.tensor(rows), torch.tensor([self.guidance[batch.keys[row]] for row in rows])
         return replace(
             batch,
             s=batch.s.index_copy(0, at, s.to(batch.s.dtype)),
-            x_t=batch.x_t.index_copy(0, at, x_t.to(batch.x_t.dtype)),
+            x_s=batch.x_s.index_copy(0, at, x_s.to(batch.x_s.dtype)),
             v_cond=batch.v_cond.index_copy(0, at, v.to(batch.v_cond.dtype)),
             own_guidance=torch.zeros(len(batch)).index_copy(0, at, scales),
         )
 
     def _sample_state(self, sample_number: int, x0: Float[Tensor, "c h w"]) -> tuple[Tensor, Tensor, Tensor]:
-        """s, x_t and v of one sample, on the CPU."""
+        """s, x_s and v of one sample, on the CPU."""
         generator = torch.Generator().manual_seed(derived_seed("data", self.seed, sample_number))
         s = self.density.sample(1, generator).float()
         eps = torch.randn(x0.shape, generator=generator)

@@ -104,7 +104,7 @@ class HeldOutStates:
         uncond, parts = self.teacher.uncond, []
         for batch in self.batches:
             batch = batch.to(uncond.device, torch.float32)
-            parts.append(student(batch.x_t, batch.s, batch.cond, uncond).features)
+            parts.append(student(batch.x_s, batch.s, batch.cond, uncond).features)
         return {block: torch.cat([part[block] for part in parts]) for block in parts[0]}
 
     def assess(self, student_features: Mapping[str, Float[Tensor, "m n"]]) -> dict[str, BlockAssessment]:

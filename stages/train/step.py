@@ -120,7 +120,7 @@ class TrainingStep:
     ) -> tuple[Losses, Sequence[Tensor], Sequence[Tensor]]:
         """A micro-batch's losses, after its gradient is added; the assessor's observations and the gradient norms."""
         state, rows, samples = self.state, chunk.batch, self.state.samples
-        output: Prediction = self.model(rows.x_t, rows.s + chunk.time_jitter, rows.cond, self.uncond)
+        output: Prediction = self.model(rows.x_s, rows.s + chunk.time_jitter, rows.cond, self.uncond)
         with torch.no_grad():
             weight = state.block_weighter.importance_weight(rows)
             observations = state.block_weighter.observe(rows, output, weight)

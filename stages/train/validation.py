@@ -69,7 +69,7 @@ def velocity_errors(student: Student, batches: Iterable[Batch], uncond: Float[Te
     velocity, guidance, states = _ErrorSums(), _ErrorSums(), 0
     for batch in batches:
         batch = batch.to(uncond.device, torch.float32)
-        output, bin_index = student(batch.x_t, batch.s, batch.cond, uncond), bin_of_time(batch.s, VALIDATION_BINS)
+        output, bin_index = student(batch.x_s, batch.s, batch.cond, uncond), bin_of_time(batch.s, VALIDATION_BINS)
         velocity.add(bin_index, output.v_cond, batch.v_cond)
         velocity.add(bin_index, output.v_uncond, batch.v_uncond)
         guidance.add(bin_index, output.v_cond - output.v_uncond, batch.v_cond - batch.v_uncond)
@@ -205,9 +205,9 @@ def renoise(teacher: Teacher, seen: Sequence[PicturesAndBatch]) -> Iterator[Batc
     for number, (x0, batch) in enumerate(seen):
         generator = torch.Generator().manual_seed(derived_seed("validation", 0, number))
         x = interpolate(x0.float(), torch.randn(x0.shape, generator=generator), batch.s).half()
-        moved = replace(batch, x_t=x).to(uncond.device, torch.float32)
-        output = teacher.predict(moved.x_t, moved.s, moved.k, moved.cond.half(), uncond)
-        yield replace(batch, x_t=x, v_cond=output.v_cond.half().cpu(), v_uncond=output.v_uncond.half().cpu())
+        moved = replace(batch, x_s=x).to(uncond.device, torch.float32)
+        output = teacher.predict(moved.x_s, moved.s, moved.k, moved.cond.half(), uncond)
+        yield replace(batch, x_s=x, v_cond=output.v_cond.half().cpu(), v_uncond=output.v_uncond.half().cpu())
 
 
 def _error_metrics(name: str, error: RelativeError) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def test_stored_answers_are_the_teachers_at_the_stored_states(teacher: Teacher) 
     """The input was rounded before it was asked, so asking again gives the stored answer."""
     record = make_records(teacher, PROMPTS, KEYS, CONFIG)[1]
     draws, cond = record.states, record.cond.float().expand(6, -1, -1)
-    again = teacher.predict(draws.x_t.float(), draws.s, draws.k, cond, teacher.encode_texts([""]).half().float())
+    again = teacher.predict(draws.x_s.float(), draws.s, draws.k, cond, teacher.encode_texts([""]).half().float())
     torch.testing.assert_close(again.v_cond.half(), draws.v_cond, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(again.v_uncond.half(), draws.v_uncond, atol=2e-3, rtol=2e-3)
     for block, feature in record.features.by_block.items():
@@ -86,7 +86,7 @@ def test_renoised_states_lie_on_the_straight_path_of_the_finished_picture(teache
     for row, eps in zip((~record.states.trajectory).nonzero()[:, 0], chosen.renoised_noise, strict=True):
         s = record.states.s[row]
         expected = (1 - s) * record.x0.float() + s * eps
-        torch.testing.assert_close(record.states.x_t[row].float(), expected, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(record.states.x_s[row].float(), expected, atol=2e-3, rtol=2e-3)
 
 
 def test_the_same_prompts_give_the_same_bytes(teacher: Teacher) -> None:

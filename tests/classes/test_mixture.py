@@ -75,7 +75,7 @@ def test_the_stream_resumes_at_any_batch(mixture: Mixture) -> None:
     fifth = next(islice(mixture.batches(0), 5, None))
     again = next(mixture.batches(5 * 8))
     assert fifth.keys == again.keys
-    assert torch.equal(fifth.x_t, again.x_t)
+    assert torch.equal(fifth.x_s, again.x_s)
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
@@ -85,7 +85,7 @@ def test_the_ranks_share_the_rows_of_each_batch(mixture: Mixture, world: int) ->
         parts = [next(rank) for rank in ranks]
         for rank, part in enumerate(parts):
             assert part.keys == batch.keys[rank::world]
-            assert torch.equal(part.x_t, batch.x_t[rank::world])
+            assert torch.equal(part.x_s, batch.x_s[rank::world])
 
 
 @pytest.mark.parametrize("share", [0.01, 0.99])
@@ -110,7 +110,7 @@ def test_rows_with_data_targets_are_the_same_on_every_number_of_ranks(labelled: 
     for batch in whole:
         for rank in range(2):
             part, of = next(ranks[rank]), batch.rows(slice(rank, None, 2))
-            assert torch.equal(part.x_t, of.x_t)
+            assert torch.equal(part.x_s, of.x_s)
             assert torch.equal(part.s, of.s)
             assert torch.equal(part.v_cond, of.v_cond)
             own = [3.0 * (key == "000000002" and group < 2) for key, group in zip(part.keys, part.group, strict=True)]
@@ -119,7 +119,7 @@ def test_rows_with_data_targets_are_the_same_on_every_number_of_ranks(labelled: 
 
 def test_rows_with_data_targets_are_the_same_when_a_run_resumes(labelled: Mixture) -> None:
     fifth, again = next(islice(labelled.batches(0), 5, None)), next(labelled.batches(5 * 8))
-    assert torch.equal(fifth.x_t, again.x_t)
+    assert torch.equal(fifth.x_s, again.x_s)
     assert torch.equal(fifth.s, again.s)
 
 

@@ -116,9 +116,9 @@ def test_all_states_of_a_photograph_are_on_its_straight_path_and_hold_the_teache
     assert record.guidance_scale == 1
     eps = draw_randomness(plan.prompts[-1], config, (4, 8, 8)).renoised_noise
     s = states.s[:, None, None, None]
-    torch.testing.assert_close(states.x_t.float(), (1 - s) * record.x0.float() + s * eps, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(states.x_s.float(), (1 - s) * record.x0.float() + s * eps, atol=2e-3, rtol=2e-3)
     again = teacher.predict(
-        states.x_t.float(), states.s, states.k, record.cond.float().expand(3, -1, -1), teacher.uncond
+        states.x_s.float(), states.s, states.k, record.cond.float().expand(3, -1, -1), teacher.uncond
     )
     torch.testing.assert_close(again.v_cond.half(), states.v_cond, atol=4e-3, rtol=4e-3)
     torch.testing.assert_close(again.features["mid"].half(), record.features.by_block["mid"], atol=4e-3, rtol=4e-3)

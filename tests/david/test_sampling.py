@@ -38,7 +38,7 @@ def record(number: int) -> Record:
     """A small record whose two states have times of their own."""
     k = torch.tensor([(97 * number) % 500, 999 - (61 * number) % 500])
     state = torch.full((2, 3, 4, 5), float(number)).half()
-    states = States(k=k, s=k / 1000, x_t=state, v_cond=state, v_uncond=state, trajectory=k < 500)
+    states = States(k=k, s=k / 1000, x_s=state, v_cond=state, v_uncond=state, trajectory=k < 500)
     features = BlockFeatures({"mid": torch.zeros(2, 3).half()})
     return Record(f"{number:09d}", "a star", "star", number, 3.0, torch.zeros(2, 7).half(), state[0], states, features)
 

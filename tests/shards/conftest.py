@@ -32,7 +32,7 @@ def make_numbered_record(number: int, state_count: int = K) -> Record:
         states=States(
             k=torch.randint(0, 1000, (state_count,), generator=generator),
             s=torch.rand(state_count, generator=generator),
-            x_t=half(state_count, C, H, W),
+            x_s=half(state_count, C, H, W),
             v_cond=half(state_count, C, H, W),
             v_uncond=half(state_count, C, H, W),
             trajectory=torch.arange(state_count) == 0,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shards.codec import decode, encode
-from shards.record import PER_STATE, BlockFeatures
+from shards.record import STATE_FIELDS, BlockFeatures
 from stages.system.refusal import Refused
 
 
@@ -23,7 +23,7 @@ def test_a_record_comes_back_bit_for_bit(make_record):
         assert getattr(back, name) == getattr(sent, name)
     assert is_bit_equal(back.cond, sent.cond)
     assert is_bit_equal(back.x0, sent.x0)
-    assert all(is_bit_equal(getattr(back.states, name), getattr(sent.states, name)) for name in PER_STATE)
+    assert all(is_bit_equal(getattr(back.states, name), getattr(sent.states, name)) for name in STATE_FIELDS.values())
     assert list(back.features.by_block) == ["mid", "down_0"]
     assert all(is_bit_equal(back.features.by_block[block], values) for block, values in sent.features.by_block.items())
 
@@ -69,7 +69,7 @@ def encode_by_hand(values):
 def test_the_bytes_are_the_ones_of_schema_1(make_record):
     sent = make_record(0)
     features = sent.features.by_block.values()
-    for values in (sent.cond, sent.x0, *(getattr(sent.states, name) for name in PER_STATE), *features):
+    for values in (sent.cond, sent.x0, *(getattr(sent.states, name) for name in STATE_FIELDS.values()), *features):
         values.copy_(torch.arange(values.numel()).view_as(values) % 7)
     json_bytes, st_bytes = encode(sent)
     assert json_bytes == (

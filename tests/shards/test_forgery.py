@@ -17,7 +17,7 @@ from shards.codec import encode
 from shards.integrity import append_seal
 from shards.journal import entries_of
 from shards.manifest import Manifest
-from shards.record import BlockFeatures
+from shards.record import STATE_FIELDS, BlockFeatures
 from shards.table import table_files, write_table
 
 Members = list[tuple[str, bytes, bytes]]
@@ -98,9 +98,9 @@ def four(make_record):
 
 
 def with_value(record, name: str, value: float):
-    tensor = getattr(record.states, name).clone()
+    tensor = getattr(record.states, STATE_FIELDS[name]).clone()
     tensor.view(-1)[1] = value
-    return replace(record, states=replace(record.states, **{name: tensor}))
+    return replace(record, states=replace(record.states, **{STATE_FIELDS[name]: tensor}))
 
 
 def test_a_forged_cache_that_is_good_passes(cache, four, capsys):

@@ -48,7 +48,7 @@ def test_a_row_is_the_state_of_the_record_that_it_names(cache, make_record, memo
             sent = make_record(int(key))
             assert (batch.texts[row], batch.class_names[row]) == (sent.text, sent.class_name)
             assert batch.cond[row].equal(sent.cond)
-            for name in ("k", "s", "x_t", "v_cond", "v_uncond"):
+            for name in ("k", "s", "x_s", "v_cond", "v_uncond"):
                 assert getattr(batch, name)[row].equal(getattr(sent.states, name)[draw])
             assert list(batch.features) == list(sent.features.by_block)
             for block, values in sent.features.by_block.items():
@@ -59,7 +59,7 @@ def test_memory_does_not_change_what_is_read(cache):
     rich, poor = (Reader(cache, batch_size=3, memory_budget_bytes=budget) for budget in (2 << 30, 0))
     for a, b in itertools.islice(zip(rich.batches(), poor.batches(), strict=True), 8):
         assert a.keys == b.keys
-        assert all(getattr(a, name).equal(getattr(b, name)) for name in ("cond", "x_t", "v_cond", "v_uncond", "s", "k"))
+        assert all(getattr(a, name).equal(getattr(b, name)) for name in ("cond", "x_s", "v_cond", "v_uncond", "s", "k"))
         assert a.state_index.dtype == b.state_index.dtype == torch.int64
 
 
@@ -102,7 +102,7 @@ def test_a_weighted_stream_follows_the_weights(cache):
 
 def test_moving_a_batch_changes_floats_but_not_times(cache):
     batch = next(Reader(cache, batch_size=2).batches()).to("cpu", torch.bfloat16)
-    assert {t.dtype for t in (batch.cond, batch.x_t, batch.v_cond, *batch.features.values())} == {torch.bfloat16}
+    assert {t.dtype for t in (batch.cond, batch.x_s, batch.v_cond, *batch.features.values())} == {torch.bfloat16}
     assert (batch.s.dtype, batch.k.dtype, batch.state_index.dtype) == (torch.float32, torch.int64, torch.int64)
 
 

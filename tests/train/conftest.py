@@ -50,13 +50,13 @@ def make_batch(first: int, size: int = 2) -> Batch:
         rows.append(
             [torch.randn(shape, generator=generator) for shape in shapes] + [torch.rand((), generator=generator)]
         )
-    cond, x_t, v_cond, v_uncond, mid, up_3, s = (torch.stack(column) for column in zip(*rows, strict=True))
+    cond, x_s, v_cond, v_uncond, mid, up_3, s = (torch.stack(column) for column in zip(*rows, strict=True))
     return Batch(
         keys=tuple(f"{index:09d}" for index in range(first, first + size)),
         texts=("a star",) * size,
         class_names=("shape/star",) * size,
         cond=cond.half(),
-        x_t=x_t.half(),
+        x_s=x_s.half(),
         v_cond=v_cond.half(),
         v_uncond=v_uncond.half(),
         s=s,
@@ -151,9 +151,9 @@ def unet_batches() -> Callable[[int | None], Callable[[int], Iterator[Batch]]]:
         def batches(first: int) -> Iterator[Batch]:
             for batch in (interrupted_stream(after) if after else stream)(first):
                 generator = torch.Generator().manual_seed(int(batch.keys[0]))
-                x_t, v_cond, v_uncond = torch.randn(3, 2, 4, 8, 8, generator=generator)
+                x_s, v_cond, v_uncond = torch.randn(3, 2, 4, 8, 8, generator=generator)
                 cond = torch.randn(2, 3, 64, generator=generator)
-                yield replace(batch, x_t=x_t, v_cond=v_cond, v_uncond=v_uncond, cond=cond, features={})
+                yield replace(batch, x_s=x_s, v_cond=v_cond, v_uncond=v_uncond, cond=cond, features={})
 
         return batches
 

@@ -55,7 +55,7 @@ def losses(prediction: Prediction, batch: Batch) -> Losses:
 
 def test_a_state_and_its_velocity_lead_back_to_the_picture(batch, target):
     changed = target.apply(batch, numbers(10, 11))
-    back = changed.x_t[0] - changed.s[0] * changed.v_cond[0]
+    back = changed.x_s[0] - changed.s[0] * changed.v_cond[0]
     torch.testing.assert_close(back, target.x0["000000000"].float(), atol=1e-5, rtol=0)
     assert changed.own_guidance is not None
     assert changed.own_guidance.tolist() == [4, 0]
@@ -63,15 +63,15 @@ def test_a_state_and_its_velocity_lead_back_to_the_picture(batch, target):
 
 def test_noise_and_time_belong_to_the_number_of_the_sample_and_to_nothing_else(batch, target):
     one, again = target.apply(batch, numbers(10, 11)), target.apply(batch.rows(slice(0, 1)), numbers(10))
-    assert torch.equal(one.x_t[0], again.x_t[0])
+    assert torch.equal(one.x_s[0], again.x_s[0])
     assert torch.equal(one.s[0], again.s[0])
-    assert not torch.equal(one.x_t[0], target.apply(batch, numbers(12, 11)).x_t[0])
-    assert not torch.equal(one.x_t[0], replace(target, seed=4).apply(batch, numbers(10, 11)).x_t[0])
+    assert not torch.equal(one.x_s[0], target.apply(batch, numbers(12, 11)).x_s[0])
+    assert not torch.equal(one.x_s[0], replace(target, seed=4).apply(batch, numbers(10, 11)).x_s[0])
 
 
 def test_the_other_rows_stay_as_they_are_stored(batch, target):
     changed = target.apply(batch, numbers(10, 11))
-    for name in ("x_t", "v_cond", "v_uncond", "s", "k", "cond"):
+    for name in ("x_s", "v_cond", "v_uncond", "s", "k", "cond"):
         assert torch.equal(getattr(changed, name)[1], getattr(batch, name)[1])
     assert target.apply(batch.rows(slice(1, 2)), numbers(11)).own_guidance is None
 

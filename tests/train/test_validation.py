@@ -69,13 +69,13 @@ def record(number: int, renoised: int) -> Record:
     generator = torch.Generator().manual_seed(number)
     cond, x0 = torch.randn(6, 7, generator=generator).half(), torch.randn(SHAPE, generator=generator).half()
     s = torch.rand(3, generator=generator)
-    x_t = torch.randn(3, *SHAPE, generator=generator).half()
+    x_s = torch.randn(3, *SHAPE, generator=generator).half()
     states = States(
         k=(s * 999).long(),
         s=s,
-        x_t=x_t,
-        v_cond=field(x_t.float(), s, cond.expand(3, 6, 7)).half(),
-        v_uncond=field(x_t.float(), s, UNCOND.expand(3, 6, 7)).half(),
+        x_s=x_s,
+        v_cond=field(x_s.float(), s, cond.expand(3, 6, 7)).half(),
+        v_uncond=field(x_s.float(), s, UNCOND.expand(3, 6, 7)).half(),
         trajectory=torch.arange(3) < 3 - renoised,
     )
     features = BlockFeatures({"mid": torch.zeros(3, 2).half()})
@@ -110,7 +110,7 @@ def test_a_student_that_is_its_teacher_has_no_error_and_no_gap(folder):
 
 
 def test_a_student_that_memorised_the_cache_has_a_gap(folder):
-    seen = [row.float() for reader in [Reader(folder)] for one in reader.records() for row in one.states.x_t]
+    seen = [row.float() for reader in [Reader(folder)] for one in reader.records() for row in one.states.x_s]
     metrics = validation(folder)(Memorising(seen)).metrics()
     assert metrics["seen"] < 1e-6
     assert metrics["seen_new_noise"] == pytest.approx(0.25, rel=1e-3)
@@ -138,11 +138,11 @@ def test_renoised_states_differ_in_their_noise_alone_and_are_rounded_before_the_
     ):
         assert new.keys == old.keys
         assert torch.equal(new.s, old.s)
-        assert not torch.equal(new.x_t, old.x_t)
-        assert torch.equal(new.x_t, same.x_t)
-        assert torch.equal(inputs, new.x_t.float())
+        assert not torch.equal(new.x_s, old.x_s)
+        assert torch.equal(new.x_s, same.x_s)
+        assert torch.equal(inputs, new.x_s.float())
         s = new.s.view(-1, 1, 1, 1)
-        noise = (new.x_t.float() - (1 - s) * x0.float()) / s
+        noise = (new.x_s.float() - (1 - s) * x0.float()) / s
         assert 0.8 < noise.std() < 1.2
 
 
