@@ -1,4 +1,4 @@
-"""What several tests ask of a cache on the disk."""
+"""What several tests check of a cache on the disk."""
 
 from pathlib import Path
 

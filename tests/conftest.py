@@ -16,5 +16,5 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _stamps_of_this_test(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test verifies is not remembered for anybody else."""
+    """What one test verifies is not cached for the others."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "stamps"))

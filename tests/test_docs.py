@@ -49,7 +49,7 @@ class Block:
 
     @property
     def is_runnable(self) -> bool:
-        """Whether the page promises that it runs as it stands."""
+        """Whether the page marks it as runnable without changes."""
         return self.mark == "python" and bool(self.lines) and self.lines[0].strip() == RUNNABLE
 
 
@@ -62,15 +62,15 @@ class Page:
     prose: tuple[tuple[int, str], ...]
 
     def anchors(self) -> set[str]:
-        """What may stand behind `#` in a link to this page, as GitHub spells it."""
-        seen: dict[str, int] = {}
-        found = {name for _, line in self.prose for name in ANCHOR.findall(line)}
+        """The names that may follow `#` in a link to this page, as GitHub spells it."""
+        counts: dict[str, int] = {}
+        anchors = {name for _, line in self.prose for name in ANCHOR.findall(line)}
         for _, line in self.prose:
             if heading := HEADING.match(line):
                 slug = slug_of(heading[1])
-                found.add(f"{slug}-{seen[slug]}" if slug in seen else slug)
-                seen[slug] = seen.get(slug, 0) + 1
-        return found
+                anchors.add(f"{slug}-{counts[slug]}" if slug in counts else slug)
+                counts[slug] = counts.get(slug, 0) + 1
+        return anchors
 
 
 @functools.cache
@@ -80,9 +80,9 @@ def read(path: Path) -> Page:
     prose: list[tuple[int, str]] = []
     fence, mark, first, lines = "", "", 0, list[str]()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        found = FENCE.match(line)
-        if not fence and found:
-            fence, mark, first, lines = found[1], found[2], number + 1, []
+        opening = FENCE.match(line)
+        if not fence and opening:
+            fence, mark, first, lines = opening[1], opening[2], number + 1, []
         elif fence and line.strip() == fence:
             blocks.append(Block(mark, first, tuple(lines)))
             fence = ""
@@ -159,7 +159,7 @@ def test_a_name_that_is_not_in_its_file_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_every_block_says_what_it_is(page: Path) -> None:
+def test_every_block_names_its_language(page: Path) -> None:
     assert [f"{page}:{block.line}" for block in read(page).blocks if not block.mark] == []
 
 
@@ -219,7 +219,7 @@ def fault_of(words: Sequence[str]) -> str | None:
 
 @functools.cache
 def fault_of_sollune(words: tuple[str, ...]) -> str | None:
-    """What the program itself says of the words, with nothing done."""
+    """The program's own error for the arguments; no command runs."""
     name, *rest = words or ("",)
     if name in ("", "--help", "-h", "--version"):
         return None
@@ -231,10 +231,10 @@ def fault_of_sollune(words: tuple[str, ...]) -> str | None:
 
 
 def complaint(act: Callable[[], object]) -> str | None:
-    """What a program prints about words that it refuses."""
-    said = io.StringIO()
+    """The error that a program prints for arguments that it refuses."""
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
             code = act()
     except Parsed:
         return None
@@ -242,7 +242,7 @@ def complaint(act: Callable[[], object]) -> str | None:
         return str(refusal)
     except SystemExit as left:
         code = left.code
-    return None if code in (0, None) else said.getvalue() or f"exit code {code}"
+    return None if code in (0, None) else errors.getvalue() or f"exit code {code}"
 
 
 def without_own_files(words: Sequence[str]) -> list[str]:
@@ -294,7 +294,7 @@ def fault_of_make(words: Sequence[str]) -> str | None:
 
 
 def fault_of_benchmark(module: str, words: Sequence[str]) -> str | None:
-    """What a benchmark's own parser says, and a command's of the words that it passes on."""
+    """The error of a benchmark's own parser, or of the command that it passes arguments to."""
     if not (ROOT / f"{module.replace('.', '/')}.py").is_file():
         return f"{module}: no such benchmark"
     benchmark: Any = importlib.import_module(module)
@@ -431,13 +431,13 @@ def test_a_command_line_that_is_wrong_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, fault: str
 ) -> None:
     monkeypatch.chdir(ROOT)
-    *_, found = command_lines(page_of(tmp_path, f"```bash\n{line}\n```\n"))
-    assert fault in (fault_of(found[1]) or "")
+    *_, command = command_lines(page_of(tmp_path, f"```bash\n{line}\n```\n"))
+    assert fault in (fault_of(command[1]) or "")
 
 
 def test_commands_without_a_fault_have_none_and_do_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for command in program.COMMANDS:
-        if command.kind == "story":
+        if command.kind == "configured":
             module = types.SimpleNamespace(
                 Config=importlib.import_module(command.module).Config, run=lambda config: pytest.fail("it ran")
             )
@@ -451,7 +451,7 @@ def test_commands_without_a_fault_have_none_and_do_nothing(tmp_path: Path, monke
 
 
 def test_a_block_that_fails_is_named_by_its_place(tmp_path: Path) -> None:
-    said = failures([("a.md:3", "x = 1"), ("b.md:7", "x")], tmp_path)
-    assert "b.md:7" in said
-    assert "NameError" in said
-    assert "a.md:3" not in said
+    message = failures([("a.md:3", "x = 1"), ("b.md:7", "x")], tmp_path)
+    assert "b.md:7" in message
+    assert "NameError" in message
+    assert "a.md:3" not in message

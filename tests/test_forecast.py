@@ -36,14 +36,14 @@ def test_long_steps_are_not_waited_for():
 
 
 @pytest.mark.parametrize(("later", "lines"), [(1.0, 1), (1.3, 1), (2.0, 2), (0.8, 1), (0.5, 2)])
-def test_it_speaks_again_only_when_it_was_wrong_by_half(later, lines):
+def test_it_is_printed_again_only_when_it_was_wrong_by_half(later, lines):
     work = Work(1000)
     work.step(1, 1.0, 10)
     work.step(1, later, 990)
     assert len(work.lines) == lines
 
 
-def test_pauses_that_nobody_foresaw_are_counted():
+def test_unexpected_pauses_are_counted():
     work = Work(100)
     work.step(1, 1.0, 20)
     work.now += 200.0

@@ -1,4 +1,4 @@
-"""A miniature of the whole way: 8 prompts, 3 steps, 2 classes, exports that stock diffusers loads, and refusals."""
+"""All commands at a small size: 8 prompts, 3 steps, 2 classes, exports that stock diffusers loads, and refusals."""
 
 import json
 import shutil
@@ -44,15 +44,15 @@ def classes_config(run: Path, *options: str) -> finetune_classes.Config:
     (run / "images").mkdir(exist_ok=True)
     for name in ("red", "green"):
         Image.new("RGB", (80, 64), name).save(run / "images" / f"{name}.png")
-    (run / "asked.yaml").write_text(CLASSES.replace("IMAGES", str(run / "images")))
-    few = ["--classes", str(run / "asked.yaml"), "--count", "5", "--exam.pictures", "2", "--exam.sampler.steps", "2"]
+    (run / "input.yaml").write_text(CLASSES.replace("IMAGES", str(run / "images")))
+    few = ["--classes", str(run / "input.yaml"), "--count", "5", "--exam.pictures", "2", "--exam.sampler.steps", "2"]
     render = ["--render.records-per-shard", "4", "--render.states.steps", "4", "--gate.score", "0"]  # blurs in 4 steps
     return load(finetune_classes.Config, "finetune_classes", TINY, ["--run", str(run), *TRAIN, *few, *render, *options])
 
 
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder after all three stories."""
+    """The run folder after all three commands."""
     run = tmp_path_factory.mktemp("runs") / "miniature"
     cache_teacher.run(cache_config(run))
     distill.run(distill_config(run))
@@ -60,8 +60,8 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_every_story_ends_with_its_mark(journey: Path) -> None:
-    assert [(journey / story / "COMPLETE").read_text() for story in ("distill", "classes")] == ["12\n"] * 2
+def test_every_command_ends_with_its_mark(journey: Path) -> None:
+    assert [(journey / part / "COMPLETE").read_text() for part in ("distill", "classes")] == ["12\n"] * 2
     assert (journey / "cache" / "COMPLETE").is_file()
 
 
@@ -71,9 +71,9 @@ def test_the_cache_is_whole(journey: Path) -> None:
     assert [shard.draws for shard in manifest.shards] == [24, 24, 12]
 
 
-@pytest.mark.parametrize("story", ["distill", "classes"])
-def test_stock_diffusers_loads_and_samples_the_export(journey: Path, story: str) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(journey / story / "export" / "diffusers")
+@pytest.mark.parametrize("part", ["distill", "classes"])
+def test_stock_diffusers_loads_and_samples_the_export(journey: Path, part: str) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(journey / part / "export" / "diffusers")
     pipeline.set_progress_bar_config(disable=True)
     assert isinstance(pipeline.scheduler, UniPCMultistepScheduler)
     picture = pipeline("a red star", num_inference_steps=2, output_type="pt").images
@@ -84,17 +84,17 @@ def test_stock_diffusers_loads_and_samples_the_export(journey: Path, story: str)
 def test_no_trained_tensor_is_still_the_teachers(journey: Path) -> None:
     teacher = load_file("stages/tiny/model/unet/diffusion_pytorch_model.safetensors")
     distilled, finetuned = (
-        load_file(journey / story / "checkpoints" / "000000012" / "ema.safetensors") for story in ("distill", "classes")
+        load_file(journey / part / "checkpoints" / "000000012" / "ema.safetensors") for part in ("distill", "classes")
     )
     assert {name.removeprefix("unet.") for name in distilled} == set(teacher)
     assert all(not torch.equal(value, teacher[name.removeprefix("unet.")].float()) for name, value in distilled.items())
     assert any(not torch.equal(value, finetuned[name]) for name, value in distilled.items())
 
 
-@pytest.mark.parametrize(("story", "name"), [("distill", "model"), ("classes", "model-classes")])
-def test_one_file_for_other_programs_lies_beside_the_folder(journey: Path, story: str, name: str) -> None:
-    found = sorted(path.name for path in (journey / story / "export").iterdir())
-    assert found == ["diffusers", f"{name}-flow.safetensors", "workflow-comfyui.json"]
+@pytest.mark.parametrize(("part", "name"), [("distill", "model"), ("classes", "model-classes")])
+def test_one_file_for_other_programs_lies_beside_the_folder(journey: Path, part: str, name: str) -> None:
+    files = sorted(path.name for path in (journey / part / "export").iterdir())
+    assert files == ["diffusers", f"{name}-flow.safetensors", "workflow-comfyui.json"]
 
 
 def test_what_david_sees_is_drawn(journey: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ def test_plain_values_are_taken(words: list[str]) -> None:
     assert f"--run {run}" in done.stdout
 
 
-def test_make_of_another_folder_says_how(tmp_path: Path) -> None:
+def test_make_in_another_folder_prints_how(tmp_path: Path) -> None:
     done = make("-f", str(ROOT / "Makefile"), "distill", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"say make -C {ROOT} distill" in done.stderr

@@ -21,7 +21,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "own_bytes", lambda: memory.GIB // 2)
 
 
-def test_as_many_as_fit_are_let_in_and_one_more_is_told_how_many_do(machine: None) -> None:
+def test_as_many_as_fit_are_allowed_and_one_more_is_refused_with_their_number(machine: None) -> None:
     refuse_too_many("processes", 6, memory.GIB, CPU)
     with pytest.raises(
         Refused, match=r"processes = 7: about 10\.5 GiB .*, 1\.5 each, and 10\.0 GiB are free - take 6 at"

@@ -122,8 +122,8 @@ def test_a_missing_extra_is_refused_with_the_command_that_installs_it(
 
 
 def test_a_hub_dataset_out_of_reach_is_refused() -> None:
-    with pytest.raises(Refused, match="'nobody/none' is neither a folder nor a hub dataset"):
-        HubSource(dataset="nobody/none").identity()
+    with pytest.raises(Refused, match="'no-such-owner/none' is neither a folder nor a hub dataset"):
+        HubSource(dataset="no-such-owner/none").identity()
 
 
 def mixture(tmp_path: Path) -> MixtureSource:

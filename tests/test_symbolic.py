@@ -42,7 +42,7 @@ def test_the_numbers_of_a_space_are_its_derivations_one_to_one() -> None:
         assert least <= len(texts) == space.size <= 24
 
 
-def test_weights_hold_where_there_is_room() -> None:
+def test_weights_hold_where_there_are_enough_choices() -> None:
     rest = make_choice(Option(f"x{i}", 1, Choice()) for i in range(90))
     counts = Counter(
         next(options_at(space, n))

@@ -24,10 +24,10 @@ time.sleep(300)  # as if it still imported something
 def await_workers(folder: Path, count: int, seconds: float = 90) -> list[str]:
     """The owners of the workers that are up."""
     deadline = time.monotonic() + seconds
-    while len(found := [path.stem for path in folder.glob("*.up")]) < count:
+    while len(owners := [path.stem for path in folder.glob("*.up")]) < count:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return found
+    return owners
 
 
 def end(workers: list[str]) -> None:
@@ -75,7 +75,7 @@ def test_workers_of_a_cache_end_with_a_parent_that_is_killed_while_they_start(tm
     )
     program = (
         "import slow_start, time; from stages.cache import local; from stages.cache.fill import FillJob\n"
-        "crew = local.start_workers(FillJob(slow_start.opened, [], 1), 2); time.sleep(300)"
+        "workers = local.start_workers(FillJob(slow_start.opened, [], 1), 2); time.sleep(300)"
     )
     assert killed_launcher_takes_along(tmp_path, program, 2)
 
@@ -83,7 +83,7 @@ def test_workers_of_a_cache_end_with_a_parent_that_is_killed_while_they_start(tm
 @pytest.fixture
 def forked() -> Callable[[Callable[[], None]], int]:
     def of(act: Callable[[], None]) -> int:
-        """How a child ends that does this."""
+        """The exit status of a child process that does this."""
         pid = os.fork()
         if pid == 0:
             try:
@@ -101,7 +101,7 @@ def test_a_parent_that_died_before_the_tie_is_noticed(forked: Callable[[Callable
     assert forked(lambda: tie_to_parent(parent)) == 0
 
 
-def test_where_the_kernel_says_nothing_the_parent_is_looked_for(
+def test_where_the_kernel_reports_nothing_the_parent_is_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stages.system.tied._ask_kernel", lambda _number: False)

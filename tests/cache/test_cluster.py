@@ -24,16 +24,16 @@ from tests.cache_checks import open_verified
 RECIPE = Recipe(identity={"steps": 2})
 
 
-def asked(count: int) -> list[Prompt]:
+def requested(count: int) -> list[Prompt]:
     return [Prompt(f"star {i}", "star", i) for i in range(count)]
 
 
 def record(prompt: Prompt, key: str) -> Record:
     generator = torch.Generator().manual_seed(prompt.seed)
     half = torch.randn(2, 3, 4, 5, generator=generator).half()
-    draws = States(torch.arange(2), torch.rand(2, generator=generator), half, half, half, torch.tensor([True, False]))
+    states = States(torch.arange(2), torch.rand(2, generator=generator), half, half, half, torch.tensor([True, False]))
     features = BlockFeatures({"mid": half.mean(dim=(2, 3))})
-    return Record(key, prompt.text, prompt.class_name, prompt.seed, 5.0, half[0, 0], half[0], draws, features)
+    return Record(key, prompt.text, prompt.class_name, prompt.seed, 5.0, half[0, 0], half[0], states, features)
 
 
 def make(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
@@ -41,7 +41,7 @@ def make(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
 
 
 def filled(folder: Path, count: int, maker=make) -> Path:
-    writer, tasks = CacheWriter(folder, RECIPE), tasks_of({"train": asked(count)}, 4)
+    writer, tasks = CacheWriter(folder, RECIPE), tasks_of({"train": requested(count)}, 4)
     refuse_surplus(writer, tasks)
     fill(writer, tasks, 2, maker)
     return folder
@@ -73,7 +73,7 @@ def test_a_prompt_that_cannot_be_made_is_reported_and_the_rest_is_kept(tmp_path:
     assert [shard.records for shard in manifest.shards] == [4, 3]
 
 
-def test_an_answer_that_is_not_finite_is_reported(tmp_path: Path) -> None:
+def test_an_output_that_is_not_finite_is_reported(tmp_path: Path) -> None:
     def wild(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
         records = make(prompts, keys)
         bad = records[0].states.v_cond.clone().fill_(float("inf"))
@@ -134,20 +134,20 @@ def test_fewer_prompts_than_are_held_are_refused(tmp_path: Path) -> None:
     assert open_verified(filled(tmp_path, 10)).shards[-1].records == 2
 
 
-def test_a_record_is_asked_in_the_same_company_whenever_it_is_made(tmp_path: Path) -> None:
-    def seen(folder: Path, counts: Sequence[int]) -> dict[str, list[str]]:
-        company: dict[str, list[str]] = {}
+def test_a_record_is_computed_in_the_same_batch_whenever_it_is_made(tmp_path: Path) -> None:
+    def batch_of_keys(folder: Path, counts: Sequence[int]) -> dict[str, list[str]]:
+        batch_of: dict[str, list[str]] = {}
 
-        def noting(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
-            company.update({key: list(keys) for key in keys})
+        def recording(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+            batch_of.update({key: list(keys) for key in keys})
             return make(prompts, keys)
 
         for count in counts:
-            filled(folder, count, noting)
-        return company
+            filled(folder, count, recording)
+        return batch_of
 
-    at_once = seen(tmp_path / "at once", [11])
-    assert seen(tmp_path / "by and by", [3, 5, 11]) == at_once
+    at_once = batch_of_keys(tmp_path / "at once", [11])
+    assert batch_of_keys(tmp_path / "by and by", [3, 5, 11]) == at_once
     assert at_once["000000006"] == ["000000006", "000000007"]
     assert content(tmp_path / "by and by") == content(tmp_path / "at once")
 
@@ -184,29 +184,29 @@ def test_the_next_batch_is_made_while_the_last_one_is_written(tmp_path: Path, mo
         assert next_begun.wait(10), "the second shard was not begun before the first was entered"
         true(writer, *arguments)
 
-    def noting(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+    def recording(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
         if keys[0] == "000000004":
             next_begun.set()
         return make(prompts, keys)
 
     monkeypatch.setattr(CacheWriter, "enter", slow)
-    assert len(open_verified(filled(tmp_path, 8, noting)).shards) == 2
+    assert len(open_verified(filled(tmp_path, 8, recording)).shards) == 2
 
 
 def test_a_disk_that_fills_behind_the_teacher_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise Refused("no space left")
 
-    asked_for = []
+    requested_keys = []
 
-    def noting(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
-        asked_for.extend(keys)
+    def recording(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+        requested_keys.extend(keys)
         return make(prompts, keys)
 
     monkeypatch.setattr(CacheWriter, "add", full)
     with pytest.raises(Refused, match="no space left"):
-        filled(tmp_path, 400, noting)
-    assert len(asked_for) < 100
+        filled(tmp_path, 400, recording)
+    assert len(requested_keys) < 100
     assert not (tmp_path / ".claims").exists()
 
 
@@ -226,13 +226,13 @@ def test_an_interrupted_shard_leaves_nothing_and_the_others_stay(tmp_path: Path)
     assert content(filled(tmp_path / "stopped", 8)) == content(filled(tmp_path / "whole", 8))
 
 
-@pytest.mark.parametrize("asked_for", ["", "3", "a:b", "2:2", "3:1", "0:4", "-1:2", "1:2:3"])
-def test_a_range_that_is_none_is_refused_with_the_number_of_shards(asked_for: str) -> None:
+@pytest.mark.parametrize("shard_range", ["", "3", "a:b", "2:2", "3:1", "0:4", "-1:2", "1:2:3"])
+def test_a_range_that_is_none_is_refused_with_the_number_of_shards(shard_range: str) -> None:
     with pytest.raises(Refused, match=r"shard_range = .* this cache has 3 shards"):
-        tasks_in(tasks_of({"train": asked(9)}, 4), asked_for)
+        tasks_in(tasks_of({"train": requested(9)}, 4), shard_range)
 
 
 def test_ranges_are_printed_in_the_notation_of_the_option() -> None:
-    tasks = tasks_of({"train": asked(9), "validation": asked(3)}, 4)
+    tasks = tasks_of({"train": requested(9), "validation": requested(3)}, 4)
     assert [task.name for task in tasks_in(tasks, "2:4")] == ["train-000002", "validation-000000"]
     assert ranges([0, 1, 2, 5, 7, 8]) == "0:3, 5:6, 7:9"

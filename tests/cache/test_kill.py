@@ -51,7 +51,7 @@ def test_a_killed_cache_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.fixture
 def whole(tmp_path: Path) -> tuple[dict[str, bytes], float]:
-    """What a job that nobody stops leaves, and the seconds that it takes."""
+    """What an uninterrupted job leaves, and the seconds that it takes."""
     began = time.monotonic()
     assert wait_for_exit(fork_job(lambda: fill_small_cache(tmp_path / "whole"))) == 0
     return read_files(tmp_path / "whole"), time.monotonic() - began
@@ -64,34 +64,34 @@ def goes_on(cache: Path, prompts: int = 8) -> dict[str, bytes]:
     return read_files(cache)
 
 
-def test_five_random_moments_are_survived_one_by_one_and_in_one_life(
+def test_kills_at_five_random_moments_lose_nothing_in_separate_folders_and_in_one(
     tmp_path: Path, whole: tuple[dict[str, bytes], float]
 ) -> None:
-    found, seconds = whole
-    rng, one_life = Random(0), tmp_path / "life"
+    expected, seconds = whole
+    rng, one_folder = Random(0), tmp_path / "one"
     killed = 0
     for moment in (rng.uniform(0, seconds) for _ in range(5)):
         cache = tmp_path / f"{moment}"
         killed += kill_after(lambda cache=cache: fill_small_cache(cache), moment)  # type: ignore[misc]
-        kill_after(lambda: fill_small_cache(one_life), moment)
-        assert incomplete_files(cache, found) == incomplete_files(one_life, found) == []
-        assert goes_on(cache) == found
-    assert killed >= 1  # a moment may lie behind the end
-    assert goes_on(one_life) == found
+        kill_after(lambda: fill_small_cache(one_folder), moment)
+        assert incomplete_files(cache, expected) == incomplete_files(one_folder, expected) == []
+        assert goes_on(cache) == expected
+    assert killed >= 1  # a moment may be after the end
+    assert goes_on(one_folder) == expected
 
 
 def test_a_kill_before_any_step_on_the_disk_leaves_nothing_half_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.1)  # how long a claim that nobody signed is respected
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.1)  # how long an unsigned claim is respected
     assert wait_for_exit(fork_job(lambda: fill_small_cache(tmp_path / "whole", 4))) == 0
-    found = read_files(tmp_path / "whole")
+    expected = read_files(tmp_path / "whole")
     met: set[str] = set()
     for step in (15, 47, *range(5, 190, 11)):  # a manifest and the last one; records, journal, table
         cache = tmp_path / f"killed{step}"
         if not kill_before_step(lambda cache=cache: fill_small_cache(cache, 4), step):  # type: ignore[misc]
             break
         met |= {path.name.split(".")[1] for path in cache.rglob(".*.partial")}
-        assert incomplete_files(cache, found) == []
-        assert goes_on(cache, 4) == found
+        assert incomplete_files(cache, expected) == []
+        assert goes_on(cache, 4) == expected
     assert {"table", "manifest"} <= met

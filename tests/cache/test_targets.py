@@ -1,4 +1,4 @@
-"""Laws of the records: what is kept of each picture, and what the teacher was really asked."""
+"""Laws of the records: what is kept of each picture, and the exact input of the teacher."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -47,18 +47,18 @@ def test_times_start_at_noise_and_fall_to_the_data_with_a_random_phase() -> None
     assert len(set(times[:, -1].tolist())) == 3
 
 
-def test_stored_answers_are_the_teachers_at_the_stored_states(teacher: Teacher) -> None:
-    """The input was rounded before it was asked, so asking again gives the stored answer."""
+def test_stored_outputs_are_the_teachers_at_the_stored_states(teacher: Teacher) -> None:
+    """The input was rounded before the prediction, so predicting again gives the stored output."""
     record = make_records(teacher, PROMPTS, KEYS, CONFIG)[1]
-    draws, cond = record.states, record.cond.float().expand(6, -1, -1)
-    again = teacher.predict(draws.x_s.float(), draws.s, draws.k, cond, teacher.encode_texts([""]).half().float())
-    torch.testing.assert_close(again.v_cond.half(), draws.v_cond, atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(again.v_uncond.half(), draws.v_uncond, atol=2e-3, rtol=2e-3)
+    states, cond = record.states, record.cond.float().expand(6, -1, -1)
+    again = teacher.predict(states.x_s.float(), states.s, states.k, cond, teacher.encode_texts([""]).half().float())
+    torch.testing.assert_close(again.v_cond.half(), states.v_cond, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(again.v_uncond.half(), states.v_uncond, atol=2e-3, rtol=2e-3)
     for block, feature in record.features.by_block.items():
         torch.testing.assert_close(again.features[block].half(), feature, atol=4e-3, rtol=4e-3)
 
 
-def test_states_lie_where_the_teacher_knows_the_time(teacher: Teacher) -> None:
+def test_states_lie_at_times_of_the_teachers_schedule(teacher: Teacher) -> None:
     bridge: Bridge = teacher.bridge
     for record in make_records(teacher, PROMPTS, KEYS, CONFIG):
         inside = record.states.s <= bridge.s_last
@@ -72,8 +72,8 @@ def test_x0_is_where_the_teachers_own_sampling_ends(teacher: Teacher) -> None:
     cond, uncond = teacher.encode_texts([PROMPTS[0].text]), teacher.encode_texts([""])
 
     def velocity(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        answer = teacher.predict(x, s, teacher.bridge.nearest_state(s)[0], cond, uncond)
-        return apply_guidance(answer.v_cond, answer.v_uncond, chosen.guidance_scale)
+        output = teacher.predict(x, s, teacher.bridge.nearest_state(s)[0], cond, uncond)
+        return apply_guidance(output.v_cond, output.v_uncond, chosen.guidance_scale)
 
     grid = teacher.bridge.snap_grid(torch.cat([chosen.times, torch.zeros(1, dtype=torch.float64)]))
     x0 = euler(velocity, chosen.noise[None], grid)

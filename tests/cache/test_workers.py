@@ -40,15 +40,15 @@ def make(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
 
     def one(prompt: Prompt, key: str) -> Record:
         half = torch.full((2, 3, 4, 5), float(prompt.seed)).half()
-        draws = States(torch.arange(2), torch.ones(2), half, half, half, torch.tensor([True, False]))
+        states = States(torch.arange(2), torch.ones(2), half, half, half, torch.tensor([True, False]))
         features = BlockFeatures({"mid": half.mean(dim=(2, 3))})
-        return Record(key, prompt.text, prompt.class_name, prompt.seed, 5.0, half[0, 0], half[0], draws, features)
+        return Record(key, prompt.text, prompt.class_name, prompt.seed, 5.0, half[0, 0], half[0], states, features)
 
     return [one(prompt, key) for prompt, key in zip(prompts, keys, strict=True)]
 
 
 MAKER: list[RecordMaker] = [make]
-"""What a forked worker makes records with: it finds here what lay here when it began."""
+"""The `make` of a forked worker, with the values of this module at the time of the fork."""
 
 
 def opened(folder: Path, number: int) -> tuple[CacheWriter, RecordMaker]:

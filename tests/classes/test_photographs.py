@@ -158,7 +158,7 @@ def sixteen_bits(folder: Path) -> str:
 
 
 def bomb(folder: Path, side: int = 40_000) -> str:
-    """A file of seventy bytes whose header promises more than a gigabyte."""
+    """A file of seventy bytes whose header declares more than a gigabyte."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))

@@ -114,7 +114,7 @@ def test_photographs_do_not_count_toward_the_quota_and_each_source_has_consecuti
     assert [prompt.text for prompt in pictures.prompts[-2:]] == ["a heart", "a zork"]
 
 
-def test_the_recipe_tells_what_a_photograph_shows_and_not_where_it_lies(cache: Path, tmp_path: Path) -> None:
+def test_the_recipe_records_the_content_of_a_photograph_and_not_its_path(cache: Path, tmp_path: Path) -> None:
     def fingerprint(folder: Path, caption: str = "a zork") -> str:
         zorks = {"name": "zorks", "priority": "top", "images": folder, "caption": caption}
         return plan(cache, zorks).recipe.fingerprint()

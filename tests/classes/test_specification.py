@@ -115,7 +115,7 @@ def test_a_file_without_the_optional_keys_keeps_the_fingerprint_in_existing_cach
             "{name: b, pattern: b, priority: low, weight: 1.0e308}]",
             "no finite sum",
         ),
-        ("classes: [{name: a, pattern: '*', priority: top, images: ~nobody-here/x}]", "no user 'nobody-here'"),
+        ("classes: [{name: a, pattern: '*', priority: top, images: ~no-such-user/x}]", "no user 'no-such-user'"),
     ],
 )
 def test_a_wrong_class_file_is_refused_in_one_line_with_its_name_and_the_reason(

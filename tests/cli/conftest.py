@@ -14,21 +14,21 @@ TEACHER = Path("stages/tiny/model")
 
 def contents(folder: Path) -> dict[str, str]:
     """Every file below a folder with its sha256, every link with its target, every folder by its name."""
-    found = {}
+    entries = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_symlink():
-            found[name] = f"-> {path.readlink()}"
+            entries[name] = f"-> {path.readlink()}"
         elif path.is_file():
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            entries[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
-            found[name] = "folder" if path.is_dir() else "special"
-    return found
+            entries[name] = "folder" if path.is_dir() else "special"
+    return entries
 
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """refused(words, *named): run the words; assert exit code 2, one line with all `named`, a way out, no file changed.
+    """refused(words, *named): run the words; assert exit code 2, one line with all `named`, a remedy, no file changed.
 
     Returns the line.
     """
@@ -40,16 +40,16 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
             code = cli.main(words)
         except SystemExit as left:  # how a launched or interrupted command leaves
             code = left.code
-        said = capsys.readouterr().err
-        assert code == 2, said
-        lines = said.splitlines()
-        assert len(lines) == 1, said
-        assert lines[0].startswith("sollune: "), said
-        assert "Traceback" not in said
+        message = capsys.readouterr().err
+        assert code == 2, message
+        lines = message.splitlines()
+        assert len(lines) == 1, message
+        assert lines[0].startswith("sollune: "), message
+        assert "Traceback" not in message
         for name in named:
             assert name in lines[0]
-        # The way out stands behind a dash, or is a name to take instead, or what the value should have been.
-        assert any(sign in lines[0] for sign in (" - ", "did you mean", " should ")), said
+        # The remedy follows a dash, or is a name to take instead, or what the value should have been.
+        assert any(sign in lines[0] for sign in (" - ", "did you mean", " should ")), message
         assert contents(below) == before
         return lines[0]
 

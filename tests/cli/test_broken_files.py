@@ -31,7 +31,7 @@ Break = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the first two stories leave, as far as a reader gets before it refuses."""
+    """What caching and distillation write, as far as a command reads it before the refusal."""
     root = tmp_path_factory.mktemp("runs") / "run"
     teacher = Teacher(load_components(MODEL, torch.device("cpu"), torch.float32), "hold")
     states = StatesConfig(steps=3, trajectory_states=2, renoised_states=1)
@@ -94,7 +94,7 @@ def text(content: str | bytes) -> Break:
     return lambda path: path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def said(**changes: object) -> Break:
+def changed(**changes: object) -> Break:
     """A JSON object with other values."""
     return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -138,9 +138,14 @@ TABLE: dict[str, tuple[Break, str, list[str], list[str]]] = {
     ),
     "an origin that is a list": (text("[]"), ORIGIN, [*SAMPLE, "{run}/a.png"], ["origin.json"]),
     "an origin of absurd depth": (text("[" * 100_000), ORIGIN, [*SAMPLE, "{run}/a.png"], ["origin.json"]),
-    "an origin with a number for a policy": (said(tail=5), ORIGIN, [*SAMPLE, "{run}/a.png"], ["origin.json", "tail"]),
-    "an origin without identities": (said(teacher_sha256=3), ORIGIN, EVALUATE, ["origin.json", "teacher_sha256"]),
-    "an origin of adapters unheard of": (said(lora={"rang": 1}), ORIGIN, DAVID, ["origin.json", "rang"]),
+    "an origin with a number for a policy": (
+        changed(tail=5),
+        ORIGIN,
+        [*SAMPLE, "{run}/a.png"],
+        ["origin.json", "tail"],
+    ),
+    "an origin without identities": (changed(teacher_sha256=3), ORIGIN, EVALUATE, ["origin.json", "teacher_sha256"]),
+    "an origin of unknown adapters": (changed(lora={"rang": 1}), ORIGIN, DAVID, ["origin.json", "rang"]),
     "weights that are cut": (cut, EMA, ["export", RUN, "--out", "{run}/out"], ["ema.safetensors"]),
     "weights that are a folder": (folder, EMA, ["export", RUN, "--out", "{run}/out"], ["ema.safetensors"]),
     "a journal with half a row": (
@@ -177,7 +182,7 @@ TABLE: dict[str, tuple[Break, str, list[str], list[str]]] = {
         ["export", RUN, "--to", "pt", "--out", "{run}/out"],
         ["state.json"],
     ),
-    "an export that says nothing of itself": (
+    "an export with an empty description": (
         lambda path: (path.parent.mkdir(parents=True), path.write_text("{}")),
         "distill/export/diffusers/sollune.json",
         ["export", RUN, "--verify"],
@@ -243,8 +248,8 @@ DEVICES = (
 def test_a_device_is_tried_before_anything_else(device: str, run: Path, refused: Callable[..., str]) -> None:
     if device in {one.partition(":")[0] for one in devices()} | {*devices()}:
         pytest.skip("it is there")
-    told = refused([*SAMPLE[:1], MODEL, *SAMPLE[2:], str(run / "a.png"), "--device", device], f"device {device}: ")
-    assert "use auto or cpu" in told
+    message = refused([*SAMPLE[:1], MODEL, *SAMPLE[2:], str(run / "a.png"), "--device", device], f"device {device}: ")
+    assert "use auto or cpu" in message
 
 
 @pytest.mark.parametrize("words", [EVALUATE, SUGGEST[:-2], ["shards", "verify", "{run}", "--deep"]])

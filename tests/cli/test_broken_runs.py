@@ -1,4 +1,4 @@
-"""Run folders: what a refused command was asked to change, to lose or to share stays as it was, to the last file."""
+"""Run folders: a refused command changes, loses and shares nothing, to the last file."""
 
 import json
 import os
@@ -43,12 +43,12 @@ def distill(run: Path, *words: str) -> list[str]:
 
 
 def finetune(run: Path, *words: str) -> list[str]:
-    return ["finetune-classes", *TINY, "--run", str(run), "--classes", str(run / "asked.yaml"), *CLASSES, *words]
+    return ["finetune-classes", *TINY, "--run", str(run), "--classes", str(run / "input.yaml"), *CLASSES, *words]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_bars() -> Iterator[None]:
-    """The command line has libraries draw none, by a variable that they read when they are imported."""
+    """No progress bars, as in the command line, where a variable disables them when libraries are imported."""
     transformers_logging.disable_progress_bar()
     yield
     transformers_logging.enable_progress_bar()
@@ -59,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder after all three commands, which no test may change."""
     run = tmp_path_factory.mktemp("runs") / "miniature"
     run.mkdir()
-    (run / "asked.yaml").write_text(CLASS_FILE)
+    (run / "input.yaml").write_text(CLASS_FILE)
     for words in (cache_teacher(run), distill(run), finetune(run)):
         assert cli.main(words) == 0
     return run
@@ -262,13 +262,13 @@ FINETUNING = {
     "a gate with another threshold": (nothing, ["--gate.duplicate", "0.5"], ["pictures was"]),
     "a scorer that is absent": (nothing, ["--gate.clip", "absent/model"], ["clip"]),
     "adapters on a run without": (nothing, ["--lora.rank", "2"], ["lora"]),
-    "a stop that nobody can judge": (
+    "a stop by a score without a scorer": (
         without("classes"),
         ["--scorer", "null", "--stop.most-lost", "2"],
         ["stop.most_lost"],
     ),
-    "a class without prompts": (edited("asked.yaml", "star/*", "galaxy/*"), [], ["stars"]),
-    "a class file that is gone": (without("asked.yaml"), [], ["asked.yaml"]),
+    "a class without prompts": (edited("input.yaml", "star/*", "galaxy/*"), [], ["stars"]),
+    "a class file that is gone": (without("input.yaml"), [], ["input.yaml"]),
     "the rate of an unknown block": (
         without("classes"),
         ["--train.optimizer.block-rates", '{"down_9": 1}'],
@@ -395,7 +395,7 @@ def test_processes_beyond_the_memory_are_refused_with_both_figures(run, refused,
     refused(distill(run, "--processes", "4"), "processes = 4", "GiB of memory", "0.1 GiB are free")
 
 
-def test_a_card_tells_what_trained_after_a_refusal(run, refused):
+def test_a_card_keeps_the_training_settings_after_a_refusal(run, refused):
     card = run / "distill/export/diffusers/README.md"
     before, settings = card.read_text(), (run / "distill/config.yaml").read_text()
     refused(distill(run, "--train.optimizer.learning-rate", "0.5"), "learning_rate")
@@ -405,10 +405,10 @@ def test_a_card_tells_what_trained_after_a_refusal(run, refused):
     assert (run / "distill/config.yaml").read_text() == settings
 
 
-def test_what_may_change_on_the_way_is_told_as_it_is_now(run):
+def test_a_setting_that_may_change_is_stored_with_its_new_value(run):
     assert cli.main(distill(run, "--train.journal-every-samples", "4")) == 0
-    told = yaml.safe_load((run / "distill/config.yaml").read_text())["distill"]["train"]
-    assert told["journal_every_samples"] == 4
+    stored = yaml.safe_load((run / "distill/config.yaml").read_text())["distill"]["train"]
+    assert stored["journal_every_samples"] == 4
 
 
 def dead(folder: Path) -> None:
@@ -430,7 +430,7 @@ def test_the_claim_of_a_dead_process_is_taken_over_and_ends_with_the_run(leave, 
     monkeypatch.setattr("stages.system.ownership.machine_id", lambda: "this machine")
     leave(run / "distill")
     if leave is before_the_last_start:
-        said = json.loads((run / "distill" / CLAIM).read_text()) | {"machine": "this machine"}
-        (run / "distill" / CLAIM).write_text(json.dumps(said))
+        content = json.loads((run / "distill" / CLAIM).read_text()) | {"machine": "this machine"}
+        (run / "distill" / CLAIM).write_text(json.dumps(content))
     assert cli.main(distill(run)) == 0
     assert not (run / "distill" / CLAIM).exists()

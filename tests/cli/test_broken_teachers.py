@@ -64,8 +64,8 @@ def setting(file: str, **values: Any) -> Break:
     return broken
 
 
-def content(file: str, said: str | bytes) -> Break:
-    return lambda teacher: (teacher / file).write_bytes(said.encode() if isinstance(said, str) else said)
+def content(file: str, text: str | bytes) -> Break:
+    return lambda teacher: (teacher / file).write_bytes(text.encode() if isinstance(text, str) else text)
 
 
 def cut(part: str) -> Break:
@@ -91,17 +91,19 @@ def no_words(teacher: Path) -> None:
     """A tokenizer.json of special tokens alone, as transformers itself makes one of nothing."""
     removed("tokenizer/vocab.json", "tokenizer/merges.txt")(teacher)
     path = teacher / "tokenizer/tokenizer.json"
-    said = json.loads(path.read_text())
-    said["model"]["merges"] = []
-    said["model"]["vocab"] = {word: number for word, number in said["model"]["vocab"].items() if number >= 658}
-    path.write_text(json.dumps(said))
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["merges"] = []
+    tokenizer["model"]["vocab"] = {
+        word: number for word, number in tokenizer["model"]["vocab"].items() if number >= 658
+    }
+    path.write_text(json.dumps(tokenizer))
 
 
 def other_words(teacher: Path) -> None:
     """A vocab.json that other programs would read, and that is not the tokenizer.json that was read."""
     path = teacher / "tokenizer/vocab.json"
-    said = json.loads(path.read_text())
-    path.write_text(json.dumps({**said, "red</w>": said["blue</w>"], "blue</w>": said["red</w>"]}))
+    vocabulary = json.loads(path.read_text())
+    path.write_text(json.dumps({**vocabulary, "red</w>": vocabulary["blue</w>"], "blue</w>": vocabulary["red</w>"]}))
 
 
 def lost_shard(teacher: Path) -> None:
@@ -140,11 +142,11 @@ TABLE: dict[str, tuple[Break, list[str]]] = {
     "unet without a tensor": (without("unet", CONV_IN), ["unet", "1 tensor missing", CONV_IN]),
     "vae without a tensor": (without("vae", "quant_conv.bias"), ["vae", "missing", "quant_conv.bias"]),
     "unet of other names": (renamed("unet"), ["unet", "missing", "unknown", "model."]),
-    "text encoder with a stranger": (
+    "text encoder with an unknown tensor": (
         tensors("text_encoder", lambda held: {**held, "visual.proj": torch.zeros(3)}),
         ["text_encoder", "1 tensor unknown", "visual.proj"],
     ),
-    "vae with a stranger": (
+    "vae with an unknown tensor": (
         tensors("vae", lambda held: {**held, "loss.logvar": torch.zeros(3)}),
         ["vae", "unknown", "loss.logvar"],
     ),
@@ -232,7 +234,10 @@ TABLE: dict[str, tuple[Break, list[str]]] = {
         ["trained_betas"],
     ),
     "a list of schedules": (setting(SCHEDULER, beta_schedule=["linear"]), ["beta_schedule"]),
-    "a schedule that answers with the picture": (setting(SCHEDULER, prediction_type="sample"), ["prediction_type"]),
+    "a schedule of a teacher that predicts the picture": (
+        setting(SCHEDULER, prediction_type="sample"),
+        ["prediction_type"],
+    ),
 }
 
 
@@ -243,7 +248,7 @@ def test_a_broken_teacher_is_refused_before_anything_is_cached(name, teacher, re
     refused(caching(tmp_path / "run", teacher), *named)
 
 
-def test_a_tail_that_no_teacher_answers_is_refused_with_those_that_are_left(teacher, refused, tmp_path):
+def test_an_unknown_tail_is_refused_with_those_that_are_left(teacher, refused, tmp_path):
     refused([*caching(tmp_path / "run", teacher), "--render.tail", "data"], "render.tail", "data", "hold", "faithful")
 
 
@@ -283,7 +288,7 @@ def test_a_teacher_that_broke_since_is_refused_by_distill(name, own, refused):
     refused([*words, "--teacher", str(own / "teacher")], str(own / "teacher"))
 
 
-def test_a_teacher_that_moved_is_refused_with_the_option_that_says_where_it_is(own, cached, refused):
+def test_a_teacher_that_moved_is_refused_with_the_option_for_its_place(own, cached, refused):
     shutil.rmtree(own / "teacher")
     hidden = cached / "hidden"
     (cached / "teacher").rename(hidden)

@@ -148,7 +148,7 @@ TABLE = {
     "semicolons": table("t.csv", "kind;text\nx;a star\n", "semicolons", "commas"),
     "tabs in a csv": table("t.csv", "kind\ttext\nx\ta star\n", "tabs"),
     "commas in a tsv of capitals": table("t.TSV", "kind,text\nx,a star\n", "commas", "tabs"),
-    "a column that stands twice": table("t.csv", "text,text\na,b\n", "stands twice"),
+    "a duplicate column": table("t.csv", "text,text\na,b\n", "stands twice"),
     "no head": table("t.csv", "\na star\n", "t.csv:1", "no head"),
     "an empty table": table("t.csv", "", "no head"),
     "nothing but rows of too many cells": table("t.csv", "text\na cat, asleep\n", "more cells", "t.csv:2"),
@@ -189,7 +189,7 @@ TABLE = {
     "an absurd list of classes on the command line": words(
         "prompts", "sample", "--prompts.source", "mixture", "--prompts.parts", "[" * 300, named=("--prompts.parts",)
     ),
-    # Grammars and lexicons that could not speak
+    # Grammars and lexicons that produce no sentence
     "a grammar that forbids all": speech("grammar", GRAMMAR + "never: [{thing: star}, {thing: moon}]\n", "never"),
     "a grammar without its phrase": speech("grammar", GRAMMAR.replace("{thing}", "{thin}"), "did you mean thing"),
     "a grammar of an empty word": speech("grammar", GRAMMAR.replace("moon", "''"), "phrases.0.words.1"),
@@ -213,11 +213,11 @@ TABLE = {
     "an endless device as a configuration": words("distill", "--config", "/dev/zero", named=("/dev/zero", "device")),
     "a name of absurd length": words("classes", "show", "k" * 5000, named=("classes", "255 bytes")),
     # Homes
-    "a home of nobody": words("distill", "--run", "~nobody-here/x", named=("distill.run", "nobody-here")),
-    "a teacher of nobody": words(
-        "cache-teacher", *TINY, "--teacher", "~nobody-here/x", named=("teacher", "nobody-here")
+    "the home of an unknown user": words("distill", "--run", "~no-such-user/x", named=("distill.run", "no-such-user")),
+    "a teacher of an unknown user": words(
+        "cache-teacher", *TINY, "--teacher", "~no-such-user/x", named=("teacher", "no-such-user")
     ),
-    "a configuration of nobody": words("distill", "--config", "~nobody-here/c.yaml", named=("nobody-here",)),
+    "a configuration of an unknown user": words("distill", "--config", "~no-such-user/c.yaml", named=("no-such-user",)),
     # Numbers and sentences of `sample`
     "infinite guidance": sample("a star", "--guidance", "inf", named=("guidance", "finite")),
     "no number for a shift": sample("a star", "--shift", "nan", named=("shift", "nan")),

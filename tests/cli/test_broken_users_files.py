@@ -24,7 +24,7 @@ def instead_of(name, make):
     return change
 
 
-def twice(teacher):
+def duplicate_key(teacher):
     path = teacher / "unet/config.json"
     path.write_text(path.read_text().replace('"in_channels": 4', '"in_channels": 9, "in_channels": 4'))
 
@@ -40,7 +40,7 @@ TEACHERS = {
         instead_of("unet/diffusion_pytorch_model.safetensors", lambda path: path.symlink_to("../../blobs/00")),
         ["unet/diffusion_pytorch_model.safetensors", "does not exist", "../../blobs/00"],
     ),
-    "a key that stands twice": (twice, ["unet/config.json", "in_channels", "twice"]),
+    "a duplicate key": (duplicate_key, ["unet/config.json", "in_channels", "is a duplicate key"]),
     "a config of absurd depth": (content("vae/config.json", "[" * 100_000), ["vae/config.json", "nested too deep"]),
 }
 
@@ -58,7 +58,7 @@ def test_a_variant_alone_is_refused_with_its_way_out(teacher, tmp_path, refused)
     refused(caching(tmp_path / "run", teacher), "diffusion_pytorch_model.fp16.safetensors", "rename")
 
 
-def film(kind):
+def animation(kind):
     stored = io.BytesIO()
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(stored, format=kind, save_all=True, append_images=frames[1:])
@@ -66,9 +66,9 @@ def film(kind):
 
 
 TABLE = {
-    "a film of webp": photographs({"a.webp": film("WEBP")}, "a.webp", "a film of 2 pictures"),
-    "a film of png": photographs({"a.png": film("PNG")}, "a.png", "a film of 2 pictures"),
-    "a gif that is named png": photographs({"a.png": film("GIF")}, "a.png", "its content is no png, jpg or webp"),
+    "an animation of webp": photographs({"a.webp": animation("WEBP")}, "a.webp", "an animation of 2 pictures"),
+    "an animation of png": photographs({"a.png": animation("PNG")}, "a.png", "an animation of 2 pictures"),
+    "a gif that is named png": photographs({"a.png": animation("GIF")}, "a.png", "its content is no png, jpg or webp"),
     "a picture of nothing": photographs({"a.jpg": b""}, "a.jpg", "is empty"),
     "a page of HTML": photographs({"a.jpg": "<html>"}, "a.jpg", "its content is no png, jpg or webp"),
     "a caption for other programs": photographs(
@@ -91,14 +91,14 @@ def test_users_files_that_cannot_be_used_are_refused(name, refused, tmp_path):
     refused(words, *named)
 
 
-def test_what_windows_hides_in_a_folder_is_left_out_and_said(tmp_path, capsys):
+def test_what_windows_hides_in_a_folder_is_left_out_and_reported(tmp_path, capsys):
     words, _ = photographs({"a.png": None, "Thumbs.db": b"x", "desktop.ini": b"x"})(tmp_path)
     assert cli.main(words) == 0
     assert "2 hidden files left out (the first: Thumbs.db)" in capsys.readouterr().out
 
 
 def test_a_cameras_two_pictures_in_one_jpeg_are_read(tmp_path):
-    words, _ = photographs({"a.jpg": film("MPO")})(tmp_path)
+    words, _ = photographs({"a.jpg": animation("MPO")})(tmp_path)
     assert cli.main(words) == 0
 
 

@@ -123,7 +123,7 @@ def late(number, frame):
 
 
 def comes_to_an_end(words: list[str], folder: Path) -> None:
-    """Assert that a command ends with 0, or with 2 and lines that say why, and changes no file of the folder."""
+    """Assert that a command ends with 0, or with 2 and an error message, and changes no file of the folder."""
     before = snapshot(folder)
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
@@ -226,7 +226,7 @@ def test_a_class_file_is_read_or_refused(content: bytes) -> None:
 
 @fuzz(50)
 @given(edited_yaml(GRAMMAR))
-def test_a_grammar_speaks_or_is_refused(content: bytes) -> None:
+def test_a_grammar_produces_sentences_or_is_refused(content: bytes) -> None:
     with folder_of({"g.yaml": content}) as folder:
         source = ["--prompts.source", "grammar", "--prompts.grammar", str(folder / "g.yaml")]
         comes_to_an_end(["prompts", "stats", "--count", "40", *source], folder)
@@ -234,7 +234,7 @@ def test_a_grammar_speaks_or_is_refused(content: bytes) -> None:
 
 @fuzz(50)
 @given(edited_yaml(LEXICON))
-def test_a_lexicon_speaks_or_is_refused(content: bytes) -> None:
+def test_a_lexicon_produces_sentences_or_is_refused(content: bytes) -> None:
     with folder_of({"x.yaml": content}) as folder:
         source = ["--prompts.lexicon", str(folder / "x.yaml"), "--prompts.complexity", "1"]
         comes_to_an_end(["prompts", "stats", "--count", "40", *source], folder)

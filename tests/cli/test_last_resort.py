@@ -31,7 +31,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fails(temporary: Path, capsys: pytest.CaptureFixture[str]) -> Fails:
-    """fails(error, words, folder): a command that raises; its exit code and what it said."""
+    """fails(error, words, folder): a command that raises; its exit code and what it printed."""
 
     def end(error: BaseException, words: tuple[str, ...] = ("distill",), folder: Path | None = None) -> tuple[int, str]:
         def act() -> int:
@@ -47,15 +47,15 @@ def reports(folder: Path) -> list[str]:
     return [path.read_text() for path in sorted(folder.glob("sollune-error-*.txt"))]
 
 
-def test_what_nobody_foresaw_is_one_line_and_whole_in_the_run_folder(
+def test_an_unexpected_error_is_one_line_and_whole_in_the_run_folder(
     fails: Fails, tmp_path: Path, temporary: Path
 ) -> None:
-    code, said = fails(ZeroDivisionError("division\nby zero"), ("distill", "--run", str(tmp_path)), tmp_path)
+    code, printed = fails(ZeroDivisionError("division\nby zero"), ("distill", "--run", str(tmp_path)), tmp_path)
     (whole,) = reports(tmp_path)
     assert code == 1
-    assert len(said.splitlines()) == 1
-    assert said.startswith("sollune: ZeroDivisionError: division by zero - ")
-    assert str(next(tmp_path.glob("sollune-error-*"))) in said
+    assert len(printed.splitlines()) == 1
+    assert printed.startswith("sollune: ZeroDivisionError: division by zero - ")
+    assert str(next(tmp_path.glob("sollune-error-*"))) in printed
     assert "Traceback (most recent call last)" in whole
     assert "raise error" in whole
     assert f"'--run' '{tmp_path}'" in whole
@@ -76,9 +76,9 @@ def test_without_a_run_folder_that_takes_it_the_temporary_one_does(
     fails: Fails, tmp_path: Path, temporary: Path, folder: str
 ) -> None:
     (tmp_path / "file").touch()
-    code, said = fails(KeyError("x"), ("distill",), tmp_path / folder)
+    code, printed = fails(KeyError("x"), ("distill",), tmp_path / folder)
     assert code == 1
-    assert str(temporary) in said
+    assert str(temporary) in printed
     assert len(reports(temporary)) == 1
 
 
@@ -86,11 +86,11 @@ def test_where_no_file_can_be_written_standard_error_gets_all(
     fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    code, said = fails(KeyError("x"))
+    code, printed = fails(KeyError("x"))
     assert code == 1
-    assert "Traceback (most recent call last)" in said
-    assert said.splitlines()[-1].startswith("sollune: KeyError: 'x' - ")
-    assert "stands above" in said.splitlines()[-1]
+    assert "Traceback (most recent call last)" in printed
+    assert printed.splitlines()[-1].startswith("sollune: KeyError: 'x' - ")
+    assert "stands above" in printed.splitlines()[-1]
 
 
 def test_secrets_reach_neither_the_file_nor_the_terminal(
@@ -106,10 +106,10 @@ def test_secrets_reach_neither_the_file_nor_the_terminal(
         "https://me:hush@host/x",
         "hf_AbCdEf012345",
     )
-    _, said = fails(RuntimeError("refused very-own-word and hf_ZzZzZz999999 by 0123456789abcdef"), words)
+    _, printed = fails(RuntimeError("refused very-own-word and hf_ZzZzZz999999 by 0123456789abcdef"), words)
     (whole,) = reports(temporary)
     for secret in ("very-own", "0123456789abcdef", "spoken-aloud", "another-one", "hush", "AbCdEf", "ZzZzZz"):
-        assert secret not in said
+        assert secret not in printed
         assert secret not in whole
     assert "publish" in whole
     assert "host/x" in whole
@@ -125,7 +125,7 @@ def test_secrets_reach_neither_the_file_nor_the_terminal(
     ],
 )
 @pytest.mark.parametrize(
-    ("command", "way_out"),
+    ("command", "remedy"),
     [
         ("distill", "train.batch_size"),
         ("finetune-classes", "render.batch_size"),
@@ -133,14 +133,14 @@ def test_secrets_reach_neither_the_file_nor_the_terminal(
         ("sample", "less at once"),
     ],
 )
-def test_want_of_memory_says_what_takes_less(
-    fails: Fails, temporary: Path, error: BaseException, command: str, way_out: str
+def test_out_of_memory_is_refused_with_what_takes_less(
+    fails: Fails, temporary: Path, error: BaseException, command: str, remedy: str
 ) -> None:
-    code, said = fails(error, (command,))
+    code, printed = fails(error, (command,))
     assert code == 1
-    assert said.startswith("sollune: out of memory (")
-    assert way_out in said
-    assert len(said.splitlines()) == 1
+    assert printed.startswith("sollune: out of memory (")
+    assert remedy in printed
+    assert len(printed.splitlines()) == 1
     assert len(reports(temporary)) == 1
 
 
@@ -166,18 +166,18 @@ def test_leaving_and_interrupting_keep_their_codes(fails: Fails, temporary: Path
     "number", [errno.EACCES, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO]
 )
 def test_a_file_that_cannot_be_opened_is_the_users(fails: Fails, temporary: Path, number: int) -> None:
-    code, said = fails(OSError(number, os.strerror(number), "runs/a.json"))
+    code, printed = fails(OSError(number, os.strerror(number), "runs/a.json"))
     assert code == 2
-    assert said.startswith(f"sollune: runs/a.json: cannot be opened or written ({os.strerror(number)}) - ")
+    assert printed.startswith(f"sollune: runs/a.json: cannot be opened or written ({os.strerror(number)}) - ")
     assert reports(temporary) == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE])
-def test_a_disk_that_names_no_file_is_told(fails: Fails, number: int) -> None:
-    code, said = fails(OSError(number, os.strerror(number)))
+def test_a_disk_error_without_a_file_is_reported(fails: Fails, number: int) -> None:
+    code, printed = fails(OSError(number, os.strerror(number)))
     assert code == 2
-    assert os.strerror(number) in said
-    assert " - " in said
+    assert os.strerror(number) in printed
+    assert " - " in printed
 
 
 def test_what_is_no_file_of_the_users_is_not_foreseen(fails: Fails, temporary: Path) -> None:
@@ -187,15 +187,15 @@ def test_what_is_no_file_of_the_users_is_not_foreseen(fails: Fails, temporary: P
         ConnectionResetError(errno.ECONNRESET, "reset"),
         OSError("x"),
     ):
-        code, said = fails(error)
+        code, printed = fails(error)
         assert code == 1
-        assert len(said.splitlines()) == 1
+        assert len(printed.splitlines()) == 1
     assert len(reports(temporary)) == 3
 
 
 def test_a_line_is_one_line_whatever_it_holds(fails: Fails) -> None:
-    _, said = fails(Refused("a\x1b[31m: red\u2028and\x0b\rmore - way out\nb: second - too"))
-    assert said == "sollune: a\\x1b[31m: red\\u2028and\\x0b\\rmore - way out\nsollune: b: second - too\n"
+    _, printed = fails(Refused("a\x1b[31m: red\u2028and\x0b\rmore - way out\nb: second - too"))
+    assert printed == "sollune: a\\x1b[31m: red\\u2028and\\x0b\\rmore - way out\nsollune: b: second - too\n"
 
 
 def test_several_processes_of_a_run_write_one_file_and_one_line(
@@ -210,12 +210,12 @@ def test_several_processes_of_a_run_write_one_file_and_one_line(
 
 
 def test_several_processes_of_a_run_refuse_once(fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = []
+    results = []
     for rank in "012":
         (tmp_path / "attempt" / rank).mkdir(parents=True)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt" / rank / "error.json"))
-        told.append(fails(Refused("a: b - c")))
-    assert told == [(2, "sollune: a: b - c\n"), (2, ""), (2, "")]
+        results.append(fails(Refused("a: b - c")))
+    assert results == [(2, "sollune: a: b - c\n"), (2, ""), (2, "")]
     assert fails(Refused("another: b - c"))[1] != ""
 
 
@@ -228,9 +228,9 @@ def test_a_thread_that_fails_prints_no_traceback(temporary: Path, capsys: pytest
 
     earlier = threading.excepthook
     assert run_to_exit_code(act, ["sample"]) == 0
-    said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1
-    assert said.startswith("sollune: KeyError: 'gone' - ")
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1
+    assert printed.startswith("sollune: KeyError: 'gone' - ")
     assert len(reports(temporary)) == 1
     assert threading.excepthook is earlier
 
@@ -253,7 +253,7 @@ def test_a_real_command_ends_so(tmp_path: Path) -> None:
     program = (
         "import sys, stages.upkeep\n"
         "from stages.__main__ import main\n"
-        "def broken(words): raise LookupError('nobody foresaw this')\n"
+        "def broken(words): raise LookupError('an unexpected error')\n"
         "stages.upkeep.main = broken\n"
         "sys.exit(main(['shards', 'verify', sys.argv[1]]))\n"
     )
@@ -261,5 +261,5 @@ def test_a_real_command_ends_so(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert "LookupError: nobody foresaw this" in done.stderr
-    assert "nobody foresaw this" in reports(tmp_path)[0]
+    assert "LookupError: an unexpected error" in done.stderr
+    assert "an unexpected error" in reports(tmp_path)[0]

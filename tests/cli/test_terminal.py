@@ -76,15 +76,15 @@ def in_terminal(program: str, **environment: str) -> tuple[int, bytes]:
         [sys.executable, "-c", program], cwd=ROOT, env=kept | named, stdin=there, stdout=there, stderr=there
     )
     os.close(there)
-    said = b""
+    printed = b""
     while True:
         try:
             piece = os.read(here, 1 << 16)
         except OSError:  # the terminal's other end is closed
             break
-        said += piece
+        printed += piece
     os.close(here)
-    return started.wait(), said
+    return started.wait(), printed
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])

@@ -115,7 +115,7 @@ def test_a_file_system_that_cannot_make_folders_durable_is_good_enough(
         fsync_folder(tmp_path)
 
 
-def test_the_systems_error_is_seen_behind_the_words_of_libraries(tmp_path: Path) -> None:
+def test_the_systems_error_is_recognised_behind_the_messages_of_libraries(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"a: cannot be written \(Is a directory\)"), refuse_write_errors(tmp_path / "a"):
         save_file({"x": zeros(1)}, tmp_path)
     hidden = RuntimeError("PytorchStreamWriter failed writing file data/0")

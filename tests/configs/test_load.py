@@ -1,4 +1,4 @@
-"""Laws of the configuration door: what is said is either obeyed or refused by name."""
+"""Laws of the configuration loader: a given setting is either used or refused by name."""
 
 import math
 import re
@@ -48,15 +48,15 @@ class Spare(Strict):
 
 
 class Config(Strict):
-    """A story for tests."""
+    """A configuration for tests."""
 
     run: Path = Field(description="the run folder")
-    judge: ImportString[Callable[[float], float]] = Field("math.cos", description="a function")
+    function: ImportString[Callable[[float], float]] = Field("math.cos", description="a function")
     classes: tuple[ClassSpec, ...] = Field((), description="priorities")
     prompts: Source = Field(Grammar(unsaid=0.5), description="where prompts come from")
     others: Source | None = Field(None, description="where others come from")
     train: Train = Field(Train(learning_rate=0.5), description="the steps")
-    spare: Spare | None = Field(None, description="a part that is left out unless asked for")
+    spare: Spare | None = Field(None, description="a part that is left out unless requested")
 
     @model_validator(mode="after")
     def _grids_fit(self) -> Self:
@@ -103,9 +103,9 @@ def test_a_file_that_changes_one_key_of_a_nested_default_keeps_the_others(tmp_pa
 
 def test_options_spell_every_kind_of_value() -> None:
     words = "--run=r --train.size 4 5 --train.grids-at 8 9 --train.weights up=2 --train.clip none --train.ema"
-    config = load_config(f"{words} --judge math.sin")
+    config = load_config(f"{words} --function math.sin")
     assert (config.train.size, config.train.grids_at, config.train.clip) == ((4, 5), (8, 9), None)
-    assert (config.train.weights, config.train.ema, config.judge) == ({"mid": 1.0, "up": 2.0}, True, math.sin)
+    assert (config.train.weights, config.train.ema, config.function) == ({"mid": 1.0, "up": 2.0}, True, math.sin)
     assert load(Config, "distill", (), ["--run", "r", "--classes", "[{pattern: a/*, priority: top}]"]).classes == (
         ClassSpec(pattern="a/*", priority="top"),
     )
@@ -116,12 +116,12 @@ def test_another_member_of_a_union_replaces_the_earlier_one() -> None:
 
 
 def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
-    said = refusal_message("--run r", write_yaml(tmp_path, "distil: {run: a}"))
-    assert re.search(r"one\.yaml: distil: unknown section - did you mean distill\?", said)
+    message = refusal_message("--run r", write_yaml(tmp_path, "distil: {run: a}"))
+    assert re.search(r"one\.yaml: distil: unknown section - did you mean distill\?", message)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("train: {bach_size: 3}", "one.yaml: distill.train.bach_size = 3: unknown key - did you mean batch_size?"),
         ("trian: {batch_size: 3}", "one.yaml: distill.trian: unknown key - did you mean train?"),
@@ -134,24 +134,24 @@ def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
         ("classes: [{pattern: b, priority: tpo}]", "distill.classes.0.priority = tpo: should be 'top', 'mid' or 'low'"),
         ("prompts: {source: tex}", "one.yaml: distill.prompts.source = tex: should be one of 'grammar', 'text'"),
         ("prompts: {source: text}", "distill.prompts.file: required"),
-        ("judge: math.cosine", "one.yaml: distill.judge = math.cosine: "),
+        ("function: math.cosine", "one.yaml: distill.function = math.cosine: "),
         ("train: {grids_at: [4]}", "distill: train.grids_at = 4 is below train.batch_size, raise it"),
     ],
 )
-def test_an_error_in_a_file_is_refused_by_its_full_path(tmp_path: Path, text: str, said: str) -> None:
+def test_an_error_in_a_file_is_refused_by_its_full_path(tmp_path: Path, text: str, expected: str) -> None:
     message = refusal_message("--run r", write_yaml(tmp_path, f"distill:\n  {text}\n"))
-    assert said in message
+    assert expected in message
     assert "\n" not in message
 
 
 def test_a_table_may_be_replaced_by_a_rule_that_has_a_name(tmp_path: Path) -> None:
     file = write_yaml(tmp_path, "distill: {run: r, train: {rates: {up: 2}}}")
-    asked = {words: load(Config, "distill", [file], words.split()).train.rates for words in ("", RULE, TABLE)}
-    assert asked == {"": {"mid": 1.0, "up": 2.0}, RULE: "even", TABLE: {"mid": 1.0, "up": 3.0}}
+    rates = {words: load(Config, "distill", [file], words.split()).train.rates for words in ("", RULE, TABLE)}
+    assert rates == {"": {"mid": 1.0, "up": 2.0}, RULE: "even", TABLE: {"mid": 1.0, "up": 3.0}}
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         ("--train.bach-size 3", "--train.bach-size: unknown option - did you mean --train.batch-size?"),
         ("--train.batch-size -3", "command line: distill.train.batch_size = -3: should be greater than or equal to 1"),
@@ -163,9 +163,9 @@ def test_a_table_may_be_replaced_by_a_rule_that_has_a_name(tmp_path: Path) -> No
         ("--classes [{", "--classes: [{ is not a YAML list or mapping"),
     ],
 )
-def test_an_error_on_the_command_line_is_refused(words: str, said: str) -> None:
+def test_an_error_on_the_command_line_is_refused(words: str, expected: str) -> None:
     message = refusal_message(f"--run r {words}")
-    assert said in message
+    assert expected in message
     assert "\n" not in message
 
 
@@ -178,7 +178,7 @@ def test_every_error_has_its_own_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("distill: {run: a\n", "one.yaml:2: not good YAML"),
         ("distill:\n  run: a\n  run: b\n", "one.yaml:3: not good YAML: run is a duplicate key"),
@@ -186,8 +186,8 @@ def test_every_error_has_its_own_line() -> None:
         ("distill: 3\n", "one.yaml: distill = 3: should be a mapping of keys to values"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, said: str) -> None:
-    assert said in refusal_message("--run r", write_yaml(tmp_path, text))
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in refusal_message("--run r", write_yaml(tmp_path, text))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -230,6 +230,8 @@ def test_an_optional_union_is_described_like_a_required_one() -> None:
 
 
 def test_files_and_print_config_are_taken_out_of_the_words() -> None:
-    asked = parse_common_options(["--config", "a.yaml", "b.yaml", "--run", "r", "--print-config", "--config", "c.yaml"])
-    assert asked.files == (Path("a.yaml"), Path("b.yaml"), Path("c.yaml"))
-    assert (asked.print_config, asked.options) == (True, ("--run", "r"))
+    common = parse_common_options(
+        ["--config", "a.yaml", "b.yaml", "--run", "r", "--print-config", "--config", "c.yaml"]
+    )
+    assert common.files == (Path("a.yaml"), Path("b.yaml"), Path("c.yaml"))
+    assert (common.print_config, common.options) == (True, ("--run", "r"))

@@ -35,10 +35,10 @@ def home(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_home_is_opened_wherever_a_path_stands_and_in_no_sentence(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("distill: {files: [~/a, b~, c/~], inner: {table: {x: ~/d}}, text: ~ is a tilde}\n")
-    found = load(Config, "distill", [file], ["--run", "~", "--teacher", "~/t"])
-    assert (found.run, found.teacher, found.text) == (Path("/home/of/a/test"), "/home/of/a/test/t", "~ is a tilde")
-    assert found.files == (Path("/home/of/a/test/a"), Path("b~"), Path("c/~"))
-    assert found.inner.table == {"x": Path("/home/of/a/test/d")}
+    config = load(Config, "distill", [file], ["--run", "~", "--teacher", "~/t"])
+    assert (config.run, config.teacher, config.text) == (Path("/home/of/a/test"), "/home/of/a/test/t", "~ is a tilde")
+    assert config.files == (Path("/home/of/a/test/a"), Path("b~"), Path("c/~"))
+    assert config.inner.table == {"x": Path("/home/of/a/test/d")}
 
 
 def test_a_home_is_opened_where_a_configuration_lies() -> None:
@@ -55,9 +55,9 @@ def test_a_variable_of_the_environment_is_not_opened() -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("--run ~nobody-here/x", "no user 'nobody-here'"),
-        ("--files a ~nobody-here", "no user 'nobody-here'"),
-        ("--teacher ~nobody-here/x", "no user 'nobody-here'"),
+        ("--run ~no-such-user/x", "no user 'no-such-user'"),
+        ("--files a ~no-such-user", "no user 'no-such-user'"),
+        ("--teacher ~no-such-user/x", "no user 'no-such-user'"),
         ("--seed 9223372036854775808", "64 bits"),
         ("--share inf", "finite"),
         ("--share nan", "finite"),
@@ -67,12 +67,12 @@ def test_a_variable_of_the_environment_is_not_opened() -> None:
         (f"--run {'k' * 256}", "255 bytes"),
     ],
 )
-def test_what_nobody_can_mean_is_refused_with_its_key(words: str, reason: str) -> None:
+def test_a_meaningless_value_is_refused_with_its_key(words: str, reason: str) -> None:
     with pytest.raises(Refused, match=f"command line: distill.*{reason}") as refusal:
         load(Config, "distill", [], words.split(" "))
     assert str(refusal.value).isprintable()
 
 
-def test_a_value_of_the_program_is_judged_like_one_of_a_file() -> None:
+def test_a_value_of_the_program_is_validated_like_one_of_a_file() -> None:
     with pytest.raises(ValidationError, match="finite"):
         Config(share=float("inf"))

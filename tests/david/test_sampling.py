@@ -257,7 +257,7 @@ def test_a_reader_reads_the_states_in_the_order_of_the_sampler(tmp_path: Path):
     records = [record(number) for number in range(12)]
     CacheWriter(tmp_path, Recipe(identity={"a": 1}, information={})).add("train", 0, records)
     reader = Reader(tmp_path, seed=5, batch_size=3, view=View(s_range=(0.2, 1.0)))
-    stored = [(r.key, draw, int(r.states.k[draw])) for r in records for draw in range(2) if r.states.s[draw] >= 0.2]
+    stored = [(r.key, state, int(r.states.k[state])) for r in records for state in range(2) if r.states.s[state] >= 0.2]
     assert reader.timesteps.tolist() == [k for _, _, k in stored]
     profile = difficult([4])
     sampling = TimestepSampler(

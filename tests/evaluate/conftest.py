@@ -30,7 +30,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer = anatomy.build_tokenizer()
         unet = anatomy.build_unet()
         with torch.no_grad():
-            unet.conv_out.weight *= 3  # an untrained network answers faintly
+            unet.conv_out.weight *= 3  # the output of an untrained network is small
         StableDiffusionPipeline(
             unet=unet,
             vae=anatomy.build_vae(),
@@ -62,7 +62,7 @@ def student(teacher: Teacher) -> Student:
 
 @pytest.fixture(scope="session")
 def run_folder(teacher: Teacher, student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What story one and story two leave, as far as an evaluation reads it."""
+    """What caching and distillation write, as far as an evaluation reads it."""
     root = tmp_path_factory.mktemp("runs")
     states = StatesConfig(steps=3, trajectory_states=2, renoised_states=1)
     writer = CacheWriter(root / "cache", recipe_of(teacher, RenderConfig(states=states), {"source": "test"}))

@@ -1,4 +1,4 @@
-"""Single files that stock diffusers would open in silence although a part of them is not what its config says."""
+"""Single files that stock diffusers would open in silence although a part of them does not match its config."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ def file(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student
 
 @pytest.fixture
 def broken(file: Path) -> Broken:
-    """broken(change): what opening the file says once its tensors were changed."""
+    """broken(change): the message of opening the file with changed tensors."""
     with safe_open(file, "pt") as opened:
         facts = opened.metadata()
 
@@ -65,5 +65,5 @@ def test_a_value_that_is_not_finite_is_refused(part: str, broken: Broken) -> Non
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
 def test_a_tensor_that_the_config_does_not_know_is_refused(part: str, broken: Broken) -> None:
-    said = broken(lambda held: {**held, f"{PREFIXES[part]}more.weight": torch.zeros(3)})
-    assert f"1 tensors more of the {part}" in said
+    message = broken(lambda held: {**held, f"{PREFIXES[part]}more.weight": torch.zeros(3)})
+    assert f"1 tensors more of the {part}" in message

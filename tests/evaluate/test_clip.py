@@ -45,21 +45,21 @@ def pictures() -> torch.Tensor:
     return torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_score_is_the_cosine_of_what_the_model_says_of_each_pair(
+def test_the_score_is_the_cosine_that_the_model_computes_for_each_pair(
     scorer: Scorer, folder: Path, pictures: torch.Tensor
 ) -> None:
-    found = scorer(TEXTS, pictures)["clip"]
+    scores = scorer(TEXTS, pictures)["clip"]
     model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
-    for text, picture, score in zip(TEXTS, pictures, found, strict=True):
+    for text, picture, score in zip(TEXTS, pictures, scores, strict=True):
         shown = (picture * 255).round().byte().permute(1, 2, 0).numpy()
-        asked = processor(text=[text], images=[shown], return_tensors="pt", truncation=True)
+        inputs = processor(text=[text], images=[shown], return_tensors="pt", truncation=True)
         with torch.inference_mode():
-            cosine = model(**asked).logits_per_image[0, 0] / model.logit_scale.exp()
+            cosine = model(**inputs).logits_per_image[0, 0] / model.logit_scale.exp()
         torch.testing.assert_close(score, cosine, atol=1e-5, rtol=1e-4)
-    assert found.std() > 1e-3
+    assert scores.std() > 1e-3
 
 
-def test_a_pairs_score_does_not_depend_on_its_company(scorer: Scorer, pictures: torch.Tensor) -> None:
+def test_a_pairs_score_does_not_depend_on_the_other_pairs(scorer: Scorer, pictures: torch.Tensor) -> None:
     together = scorer(TEXTS, pictures)["clip"]
     alone = torch.cat([scorer([text], picture[None])["clip"] for text, picture in zip(TEXTS, pictures, strict=True)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
@@ -68,8 +68,8 @@ def test_a_pairs_score_does_not_depend_on_its_company(scorer: Scorer, pictures: 
 def test_a_folder_that_is_no_clip_model_is_refused_with_its_name(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"clip: .* no CLIP model can be loaded"):
         ClipScorer(str(tmp_path), CPU)
-    with pytest.raises(Refused, match="clip: 'nobody/nothing'"):
-        ClipScorer("nobody/nothing", CPU)
+    with pytest.raises(Refused, match="clip: 'no-such-owner/nothing'"):
+        ClipScorer("no-such-owner/nothing", CPU)
 
 
 def test_a_model_of_which_weights_are_missing_is_refused_instead_of_made_up(folder: Path, tmp_path: Path) -> None:

@@ -67,35 +67,35 @@ def test_prompts_are_validation_sentences_each_once_and_a_longer_list_begins_wit
 
 
 def test_evaluation_measures_student_and_controls(run_folder: Path, source: FileSource) -> None:
-    found = evaluate(small(run_folder, source))
-    assert list(found.fidelity) == ["teacher", "student", "student as a noise model"]
-    assert [shares.pictures for shares in found.fidelity.values()] == [3, 3, 2]
-    assert list(found.paired) == ["student", "undistilled graft", "undistilled copy", "wrong prompts"]
-    assert [error.steps for error in found.paired["student"]] == [1, 2]
-    assert found.velocity is not None
-    assert found.velocity.states == 5
+    result = evaluate(small(run_folder, source))
+    assert list(result.fidelity) == ["teacher", "student", "student as a noise model"]
+    assert [shares.pictures for shares in result.fidelity.values()] == [3, 3, 2]
+    assert list(result.paired) == ["student", "undistilled graft", "undistilled copy", "wrong prompts"]
+    assert [error.steps for error in result.paired["student"]] == [1, 2]
+    assert result.velocity is not None
+    assert result.velocity.states == 5
     assert (run_folder / "evaluation.png").is_file()
-    assert found.samples == 64
+    assert result.samples == 64
 
 
 def test_gates_pass_the_student_and_fail_what_does_not_reach_them(run_folder: Path, source: FileSource) -> None:
-    found = evaluate(small(run_folder, source).model_copy(update={"scorer": None}))
-    assert found.velocity is not None
-    error = found.velocity.velocity.overall
-    assert all(v.passed for v in check_gates(found, Gates(velocity_error=error)))
-    assert [v.passed for v in check_gates(found, Gates(velocity_error=error / 2))] == [False]
-    assert check_gates(found, Gates()) == []
+    result = evaluate(small(run_folder, source).model_copy(update={"scorer": None}))
+    assert result.velocity is not None
+    error = result.velocity.velocity.overall
+    assert all(v.passed for v in check_gates(result, Gates(velocity_error=error)))
+    assert [v.passed for v in check_gates(result, Gates(velocity_error=error / 2))] == [False]
+    assert check_gates(result, Gates()) == []
 
 
 def test_a_control_must_fail_the_gate_of_the_student(run_folder: Path, source: FileSource) -> None:
-    found = evaluate(small(run_folder, source).model_copy(update={"scorer": None}))
-    judged = {v.name: v.passed for v in check_gates(found, Gates(score={2: 1e9}))}
-    assert judged.pop("paired score at 2")
-    assert judged
-    assert not any(judged.values())
+    result = evaluate(small(run_folder, source).model_copy(update={"scorer": None}))
+    verdicts = {v.name: v.passed for v in check_gates(result, Gates(score={2: 1e9}))}
+    assert verdicts.pop("paired score at 2")
+    assert verdicts
+    assert not any(verdicts.values())
 
 
-def test_command_prints_a_table_writes_json_and_tells_a_missed_gate(
+def test_command_prints_a_table_writes_json_and_reports_a_missed_gate(
     run_folder: Path, source: FileSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [str(run_folder), "--config"]
@@ -103,9 +103,9 @@ def test_command_prints_a_table_writes_json_and_tells_a_missed_gate(
     assert "PASS" in capsys.readouterr().out
     assert main([*words, str(config_file(source, tmp_path, {"velocity_error": 0.0}))]) == 1
     assert "FAIL" in capsys.readouterr().out
-    found = json.loads((run_folder / "evaluation.json").read_text())
-    assert [gate["passed"] for gate in found["gates"]] == [False]
-    assert found["paired"]["student"][0]["steps"] == 1
+    result = json.loads((run_folder / "evaluation.json").read_text())
+    assert [gate["passed"] for gate in result["gates"]] == [False]
+    assert result["paired"]["student"][0]["steps"] == 1
 
 
 def test_an_export_of_other_weights_is_refused(run_folder: Path, source: FileSource, tmp_path: Path) -> None:

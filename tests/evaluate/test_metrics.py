@@ -33,29 +33,29 @@ class FixedStudent(Student):
 UNCOND = torch.zeros(1, 24, 64)
 
 
-def test_right_velocities_have_no_error_and_silence_has_all_of_it(batch: Batch) -> None:
+def test_right_velocities_have_error_zero_and_zero_velocities_have_error_one(batch: Batch) -> None:
     right = velocity_errors(FixedStudent(batch.v_cond, batch.v_uncond), [batch], UNCOND)
     assert (right.velocity.overall, right.guidance.overall, right.states) == (0, 0, 6)
-    silent = velocity_errors(FixedStudent(0 * batch.v_cond, 0 * batch.v_uncond), [batch], UNCOND)
-    assert silent.velocity.overall == pytest.approx(1)
-    assert silent.guidance.overall == pytest.approx(1)
+    zero = velocity_errors(FixedStudent(0 * batch.v_cond, 0 * batch.v_uncond), [batch], UNCOND)
+    assert zero.velocity.overall == pytest.approx(1)
+    assert zero.guidance.overall == pytest.approx(1)
 
 
 def test_one_branch_alone_shows_in_both_figures(batch: Batch) -> None:
-    found = velocity_errors(FixedStudent(batch.v_cond, 1.1 * batch.v_uncond), [batch], UNCOND)
+    result = velocity_errors(FixedStudent(batch.v_cond, 1.1 * batch.v_uncond), [batch], UNCOND)
     share = batch.v_uncond.float().square().sum() / (
         batch.v_uncond.float().square().sum() + batch.v_cond.float().square().sum()
     )
-    assert found.velocity.overall == pytest.approx(0.01 * float(share), rel=1e-3)
-    assert found.guidance.overall > found.velocity.overall
+    assert result.velocity.overall == pytest.approx(0.01 * float(share), rel=1e-3)
+    assert result.guidance.overall > result.velocity.overall
 
 
 def test_errors_fall_into_the_bin_of_their_time(batch: Batch) -> None:
     times = replace(batch, s=torch.tensor([0.0, 0.1, 0.3, 0.5, 0.5, 1.0]))
     wrong = times.v_cond.float().clone()
     wrong[5] = 0
-    found = velocity_errors(FixedStudent(wrong, times.v_uncond), [times], UNCOND)
-    by_bin = found.velocity.by_bin
+    result = velocity_errors(FixedStudent(wrong, times.v_uncond), [times], UNCOND)
+    by_bin = result.velocity.by_bin
     assert by_bin[3] is None
     assert by_bin[:3] == (0, 0, 0)
     assert by_bin[4] is not None
@@ -70,11 +70,11 @@ def test_several_batches_are_one_sum(batch: Batch, student: Student, teacher: Te
     assert whole.velocity.overall > 0
 
 
-def test_what_was_not_said_is_never_wrong() -> None:
+def test_an_attribute_that_the_text_omits_is_never_wrong() -> None:
     def scorer(_texts: Sequence[str], _pictures: torch.Tensor) -> Mapping[str, torch.Tensor]:
         nan = float("nan")
         return {"shape": torch.tensor([1.0, 1, 0, 1]), "place": torch.tensor([nan, 1, 1, 0])}
 
-    found = compute_fidelity(scorer, ["a", "b", "c", "d"], torch.zeros(4, 3, 4, 5))
-    assert found.by_attribute == {"shape": pytest.approx(3 / 4), "place": pytest.approx(2 / 3)}
-    assert (found.all_at_once, found.pictures) == (0.5, 4)
+    result = compute_fidelity(scorer, ["a", "b", "c", "d"], torch.zeros(4, 3, 4, 5))
+    assert result.by_attribute == {"shape": pytest.approx(3 / 4), "place": pytest.approx(2 / 3)}
+    assert (result.all_at_once, result.pictures) == (0.5, 4)

@@ -52,11 +52,11 @@ def test_floor_falls_with_the_steps(reference: TeacherReference) -> None:
 
 def test_no_score_where_the_teachers_own_floor_is_above_the_ceiling(task: PairedInputs) -> None:
     x0 = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    found = TeacherReference(task, Sampler(), x0, torch.tensor([0.4, 0.6]), {4: torch.tensor([0.7, 0.5])}).compare(
+    result = TeacherReference(task, Sampler(), x0, torch.tensor([0.4, 0.6]), {4: torch.tensor([0.7, 0.5])}).compare(
         2 * x0, 4
     )
-    assert found.score is None
-    assert found.student == pytest.approx(float(x0.square().mean() / x0.var(correction=0)), rel=1e-6)
+    assert result.score is None
+    assert result.student == pytest.approx(float(x0.square().mean() / x0.var(correction=0)), rel=1e-6)
 
 
 def test_error_is_free_of_the_scale_of_latents() -> None:
@@ -66,18 +66,18 @@ def test_error_is_free_of_the_scale_of_latents() -> None:
 
 
 def test_the_interval_holds_the_score_and_narrows_with_the_pictures(task: PairedInputs) -> None:
-    def judged(count: int) -> PairedError:
+    def error_of(count: int) -> PairedError:
         generator = torch.Generator().manual_seed(0)
         x0, noise = torch.randn(2, count, 3, 4, 5, generator=generator)
         ceiling, floor = torch.full((count,), 1.0), torch.zeros(count)
         spread = torch.rand(count, 1, 1, 1, generator=generator)
         return TeacherReference(task, Sampler(), x0, ceiling, {4: floor}).compare(x0 + spread * noise, 4)
 
-    few, many = judged(10), judged(400)
-    for found in (few, many):
-        assert found.interval is not None
-        assert found.score is not None
-        assert found.interval[0] < found.score < found.interval[1]
+    few, many = error_of(10), error_of(400)
+    for result in (few, many):
+        assert result.interval is not None
+        assert result.score is not None
+        assert result.interval[0] < result.score < result.interval[1]
     assert many.interval[1] - many.interval[0] < 0.5 * (few.interval[1] - few.interval[0])
 
 

@@ -79,7 +79,7 @@ def test_sample_command_samples_every_kind_of_model(
         assert image.size == (180 + 3 * (128 + 4), 20 + 3 * (128 + 4))
 
 
-def test_sample_command_tells_which_sentences_are_cut_and_which_lines_are_left_out(
+def test_sample_command_reports_which_sentences_are_cut_and_which_lines_are_left_out(
     run_folder: Path, teacher_folder: Path, single: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "more.txt").write_bytes(b"\xef\xbb\xbfa green moon\nbad \xff\n\n" + b"star " * 90)
@@ -120,8 +120,8 @@ def test_a_seed_is_the_same_noise_for_every_sentence_and_number_of_seeds(
         teacher.decode_latents(sample_student(student, cond, teacher.uncond, noise, Sampler(steps=2)))[0]
     )
     with Image.open(tmp_path / "a.png") as image:
-        found = image.crop((180 + 132, 20 + 132, 180 + 132 + 128, 20 + 132 + 128))
-    assert_same(np.asarray(found, dtype=np.int64), np.asarray(expected, dtype=np.int64))
+        cell = image.crop((180 + 132, 20 + 132, 180 + 132 + 128, 20 + 132 + 128))
+    assert_same(np.asarray(cell, dtype=np.int64), np.asarray(expected, dtype=np.int64))
 
 
 def test_run_and_its_export_sample_the_same(run_folder: Path) -> None:
@@ -131,7 +131,7 @@ def test_run_and_its_export_sample_the_same(run_folder: Path) -> None:
 def test_a_file_samples_what_its_folder_samples_and_needs_of_another_its_configs_only(
     single: Path, lone: Path, teacher_folder: Path, run_folder: Path
 ) -> None:
-    """The teacher's folder gives sizes and words, while its scheduler for noise prediction is not asked."""
+    """The teacher's folder gives sizes and words, while its scheduler for noise prediction is not used."""
     noise, sampler = fixed_noise(0, 1, (4, 8, 8))[None], Sampler(steps=2, guidance=3.0)
     drawn = []
     for where, configs in ((run_folder / "export", None), (single, None), (lone, str(teacher_folder))):
@@ -178,7 +178,7 @@ def test_a_v_prediction_run_and_its_export_are_the_same_field(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         ((), "which model"),
         (("RUN",), "no sentence"),
@@ -197,7 +197,7 @@ def test_a_v_prediction_run_and_its_export_are_the_same_field(
         (("RUN", " "), "empty sentence"),
         (("RUN", "a \x07"), r"U\+0007"),
         (("RUN", "a star", "--negative", "a \x07"), r"U\+0007"),
-        (("~nobody-here/run", "a star"), "no user 'nobody-here'"),
+        (("~no-such-user/run", "a star"), "no user 'no-such-user'"),
         (("ABOVE", "a star"), "name .*distill"),
         (("nowhere/to/be/found", "a star"), "neither a run"),
         (("TEACHER", "a star", "--solver", "heun"), "use euler or ddim"),
@@ -211,42 +211,42 @@ def test_a_v_prediction_run_and_its_export_are_the_same_field(
     ],
 )
 def test_sample_command_refuses_in_one_line(
-    words: tuple[str, ...], said: str, run_folder: Path, teacher_folder: Path, lone: Path, nameless: Path
+    words: tuple[str, ...], expected: str, run_folder: Path, teacher_folder: Path, lone: Path, nameless: Path
 ) -> None:
     weights = run_folder / "checkpoints" / "000000064" / "ema.safetensors"
     places = {"RUN": run_folder, "ABOVE": run_folder.parent, "TEACHER": teacher_folder, "WEIGHTS": weights}
     places |= {"LONE": lone, "NAMELESS": nameless}
-    with pytest.raises(Refused, match=said) as refusal:
+    with pytest.raises(Refused, match=expected) as refusal:
         main([str(places.get(word, word)) for word in words])
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "expected"),
     [
         ("a hole", "lacks tensors"),
         ("another size", "not of the sizes"),
-        ("says epsilon", "its metadata say prediction epsilon"),
-        ("says v_prediction", "sollune.prediction is v_prediction"),
+        ("epsilon in the metadata", "its metadata say prediction epsilon"),
+        ("v_prediction in the metadata", "sollune.prediction is v_prediction"),
         ("cut", "cannot be read"),
         ("a pickle", "not a .safetensors file"),
     ],
 )
-def test_a_file_that_would_sample_noise_is_refused(fault: str, said: str, lone: Path, run_folder: Path) -> None:
+def test_a_file_that_would_sample_noise_is_refused(fault: str, expected: str, lone: Path, run_folder: Path) -> None:
     tensors, settings, out = load_file(lone), {"format": "pt"}, "model.diffusion_model.out.2.weight"
     match fault:
         case "a hole":
             del tensors[out]
         case "another size":
             tensors[out] = torch.zeros(4, 8, 3, 3)
-        case "says epsilon":
+        case "epsilon in the metadata":
             settings["modelspec.prediction_type"] = "epsilon"
-        case "says v_prediction":
+        case "v_prediction in the metadata":
             settings["sollune.prediction"] = "v_prediction"
     save_file(tensors, lone, settings)
     if fault == "cut":
         lone.write_bytes(lone.read_bytes()[:5000])
     where = lone.rename(lone.with_suffix(".ckpt")) if fault == "a pickle" else lone
-    with pytest.raises(Refused, match=said) as refusal:
+    with pytest.raises(Refused, match=expected) as refusal:
         load_model(str(where), "cpu", config_from=str(run_folder / "export"))
     assert "\n" not in str(refusal.value)

@@ -15,17 +15,17 @@ B, C, H, W = 2, 3, 4, 5
 
 
 def constant(cond: float, uncond: float) -> TwoBranchField:
-    """A field whose branches say the same everywhere."""
+    """A field whose branches are constant."""
     return TwoBranchField(lambda x, s, *_: (torch.full_like(x, cond), torch.full_like(x, uncond)))
 
 
-def draw(sampler: Sampler, field: TwoBranchField) -> torch.Tensor:
+def sample(sampler: Sampler, field: TwoBranchField) -> torch.Tensor:
     return sampler.sample(field, torch.zeros(B, 1, 1), torch.zeros(1, 1, 1), fixed_noises(0, B, (C, H, W)))
 
 
 @pytest.mark.parametrize(("guidance", "velocity"), [(0.0, 1.0), (1.0, 2.0), (3.0, 4.0)])
 def test_guidance_goes_from_one_branch_through_the_other(guidance: float, velocity: float) -> None:
-    drawn = draw(Sampler(steps=3, guidance=guidance), constant(2.0, 1.0))
+    drawn = sample(Sampler(steps=3, guidance=guidance), constant(2.0, 1.0))
     assert torch.allclose(drawn, fixed_noises(0, B, (C, H, W)) - velocity, atol=1e-6)
 
 
@@ -50,29 +50,29 @@ def test_batches_change_nothing(student: Student, teacher: Teacher) -> None:
 def test_heun_is_exact_where_velocity_is_linear_in_time() -> None:
     field = TwoBranchField(lambda x, s, *_: (s.float().reshape(-1, 1, 1, 1).expand_as(x),) * 2)
     exact = fixed_noises(0, B, (C, H, W)) - 0.5
-    assert torch.allclose(draw(Sampler(steps=2, solver="heun"), field), exact, atol=1e-6)
-    assert not torch.allclose(draw(Sampler(steps=2), field), exact, atol=1e-2)
+    assert torch.allclose(sample(Sampler(steps=2, solver="heun"), field), exact, atol=1e-6)
+    assert not torch.allclose(sample(Sampler(steps=2), field), exact, atol=1e-2)
 
 
-def test_teacher_is_asked_at_its_own_states_only(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []
-    answer = teacher.predict
+def test_teacher_is_evaluated_at_its_own_states_only(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    times: list[float] = []
+    predict = teacher.predict
 
-    def listening(x: torch.Tensor, s: torch.Tensor, *rest: torch.Tensor) -> object:
-        asked.extend(s.tolist())
-        return answer(x, s, *rest)
+    def recording(x: torch.Tensor, s: torch.Tensor, *rest: torch.Tensor) -> object:
+        times.extend(s.tolist())
+        return predict(x, s, *rest)
 
-    monkeypatch.setattr(teacher, "predict", listening)
+    monkeypatch.setattr(teacher, "predict", recording)
     noise = fixed_noises(0, 1, (4, 8, 8))
     sample_teacher(
         teacher, teacher.encode_texts(["a"]), teacher.encode_texts([""]), noise, Sampler(steps=5, solver="heun")
     )
     own = {1.0, *teacher.bridge.s_table.tolist()}
-    assert len(asked) == 5
-    assert set(asked) <= own
+    assert len(times) == 5
+    assert set(times) <= own
 
 
-def test_noise_never_depends_on_how_many_are_asked() -> None:
+def test_noise_never_depends_on_how_many_are_requested() -> None:
     few, many = fixed_noises(3, 2, (C, H, W)), fixed_noises(3, 5, (C, H, W))
     assert torch.equal(few, many[:2])
     assert torch.equal(many[4], fixed_noise(3, 4, (C, H, W)))

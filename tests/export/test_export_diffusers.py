@@ -178,13 +178,13 @@ def test_one_tensor_of_the_teacher_is_refused_by_name(student: Student, teacher_
         export_diffusers(student, teacher_folder, tmp_path, {})
 
 
-@pytest.mark.parametrize(("value", "way_out"), [(1e5, "--dtype float32"), (float("nan"), "another checkpoint")])
+@pytest.mark.parametrize(("value", "remedy"), [(1e5, "--dtype float32"), (float("nan"), "another checkpoint")])
 def test_values_that_do_not_fit_half_precision_are_refused(
-    value: float, way_out: str, student: Student, teacher_folder: Path, tmp_path: Path
+    value: float, remedy: str, student: Student, teacher_folder: Path, tmp_path: Path
 ) -> None:
     with torch.no_grad():
         student.unet.conv_in.bias[0] = value
-    with pytest.raises(Refused, match=rf"conv_in\.bias .*{way_out}"):
+    with pytest.raises(Refused, match=rf"conv_in\.bias .*{remedy}"):
         export_diffusers(student, teacher_folder, tmp_path, {})
     assert list(tmp_path.iterdir()) == []
 
@@ -271,6 +271,6 @@ def test_a_student_of_v_prediction_goes_out_with_ddim_on_its_teachers_betas(
     with torch.no_grad():
         stepped = x + (s_next - s).float().view(-1, 1, 1, 1) * v_student(x, s, cond, uncond[:1]).v_cond
         shown = v_student.vp_bridge.teacher_input(x, s)
-        answer = pipeline.unet(shown, k, cond).sample
-    stock = pipeline.scheduler.step(answer, int(k[0]), shown).prev_sample
+        output = pipeline.unet(shown, k, cond).sample
+    stock = pipeline.scheduler.step(output, int(k[0]), shown).prev_sample
     torch.testing.assert_close(stock, v_student.vp_bridge.teacher_input(stepped, s_next), atol=1e-4, rtol=1e-4)

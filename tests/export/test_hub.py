@@ -379,7 +379,7 @@ def test_a_checkpoint_that_was_damaged_here_is_not_sent(hub, uploader, tmp_path,
     assert "sollune publish" in capsys.readouterr().out
 
 
-def test_the_repository_keeps_the_newest_checkpoints_and_their_room_only(hub, tmp_path):
+def test_the_repository_keeps_the_newest_checkpoints_and_their_storage_only(hub, tmp_path):
     for samples in (8, 16, 24):
         with Uploader(HubConfig(), tmp_path, Repository("org/name", True, hub)) as uploader:
             uploader.send_checkpoint(checkpoint(tmp_path, samples))

@@ -51,7 +51,7 @@ class WireHub(ThreadingHTTPServer):
 
 
 class RequestHandler(BaseHTTPRequestHandler):
-    """The answer to one request."""
+    """The response to one request."""
 
     protocol_version = "HTTP/1.1"
     server: WireHub

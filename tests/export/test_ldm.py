@@ -218,7 +218,7 @@ def save_run(run: Path, teacher_folder: Path, student: Student, target: Target) 
 @pytest.mark.parametrize(
     ("target", "words", "single"), [("velocity", ("--single-file", "true"), True), ("vp_v", (), False)]
 )
-def test_the_command_writes_the_file_where_the_student_answers_with_velocity(
+def test_the_command_writes_the_file_where_the_student_predicts_velocity(
     target: Target, words: tuple[str, ...], single: bool, student: Student, teacher_folder: Path, tmp_path: Path
 ) -> None:
     run = save_run(tmp_path / "distill", teacher_folder, student, target)

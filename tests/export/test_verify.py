@@ -111,7 +111,7 @@ def test_right_tensors_in_a_network_that_computes_otherwise_are_caught(
         verify_folder(folder, content_of(student, teacher_folder))
 
 
-def test_what_rounding_explains_grows_with_the_type_and_leaves_no_room_for_a_lost_bias(student: Student) -> None:
+def test_what_rounding_explains_grows_with_the_type_and_never_covers_a_lost_bias(student: Student) -> None:
     half, single = (checks.rounding_tolerance(440, dtype) for dtype in (torch.float16, torch.float32))
     assert single < 1e-5 < half < 5e-3
 

@@ -35,7 +35,7 @@ def network(x_vp: Tensor, k: Tensor) -> Tensor:
     return torch.tanh(x_vp.flip(-1) + per_sample(k, x_vp) / 500)
 
 
-def ask(teacher: Bridge, x: Tensor, s: Tensor, k: Tensor) -> Tensor:
+def velocity_of(teacher: Bridge, x: Tensor, s: Tensor, k: Tensor) -> Tensor:
     return teacher.velocity(x, s, k, network(teacher.teacher_input(x, s), k))
 
 
@@ -74,7 +74,7 @@ def test_a_ddim_step_is_an_euler_step_of_the_bridged_velocity(prediction_type: P
 
     s_k, s_j = teacher.s_of_k(at_k), teacher.s_of_k(at_j)
     x = x_vp / teacher.teacher_input(torch.ones_like(x_vp), s_k)
-    stepped = x + per_sample(s_j - s_k, x) * ask(teacher, x, s_k, at_k)
+    stepped = x + per_sample(s_j - s_k, x) * velocity_of(teacher, x, s_k, at_k)
     torch.testing.assert_close(teacher.teacher_input(stepped, s_j), expected, rtol=0, atol=1e-10)
 
 
@@ -88,7 +88,7 @@ def test_every_step_of_diffusers_ddim_is_an_euler_step(prediction_type: Predicti
         s_k = teacher.s_of_k(at_k)
         s_j = teacher.s_of_k(torch.full((2,), j)) if j >= 0 else torch.zeros_like(s_k)
         x = x_vp / teacher.teacher_input(torch.ones_like(x_vp), s_k)
-        stepped = x + per_sample(s_j - s_k, x) * ask(teacher, x, s_k, at_k)
+        stepped = x + per_sample(s_j - s_k, x) * velocity_of(teacher, x, s_k, at_k)
         x_vp = scheduler.step(network(x_vp, at_k), k, x_vp).prev_sample
         torch.testing.assert_close(teacher.teacher_input(stepped, s_j), x_vp, rtol=0, atol=1e-10)
 
@@ -101,7 +101,7 @@ def plain_ddim(scheduler: Any, x_vp: Tensor) -> Tensor:
 
 def bridged_ddim(teacher: Bridge, scheduler: Any, x: Tensor) -> Tensor:
     grid = [1.0, 0.97, *teacher.s_of_k(scheduler.timesteps).tolist(), 0.0]
-    return euler(lambda x, s: ask(teacher, x, s, teacher.nearest_state(s)[0]), x, grid)
+    return euler(lambda x, s: velocity_of(teacher, x, s, teacher.nearest_state(s)[0]), x, grid)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
@@ -223,7 +223,9 @@ def test_in_the_tail_the_line_leads_to_the_picture_that_the_last_step_sees(predi
 def test_holding_is_continuous_where_the_tail_begins(prediction_type: PredictionType) -> None:
     teacher = bridge(prediction_type)
     x, k = noise(1, 3, 4, 5), torch.tensor([999])
-    before, at, after = (ask(teacher, x, torch.tensor([teacher.s_last + d]).double(), k) for d in (-2e-6, 0, 2e-6))
+    before, at, after = (
+        velocity_of(teacher, x, torch.tensor([teacher.s_last + d]).double(), k) for d in (-2e-6, 0, 2e-6)
+    )
     scale = float(at.abs().max())
     assert float((before - at).abs().max()) < 1e-3 * scale
     assert float((after - at).abs().max()) < 1e-3 * scale
@@ -233,7 +235,7 @@ def test_holding_is_continuous_where_the_tail_begins(prediction_type: Prediction
 def test_the_last_step_is_the_teachers_even_when_its_time_was_stored_in_float32(tail: TailPolicy) -> None:
     teacher = bridge(tail=tail)
     x, k = noise(1, 3, 4, 5), torch.tensor([999])
-    exact, stored = (ask(teacher, x, s, k) for s in (teacher.s_of_k(k), teacher.s_of_k(k).float()))
+    exact, stored = (velocity_of(teacher, x, s, k) for s in (teacher.s_of_k(k), teacher.s_of_k(k).float()))
     torch.testing.assert_close(stored, exact, rtol=1e-4, atol=1e-4)
 
 

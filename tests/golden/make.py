@@ -113,7 +113,7 @@ def main(folder: Path) -> None:
 
 
 def content(path: Path) -> object:
-    """The bytes of a file; of a journal its lines without what a clock or the memory says."""
+    """The bytes of a file; of a journal its lines without times and memory use."""
     if path.name != "journal.jsonl":
         return path.read_bytes()
     lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -25,8 +25,8 @@ def run(tmp_path: Path) -> Path:
 
 def lines(folder: Path) -> dict[int, dict[str, object]]:
     """The journal's lines on training, by their samples."""
-    told = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    return {line["samples"]: line for line in told if "kind" not in line}
+    journal = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    return {line["samples"]: line for line in journal if "kind" not in line}
 
 
 @pytest.mark.parametrize("folder", ["cache", "classes/cache"])

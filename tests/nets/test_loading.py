@@ -106,7 +106,7 @@ def test_a_tokenizer_loads_from_either_kind_of_file(teacher: Path, kept: tuple[s
 
 
 def test_stable_diffusions_own_tokenizer_files_load(teacher: Path) -> None:
-    """No tokenizer.json, special tokens in a file of their own, and ids that no text encoder ever met."""
+    """No tokenizer.json, special tokens in a file of their own, and ids outside of the text encoder's vocabulary."""
     (teacher / "tokenizer/tokenizer.json").unlink()
     (teacher / "tokenizer/tokenizer_config.json").write_text(json.dumps(SD15_TOKENIZER))
     tokens = {key: SD15_TOKENIZER[key] for key in ("bos_token", "eos_token", "unk_token")}

@@ -26,9 +26,9 @@ def test_a_student_of_v_prediction_is_the_field_of_a_v_predicting_teacher(parts:
     cond, s = teacher.encode_texts(["a red star", "a blue moon", "a heart"]), teacher.bridge.s_of_k(K).float()
     with torch.no_grad():
         output = student(X, s, cond, teacher.uncond)
-    answer = teacher.predict(X, s, K, cond, teacher.uncond)
-    torch.testing.assert_close(output.v_cond, answer.v_cond, atol=2e-4, rtol=2e-4)
-    torch.testing.assert_close(output.v_uncond, answer.v_uncond, atol=2e-4, rtol=2e-4)
+    expected = teacher.predict(X, s, K, cond, teacher.uncond)
+    torch.testing.assert_close(output.v_cond, expected.v_cond, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(output.v_uncond, expected.v_uncond, atol=2e-4, rtol=2e-4)
 
 
 def test_a_student_of_the_velocity_takes_the_state_and_a_thousand_s(parts: Components) -> None:

@@ -32,7 +32,7 @@ def write_claim(cache, name, token, age_seconds=0.0):
     return path
 
 
-def test_a_process_knows_itself_alive_and_an_ended_one_dead():
+def test_this_process_counts_as_alive_and_an_ended_one_as_dead():
     assert is_alive(process_token()) is True
     assert is_alive(dead_owner()) is False
     assert is_alive(f"{os.getpid()}-1@{pid_namespace()}") is False  # the number was given out again
@@ -56,7 +56,7 @@ def test_the_claim_of_a_dead_process_is_taken_over(tmp_path):
 
 
 @pytest.mark.parametrize(("age_seconds", "taken"), [(0, False), (claims.BEAT_SECONDS + 5, True)])
-def test_a_claim_that_nobody_signed_counts_for_as_long_as_signing_takes(tmp_path, age_seconds, taken):
+def test_an_unsigned_claim_counts_for_as_long_as_signing_takes(tmp_path, age_seconds, taken):
     write_claim(tmp_path, "train-000000", "", age_seconds)
     with Claims(tmp_path) as ours:
         assert ours.acquire("train-000000") is taken

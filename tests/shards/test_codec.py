@@ -81,8 +81,8 @@ def test_the_bytes_are_the_ones_of_schema_1(make_record):
 
 
 def test_a_whole_guidance_scale_is_written_as_a_float(make_record):
-    said = encode(dataclasses.replace(make_record(0), guidance_scale=5))[0]
-    assert b'"guidance_scale": 5.0' in said
+    metadata = encode(dataclasses.replace(make_record(0), guidance_scale=5))[0]
+    assert b'"guidance_scale": 5.0' in metadata
 
 
 def test_every_json_has_the_same_keys_and_types(make_record):
@@ -160,8 +160,8 @@ def test_a_truth_value_is_true_or_false(make_record):
 
 def test_tensors_lie_in_the_bytes_that_were_read_where_these_can_be_written(make_record):
     json_bytes, st_bytes = encode(make_record(0))
-    room = bytearray(st_bytes)
-    back = decode(json_bytes, room)
+    buffer = bytearray(st_bytes)
+    back = decode(json_bytes, buffer)
     back.x0.zero_()
-    assert bytes(room) != st_bytes
+    assert bytes(buffer) != st_bytes
     assert decode(json_bytes, st_bytes).x0.equal(make_record(0).x0)

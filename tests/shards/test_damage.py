@@ -36,15 +36,15 @@ def read_training_batches(cache: Path) -> None:
 
 def damage_cases(cache: Path) -> list[tuple[str, int, bool]]:
     """(file, bit, whether it is cut there): every kind of file is met as often as any other."""
-    rng, found = random.Random(0), []
+    rng, cases = random.Random(0), []
     files = sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file())
     parts = (".tar", "manifest.json", "zarr.json", "/c/", "journal/")
     kinds = [[file for file in files if part in file] for part in parts]
     assert all(kinds)
     for number in range(FLIPS + CUTS):
         file = rng.choice(kinds[number % len(kinds)])
-        found.append((file, rng.randrange(8 * (cache / file).stat().st_size), number >= FLIPS))
-    return found
+        cases.append((file, rng.randrange(8 * (cache / file).stat().st_size), number >= FLIPS))
+    return cases
 
 
 def test_every_flipped_bit_and_every_cut_is_found_by_verify_and_by_training(whole, capsys):
@@ -70,7 +70,7 @@ def test_every_flipped_bit_and_every_cut_is_found_by_verify_and_by_training(whol
     assert main(["verify", str(whole)]) == 0
 
 
-def test_a_file_that_nobody_named_is_found_in_the_table(whole, tmp_path):
+def test_a_file_that_the_manifest_does_not_list_is_found_in_the_table(whole, tmp_path):
     copy = shutil.copytree(whole, tmp_path / "copy")
     (copy / "table.zarr" / "extra").write_text("x")
     with pytest.raises(Damaged, match="extra: is not in the manifest"):

@@ -10,11 +10,11 @@ from shards import order as order_module
 from shards.order import WINDOW, Epoch, Pairs, ShuffledOrder, epoch_order
 from shards.reader import Reader
 
-EVERYTHING = Counter((f"{number:09d}", draw) for number in range(7) for draw in range(2))
+EVERYTHING = Counter((f"{number:09d}", state) for number in range(7) for state in range(2))
 
 
 def batches_by_number(folder, rank, world, start, stop, workers, batch_size=3):
-    """Sample number -> (key, draw) for what one rank reads of the samples from start to stop."""
+    """Sample number -> (key, state) for what one rank reads of the samples from start to stop."""
     reader = Reader(folder, batch_size=batch_size, rank=rank, world=world, workers=workers, memory_budget_bytes=0)
     numbers = itertools.count(start + (rank - start) % world, world)
     pairs = (
@@ -43,11 +43,11 @@ def test_an_epoch_is_the_whole_split_for_any_ranks_and_workers(cache, world, wor
 @pytest.mark.parametrize("left", [6, 14, 17])
 def test_a_resumed_stream_is_the_uninterrupted_one(cache, before, after, left, several_windows):
     whole = batches_by_number(cache, 0, 1, 0, 40, 0)
-    seen = {}
+    resumed = {}
     for (world, workers), start, stop in ((before, 0, left), (after, left, 40)):
         for rank in range(world):
-            seen |= batches_by_number(cache, rank, world, start, stop, workers, batch_size=4)
-    assert seen == whole
+            resumed |= batches_by_number(cache, rank, world, start, stop, workers, batch_size=4)
+    assert resumed == whole
 
 
 def test_an_error_comes_where_its_batch_would_have_come(cache):

@@ -38,11 +38,11 @@ def reseal_manifest(cache: Path, manifest: Manifest) -> None:
 
 
 def forge(cache: Path, forged: Members, behind: bytes = b"") -> None:
-    """The first training shard with these members, and a manifest that says the same."""
+    """The first training shard with these members, and a manifest that matches."""
     path = cache / TRAIN
     with open(path, "wb") as stream, TarWriter(stream, user="sollune", group="sollune", mtime=0, encoder=False) as tar:
-        for name, said, tensors in forged:
-            tar.write({"__key__": name, "json": said, "safetensors": tensors})
+        for name, metadata, tensors in forged:
+            tar.write({"__key__": name, "json": metadata, "safetensors": tensors})
     manifest = Manifest.open(cache)
     shard = _listed(path, forged)
     if behind:
@@ -55,35 +55,35 @@ def forge(cache: Path, forged: Members, behind: bytes = b"") -> None:
 
 
 def _listed(path: Path, forged: Members):
-    """What an honest writer would note, also of members that `places` does not tell apart."""
+    """What the writer would record, also of members that `places` does not tell apart."""
     from shards import archive
 
-    found, at, size = [], 0, path.stat().st_size
+    spans, at, size = [], 0, path.stat().st_size
     with open(path, "rb") as content:
         for _ in forged:
             first = archive._read_member(content, at, size)
             second = archive._read_member(content, first.end, size)
             crc32 = archive._crc32(content, at, second.end)
-            found.append(archive.RecordSpan(first.offset, first.size, second.offset, second.size, crc32))
+            spans.append(archive.RecordSpan(first.offset, first.size, second.offset, second.size, crc32))
             at = second.end
     shard = Manifest.open(path.parents[1]).shards[0]
-    keys = [json.loads(said)["key"] for _, said, _ in forged]
-    draws = sum(json.loads(said)["draws"] for _, said, _ in forged)
+    keys = [json.loads(metadata)["key"] for _, metadata, _ in forged]
+    states = sum(json.loads(metadata)["draws"] for _, metadata, _ in forged)
     return shard.model_copy(
         update={
-            "records": len(found),
-            "draws": draws,
+            "records": len(spans),
+            "draws": states,
             "bytes": size,
             "sha256": archive.sha256_of(path),
             "first_key": min(keys),
             "last_key": max(keys),
-            "offsets": tuple(found),
+            "offsets": tuple(spans),
         }
     )
 
 
-def edit_json(said: bytes, **changes: object) -> bytes:
-    return json.dumps(json.loads(said) | changes, sort_keys=True).encode()
+def edit_json(metadata: bytes, **changes: object) -> bytes:
+    return json.dumps(json.loads(metadata) | changes, sort_keys=True).encode()
 
 
 def verify_output(cache: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -192,7 +192,7 @@ def test_a_failure_of_a_missing_shard_is_reported(cache, capsys):
 
 
 def edit_table(cache: Path, change: Callable[[zarr.Group], None]) -> None:
-    """A table that was changed after it was made, and a manifest that vouches for it."""
+    """A table that was changed after it was made, and a manifest with its new hashes."""
     write_table(cache)
     group = zarr.open_group(cache / "table.zarr", mode="r+")
     change(group)
@@ -230,19 +230,19 @@ def test_a_table_of_other_columns_or_names_is_reported(cache, capsys, change, wo
     assert words in verify_output(cache, capsys)
 
 
-def test_a_digit_of_the_journal_is_never_believed(cache, capsys, make_recipe):
+def test_a_changed_digit_of_the_journal_is_reported(cache, capsys, make_recipe):
     path = cache / "journal/train-000000.json"
-    said = path.read_text()
-    path.write_text(said.replace('"records": 4', '"records": 5'))
+    content = path.read_text()
+    path.write_text(content.replace('"records": 4', '"records": 5'))
     assert "journal/train-000000.json: sha256 of its first" in verify_output(cache, capsys)
     path.write_text(
-        append_seal(said.replace('"first_key": "000000000"', '"first_key": "000000001"').rpartition('"sha256"')[0])
+        append_seal(content.replace('"first_key": "000000000"', '"first_key": "000000001"').rpartition('"sha256"')[0])
     )
     assert "journal/train-000000.json: has another shard than the manifest" in verify_output(cache, capsys)
     path.rename(cache / "journal/train-000005.json")
-    found = verify_output(cache, capsys)
-    assert "journal/train-000000.json: " in found
-    assert "journal/train-000005.json: the manifest does not know its shard" in found
+    output = verify_output(cache, capsys)
+    assert "journal/train-000000.json: " in output
+    assert "journal/train-000005.json: the manifest does not know its shard" in output
 
 
 def test_a_cache_without_a_journal_is_whole(cache, tmp_path):

@@ -28,7 +28,7 @@ FEW, MANY = (
     settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     for count in (15, 60)
 )
-SAID, TENSORS = encode(forge.record(0))
+METADATA, TENSORS = encode(forge.record(0))
 LENGTH = int.from_bytes(TENSORS[:8], "little")
 SEEDS = st.integers(0, 2**32)
 
@@ -45,18 +45,18 @@ def pieces(good):
 
 
 @MANY
-@given(said=pieces(SAID), tensors=pieces(TENSORS))
-def test_bytes_are_a_record_that_is_stored_in_these_bytes_or_none(said, tensors):
-    for pair in ((said, TENSORS), (SAID, tensors), (said, tensors)):
+@given(metadata=pieces(METADATA), tensors=pieces(TENSORS))
+def test_bytes_are_a_record_that_is_stored_in_these_bytes_or_none(metadata, tensors):
+    for pair in ((metadata, TENSORS), (METADATA, tensors), (metadata, tensors)):
         no, record = fuzz_cases.catch_refusal(lambda pair=pair: decode(*pair), "record")
         assert no or encode(record) == pair
 
 
 @MANY
-@given(said=pieces(SAID), header=pieces(TENSORS[8 : 8 + LENGTH]))
-def test_metadata_and_header_of_a_record_are_checked_like_the_whole(said, header):
-    no, found = fuzz_cases.catch_refusal(lambda: decode_metadata(said), "record")
-    assert no or found["key"] == decode(said, TENSORS).key
+@given(metadata=pieces(METADATA), header=pieces(TENSORS[8 : 8 + LENGTH]))
+def test_metadata_and_header_of_a_record_are_checked_like_the_whole(metadata, header):
+    no, fields = fuzz_cases.catch_refusal(lambda: decode_metadata(metadata), "record")
+    assert no or fields["key"] == decode(metadata, TENSORS).key
     try:
         assert parse_layout(header, ("mid", "up_0")).states == 2
         assert header == TENSORS[8 : 8 + LENGTH]
@@ -122,7 +122,7 @@ def test_a_header_that_claims_much_takes_nothing(claim):
         changed = changed.rstrip() + b" " * (-len(changed.rstrip()) % 8)
         hostile.append(struct.pack("<Q", len(changed)) + changed + TENSORS[8 + LENGTH :])
     for tensors in hostile:
-        record, taken = peak_bytes(lambda tensors=tensors: decode(SAID, tensors))
+        record, taken = peak_bytes(lambda tensors=tensors: decode(METADATA, tensors))
         assert record is None
         assert taken < 4 * MAX_HEADER_BYTES
 
@@ -151,7 +151,7 @@ def test_a_chunk_that_would_unpack_to_more_takes_nothing(world, frames):
             table.column("k")
 
 
-def test_a_description_inside_another_one_is_not_believed(world):
+def test_a_description_inside_another_one_is_refused(world):
     """zarr would take an array's description from its group's, where codecs would not be checked and sizes."""
     inner = forge.json.loads(world.files["table.zarr/k/zarr.json"]) | {"shape": [10**12], "codecs": [{"name": "bytes"}]}
     group = forge.json.loads(world.files["table.zarr/zarr.json"])
@@ -173,12 +173,12 @@ def test_a_description_inside_another_one_is_not_believed(world):
     ],
 )
 def test_an_array_is_described_in_one_way_only(world, change, words):
-    said = forge.json.loads(world.files["table.zarr/k/zarr.json"]) | change
-    _with_description(world, "table.zarr/k/zarr.json", said, rf"k/zarr\.json: .*{words}")
+    description = forge.json.loads(world.files["table.zarr/k/zarr.json"]) | change
+    _with_description(world, "table.zarr/k/zarr.json", description, rf"k/zarr\.json: .*{words}")
 
 
-def _with_description(world, file, said, words):
-    content = forge.json.dumps(said, indent=2).encode()
+def _with_description(world, file, description, words):
+    content = forge.json.dumps(description, indent=2).encode()
     tree = {**world.manifest, "table": [dict(part) for part in world.manifest["table"]]}
     for part in tree["table"]:
         if part["file"] == file:
@@ -204,7 +204,7 @@ def _refused_batch(world, budget):
 
 
 def test_rows_are_not_spread_over_a_record_of_another_shape(world):
-    """A tensor of one row copies itself into every row that there is room for, unless shapes are checked."""
+    """A tensor of one row would be broadcast to every row of a batch, unless shapes are checked."""
     members = [(f"{n:09d}", encode(forge.record(n, shape))) for n, shape in ((0, (1, 2, 2)), (1, (1, 1, 1)))]
     listed = [
         (f"{key}.{kind}", body)
@@ -221,10 +221,10 @@ def test_rows_are_not_spread_over_a_record_of_another_shape(world):
 
 
 def test_blocks_in_another_order_are_refused(world):
-    """Who goes through a batch's features would take one block for another."""
-    found = [encode(forge.record(0)), encode(forge.record(1, blocks=("up_0", "mid")))]
+    """Code that iterates over a batch's features would confuse the blocks."""
+    records = [encode(forge.record(0)), encode(forge.record(1, blocks=("up_0", "mid")))]
     listed = [
-        (f"{n:09d}.{kind}", pair[i]) for n, pair in enumerate(found) for i, kind in enumerate(("json", "safetensors"))
+        (f"{n:09d}.{kind}", pair[i]) for n, pair in enumerate(records) for i, kind in enumerate(("json", "safetensors"))
     ]
     tar, starts = forge.forge_tar(None, listed)
     tree = {**world.manifest, "shards": list(world.manifest["shards"])}
@@ -244,8 +244,8 @@ def test_a_journal_entry_that_is_no_file_is_not_waited_for(world, odd):
             os.mkfifo(world.cache / file)
         else:
             (world.cache / file).symlink_to("/dev/zero" if odd == "endless" else "/nowhere")
-        found = ShardJournal(world.cache, fingerprint).entries()
-    assert sorted(found) == ["data/train-000001.tar", "data/validation-000000.tar"]
+        entries = ShardJournal(world.cache, fingerprint).entries()
+    assert sorted(entries) == ["data/train-000001.tar", "data/validation-000000.tar"]
 
 
 @pytest.mark.parametrize("odd", ["pipe", "endless", "huge"])
@@ -259,6 +259,6 @@ def test_a_manifest_that_is_no_file_is_not_waited_for(world, odd):
         else:
             path.touch()
             os.truncate(path, 1 << 40)
-        found, taken = peak_bytes(lambda: Manifest.open(world.cache))
-    assert found is None
+        manifest, taken = peak_bytes(lambda: Manifest.open(world.cache))
+    assert manifest is None
     assert taken < 1 << 20

@@ -18,7 +18,7 @@ def test_a_manifest_comes_back_as_it_was_saved(cache, tmp_path):
     assert (tmp_path / "copy" / "manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
 
 
-def test_it_says_what_each_shard_holds(cache):
+def test_it_records_what_each_shard_holds(cache):
     first, second, held_out = Manifest.open(cache).shards
     assert (first.file, first.records, first.draws, first.first_key, first.last_key) == (
         "data/train-000000.tar",
@@ -114,9 +114,9 @@ def test_a_missing_shard_is_refused(cache):
 
 @pytest.mark.parametrize("sealed_again", [False, True])
 def test_a_manifest_that_places_records_elsewhere_is_refused(cache, sealed_again):
-    said = json.loads((cache / "manifest.json").read_text())
-    said["shards"][0]["offsets"][1][0] += 512
-    (cache / "manifest.json").write_text(json.dumps(said))
+    manifest = json.loads((cache / "manifest.json").read_text())
+    manifest["shards"][0]["offsets"][1][0] += 512
+    (cache / "manifest.json").write_text(json.dumps(manifest))
     if sealed_again:
         body = (cache / "manifest.json").read_text().rpartition('"sha256"')[0]
         (cache / "manifest.json").write_text(append_seal(body))
@@ -125,16 +125,16 @@ def test_a_manifest_that_places_records_elsewhere_is_refused(cache, sealed_again
 
 
 def test_a_manifest_whose_numbers_were_changed_is_refused(cache):
-    said = (cache / "manifest.json").read_bytes()
-    (cache / "manifest.json").write_bytes(said.replace(b'"guidance": 5.0', b'"guidance": 6.0'))
+    content = (cache / "manifest.json").read_bytes()
+    (cache / "manifest.json").write_bytes(content.replace(b'"guidance": 5.0', b'"guidance": 6.0'))
     with pytest.raises(Damaged, match=r"manifest\.json: sha256 of its first \d+ bytes is"):
         Manifest.open(cache)
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "../train-000000.tar", "data/../../x.tar", "data/train-0.tar"])
 def test_names_that_lead_out_of_the_folder_are_refused(cache, file):
-    said = (cache / "manifest.json").read_text().rpartition('"sha256"')[0].replace("data/train-000000.tar", file)
-    (cache / "manifest.json").write_text(append_seal(said))
+    content = (cache / "manifest.json").read_text().rpartition('"sha256"')[0].replace("data/train-000000.tar", file)
+    (cache / "manifest.json").write_text(append_seal(content))
     with pytest.raises(Damaged, match=r"manifest\.json: shards\.0\.file: String should match pattern"):
         Manifest.open(cache)
 

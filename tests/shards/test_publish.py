@@ -60,19 +60,19 @@ def test_values_that_the_first_five_records_do_not_announce_are_kept(tmp_path, m
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files to the garbage collector
 def test_the_lists_of_shards_lead_webdataset_to_every_record(published):
     for split, records in (("train", 7), ("validation", 2)):
-        said = json.loads((published / f"wids-{split}.json").read_text())
-        assert (said["wids_version"], said["length"]) == (1, records)
-        urls = [str(published / shard["url"]) for shard in said["shardlist"]]
+        index = json.loads((published / f"wids-{split}.json").read_text())
+        assert (index["wids_version"], index["length"]) == (1, records)
+        urls = [str(published / shard["url"]) for shard in index["shardlist"]]
         assert len(list(webdataset.WebDataset(urls, shardshuffle=False))) == records
-        assert [shard["nsamples"] for shard in said["shardlist"]] == [
+        assert [shard["nsamples"] for shard in index["shardlist"]] == [
             s.records for s in Manifest.open(published).shards_of(split)
         ]
 
 
-def test_the_card_has_the_head_of_a_dataset_and_tells_the_facts(published):
+def test_the_card_has_the_head_of_a_dataset_and_states_the_facts(published):
     _, head, body = (published / CARD_FILE).read_text().split("---\n", 2)
-    said = yaml.safe_load(head)
-    assert said["configs"] == [
+    facts = yaml.safe_load(head)
+    assert facts["configs"] == [
         {
             "config_name": "default",
             "data_files": [
@@ -81,7 +81,7 @@ def test_the_card_has_the_head_of_a_dataset_and_tells_the_facts(published):
             ],
         }
     ]
-    assert (said["license"], said["size_categories"], said["viewer"]) == ("mit", ["n<1K"], False)
+    assert (facts["license"], facts["size_categories"], facts["viewer"]) == ("mit", ["n<1K"], False)
     assert "| shape/star | 3 |" in body
     assert "| safetensors | `v_cond` | float16 | K x 3 x 4 x 5 |" in body
     assert Manifest.open(published).recipe.fingerprint() in body
@@ -92,12 +92,12 @@ def test_no_path_of_this_machine_is_published(tmp_path, make_record):
         recipe = Recipe(identity={"steps": 1}, information={"teacher_location": place})
         CacheWriter(tmp_path / place[-4:], recipe).add("train", 0, [make_record(0)])
         main(["export-index", str(tmp_path / place[-4:])])
-        said = (tmp_path / place[-4:] / CARD_FILE).read_text()
-        assert place not in said
-        assert str(tmp_path) not in said
+        card = (tmp_path / place[-4:] / CARD_FILE).read_text()
+        assert place not in card
+        assert str(tmp_path) not in card
 
 
-def test_verify_does_not_mind_what_was_added_and_writing_it_again_changes_nothing(published):
+def test_verify_accepts_what_was_added_and_writing_it_again_changes_nothing(published):
     assert main(["verify", str(published)]) == 0
     before = (published / CARD_FILE).read_bytes()
     main(["export-index", str(published), "--license", "mit", "--name", "stars"])

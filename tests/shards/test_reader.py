@@ -16,7 +16,7 @@ TRAIN = range(7)
 
 
 def samples(reader, start, count):
-    """(key, draw) of the next `count` samples of a reader from `start` on."""
+    """(key, state) of the next `count` samples of a reader from `start` on."""
     batches = itertools.islice(reader.batches(start), -(-count // reader.batch_size))
     pairs = [pair for batch in batches for pair in zip(batch.keys, batch.state_index.tolist(), strict=True)]
     return pairs[:count]
@@ -44,20 +44,20 @@ def test_a_row_is_the_state_of_the_record_that_it_names(cache, make_record, memo
     reader = Reader(cache, batch_size=5, memory_budget_bytes=memory_budget_bytes)
     for batch in itertools.islice(reader.batches(), 6):
         assert len(batch) == 5
-        for row, (key, draw) in enumerate(zip(batch.keys, batch.state_index.tolist(), strict=True)):
+        for row, (key, state) in enumerate(zip(batch.keys, batch.state_index.tolist(), strict=True)):
             sent = make_record(int(key))
             assert (batch.texts[row], batch.class_names[row]) == (sent.text, sent.class_name)
             assert batch.cond[row].equal(sent.cond)
             for name in ("k", "s", "x_s", "v_cond", "v_uncond"):
-                assert getattr(batch, name)[row].equal(getattr(sent.states, name)[draw])
+                assert getattr(batch, name)[row].equal(getattr(sent.states, name)[state])
             assert list(batch.features) == list(sent.features.by_block)
             for block, values in sent.features.by_block.items():
-                assert batch.features[block][row].equal(values[draw])
+                assert batch.features[block][row].equal(values[state])
 
 
 def test_memory_does_not_change_what_is_read(cache):
-    rich, poor = (Reader(cache, batch_size=3, memory_budget_bytes=budget) for budget in (2 << 30, 0))
-    for a, b in itertools.islice(zip(rich.batches(), poor.batches(), strict=True), 8):
+    large, small = (Reader(cache, batch_size=3, memory_budget_bytes=budget) for budget in (2 << 30, 0))
+    for a, b in itertools.islice(zip(large.batches(), small.batches(), strict=True), 8):
         assert a.keys == b.keys
         assert all(getattr(a, name).equal(getattr(b, name)) for name in ("cond", "x_s", "v_cond", "v_uncond", "s", "k"))
         assert a.state_index.dtype == b.state_index.dtype == torch.int64
@@ -65,7 +65,7 @@ def test_memory_does_not_change_what_is_read(cache):
 
 def test_an_epoch_holds_every_state_once(cache):
     reader = Reader(cache, batch_size=4)
-    everything = sorted((f"{number:09d}", draw) for number in TRAIN for draw in range(2))
+    everything = sorted((f"{number:09d}", state) for number in TRAIN for state in range(2))
     assert reader.samples_per_epoch == 14
     assert sorted(samples(reader, 0, 14)) == everything
     assert sorted(samples(reader, 28, 14)) == everything

@@ -9,8 +9,8 @@ def recipe(**identity):
 
 def test_the_fingerprint_of_schema_1():
     made = recipe(teacher={"unet": "ab"}, steps=25, guidance=5.0)
-    said = b'{"identity":{"guidance":5.0,"steps":25,"teacher":{"unet":"ab"}},"schema_version":1}'
-    assert made.fingerprint() == hashlib.sha256(said).hexdigest()
+    content = b'{"identity":{"guidance":5.0,"steps":25,"teacher":{"unet":"ab"}},"schema_version":1}'
+    assert made.fingerprint() == hashlib.sha256(content).hexdigest()
 
 
 def test_the_fingerprint_does_not_depend_on_the_order_of_fields():

@@ -38,7 +38,7 @@ def test_verify_names_the_first_bad_record_and_exits_with_1(cache, capsys):
     assert len(shown.err.splitlines()) == 1
 
 
-def test_show_prints_the_record_that_was_asked_for(cache, capsys):
+def test_show_prints_the_requested_record(cache, capsys):
     main(["show", str(cache), "000000101", "--split", "validation"])
     shown = capsys.readouterr().out
     assert "a star, number 101" in shown
@@ -47,7 +47,7 @@ def test_show_prints_the_record_that_was_asked_for(cache, capsys):
     assert shown.count("state ") == 2
 
 
-def test_a_strangers_words_reach_no_terminal_as_escapes():
+def test_untrusted_text_reaches_no_terminal_as_escapes():
     assert escape_unprintable("a \x1b[31mred\x07 stär\n") == "a \\x1b[31mred\\x07 stär\\n"
 
 

@@ -13,9 +13,9 @@ from stages.system.refusal import Refused
 def hashed(monkeypatch):
     """The shards that were read whole; files count as rested at once."""
     monkeypatch.setattr(stamps, "RESTED_SECONDS", -1.0)
-    seen, true = [], Shard.fault
-    monkeypatch.setattr(Shard, "fault", lambda shard, folder: seen.append(shard.file) or true(shard, folder))
-    return seen
+    checked, true = [], Shard.fault
+    monkeypatch.setattr(Shard, "fault", lambda shard, folder: checked.append(shard.file) or true(shard, folder))
+    return checked
 
 
 def read_all_records(cache):
@@ -30,7 +30,7 @@ def test_a_shard_is_read_whole_once_a_machine(cache, hashed):
     assert len(hashed) == 2
 
 
-def test_a_young_file_is_not_believed(cache, hashed, monkeypatch):
+def test_a_recently_changed_file_is_hashed_again(cache, hashed, monkeypatch):
     monkeypatch.setattr(stamps, "RESTED_SECONDS", 1000.0)
     read_all_records(cache)
     read_all_records(cache)

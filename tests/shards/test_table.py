@@ -21,7 +21,7 @@ def folder_content(folder):
 
 
 @pytest.mark.parametrize("rows_per_file", [16384, 3])
-def test_the_table_says_what_the_shards_say(cache, monkeypatch, rows_per_file):
+def test_the_table_holds_what_the_shards_hold(cache, monkeypatch, rows_per_file):
     monkeypatch.setattr(tabulate, "ROWS_PER_FILE", rows_per_file)
     monkeypatch.setattr(tabulate, "ROWS_PER_CHUNK", 3 if rows_per_file == 3 else 1024)
     write_table(cache)
@@ -61,17 +61,17 @@ def test_statistics_are_those_of_the_training_states_of_each_bin(cache, monkeypa
     write_table(cache)
     records = list(Reader(cache).records("train"))
     s = torch.cat([record.states.s for record in records])
-    found = Table.open(cache).statistics(bins=3)
-    assert list(found) == ["mid", "down_0"]
-    for block, one in found.items():
-        seen = torch.cat([record.features.by_block[block] for record in records]).double()
+    statistics = Table.open(cache).statistics(bins=3)
+    assert list(statistics) == ["mid", "down_0"]
+    for block, one in statistics.items():
+        features = torch.cat([record.features.by_block[block] for record in records]).double()
         for i in range(3):
-            rows = seen[(s >= i / 3) & (s < (i + 1) / 3)]
+            rows = features[(s >= i / 3) & (s < (i + 1) / 3)]
             assert one.count[i].item() == len(rows) > 1
             torch.testing.assert_close(one.mean[i], rows.mean(0))
             torch.testing.assert_close(one.std()[i], rows.std(0))
-        torch.testing.assert_close(one.merge_bins().mean[0], seen.mean(0))
-        torch.testing.assert_close(one.merge_bins().std(correction=0)[0], seen.std(0, correction=0))
+        torch.testing.assert_close(one.merge_bins().mean[0], features.mean(0))
+        torch.testing.assert_close(one.merge_bins().std(correction=0)[0], features.std(0, correction=0))
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -87,19 +87,19 @@ def test_statistics_are_refused_of_a_damaged_table(cache, cut):
 
 def test_statistics_survive_a_large_mean():
     values = torch.randn(1000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e7
-    found = Statistics.empty(1, 2)
+    statistics = Statistics.empty(1, 2)
     for part in values.split(7):
-        found = found.merge(Statistics.from_values(part, torch.zeros(len(part), dtype=torch.int64), 1))
-    torch.testing.assert_close(found.std()[0], values.std(0), rtol=1e-7, atol=0)
+        statistics = statistics.merge(Statistics.from_values(part, torch.zeros(len(part), dtype=torch.int64), 1))
+    torch.testing.assert_close(statistics.std()[0], values.std(0), rtol=1e-7, atol=0)
 
 
-def test_the_attributes_tell_what_it_belongs_to(cache, make_recipe):
+def test_the_attributes_identify_the_cache(cache, make_recipe):
     write_table(cache)
-    said = json.loads((cache / "table.zarr/zarr.json").read_text())["attributes"]
-    assert said["schema_version"] == 1
-    assert said["recipe_sha256"] == make_recipe().fingerprint()
-    assert said["blocks"] == ["mid", "down_0"]
-    assert said["class_names"] == ["shape/disc", "shape/ring", "shape/star"]
+    attributes = json.loads((cache / "table.zarr/zarr.json").read_text())["attributes"]
+    assert attributes["schema_version"] == 1
+    assert attributes["recipe_sha256"] == make_recipe().fingerprint()
+    assert attributes["blocks"] == ["mid", "down_0"]
+    assert attributes["class_names"] == ["shape/disc", "shape/ring", "shape/star"]
 
 
 def test_a_missing_table_is_refused(cache):

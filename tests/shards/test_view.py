@@ -8,7 +8,7 @@ from stages.system.refusal import Refused
 
 
 def samples_of_epoch(cache, view, **options):
-    """(key, draw) of every sample of one epoch."""
+    """(key, state) of every sample of one epoch."""
     reader = Reader(cache, view=view, batch_size=1, **options)
     batches = itertools.islice(reader.batches(), reader.samples_per_epoch)
     return sorted((batch.keys[0], int(batch.state_index[0])) for batch in batches)
@@ -17,7 +17,7 @@ def samples_of_epoch(cache, view, **options):
 def expected(make_record, keeps):
     records = [make_record(number) for number in range(7)]
     return [
-        (record.key, draw) for record in records for draw in range(2) if keeps(record, float(record.states.s[draw]))
+        (record.key, state) for record in records for state in range(2) if keeps(record, float(record.states.s[state]))
     ]
 
 
@@ -33,7 +33,7 @@ def expected(make_record, keeps):
         (View(prompt_fraction=0.6), lambda record, _s: uniform_of_key(record.key) < 0.6),
     ],
 )
-def test_a_view_holds_what_it_says(cache, make_record, view, keeps, memory_budget_bytes):
+def test_a_view_holds_what_it_describes(cache, make_record, view, keeps, memory_budget_bytes):
     wanted = expected(make_record, keeps)
     assert len(wanted) > 0
     assert samples_of_epoch(cache, view, memory_budget_bytes=memory_budget_bytes) == wanted

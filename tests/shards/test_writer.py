@@ -99,7 +99,7 @@ def test_a_killed_run_goes_on_to_the_bytes_of_an_uninterrupted_one(cache, make_c
     assert folder_content(folder) == folder_content(cache)
 
 
-def test_a_shard_that_only_the_journal_knows_is_entered_when_the_cache_is_opened_again(cache, make_recipe, make_cache):
+def test_a_shard_that_only_the_journal_lists_is_entered_when_the_cache_is_opened_again(cache, make_recipe, make_cache):
     """Killed between journal and manifest: when nothing else is left to make, the last shard would never be entered."""
     whole = folder_content(cache)
     Manifest.open(cache).without_shard("data/validation-000000.tar").save(cache)

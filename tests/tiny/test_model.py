@@ -56,14 +56,14 @@ def test_stock_diffusers_generates_what_a_sentence_names(pipeline: StableDiffusi
 @pytest.fixture
 def velocity_pipeline(pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> StableDiffusionPipeline:
     """The stock pipeline with a perfect student in it: the teacher's own velocity at the time 1000 s."""
-    bridge, answer = Bridge(NoiseSchedule.from_config(pipeline.scheduler.config)), pipeline.unet.forward
+    bridge, stock_forward = Bridge(NoiseSchedule.from_config(pipeline.scheduler.config)), pipeline.unet.forward
 
     def forward(
         x: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: object
     ) -> tuple[torch.Tensor]:
         s = (t.double() / 1000).expand(len(x))
         k, _s = bridge.nearest_state(s)
-        return (bridge.velocity(x, s, k, answer(bridge.teacher_input(x, s), k, encoder_hidden_states).sample),)
+        return (bridge.velocity(x, s, k, stock_forward(bridge.teacher_input(x, s), k, encoder_hidden_states).sample),)
 
     monkeypatch.setattr(pipeline.unet, "forward", forward)
     return pipeline

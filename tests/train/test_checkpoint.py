@@ -214,7 +214,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, state):
         checkpoints.restore(state, "never")
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, state, monkeypatch):
+def test_a_disk_without_space_is_refused_before_anything_is_written(tmp_path, state, monkeypatch):
     checkpoints = save(tmp_path, state, 8)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
     state.samples = 16

@@ -38,7 +38,7 @@ def test_the_untrained_weights_are_forgotten_at_the_first_step(config):
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.25])
-def test_the_power_profile_has_the_deviation_that_was_asked_for(sigma_rel):
+def test_the_power_profile_has_the_requested_deviation(sigma_rel):
     config, end = EmaConfig(profile="power", sigma_rel=sigma_rel), 3000
     # The average of the sample numbers themselves, and of their squares, weighted as the weights at these times.
     mean, square = 0.0, 0.0

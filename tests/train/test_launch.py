@@ -21,7 +21,7 @@ def code_of(act: Callable[[], None]) -> int:
     return int(str(left.value.code))
 
 
-def test_each_process_knows_its_rank_and_computes_on_one_thread(tmp_path: Path) -> None:
+def test_each_process_has_its_rank_and_computes_on_one_thread(tmp_path: Path) -> None:
     run_processes(
         ["-c", RANK + "(here / str(rank)).write_text(os.environ['OMP_NUM_THREADS'])", str(tmp_path)], 2, str(tmp_path)
     )

@@ -63,8 +63,8 @@ def test_the_journal_of_a_resumed_run_has_each_sample_once(tmp_path, train, powe
     with pytest.raises(InterruptedError):
         train(tmp_path, batches=power_cut(14))
     train(tmp_path)
-    seen = [json.loads(line)["samples"] for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
-    assert seen == [4, 8, 12, 16, 20, 24]
+    samples = [json.loads(line)["samples"] for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert samples == [4, 8, 12, 16, 20, 24]
 
 
 def test_a_resumed_run_prints_where_it_continues(tmp_path, train, power_cut, capsys):

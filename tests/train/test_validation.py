@@ -101,7 +101,7 @@ def validation(folder: Path, states: int = 20, teacher: FormulaTeacher | None = 
 
 def test_a_student_that_is_its_teacher_has_no_error_and_no_gap(folder):
     result = validation(folder)(Exact())
-    assert result.score < 1e-6  # the cache rounds its answers
+    assert result.score < 1e-6  # the cache rounds its outputs
     assert result.metrics()["cache_gap"] == pytest.approx(0, abs=1e-6)
     assert result.held_out.states == 12
     assert validation(folder).summary() == (
@@ -122,10 +122,12 @@ def test_a_student_that_memorised_the_cache_has_a_gap(folder):
 def test_seen_states_are_renoised_pictures_of_the_view(folder):
     measured = validation(folder, s_range=(0.0, 0.5))
     rows = [
-        (key, int(draw)) for _, batch in measured._seen for key, draw in zip(batch.keys, batch.state_index, strict=True)
+        (key, int(state))
+        for _, batch in measured._seen
+        for key, state in zip(batch.keys, batch.state_index, strict=True)
     ]
     assert len(rows) == len(set(rows)) > 0
-    assert all(draw > 0 for _, draw in rows)
+    assert all(state > 0 for _, state in rows)
     assert all(bool((batch.s < 0.5).all()) for _, batch in measured._seen)
 
 
