@@ -25,7 +25,7 @@ from safetensors import safe_open
 
 from benchmarks.full_size import CONTEXT, make_full_size
 from stages.export import export_all
-from stages.export.verify import ExportOptions
+from stages.export.verify_export import ExportOptions
 from stages.nets.student import Student
 from stages.system.refusal import Refused
 

@@ -29,7 +29,7 @@ from stages.classes.exam import ALL_SHOWN, Exam
 from stages.classes.selection import OUTSIDE_LABEL, outside_prompts
 from stages.classes.specification import load_classes
 from stages.evaluate.metrics import Scorer
-from stages.nets.saved import load_run_teacher, load_student, open_run
+from stages.nets.run_folder import load_run_teacher, load_student, open_run
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, derived_seed
 from stages.system.atomic import atomic_write

@@ -19,9 +19,9 @@ from stages.david.fusion import PUBLISHED_BLOCK_WEIGHTS
 from stages.evaluate.david import CPU, HeldOutStates
 from stages.nets.features import last_resnets
 from stages.nets.graft import graft_time_embedding
-from stages.nets.saved import open_run
+from stages.nets.run_folder import open_run
 from stages.nets.student import Student
-from stages.train.assessor import make_running_assessment
+from stages.train.block_weighter import make_running_assessment
 
 MIN_NAMED = 8
 MIN_SHIFT, FIRST_NOISE = 0.3, 0.1

@@ -51,12 +51,12 @@ COMMANDS = (
         "finetune-classes", "stages.finetune_classes", "configured", "fine-tune it by class priorities, and export it"
     ),
     Command("evaluate", "stages.evaluate.measure", "argv", "measure a run against its teacher"),
-    Command("classes", "stages.classes.command", "argv", "show what a class file means, or which classes need it"),
+    Command("classes", "stages.classes.classes_command", "argv", "show what a class file means, or suggest one"),
     Command("david", "stages.evaluate.david", "argv", "show what David measures in a run's student (show RUN)"),
-    Command("sample", "stages.sampling.command", "argv", "generate pictures with a run, an export or a teacher"),
+    Command("sample", "stages.sampling.sample_command", "argv", "generate pictures with a run, an export or a teacher"),
     Command("import", "stages.import_original", "argv", "make a run from a checkpoint of the original experiment"),
     Command("export", "stages.export", "argv", "write a run's model for other programs"),
-    Command("publish", "stages.hub.publish", "argv", "upload a run's export and newest checkpoint to the hub"),
+    Command("publish", "stages.hub.publish_run", "argv", "upload a run's export and newest checkpoint to the hub"),
     Command("prompts", "stages.prompts.__main__", "argv", "show prompts before they are used (show|sample|stats)"),
     Command("shards", "stages.upkeep", "argv", "verify, repair, show, count or publish a cache"),
 )

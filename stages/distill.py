@@ -18,14 +18,14 @@ from stages.export.existing import refuse_occupied
 from stages.hub.uploader import HubConfig, make_uploader, with_upload_hooks
 from stages.nets.files import find_teacher
 from stages.nets.graft import graft_time_embedding
-from stages.nets.saved import Origin, load_run_teacher
+from stages.nets.run_folder import Origin, load_run_teacher
 from stages.nets.student import Student, Target, make_vp_bridge
 from stages.nets.teacher import Teacher
 from stages.sampling.grids import GridConfig, comparison_grid_hook
 from stages.system.atomic import atomic_write
 from stages.system.device import device_of
 from stages.system.ownership import refuse_claimed
-from stages.train.assessor import DavidConfig, make_block_weighter
+from stages.train.block_weighter import DavidConfig, make_block_weighter
 from stages.train.checkpoint import Resume
 from stages.train.loop import Hooks, fit
 from stages.train.objective import Objective, ObjectiveConfig, feature_scale

@@ -31,7 +31,7 @@ from stages.export.existing import refuse_occupied
 from stages.hub.uploader import HubConfig, make_uploader, with_upload_hooks
 from stages.nets.files import find_teacher
 from stages.nets.lora import LoraConfig, add_adapters, merge_adapters
-from stages.nets.saved import Origin, load_run_teacher, load_student, open_run, refuse_other_base, save_base
+from stages.nets.run_folder import Origin, load_run_teacher, load_student, open_run, refuse_other_base, save_base
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import PromptSource

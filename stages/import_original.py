@@ -15,8 +15,8 @@ from configs.values import Location, Strict
 from stages.flow.bridge import TailPolicy
 from stages.nets.components import load_components
 from stages.nets.files import absolute_folder, component_digests
-from stages.nets.original import OriginalCheckpoint, read_original
-from stages.nets.saved import CHECKPOINTS_FOLDER, WEIGHTS_FILE, Origin
+from stages.nets.original_checkpoint import OriginalCheckpoint, read_original
+from stages.nets.run_folder import CHECKPOINTS_FOLDER, WEIGHTS_FILE, Origin
 from stages.nets.student import Target
 from stages.system.disk import file_sha256, refuse_unwritable
 from stages.system.ownership import claim_folder

@@ -170,7 +170,7 @@ def _recorded_teacher_path(cache: Path) -> str | None:
 def _class_cache_origin(cache: Path, file: Path, teacher: str | None) -> CacheOrigin:
     """The origin of a run's class pictures; the class file is beside them."""
     from stages import finetune_classes
-    from stages.nets.saved import Origin
+    from stages.nets.run_folder import Origin
 
     argv = ["--run", str(cache.parent.parent), "--classes", str(cache.parent / "classes.yaml")]
     config = load(finetune_classes.Config, "finetune_classes", [file], argv)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from stages import export
 from stages.__main__ import main
 from stages.nets.components import load_components
-from stages.nets.original import OriginalCheckpoint, read_original
-from stages.nets.saved import Origin, load_run_teacher, load_student, open_run
+from stages.nets.original_checkpoint import OriginalCheckpoint, read_original
+from stages.nets.run_folder import Origin, load_run_teacher, load_student, open_run
 from stages.sampling.models import load_model
 from stages.system.refusal import Refused
 

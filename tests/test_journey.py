@@ -14,7 +14,7 @@ from configs.load import load
 from shards.manifest import Manifest
 from stages import cache_teacher, distill, finetune_classes
 from stages.evaluate import david as david_tool
-from stages.nets.saved import open_run
+from stages.nets.run_folder import open_run
 from stages.system.refusal import Refused
 from tests.cache_checks import open_verified
 

@@ -11,7 +11,7 @@ from shards.manifest import Manifest, Recipe
 from stages import cache_teacher
 from stages.cache import targets
 from stages.nets.files import digest_files
-from stages.nets.saved import Origin, load_run_teacher
+from stages.nets.run_folder import Origin, load_run_teacher
 from stages.system.refusal import Refused
 from stages.upkeep import find_origin
 

@@ -14,7 +14,7 @@ from shards.table import Table
 from stages import cache_teacher, distill
 from stages.cache.audit import audit_record, load_recorded_teacher, sample
 from stages.david.patterns import BlockStates
-from stages.nets.saved import open_run
+from stages.nets.run_folder import open_run
 
 TINY = [Path("configs/tiny.yaml")]
 FEW = ["--count", "12", "--validation-count", "4", "--render.records-per-shard", "6", "--render.states.steps", "6"]

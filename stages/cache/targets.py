@@ -20,7 +20,8 @@ from stages.flow.solver import apply_guidance
 from stages.flow.timesteps import TimestepDensity
 from stages.nets.features import HOOK_POINT, feature_widths
 from stages.nets.files import absolute_folder, digests_as_recorded
-from stages.nets.teacher import Prediction, Teacher
+from stages.nets.student import Prediction
+from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, derived_seed
 
 VERSIONS = ("torch", "diffusers", "transformers", "webdataset")

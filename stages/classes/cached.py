@@ -16,9 +16,9 @@ from shards.table import Table
 from stages.david.assessment import Assessor, assess, bins_of
 from stages.david.fusion import FusionConfig
 from stages.evaluate.david import config_section
-from stages.nets.saved import SavedRun, cache_folder
+from stages.nets.run_folder import SavedRun, cache_folder
 from stages.nets.student import Prediction, Student
-from stages.train.assessor import DAVID_FOLDER, DavidConfig, load_or_fit_assessor
+from stages.train.block_weighter import DAVID_FOLDER, DavidConfig, load_or_fit_assessor
 from stages.train.objective import ObjectiveConfig
 
 RecordNumbers = Sequence[int]

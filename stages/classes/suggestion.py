@@ -14,11 +14,11 @@ from rich.table import Table
 from configs.values import Strict
 from shards.reader import Reader
 from stages.classes.cached import load_run_assessor, measure_cache_errors, records_by_class
+from stages.classes.class_plan import column_table, wide_console
 from stages.classes.difficulty import ClassDifficulty, probe_classes, rank_classes
-from stages.classes.plan import column_table, wide_console
 from stages.classes.selection import search_prompts
 from stages.classes.specification import ClassFile, ClassSpec
-from stages.nets.saved import cache_folder, load_run_teacher, load_student, open_run
+from stages.nets.run_folder import cache_folder, load_run_teacher, load_student, open_run
 from stages.nets.teacher import Teacher
 from stages.prompts import PromptSource
 from stages.sampling.sampler import Sampler

@@ -20,13 +20,13 @@ from stages.david.running import RunningAssessment
 from stages.flow.timesteps import bin_of_step
 from stages.nets.components import Components
 from stages.nets.graft import graft_time_embedding
-from stages.nets.saved import SavedRun, cache_folder, load_run_teacher, load_student, open_run
+from stages.nets.run_folder import SavedRun, cache_folder, load_run_teacher, load_student, open_run
 from stages.nets.student import Student, make_vp_bridge
 from stages.nets.teacher import Teacher
 from stages.system.atomic import atomic_path
 from stages.system.disk import refuse_unwritable
 from stages.system.refusal import Parser, Refused, in_one_line
-from stages.train.assessor import DavidConfig, load_or_fit_assessor, make_running_assessment
+from stages.train.block_weighter import DavidConfig, load_or_fit_assessor, make_running_assessment
 from stages.train.journal import read_step_lines
 from stages.train.objective import ObjectiveConfig
 from stages.train.validation import read_first_states

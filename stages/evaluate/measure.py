@@ -27,7 +27,7 @@ from stages.evaluate.report import (
 )
 from stages.nets.files import read_json
 from stages.nets.graft import graft_time_embedding
-from stages.nets.saved import SavedRun, cache_folder, load_run_teacher, load_student, open_run
+from stages.nets.run_folder import SavedRun, cache_folder, load_run_teacher, load_student, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import PromptSource, derived_seed, prompts

@@ -16,8 +16,8 @@ from stages.export.ldm import export_ldm, refuse_other_predictions
 from stages.export.lora import export_lora, lora_files, verify_lora
 from stages.export.original import export_original
 from stages.export.tensorfile import single_file_name
-from stages.export.verify import DEFAULT_OPTIONS, DTYPES, ExportOptions
-from stages.nets.saved import Origin, load_run_teacher, load_student, open_run
+from stages.export.verify_export import DEFAULT_OPTIONS, DTYPES, ExportOptions
+from stages.nets.run_folder import Origin, load_run_teacher, load_student, open_run
 from stages.nets.student import Student
 from stages.system.ownership import claim_folder
 from stages.system.refusal import Refused

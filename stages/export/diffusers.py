@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from stages.export.card import licence_files, licence_of, model_card
 from stages.export.folder import copy_added_files, replace_folder, write_facts
 from stages.export.history import RunHistory
-from stages.export.verify import (
+from stages.export.verify_export import (
     DEFAULT_OPTIONS,
     ExportContent,
     ExportOptions,
@@ -25,7 +25,7 @@ from stages.export.verify import (
     weight_file,
     with_text_model_prefix,
 )
-from stages.nets.anatomy import check_sd1_architecture
+from stages.nets.architecture import check_sd1_architecture
 from stages.nets.files import component_digests, component_files
 from stages.nets.loading import load_tokenizer
 from stages.nets.student import TIME_SCALE, Student

@@ -14,7 +14,7 @@ from stages.export.folder import (
     refuse_foreign_file,
 )
 from stages.export.ldm import open_export, verify_single_file
-from stages.export.verify import HALF_VARIANT, ExportContent, ExportOptions, verify_folder
+from stages.export.verify_export import HALF_VARIANT, ExportContent, ExportOptions, verify_folder
 from stages.nets.files import read_json
 from stages.nets.student import Student
 

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult
 
 from shards.manifest import MANIFEST_FILE, Manifest
 from stages.classes.specification import load_classes
-from stages.nets.saved import cache_folder, is_run
+from stages.nets.run_folder import cache_folder, is_run
 from stages.system.refusal import Refused, in_one_line
 
 STUDENT_KEY = "student"

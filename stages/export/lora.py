@@ -21,10 +21,10 @@ from stages.export import checks, tensorfile
 from stages.export.folder import FACTS_FILE, fsync_files, refuse_foreign_file
 from stages.export.ldm import sample_latents
 from stages.export.tensorfile import single_file_name, teacher_name
-from stages.export.verify import student_digest
+from stages.export.verify_export import student_digest
 from stages.nets.files import read_json
 from stages.nets.lora import ADAPTER_NAME, LoraConfig, lora_state_dict
-from stages.nets.saved import SavedRun, load_run_teacher, load_student, load_with_adapters
+from stages.nets.run_folder import SavedRun, load_run_teacher, load_student, load_with_adapters
 from stages.nets.student import Student
 from stages.system.atomic import fsync_folder, temporary_path
 from stages.system.disk import refuse_write_errors

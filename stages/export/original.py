@@ -11,8 +11,8 @@ from torch import Tensor
 from stages.export.folder import MOVE_REMEDY
 from stages.export.tensorfile import teacher_name
 from stages.nets.components import Components
-from stages.nets.original import OriginalCheckpoint, read_original
-from stages.nets.saved import SavedRun, load_student
+from stages.nets.original_checkpoint import OriginalCheckpoint, read_original
+from stages.nets.run_folder import SavedRun, load_student
 from stages.system.atomic import atomic_path
 from stages.system.refusal import Refused, in_one_line
 

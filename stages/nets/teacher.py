@@ -13,7 +13,7 @@ from stages.flow.bridge import Bridge, TailPolicy
 from stages.nets.components import Components
 from stages.nets.features import FeatureTap, copy_without_hooks
 from stages.nets.loading import non_finite_reason
-from stages.nets.student import Prediction as Prediction
+from stages.nets.student import Prediction
 from stages.system.refusal import Refused
 
 MAX_ERROR_AMPLIFICATION = 4.34

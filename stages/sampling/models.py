@@ -10,10 +10,10 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from stages.flow.bridge import TailPolicy
-from stages.nets.anatomy import check_sd1_architecture
+from stages.nets.architecture import check_sd1_architecture
 from stages.nets.components import Components, load_components
 from stages.nets.files import CONFIG_PATTERNS, MODEL_INDEX, MODEL_PATTERNS, read_json, resolve_folder
-from stages.nets.saved import is_run, load_run_teacher, load_student, open_run
+from stages.nets.run_folder import is_run, load_run_teacher, load_student, open_run
 from stages.nets.scheduler import vp_scheduler
 from stages.nets.student import Student, make_vp_bridge
 from stages.nets.teacher import Teacher

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from stages.system.ending import run_to_exit_code
-from stages.tiny import check, fit
+from stages.tiny import check
+from stages.tiny import training as fit
 
 
 def main() -> int:

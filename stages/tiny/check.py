@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stages.prompts import derived_seed
 from stages.system.atomic import atomic_write
-from stages.tiny.fit import SEED, Scenes, draw_scenes
 from stages.tiny.score import accuracies, score
+from stages.tiny.training import SEED, Scenes, draw_scenes
 from stages.tiny.world import ATTRIBUTES, world_grammar
 
 MODEL = Path(__file__).with_name("model")

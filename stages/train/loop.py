@@ -16,7 +16,7 @@ from shards.batch import Batch
 from stages.nets.student import Student
 from stages.system.refusal import Refused
 from stages.system.signals import Interruption
-from stages.train.assessor import BlockWeighter
+from stages.train.block_weighter import BlockWeighter
 from stages.train.checkpoint import CheckpointFetcher, Checkpoints, Resume
 from stages.train.ema import Ema
 from stages.train.journal import Journal

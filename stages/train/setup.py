@@ -13,7 +13,7 @@ from torch import nn
 from configs.values import Strict
 from shards.manifest import Manifest
 from shards.reader import DEFAULT_MEMORY_BUDGET_BYTES
-from stages.nets.anatomy import check_sd1_architecture
+from stages.nets.architecture import check_sd1_architecture
 from stages.nets.files import read_json
 from stages.nets.student import Student
 from stages.system.memory import refuse_too_many

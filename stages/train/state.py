@@ -17,7 +17,7 @@ from torch import nn
 from stages.system.disk import refuse_write_errors
 from stages.system.ending import is_out_of_memory
 from stages.system.refusal import Refused, in_one_line
-from stages.train.assessor import BlockWeighter
+from stages.train.block_weighter import BlockWeighter
 from stages.train.ema import Ema
 from stages.train.journal import truncate_after
 from stages.train.muon import MuonWithAdamW

@@ -17,7 +17,7 @@ from shards.manifest import Manifest
 from shards.record import Record
 from stages import cache_teacher, finetune_classes, upkeep
 from stages.cache.audit import ROUNDINGS, SINGLE, Comparison, RecordAudit, audit_record, load_recorded_teacher, sample
-from stages.nets.saved import Origin
+from stages.nets.run_folder import Origin
 from stages.nets.teacher import Teacher
 from stages.system.refusal import Refused
 

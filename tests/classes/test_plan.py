@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.classes.command import main
-from stages.classes.plan import training_time_text
+from stages.classes.class_plan import training_time_text
+from stages.classes.classes_command import main
 from stages.system.refusal import Refused
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stages.classes.cached import spread_evenly
-from stages.classes.command import main
+from stages.classes.classes_command import main
 from stages.classes.specification import load_classes
 from stages.classes.suggestion import group_by_level
 from stages.system.refusal import Refused

@@ -17,12 +17,12 @@ from shards.table import write_table
 from shards.writer import CacheWriter
 from stages.cache.targets import RenderConfig, StatesConfig, make_records, recipe_of
 from stages.nets.components import load_components
-from stages.nets.saved import Origin
+from stages.nets.run_folder import Origin
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt
 from stages.system.device import devices
-from stages.train.assessor import DavidConfig
+from stages.train.block_weighter import DavidConfig
 
 MODEL = "stages/tiny/model"
 LINE = {"samples": 4, "lambdas": {}}

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 from stages import __main__ as cli
-from stages.nets.original import CHECKPOINT_KEYS
+from stages.nets.original_checkpoint import CHECKPOINT_KEYS
 from stages.system.ownership import CLAIM_FILE as CLAIM
 from stages.system.ownership import boot_id, machine_id, pid_namespace, process_token
 
@@ -143,7 +143,7 @@ def header_rewritten(run: Path) -> None:
     """What tools for metadata do to a single file."""
     from stages.export import folder as ours
     from stages.export import tensorfile
-    from stages.export.verify import read_tensors
+    from stages.export.verify_export import read_tensors
 
     file = run / "distill/export/model-flow.safetensors"
     tensorfile.write(run / "edited", read_tensors(file), ours.read_header(file) | {"modelspec.author": "me"})

@@ -15,7 +15,7 @@ from stages.david.assessment import assess, reduce
 from stages.david.block_model import FitConfig
 from stages.david.fit import fit, fit_identity
 from stages.david.patterns import split_rows
-from stages.david.saved import load, load_or_fit, save
+from stages.david.saved_assessor import load, load_or_fit, save
 from stages.system.refusal import Refused
 
 CONFIG = FitConfig(bins=5, patterns=3, dimensions=6, steps=3, batch_size=16)

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from shards.writer import CacheWriter
 from stages.cache.targets import RenderConfig, StatesConfig, make_records, recipe_of
 from stages.export.diffusers import export_diffusers
-from stages.export.verify import ExportOptions
+from stages.export.verify_export import ExportOptions
 from stages.nets.components import load_components
 from stages.nets.graft import graft_time_embedding
-from stages.nets.saved import Origin
+from stages.nets.run_folder import Origin
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt

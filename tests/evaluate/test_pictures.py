@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from stages.export.diffusers import export_diffusers
 from stages.export.ldm import export_ldm
-from stages.export.verify import ExportOptions
-from stages.nets.saved import Origin
+from stages.export.verify_export import ExportOptions
+from stages.nets.run_folder import Origin
 from stages.nets.student import Student, make_vp_bridge
 from stages.nets.teacher import Teacher
-from stages.sampling.command import main
 from stages.sampling.grids import fixed_noise, read_settings, to_pil_image
 from stages.sampling.models import load_model
+from stages.sampling.sample_command import main
 from stages.sampling.sampler import Sampler, sample_student
 from stages.sampling.solvers import supported_solvers
 from stages.system.refusal import Refused

@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 from stages.export.diffusers import export_diffusers
-from stages.export.verify import ExportOptions
+from stages.export.verify_export import ExportOptions
 from stages.flow.solver import apply_guidance, euler
 from stages.nets.student import TIME_SCALE, Student, make_vp_bridge
 from stages.nets.teacher import Teacher

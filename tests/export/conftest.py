@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from stages.export import export_all
 from stages.export.diffusers import export_diffusers
-from stages.export.verify import ExportOptions
+from stages.export.verify_export import ExportOptions
 from stages.nets.student import Student
 from stages.tiny import anatomy
 

@@ -16,7 +16,7 @@ from stages.evaluate.report import Evaluation, to_json
 from stages.export.card import licence_of, model_card
 from stages.export.history import RunHistory, read_history
 from stages.export.tensorfile import single_file_name
-from stages.nets.saved import Origin
+from stages.nets.run_folder import Origin
 from stages.system.refusal import Refused
 from stages.train.validation import RelativeError, VelocityErrors
 

@@ -11,11 +11,11 @@ from transformers import CLIPTokenizer
 
 from stages.export import main
 from stages.export.diffusers import export_diffusers
-from stages.export.verify import ExportOptions
+from stages.export.verify_export import ExportOptions
 from stages.flow.schedule import NoiseSchedule
 from stages.flow.solver import apply_guidance, euler
 from stages.nets.files import component_digests, read_json
-from stages.nets.saved import Origin
+from stages.nets.run_folder import Origin
 from stages.nets.scheduler import flow_scheduler
 from stages.nets.student import TIME_SCALE, Student, make_vp_bridge
 from stages.system.refusal import Refused

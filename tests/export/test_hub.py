@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import LFSFileInfo, RepoFile
 
-from stages.hub import publish
+from stages.hub import publish_run as publish
 from stages.hub import uploader as hub_module
 from stages.hub.repository import Repository, fetch_newest_checkpoint, git_blob_id
 from stages.hub.snapshot import Staging

@@ -16,10 +16,10 @@ from torch import Tensor
 from stages.export import tensorfile
 from stages.export.diffusers import export_diffusers
 from stages.export.lora import LORA_FILE, export_lora, to_kohya, verify_lora
-from stages.export.verify import ExportOptions
+from stages.export.verify_export import ExportOptions
 from stages.nets.components import Components, load_components
 from stages.nets.lora import LoraConfig, adapter_parameters, add_adapters, lora_state_dict
-from stages.nets.saved import WEIGHTS_FILE, Origin, SavedRun, load_student, open_run, save_base
+from stages.nets.run_folder import WEIGHTS_FILE, Origin, SavedRun, load_student, open_run, save_base
 from stages.nets.student import Student
 from stages.system.refusal import Refused
 

@@ -12,7 +12,7 @@ from stages.export import export_all, tensorfile
 from stages.export.comfyui import is_unmodified_workflow, workflow_json
 from stages.export.diffusers import export_diffusers
 from stages.export.folder import is_unmodified_export, read_header
-from stages.export.verify import ExportOptions, read_tensors
+from stages.export.verify_export import ExportOptions, read_tensors
 from stages.nets.student import Student
 from stages.system.ownership import pid_namespace
 from stages.system.refusal import Refused

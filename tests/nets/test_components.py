@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.nets.anatomy import check_sd1_architecture
+from stages.nets.architecture import check_sd1_architecture
 from stages.nets.components import load_components
 from stages.nets.files import resolve_folder
 from stages.system.refusal import Refused

@@ -19,7 +19,7 @@ from stages.nets.lora import (
     lora_state_dict,
     merge_adapters,
 )
-from stages.nets.saved import BASE_FILE, WEIGHTS_FILE, Origin, load_student, open_run, save_base
+from stages.nets.run_folder import BASE_FILE, WEIGHTS_FILE, Origin, load_student, open_run, save_base
 from stages.nets.student import Prediction, Student
 from stages.system.refusal import Refused
 from stages.train.optim import block_of

@@ -6,7 +6,8 @@ import torch
 from stages.flow.bridge import Bridge
 from stages.flow.schedule import NoiseSchedule
 from stages.nets.components import Components, load_components
-from stages.nets.teacher import MAX_ERROR_AMPLIFICATION, Prediction, Teacher, last_low_precision_step
+from stages.nets.student import Prediction
+from stages.nets.teacher import MAX_ERROR_AMPLIFICATION, Teacher, last_low_precision_step
 
 K = torch.tensor([990, 40, 701, 700, 300])
 LATE = torch.tensor([True, False, True, False, False])

@@ -14,8 +14,8 @@ from stages.nets.features import last_resnets
 from stages.nets.scheduler import flow_scheduler
 from stages.prompts import GrammarSource, prompts
 from stages.tiny.check import MODEL, reconstruct
-from stages.tiny.fit import PatchCode, Scenes, TrainingSpec, draw_scenes, fit_code, train
 from stages.tiny.score import accuracies, load_classifier, score
+from stages.tiny.training import PatchCode, Scenes, TrainingSpec, draw_scenes, fit_code, train
 from stages.tiny.world import world_grammar
 
 SOURCE = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))

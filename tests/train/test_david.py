@@ -23,10 +23,10 @@ from shards.batch import Batch
 from shards.reader import Reader
 from stages import cache_teacher, distill
 from stages.david.fusion import PUBLISHED_BLOCK_WEIGHTS, translate_stored
-from stages.david.saved import load_or_fit
+from stages.david.saved_assessor import load_or_fit
 from stages.nets.student import Prediction, Student
 from stages.tiny.anatomy import build_unet
-from stages.train.assessor import DavidConfig, DavidWeighter, make_block_weighter
+from stages.train.block_weighter import DavidConfig, DavidWeighter, make_block_weighter
 from stages.train.journal import read_step_lines
 from stages.train.loop import fit
 from stages.train.objective import Objective, feature_scale

@@ -11,7 +11,7 @@ from torch import nn
 from stages.nets.student import Student
 from stages.system.refusal import Refused
 from stages.tiny.anatomy import build_unet
-from stages.train.assessor import BlockWeighter
+from stages.train.block_weighter import BlockWeighter
 from stages.train.checkpoint_store import CheckpointMeta, fault_of
 from stages.train.journal import read_step_lines
 from stages.train.loop import Hooks

@@ -19,7 +19,7 @@ from stages.david.block_model import FitConfig
 from stages.david.fusion import FusionConfig
 from stages.david.published import PublishedAssessor
 from stages.david.running import LambdaMoments, LambdaVariation, RunningAssessment
-from stages.david.saved import load_or_fit
+from stages.david.saved_assessor import load_or_fit
 from stages.david.times import DifficultyProfile, SamplingConfig, TimestepSampler
 from stages.nets.student import Prediction
 

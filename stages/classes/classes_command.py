@@ -5,13 +5,13 @@ from typing import Any
 
 from configs.load import config_from_arguments, name_first_argument
 from configs.values import Strict
-from stages.classes import plan, suggestion
+from stages.classes import class_plan, suggestion
 from stages.system.refusal import Refused, did_you_mean
 
 USAGE = "usage: sollune classes show FILE [--config FILE.yaml ...] | suggest RUN --config FILE.yaml [--out FILE]"
 
 COMMANDS: Mapping[str, tuple[type[Strict], str, str, Callable[[Any], None]]] = {
-    "show": (plan.Config, "finetune_classes", "classes", plan.print_plan),
+    "show": (class_plan.Config, "finetune_classes", "classes", class_plan.print_plan),
     "suggest": (suggestion.Config, "evaluate", "run", suggestion.run),
 }
 """Name -> configuration, the section of --config that it takes, the option of the first argument, function."""
