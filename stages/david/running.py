@@ -14,7 +14,7 @@ from stages.david.fusion import FormulaParameters, FusionConfig, PerBlock, compu
 from stages.system.refusal import Refused
 
 REFERENCE_FLOOR = 1e-3
-"""Least reference response: smaller ones are rounding, of a David that does not react there."""
+"""Least reference response: smaller ones are rounding: the assessor does not respond there."""
 BLOCK_QUANTITIES = 5
 CONSTANT_BELOW = 0.02
 

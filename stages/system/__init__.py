@@ -1,1 +1,1 @@
-"""The ground floor: what the program needs of the operating system. It imports nothing else of sollune."""
+"""The lowest layer: what the program needs of the operating system. It imports nothing else of sollune."""

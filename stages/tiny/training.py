@@ -38,7 +38,7 @@ class TrainingSpec:
 SEED = 20
 SCENES = 40_000
 PARTS = ("judge", "decoder", "encoder", "teacher")
-"""By their stored names; the judge is the attribute classifier."""
+"""By their stored names; `judge` is the attribute classifier."""
 CLASSIFIER = TrainingSpec("judge", steps=2500, learning_rate=2e-3, warmup_steps=50)
 DECODER = TrainingSpec("decoder", steps=9000, learning_rate=2e-3)
 ENCODER = TrainingSpec("encoder", steps=3000, learning_rate=2e-3)
