@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,19 +18,16 @@ from shards.journal import JOURNAL_FOLDER, restore_entries
 from shards.manifest import MANIFEST_FILE, Manifest, find_cache
 from shards.record import Record
 from shards.verify import quarantine
-from stages.cache.audit import Comparison, RecordAudit, audit_record, load_recorded_teacher, sample
 from stages.flow.bridge import x0_from_velocity
-from stages.nets.components import load_components
 from stages.nets.files import COMPONENT_NAMES, changed_components, find_teacher
-from stages.nets.teacher import Teacher
-from stages.sampling.grids import make_sheet, save_sheet
 from stages.system.device import device_of
 from stages.system.disk import refuse_unwritable
 from stages.system.refusal import Refused
 
+if TYPE_CHECKING:  # what loads networks takes seconds, and most of these commands need none
+    from stages.nets.teacher import Teacher
+
 AUDITED_RECORDS = 20
-AUDIT_BINS = 10
-"""Bins of s in the table of errors."""
 AUDIT_HINT = "name the teacher that made the cache with --teacher, or make the cache in a new folder"
 
 
@@ -188,6 +185,8 @@ def restore_journal(cache: Path) -> list[Path]:
 
 def audit_cache(args: argparse.Namespace, device: torch.device) -> int:
     """Run the cache's teacher again on a sample of records; the exit code is 1 when its outputs differ."""
+    from stages.cache.audit import audit_record, error_table, load_recorded_teacher, mismatch_line, sample  # diffusers
+
     cache: Path = find_cache(args.folder)
     manifest = Manifest.open(cache)
     location = args.teacher or find_origin(cache).teacher_location()
@@ -214,11 +213,11 @@ def audit_cache(args: argparse.Namespace, device: torch.device) -> int:
         print(f"sollune: {line} - {AUDIT_HINT}; a broken kernel here or there does it too", file=sys.stderr)
     if bad or changed:
         return EXIT_DAMAGED
-    print("the teacher says the same")
+    print("the outputs are the same")
     return 0
 
 
-def other_parts(manifest: Manifest, teacher: Teacher) -> Iterator[str]:
+def other_parts(manifest: Manifest, teacher: "Teacher") -> Iterator[str]:
     """The parts of the teacher whose files are not those that made the cache."""
     recorded: Any = manifest.recipe.identity.get("teacher")
     if not isinstance(recorded, Mapping):
@@ -227,40 +226,12 @@ def other_parts(manifest: Manifest, teacher: Teacher) -> Iterator[str]:
     return iter([*missing, *changed_components(recorded, teacher.components.folder)])
 
 
-def mismatch_line(cache: Path, audit: RecordAudit) -> str:
-    """The line about a record whose outputs of the teacher differ."""
-    worst, bad = audit.worst(), sum(compared.error_ratio > 1 for compared in audit.comparisons)
-    at = "" if worst.s is None else f" at s = {worst.s:.4f}"
-    return (
-        f"shard {cache / audit.file}: record {audit.key}: {worst.quantity}{at} is off by {worst.error:.1e}, "
-        f"tolerance {worst.tolerance:.1e} (beyond rounding to half, in sizes of the tensor; "
-        f"{bad} of {len(audit.comparisons)} are off)"
-    )
-
-
-def error_table(audits: Sequence[RecordAudit]) -> Iterator[str]:
-    """Errors against tolerances, for each bin of s."""
-    names = ("v_cond", "v_uncond", "features")
-    compared = [comparison for audit in audits for comparison in audit.comparisons]
-    yield f"{'s':<12}{'states':>8}" + "".join(f"{name:>22}" for name in names)
-    for i in range(AUDIT_BINS):
-        here = [one for one in compared if one.s is not None and min(int(one.s * AUDIT_BINS), AUDIT_BINS - 1) == i]
-        states = sum(comparison.quantity == "v_cond" for comparison in here)
-        columns = "".join(f"{_worst(here, name):>22}" for name in names)
-        yield f"{i / AUDIT_BINS:.1f} to {(i + 1) / AUDIT_BINS:.1f}  {states:>8}{columns}"
-    yield f"{'cond':<12}{len(audits):>8}{_worst(compared, 'cond'):>22}"
-
-
-def _worst(comparisons: Sequence[Comparison], name: str) -> str:
-    of_name = [comparison for comparison in comparisons if comparison.quantity.split(".")[0] == name]
-    if not of_name:
-        return "-"
-    worst = max(of_name, key=lambda comparison: comparison.error_ratio)
-    return f"{worst.error:.1e} of {worst.tolerance:.1e}"
-
-
 def save_record_picture(record: Record, teacher: str, path: Path) -> None:
     """A row of pictures as PNG: x0, then x0_hat = x_s - s v_cond of each state, from noise to data."""
+    from stages.nets.components import load_components
+    from stages.nets.teacher import Teacher
+    from stages.sampling.grids import make_sheet, save_sheet
+
     components = load_components(teacher, device_of("auto"), torch.float32)
     states = record.states
     x0_hat = x0_from_velocity(states.x_s.float(), states.v_cond.float(), states.s)

@@ -24,6 +24,8 @@ from stages.nets.components import load_components
 from stages.nets.teacher import Teacher, needs_full_precision, precision_text
 from stages.system.refusal import Refused
 
+AUDIT_BINS = 10
+"""Bins of s in the table of errors."""
 ROUNDINGS = 128
 """Largest error of an element in units of rounding, relative to the size of its tensor.
 
@@ -140,3 +142,35 @@ def _check_shapes(teacher: Teacher, record: Record) -> None:
             raise Refused(
                 f"record {record.key}: {name} has shape {stored}, this teacher's has {shape} - name the right one"
             )
+
+
+def mismatch_line(cache: Path, audit: RecordAudit) -> str:
+    """The line about a record whose outputs of the teacher differ."""
+    worst, bad = audit.worst(), sum(compared.error_ratio > 1 for compared in audit.comparisons)
+    at = "" if worst.s is None else f" at s = {worst.s:.4f}"
+    return (
+        f"shard {cache / audit.file}: record {audit.key}: {worst.quantity}{at} is off by {worst.error:.1e}, "
+        f"tolerance {worst.tolerance:.1e} (beyond rounding to half, in sizes of the tensor; "
+        f"{bad} of {len(audit.comparisons)} are off)"
+    )
+
+
+def error_table(audits: Sequence[RecordAudit]) -> Iterator[str]:
+    """Errors against tolerances, for each bin of s."""
+    names = ("v_cond", "v_uncond", "features")
+    compared = [comparison for audit in audits for comparison in audit.comparisons]
+    yield f"{'s':<12}{'states':>8}" + "".join(f"{name:>22}" for name in names)
+    for i in range(AUDIT_BINS):
+        here = [one for one in compared if one.s is not None and min(int(one.s * AUDIT_BINS), AUDIT_BINS - 1) == i]
+        states = sum(comparison.quantity == "v_cond" for comparison in here)
+        columns = "".join(f"{_worst(here, name):>22}" for name in names)
+        yield f"{i / AUDIT_BINS:.1f} to {(i + 1) / AUDIT_BINS:.1f}  {states:>8}{columns}"
+    yield f"{'cond':<12}{len(audits):>8}{_worst(compared, 'cond'):>22}"
+
+
+def _worst(comparisons: Sequence[Comparison], name: str) -> str:
+    of_name = [comparison for comparison in comparisons if comparison.quantity.split(".")[0] == name]
+    if not of_name:
+        return "-"
+    worst = max(of_name, key=lambda comparison: comparison.error_ratio)
+    return f"{worst.error:.1e} of {worst.tolerance:.1e}"

@@ -162,7 +162,7 @@ def test_the_command_passes_on_a_good_cache(
     assert upkeep.main(["verify", str(made), "--deep", "--sample", "6"]) == 0
     printed = capsys.readouterr().out
     assert "the one that the recipe names" in printed
-    assert printed.rstrip().endswith("the teacher says the same")
+    assert printed.rstrip().endswith("the outputs are the same")
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -129,3 +129,11 @@ def test_every_field_of_a_configured_command_has_a_description(command: cli.Comm
     config_type = importlib.import_module(command.module).Config
     assert config_type.__doc__
     assert list(undescribed(option_group_of(config_type), command.section)) == []
+
+
+@pytest.mark.parametrize(
+    "module", ["shards.__main__", "stages.prompts.__main__", "stages.upkeep", "stages.hub.publish_run"]
+)
+def test_a_command_that_needs_no_network_does_not_wait_for_their_library(module: str) -> None:
+    program = f"import sys, {module}\nsys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
