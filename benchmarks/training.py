@@ -41,10 +41,10 @@ from stages.distill import Config
 from stages.flow.schedule import NoiseSchedule
 from stages.nets.components import Components
 from stages.nets.features import feature_widths
-from stages.nets.files import read_json
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.system.device import device_of
+from stages.teacher_files.folder import read_json
 from stages.train.checkpoint import Checkpoints
 from stages.train.loop import Batches, fit
 from stages.train.losses import FeatureScale

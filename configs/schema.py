@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ImportString
 from pydantic.fields import FieldInfo
 
-from configs.values import Strict
+from configs.values import PictureSize, Strict
 from configs.yaml_text import parse_yaml
 from stages.system.refusal import Refused, format_value
 
 METAVARS: dict[Any, str] = {
     int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", bool: "true|false", NoneType: "none", Any: "VALUE",
+    PictureSize: "WIDTHxHEIGHT",
 }  # fmt: skip
 SEQUENCES: tuple[Any, ...] = (tuple, list, set, frozenset, Sequence)
 MAPPINGS: tuple[Any, ...] = (dict, Mapping)

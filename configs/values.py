@@ -1,10 +1,12 @@
 """The base classes of models, and the types and checks of values that users write: paths, text, numbers."""
 
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, field_validator
 
 from stages.system.refusal import Refused, first_invalid_character, format_value, invalid_character_reason
 
@@ -96,3 +98,36 @@ class Strict(Stored):
     @classmethod
     def _normalize(cls, value: Any) -> Any:
         return normalize_value(value)
+
+
+SIZE_TEXT = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+
+
+@dataclass(frozen=True, order=True)
+class PictureSize:
+    """Width and height of a picture in pixels, written 512x768: the width first, so this one is upright."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @property
+    def pixels(self) -> int:
+        """Number of pixels."""
+        return self.width * self.height
+
+    @classmethod
+    def parse(cls, value: object) -> "PictureSize":
+        """The size that a text such as 512x768 means; raises `ValueError` for any other value."""
+        if isinstance(value, cls):
+            return value
+        match = SIZE_TEXT.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            raise ValueError("should be WIDTHxHEIGHT in pixels, such as 512x768")
+        return cls(int(match[1]), int(match[2]))
+
+
+Size = Annotated[PictureSize, BeforeValidator(PictureSize.parse), PlainSerializer(str, return_type=str)]
+"""A picture size in a config or a stored file, as text."""

@@ -16,7 +16,6 @@ from stages.david.fusion import PUBLISHED_BLOCK_WEIGHTS
 from stages.export import export_all, export_paths
 from stages.export.existing import refuse_occupied
 from stages.hub.uploader import HubConfig, make_uploader, with_upload_hooks
-from stages.nets.files import find_teacher
 from stages.nets.graft import graft_time_embedding
 from stages.nets.run_folder import Origin, load_run_teacher
 from stages.nets.student import Student, Target, make_vp_bridge
@@ -25,6 +24,7 @@ from stages.sampling.grids import GridConfig, comparison_grid_hook
 from stages.system.atomic import atomic_write
 from stages.system.device import device_of
 from stages.system.ownership import refuse_claimed
+from stages.teacher_files.folder import find_teacher
 from stages.train.block_weighter import DavidConfig, make_block_weighter
 from stages.train.checkpoint import Resume
 from stages.train.loop import Hooks, fit

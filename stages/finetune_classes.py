@@ -29,7 +29,6 @@ from stages.evaluate.metrics import Scorer
 from stages.export import export_all, export_lora, export_paths
 from stages.export.existing import refuse_occupied
 from stages.hub.uploader import HubConfig, make_uploader, with_upload_hooks
-from stages.nets.files import find_teacher
 from stages.nets.lora import LoraConfig, add_adapters, merge_adapters
 from stages.nets.run_folder import Origin, load_run_teacher, load_student, open_run, refuse_other_base, save_base
 from stages.nets.student import Student
@@ -39,6 +38,7 @@ from stages.system.atomic import atomic_write
 from stages.system.device import device_of
 from stages.system.disk import file_sha256
 from stages.system.ownership import refuse_claimed
+from stages.teacher_files.folder import find_teacher
 from stages.train.checkpoint import Resume
 from stages.train.loop import fit
 from stages.train.objective import Objective, ObjectiveConfig, feature_scale

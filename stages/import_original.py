@@ -14,13 +14,13 @@ from configs.load import config_from_arguments, name_first_argument
 from configs.values import Location, Strict
 from stages.flow.bridge import TailPolicy
 from stages.nets.components import load_components
-from stages.nets.files import absolute_folder, component_digests
 from stages.nets.original_checkpoint import OriginalCheckpoint, read_original
 from stages.nets.run_folder import CHECKPOINTS_FOLDER, WEIGHTS_FILE, Origin
 from stages.nets.student import Target
 from stages.system.disk import file_sha256, refuse_unwritable
 from stages.system.ownership import claim_folder
 from stages.system.refusal import Refused
+from stages.teacher_files.folder import absolute_folder, component_digests
 from stages.train.checkpoint import Checkpoints
 from stages.train.checkpoint_store import KeepConfig
 

@@ -19,10 +19,10 @@ from shards.manifest import MANIFEST_FILE, Manifest, find_cache
 from shards.record import Record
 from shards.verify import quarantine
 from stages.flow.bridge import x0_from_velocity
-from stages.nets.files import COMPONENT_NAMES, changed_components, find_teacher
 from stages.system.device import device_of
 from stages.system.disk import refuse_unwritable
 from stages.system.refusal import Refused
+from stages.teacher_files.folder import COMPONENT_NAMES, changed_components, find_teacher
 
 if TYPE_CHECKING:  # what loads networks takes seconds, and most of these commands need none
     from stages.nets.teacher import Teacher

@@ -10,9 +10,9 @@ from configs.load import load
 from shards.manifest import Manifest, Recipe
 from stages import cache_teacher
 from stages.cache import targets
-from stages.nets.files import digest_files
 from stages.nets.run_folder import Origin, load_run_teacher
 from stages.system.refusal import Refused
+from stages.teacher_files.folder import digest_files
 from stages.upkeep import find_origin
 
 CPU = torch.device("cpu")

@@ -19,10 +19,10 @@ from stages.flow.path import interpolate, per_sample
 from stages.flow.solver import apply_guidance
 from stages.flow.timesteps import TimestepDensity
 from stages.nets.features import HOOK_POINT, feature_widths
-from stages.nets.files import absolute_folder, digests_as_recorded
 from stages.nets.student import Prediction
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, derived_seed
+from stages.teacher_files.folder import absolute_folder, digests_as_recorded
 
 VERSIONS = ("torch", "diffusers", "transformers", "webdataset")
 

@@ -25,7 +25,6 @@ from stages.evaluate.report import (
     print_report,
     to_json,
 )
-from stages.nets.files import read_json
 from stages.nets.graft import graft_time_embedding
 from stages.nets.run_folder import SavedRun, cache_folder, load_run_teacher, load_student, open_run
 from stages.nets.student import Student
@@ -40,6 +39,7 @@ from stages.system.device import device_of
 from stages.system.disk import refuse_unwritable
 from stages.system.refusal import Refused
 from stages.system.terminal import console
+from stages.teacher_files.folder import read_json
 from stages.train.validation import read_first_states, velocity_errors
 
 GRID_ROWS = 6

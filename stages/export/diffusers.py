@@ -25,11 +25,11 @@ from stages.export.verify_export import (
     weight_file,
     with_text_model_prefix,
 )
-from stages.nets.architecture import check_sd1_architecture
-from stages.nets.files import component_digests, component_files
 from stages.nets.loading import load_tokenizer
 from stages.nets.student import TIME_SCALE, Student
 from stages.system.refusal import Refused
+from stages.teacher_files.architecture import check_sd1_architecture
+from stages.teacher_files.folder import component_digests, component_files
 
 LOCAL_PATH_KEYS = ("_name_or_path", "name_or_path")
 """Keys of configs with the folder of this machine that a component was loaded from."""

@@ -15,8 +15,8 @@ from stages.export.folder import (
 )
 from stages.export.ldm import open_export, verify_single_file
 from stages.export.verify_export import HALF_VARIANT, ExportContent, ExportOptions, verify_folder
-from stages.nets.files import read_json
 from stages.nets.student import Student
+from stages.teacher_files.folder import read_json
 
 
 def refuse_occupied(out: Path, files: Iterable[Path] = ()) -> None:

@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from stages.export import tensorfile
 from stages.export.comfyui import is_unmodified_workflow
 from stages.hub.snapshot import link_or_copy
-from stages.nets.files import read_json
 from stages.system.atomic import PARTIAL_SUFFIX, fsync_folder, is_abandoned, temporary_path
 from stages.system.disk import file_sha256, system_error, unwritable_error
 from stages.system.refusal import Refused, in_one_line
+from stages.teacher_files.folder import read_json
 
 FACTS_FILE = "sollune.json"
 """The facts of an export, by which one of ours is known."""

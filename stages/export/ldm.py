@@ -12,13 +12,13 @@ from torch import Tensor
 from stages.export import checks, tensorfile
 from stages.export.comfyui import WORKFLOW_FILE, workflow_json
 from stages.export.folder import read_facts, read_header, refuse_foreign_file
-from stages.export.ldm_names import ldm_names, to_diffusers, to_ldm
 from stages.export.tensorfile import single_file_metadata, single_file_name, teacher_name
 from stages.export.verify_export import HALF_VARIANT, WEIGHT_STEMS, read_tensors, weight_file
-from stages.nets.architecture import check_sd1_architecture
-from stages.nets.files import read_json
 from stages.system.atomic import atomic_path, atomic_write
 from stages.system.refusal import Refused
+from stages.teacher_files.architecture import check_sd1_architecture
+from stages.teacher_files.folder import read_json
+from stages.teacher_files.ldm_names import ldm_names, to_diffusers, to_ldm
 
 STEPS, GUIDANCE = 2, 3.0
 

@@ -22,13 +22,13 @@ from stages.export.folder import FACTS_FILE, fsync_files, refuse_foreign_file
 from stages.export.ldm import sample_latents
 from stages.export.tensorfile import single_file_name, teacher_name
 from stages.export.verify_export import student_digest
-from stages.nets.files import read_json
 from stages.nets.lora import ADAPTER_NAME, LoraConfig, lora_state_dict
 from stages.nets.run_folder import SavedRun, load_run_teacher, load_student, load_with_adapters
 from stages.nets.student import Student
 from stages.system.atomic import fsync_folder, temporary_path
 from stages.system.disk import refuse_write_errors
 from stages.system.refusal import Refused
+from stages.teacher_files.folder import read_json
 
 LORA_FOLDER, LORA_FILE = "lora", "pytorch_lora_weights.safetensors"
 """Where `load_lora_weights(folder)` looks."""

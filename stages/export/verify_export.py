@@ -18,11 +18,11 @@ from torch import Tensor
 from configs.values import Strict
 from stages.export import checks
 from stages.export.tensorfile import tensor_bytes
-from stages.nets.files import read_json
 from stages.nets.loading import load_component
 from stages.nets.scheduler import flow_scheduler, vp_scheduler
 from stages.nets.student import Student
 from stages.system.refusal import Refused
+from stages.teacher_files.folder import read_json
 
 SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 WEIGHT_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}

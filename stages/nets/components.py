@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from stages.flow.schedule import NoiseSchedule
-from stages.nets.architecture import check_component_match, check_sd1_architecture
-from stages.nets.files import WEIGHT_FILES, broken_model, read_json, resolve_folder
 from stages.nets.loading import call_library, load_component, load_tokenizer
 from stages.nets.tokens import PROBE_SENTENCE
+from stages.teacher_files.architecture import check_component_match, check_sd1_architecture
+from stages.teacher_files.folder import WEIGHT_FILES, broken_model, read_json, resolve_folder
 
 PROBE_SIDE = 8
 """Height and width of the probe latents: the smallest that the four levels halve three times."""

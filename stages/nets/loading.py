@@ -12,9 +12,9 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from stages.nets.files import FETCH_REMEDY, component_files, linked_folder, read_json
 from stages.nets.tokens import check_tokenizer
 from stages.system.refusal import Refused
+from stages.teacher_files.folder import FETCH_REMEDY, component_files, linked_folder, read_json
 
 COMPONENT_CLASSES: Mapping[str, Any] = {
     "unet": UNet2DConditionModel,

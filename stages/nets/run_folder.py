@@ -15,11 +15,11 @@ from torch import Tensor
 from shards.manifest import Manifest
 from stages.flow.bridge import TailPolicy
 from stages.nets.components import Components, load_components
-from stages.nets.files import absolute_folder, changed_components, find_teacher
 from stages.nets.lora import LoraConfig, add_adapters, load_adapters, merge_adapters
 from stages.nets.student import Student, Target, make_vp_bridge
 from stages.system.atomic import atomic_path, atomic_write
 from stages.system.refusal import Refused, in_one_line
+from stages.teacher_files.folder import absolute_folder, changed_components, find_teacher
 
 ORIGIN_FILE, CHECKPOINTS_FOLDER, WEIGHTS_FILE, COMPLETE_MARK = (
     "origin.json",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from diffusers import DDIMScheduler, UniPCMultistepScheduler
 
-from stages.nets.files import read_json
+from stages.teacher_files.folder import read_json
 
 VP_SETTINGS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",

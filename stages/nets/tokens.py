@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 from transformers import CLIPTokenizer
 
-from stages.nets.files import FETCH_REMEDY, read_json
 from stages.system.refusal import Refused
+from stages.teacher_files.folder import FETCH_REMEDY, read_json
 
 PROBE_SENTENCE = "Two small birds, 1 red & 1 blue"
 """Words, capitals, digits and marks: decoding must restore all but blanks and capitals, which CLIP's drops."""

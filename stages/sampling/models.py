@@ -10,9 +10,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from stages.flow.bridge import TailPolicy
-from stages.nets.architecture import check_sd1_architecture
 from stages.nets.components import Components, load_components
-from stages.nets.files import CONFIG_PATTERNS, MODEL_INDEX, MODEL_PATTERNS, read_json, resolve_folder
 from stages.nets.run_folder import is_run, load_run_teacher, load_student, open_run
 from stages.nets.scheduler import vp_scheduler
 from stages.nets.student import Student, make_vp_bridge
@@ -21,6 +19,8 @@ from stages.sampling.fields import TwoBranchField, student_field, teacher_field
 from stages.sampling.single_file import load_pipeline, load_single_file, read_single_file, scheduler_shift
 from stages.system.device import device_of
 from stages.system.refusal import Refused
+from stages.teacher_files.architecture import check_sd1_architecture
+from stages.teacher_files.folder import CONFIG_PATTERNS, MODEL_INDEX, MODEL_PATTERNS, read_json, resolve_folder
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 FACTS_FILE = "sollune.json"

@@ -15,11 +15,11 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from stages.nets.architecture import check_component_match, check_sd1_architecture
-from stages.nets.files import WEIGHT_FILES, read_json
 from stages.nets.loading import call_library, load_component, load_tokenizer, non_finite_reason
 from stages.nets.student import TIME_SCALE
 from stages.system.refusal import Refused
+from stages.teacher_files.architecture import check_component_match, check_sd1_architecture
+from stages.teacher_files.folder import WEIGHT_FILES, read_json
 
 BATCH_SIZE = 50
 COMPONENT_PREFIXES = {

@@ -13,12 +13,12 @@ from torch import nn
 from configs.values import Strict
 from shards.manifest import Manifest
 from shards.reader import DEFAULT_MEMORY_BUDGET_BYTES
-from stages.nets.architecture import check_sd1_architecture
-from stages.nets.files import read_json
 from stages.nets.student import Student
 from stages.system.memory import refuse_too_many
 from stages.system.ownership import claim_folder
 from stages.system.refusal import Refused
+from stages.teacher_files.architecture import check_sd1_architecture
+from stages.teacher_files.folder import read_json
 from stages.train.checkpoint import Checkpoints, Resume
 from stages.train.checkpoint_store import KeepConfig
 from stages.train.ema import EmaConfig

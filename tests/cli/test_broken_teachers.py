@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages import __main__ as cli
-from stages.nets.files import WEIGHT_FILES
+from stages.teacher_files.folder import WEIGHT_FILES
 
 Break = Callable[[Path], object]
 Q_PROJ = "text_model.encoder.layers.1.self_attn.q_proj.weight"

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from stages import __main__ as cli
-from stages.nets import files
+from stages.teacher_files import folder as files
 from tests.cli.test_broken_teachers import caching, content
 from tests.cli.test_broken_texts import classes, lines, photographs, table
 

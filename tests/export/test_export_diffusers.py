@@ -14,11 +14,11 @@ from stages.export.diffusers import export_diffusers
 from stages.export.verify_export import ExportOptions
 from stages.flow.schedule import NoiseSchedule
 from stages.flow.solver import apply_guidance, euler
-from stages.nets.files import component_digests, read_json
 from stages.nets.run_folder import Origin
 from stages.nets.scheduler import flow_scheduler
 from stages.nets.student import TIME_SCALE, Student, make_vp_bridge
 from stages.system.refusal import Refused
+from stages.teacher_files.folder import component_digests, read_json
 
 TEXTS = ["a small red star at the left", "a large blue ring"]
 

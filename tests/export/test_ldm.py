@@ -13,12 +13,12 @@ from stages.export import main, tensorfile
 from stages.export.diffusers import export_diffusers
 from stages.export.existing import remove_stale_files
 from stages.export.ldm import export_ldm
-from stages.export.ldm_names import ldm_names, to_ldm
 from stages.export.verify_export import ExportOptions
-from stages.nets.files import component_digests
 from stages.nets.run_folder import Origin
 from stages.nets.student import Student, Target
 from stages.system.refusal import Refused
+from stages.teacher_files.folder import component_digests
+from stages.teacher_files.ldm_names import ldm_names, to_ldm
 
 EMBEDDED = Path("stages/tiny/model")
 PARTS = ("unet", "vae", "text_encoder")

@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from stages.export.ldm_names import ldm_name, ldm_names, to_diffusers, to_ldm
 from stages.system.refusal import Refused
+from stages.teacher_files.ldm_names import ldm_name, ldm_names, to_diffusers, to_ldm
 from stages.tiny import anatomy
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]

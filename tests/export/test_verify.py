@@ -13,10 +13,10 @@ from stages.export import checks, export_all, main, tensorfile
 from stages.export.diffusers import export_diffusers
 from stages.export.ldm import open_export, verify_single_file
 from stages.export.verify_export import ExportContent, ExportOptions, verify_folder
-from stages.nets.files import component_digests
 from stages.nets.run_folder import Origin
 from stages.nets.student import Student
 from stages.system.refusal import Refused
+from stages.teacher_files.folder import component_digests
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"

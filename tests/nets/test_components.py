@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.nets.architecture import check_sd1_architecture
 from stages.nets.components import load_components
-from stages.nets.files import resolve_folder
 from stages.system.refusal import Refused
+from stages.teacher_files.architecture import check_sd1_architecture
+from stages.teacher_files.folder import resolve_folder
 from stages.tiny.anatomy import build_unet
 
 INDEX = {

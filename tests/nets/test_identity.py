@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.nets.components import load_components
-from stages.nets.files import (
+from stages.system.refusal import Refused
+from stages.teacher_files.folder import (
     COMPONENT_NAMES,
     WEIGHT_FILES,
     changed_components,
@@ -18,7 +19,6 @@ from stages.nets.files import (
     component_files,
     digests_as_recorded,
 )
-from stages.system.refusal import Refused
 
 MODEL = Path("stages/tiny/model")
 CPU = torch.device("cpu")

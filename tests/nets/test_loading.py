@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.nets.components import Components, load_components
-from stages.nets.files import component_digests
 from stages.nets.loading import load_component, load_tokenizer
+from stages.teacher_files.folder import component_digests
 
 MODEL = Path("stages/tiny/model")
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.nets.files import read_json
 from stages.system.refusal import Refused, format_value
+from stages.teacher_files.folder import read_json
 
 COMPONENT_CLASS_NAMES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 MAX_LAYERS = 100
