@@ -18,7 +18,7 @@ from configs.yaml_text import read_yaml
 from stages.system.refusal import Refused, did_you_mean, format_value
 
 SECTIONS = (
-    "cache_teacher", "distill", "finetune_classes", "evaluate", "sample", "import", "export", "publish",
+    "cache_teacher", "distill", "finetune_classes", "evaluate", "sample", "import", "export", "publish", "doctor",
 )  # fmt: skip
 
 C = TypeVar("C", bound=Strict)
@@ -126,6 +126,7 @@ def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any], options: Option |
     for key, value in upper.items():
         below = lower.get(key)
         inner = options.entries.get(key) if isinstance(options, OptionGroup) else None
+        value = inner.spelled_out(value) if isinstance(inner, OptionGroup) else value
         if isinstance(below, Mapping) and isinstance(value, Mapping):
             tag = inner.discriminator if isinstance(inner, OptionGroup) else None
             if tag is None or tag not in value or value[tag] == below.get(tag):
@@ -195,7 +196,12 @@ def _problem(error: ErrorDetails, path: KeyPath, config_type: type[Strict]) -> s
         return f"should be one of {error['ctx']['expected_tags']}"
     if kind in ("missing", "union_tag_not_found"):
         names = [step for step in path if isinstance(step, str)]
-        option = f" or give {option_name(names)}" if len(names) == len(path) else ""
-        return f"required - write it in a YAML file{option}"
+        if len(names) < len(path):  # of an entry of a list, which has no option of its own
+            return f"required - write {path[-1]} into that entry"
+        return f"required - write it in a YAML file or give {option_name(names)}"
+    if kind in ("model_type", "model_attributes_type", "dict_type", "mapping_type"):
+        return "should be a mapping of keys to values"
+    if kind in ("tuple_type", "list_type"):
+        return "should be a list"
     message = " ".join(error["msg"].removeprefix("Value error, ").split())
     return message.replace("Input should", "should", 1)

@@ -25,7 +25,7 @@ def parse_options(
 ) -> dict[str, Any]:
     """The options of a command line as a nested mapping; `--help` prints each with its current value and exits."""
     all_options = OptionGroup({**COMMON_OPTIONS, **options.entries}, options.description)
-    arguments_class = _arguments_class(all_options, {"config": (), "print_config": "no", **current_values})
+    arguments_class = _arguments_class((), all_options, {"config": (), "print_config": "no", **current_values})
     parsed, unknown = tyro.cli(arguments_class, prog=prog, args=list(argv), return_unknown_args=True)
     if unknown:
         raise Refused(_unknown_option_message(unknown, options))
@@ -37,18 +37,26 @@ def option_name(path: Sequence[str]) -> str:
     return "--" + ".".join(path).replace("_", "-")
 
 
-def _arguments_class(options: OptionGroup, current_values: Any) -> Any:
-    """A dataclass of strings with the structure of `options`, for tyro to fill; `--help` shows `current_values`."""
+def _arguments_class(path: tuple[str, ...], options: OptionGroup, current_values: Any) -> Any:
+    """A dataclass of strings with the structure of `options`, for tyro to fill; `--help` shows `current_values`.
+
+    `path` is where the group is; its shorthand is set by the name of the group too.
+    """
     fields: list[tuple[str, Any, Any]] = []
     for name, entry in options.entries.items():
         current = current_values.get(name, UNSET) if isinstance(current_values, Mapping) else UNSET
         if isinstance(entry, Option):
             text = f"{entry.description} [{entry.condition}]" if entry.condition else entry.description
             default = _default_text(current, entry)
-            hint = tyro.conf.arg(metavar=metavar(entry.annotation), help=text, help_behavior_hint=default)
+            aliases = (option_name(path),) if path and name == options.shorthand else None
+            hint = tyro.conf.arg(
+                metavar=metavar(entry.annotation), help=text, help_behavior_hint=default, aliases=aliases
+            )
             fields.append((name, Annotated[tuple[str, ...], hint], field(default=UNSET)))
         else:
-            inner = _arguments_class(entry, {**entry.defaults, **(current if isinstance(current, Mapping) else {})})
+            inner = _arguments_class(
+                (*path, name), entry, {**entry.defaults, **(current if isinstance(current, Mapping) else {})}
+            )
             fields.append((name, Annotated[inner, tyro.conf.arg(help=entry.description)], field(default_factory=inner)))
     return make_dataclass("Arguments", fields, namespace={"__doc__": options.description}, frozen=True)
 
@@ -72,7 +80,8 @@ def _set_values(options: OptionGroup, parsed: Any, path: tuple[str, ...]) -> dic
             inner = _set_values(entry, argument, inner_path)
             values |= {name: inner} if inner else {}
         elif argument != UNSET:
-            values[name] = parse_value(argument, entry.annotation, option_name(inner_path))
+            named = path if path and name == options.shorthand else inner_path
+            values[name] = parse_value(argument, entry.annotation, option_name(named))
     return values
 
 
@@ -88,6 +97,8 @@ def _unknown_option_message(unknown: Sequence[str], options: OptionGroup) -> str
 def _option_names(options: OptionGroup, path: tuple[str, ...] = ()) -> Iterator[str]:
     for name, entry in options.entries.items():
         if isinstance(entry, OptionGroup):
+            if entry.shorthand:
+                yield option_name((*path, name))
             yield from _option_names(entry, (*path, name))
         else:
             yield option_name((*path, name))

@@ -116,6 +116,13 @@ class OptionGroup:
     discriminator: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """of a single model"""
+    shorthand: str | None = None
+    """The entry that a bare value sets: `--teacher X` means `--teacher.location X`."""
+
+    def spelled_out(self, value: Any) -> Any:
+        """A bare value as the mapping that it means; any other value as it is."""
+        is_bare = self.shorthand is not None and isinstance(value, str)
+        return {self.shorthand: value} if is_bare else value
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,8 @@ def _entry_of_field(field: FieldInfo) -> Option | OptionGroup:
             entry = entry if name == tag else _add_condition(entry, member, tag)
             entries[name] = _merge_entries(entries.get(name), entry)
     defaults = defaults_of(members[0]) if len(members) == 1 else {}
-    return OptionGroup(entries, description or (members[0].__doc__ or ""), tag, defaults)
+    shorthand = getattr(members[0], "shorthand", None) if len(members) == 1 else None
+    return OptionGroup(entries, description or (members[0].__doc__ or ""), tag, defaults, shorthand)
 
 
 def _member_models(annotation: Any) -> tuple[type[Strict], ...]:

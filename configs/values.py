@@ -30,7 +30,14 @@ def expand_home(path: Path) -> Path:
 
 
 def expand_location(location: str) -> str:
-    """A folder, its `~` expanded, or a hub id, which begins with no `~` and is shorter than a path may be."""
+    """A folder, its `~` expanded, or a hub id, which begins with no `~` and is shorter than a path may be.
+
+    Raises `ValueError` for what can name neither.
+    """
+    if not location.strip():
+        raise ValueError("should name a folder, a file or a hub id")
+    if "\n" in location or "\r" in location:
+        raise ValueError("a name of several lines - rename it")
     return str(expand_home(Path(location))) if location.startswith("~") or len(location) > MAX_NAME_BYTES else location
 
 

@@ -11,16 +11,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.load import config_from_arguments, name_first_argument
-from configs.values import Location, Strict
+from configs.values import Strict
 from stages.flow.bridge import TailPolicy
-from stages.nets.components import load_components
+from stages.nets.measured_teacher import load_measured_teacher
 from stages.nets.original_checkpoint import OriginalCheckpoint, read_original
 from stages.nets.run_folder import CHECKPOINTS_FOLDER, WEIGHTS_FILE, Origin
 from stages.nets.student import Target
 from stages.system.disk import file_sha256, refuse_unwritable
 from stages.system.ownership import claim_folder
 from stages.system.refusal import Refused
-from stages.teacher_files.folder import absolute_folder, component_digests
+from stages.teacher_files.source import TeacherSource
 from stages.train.checkpoint import Checkpoints
 from stages.train.checkpoint_store import KeepConfig
 
@@ -31,7 +31,7 @@ class Config(Strict):
     """Make a run folder of the original experiment's checkpoint: `sollune import FILE.pt --teacher T --out RUN`."""
 
     file: Path = Field(description="checkpoint {cfg, student, opt, sched, gstep}; no code in it is run")
-    teacher: Location = Field(description="diffusers folder or hub id of the model that it was distilled from")
+    teacher: TeacherSource = Field(description="the model that it was distilled from")
     out: Path = Field(description="run folder that will be made")
     samples: int | None = Field(
         None, ge=1, description="samples it was trained on; none takes gstep times the batch size that cfg names"
@@ -67,13 +67,15 @@ def run(config: Config) -> Path:
     samples = config.samples or _sample_count(original)
     target = config.target or _cfg_choice(original, "target", get_args(Target)) or "vp_v"
     tail = config.tail or _cfg_choice(original, "tail", get_args(TailPolicy)) or "hold"
-    components = load_components(config.teacher, torch.device("cpu"), torch.float32)
+    teacher = load_measured_teacher(config.teacher, torch.device("cpu"))
+    components = teacher.components
     imported = ImportedWeights(original.weights(components.unet), samples)
     source = {"file": config.file.name, "sha256": file_sha256(config.file), "gstep": original.gstep}
     batch_size = max(1, samples // max(1, original.gstep))
     identities = {"imported": source, "train": {"batch_size": batch_size}}
-    path = absolute_folder(config.teacher)
-    origin = Origin(config.teacher, component_digests(components.folder), tail, "", target, teacher_path=path)
+    digests = components.files.digests if components.files else {}
+    origin = Origin(config.teacher.location, dict(digests), tail, "", target).with_source(teacher.source)
+    print("\n".join(teacher.used.lines))
     with claim_folder(config.out, "import into"):
         folder = Checkpoints(config.out / CHECKPOINTS_FOLDER, identities, KeepConfig()).save(imported)
         origin.save(config.out)

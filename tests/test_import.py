@@ -55,7 +55,7 @@ def test_an_original_becomes_a_run_that_samples_and_exports(tmp_path: Path, weig
     student = load_student(saved, load_run_teacher(saved.origin, CPU, torch.float32))
     assert student.vp_bridge is not None
     assert all(torch.equal(value, weights[name]) for name, value in student.unet.state_dict().items())
-    assert load_model(str(run), "cpu").latent_shape == (4, 8, 8)
+    assert load_model(str(run), "cpu").latents.latent_shape() == (4, 8, 8)
     (folder,) = export.run(export.Config(run=run, out=tmp_path / "out", dtype="float32"))
     assert torch.equal(
         load_file(folder / "unet/diffusion_pytorch_model.safetensors")["conv_in.bias"], weights["conv_in.bias"]

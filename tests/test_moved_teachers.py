@@ -13,6 +13,7 @@ from stages.cache import targets
 from stages.nets.run_folder import Origin, load_run_teacher
 from stages.system.refusal import Refused
 from stages.teacher_files.folder import digest_files
+from stages.teacher_files.open import TeacherFolder
 from stages.upkeep import find_origin
 
 CPU = torch.device("cpu")
@@ -81,7 +82,8 @@ def test_an_older_origin_names_one_place(home: Path) -> None:
     assert Origin.open(home) == origin
 
 
-def by_the_earlier_rule(_before: object, folder: Path) -> dict[str, str]:
+def by_the_earlier_rule(_before: object, files: TeacherFolder) -> dict[str, str]:
+    folder = files.folder
     counted = {".json", ".txt", ".safetensors"}
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     return {
@@ -94,7 +96,7 @@ def old(home: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """The recipe of a cache in `home/run` that was made when every file of a part counted; one lies beside."""
     shutil.copy(home / "models/tiny/unet/config.json", home / "models/tiny/unet/other.json")
     with monkeypatch.context() as patch:
-        patch.setattr(targets, "digests_as_recorded", by_the_earlier_rule)
+        patch.setattr(targets, "identity_as_recorded", by_the_earlier_rule)
         return cache(home / "run", "models/tiny").recipe
 
 

@@ -10,11 +10,17 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from configs.values import PictureSize
 from stages.flow.schedule import NoiseSchedule
+from stages.nets.latents import LatentGeometry
 from stages.nets.loading import call_library, load_component, load_tokenizer
 from stages.nets.tokens import PROBE_SENTENCE
 from stages.teacher_files.architecture import check_component_match, check_sd1_architecture
-from stages.teacher_files.folder import WEIGHT_FILES, broken_model, read_json, resolve_folder
+from stages.teacher_files.folder import broken_model, read_json
+from stages.teacher_files.hub import HubId
+from stages.teacher_files.open import TeacherFolder, open_teacher_files
+from stages.teacher_files.source import TeacherSource
+from stages.teacher_files.variants import WEIGHT_FILES
 
 PROBE_SIDE = 8
 """Height and width of the probe latents: the smallest that the four levels halve three times."""
@@ -33,6 +39,8 @@ class Components:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     schedule: NoiseSchedule
+    files: TeacherFolder | None = None
+    """What it was opened from; None for a pipeline."""
 
     @classmethod
     def from_pipeline(cls, pipeline: StableDiffusionPipeline, location: str, folder: Path) -> "Components":
@@ -40,46 +48,95 @@ class Components:
         parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
         for part in parts:
             part.eval().requires_grad_(False)
-        return cls(location, folder, *parts, pipeline.tokenizer, _read_schedule(folder))
+        return cls(location, folder, *parts, pipeline.tokenizer, read_schedule(folder))
 
     @property
     def name_facts(self) -> dict[str, str]:
         """How an export names its teacher: a hub id in full, of a local path only the last part."""
-        local = Path(self.location).is_dir()
-        return {"teacher": self.folder.resolve().name} if local else {"base_model": self.location}
+        place = Path(self.location)
+        if place.is_file():
+            return {"teacher": place.stem}
+        return {"teacher" if place.is_dir() else "base_model": _shown_place(self.location)}
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a latent."""
-        size = self.unet.config["sample_size"]
-        return self.unet.config["in_channels"], size, size
+    def change_facts(self) -> dict[str, Any]:
+        """What an export states of the teacher: its identity and what was put into it, by names and not by places."""
+        if self.files is None:
+            return {}
+        source, hashes = self.files.source, [(file.role, file.sha256) for file in self.files.sources]
+        facts: dict[str, Any] = {"teacher_sha256": dict(self.files.digests)}
+        if source.loras:
+            sha256 = [value for role, value in hashes if role == "lora"]
+            facts["loras"] = [
+                {"name": Path(lora.file).name, "scale": lora.scale, "sha256": value}
+                for lora, value in zip(source.loras, sha256, strict=True)
+            ]
+        for role, location in (("vae", source.vae), ("parts", source.parts_from)):
+            if location is not None:
+                sha256 = [value for known, value in hashes if known == role]
+                facts[role] = {"name": _shown_place(location), **({"sha256": sha256[0]} if len(sha256) == 1 else {})}
+        return facts
 
     @property
-    def picture_pixels(self) -> int:
-        """Height and width of a picture."""
-        halvings = len(self.vae.config["block_out_channels"]) - 1
-        return int(self.unet.config["sample_size"]) << halvings
+    def latents(self) -> LatentGeometry:
+        """The latents of each picture size, and which sizes are valid."""
+        return LatentGeometry.from_configs(self.unet.config, self.vae.config)
+
+    @property
+    def native_size(self) -> PictureSize:
+        """The size of the pictures that the model was made for."""
+        return self.latents.native_size
+
+    def present_folder(self) -> Path:
+        """`folder`, made again where it was composed and then deleted, as it may be while a run goes on."""
+        return self.files.present_folder() if self.files else self.folder
+
+    def latent_shape(self, size: PictureSize | None = None) -> tuple[int, int, int]:
+        """Channels, height and width of a latent of a valid size; of the native one by default."""
+        return self.latents.latent_shape(size)
+
+    def check_size(self, size: PictureSize, option: str) -> PictureSize:
+        """The size; raises `Refused` naming the option and the nearest valid sizes where the model has none such."""
+        return self.latents.check_size(size, option)
 
 
-def load_components(location: str, device: torch.device, dtype: torch.dtype, folder: Path | None = None) -> Components:
-    """Load and freeze every part of `location`, whose files lie in `folder` if that is known already.
+def open_teacher(source: TeacherSource | str) -> TeacherFolder:
+    """The files of a teacher, and on standard output what the user should know of them."""
+    files = open_teacher_files(TeacherSource(location=source) if isinstance(source, str) else source)
+    for note in files.notes:
+        print(note, flush=True)
+    return files
+
+
+def load_components(
+    source: TeacherSource | TeacherFolder | str, device: torch.device, dtype: torch.dtype
+) -> Components:
+    """Load and freeze every part of a teacher, whose files are opened unless they are open already.
 
     Raises `Refused` for a missing folder, another architecture, and an incomplete or unusable part.
     """
-    folder = folder or resolve_folder(location)
+    files = source if isinstance(source, TeacherFolder) else open_teacher(source)
+    location, folder = files.location, files.folder
     check_sd1_architecture(folder)
-    schedule = _read_schedule(folder)
+    schedule = read_schedule(folder)
     check_component_match(folder)
     tokenizer = load_tokenizer(folder)
     unet, vae, text_encoder = (load_component(folder, part, dtype) for part in WEIGHT_FILES)
-    components = Components(location, folder, unet, vae, text_encoder, tokenizer, schedule)
+    components = Components(location, folder, unet, vae, text_encoder, tokenizer, schedule, files)
     _check_forward_passes(components)
     for part in (unet, vae, text_encoder):
         part.to(device)
     return components
 
 
-def _read_schedule(folder: Path) -> NoiseSchedule:
+def _shown_place(location: str) -> str:
+    """The name of a hub repository in full, of a local path only the last part."""
+    hub_id = None if Path(location).exists() else HubId.parse(location)
+    return hub_id.repository if hub_id else Path(location).resolve().name
+
+
+def read_schedule(folder: Path) -> NoiseSchedule:
+    """The schedule of a diffusers folder."""
     return NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
 
 

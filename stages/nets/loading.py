@@ -37,7 +37,7 @@ def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
         "ignore_mismatched_sizes": True,
         "output_loading_info": True,
     }
-    with linked_folder(files) as links:
+    with linked_folder(files, component) as links:
         module, report = call_library(
             where, links, lambda: COMPONENT_CLASSES[component].from_pretrained(links, **options)
         )

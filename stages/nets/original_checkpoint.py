@@ -4,10 +4,7 @@
 `gstep` counts optimizer steps (david.md 2.3). Wrappers of torch put prefixes before the keys of `student`.
 """
 
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +15,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from stages.system.refusal import Refused
+from stages.teacher_files.checkpoint.pickled import read_pickled
+from stages.teacher_files.checkpoint.stored import StoredTensor
 
 CHECKPOINT_KEYS = ("cfg", "student", "opt", "sched", "gstep")
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.|unet\.)+")
 """Of `DistributedDataParallel`, of `torch.compile`, of the trainer's student."""
-UNPICKLE_ERRORS = (RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError, pickle.UnpicklingError)
-"""What a broken or hostile pickle makes torch's restricted reader raise."""
+TRUST_REMEDY = "get it anew from where you trust it"
 
 
 @dataclass(frozen=True)
@@ -75,24 +73,20 @@ class OriginalCheckpoint:
 
 def read_original(file: Path) -> OriginalCheckpoint:
     """Open such a file, its tensors mapped from the disk; raises `Refused` for anything else."""
-    if file.exists() and not file.is_file():  # opening a pipe would wait for its writer
+    if not file.is_file():  # opening a pipe would wait for its writer
         raise Refused(f"{file}: cannot be read (it is no file) - name a .pt file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles that it does not read: its error says more
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except OSError as error:
-        raise Refused(f"{file}: cannot be read ({error.strerror}) - name a .pt file") from error
-    except UNPICKLE_ERRORS as error:
-        code = re.search(r"GLOBAL:? ([\w.]+)", str(error))
-        why = f"asks to run {code[1]}, and no code of a file is run" if code else "is no whole file of torch.save"
-        raise Refused(f"{file}: {why} - get it anew from where you trust it") from error
+    pickled = read_pickled(file, f"{file}:", TRUST_REMEDY)
+    if pickled.foreign:
+        raise Refused(f"{file}: asks to run {pickled.foreign[0]}, and no code of a file is run - {TRUST_REMEDY}")
+    content = pickled.content
     keys = ("cfg", "student", "gstep")
     if not isinstance(content, dict) or not set(keys) <= content.keys():
         raise Refused(
             f"{file}: is no checkpoint of the original experiment, which holds {', '.join(CHECKPOINT_KEYS)} - name one"
         )
     cfg, student, gstep = (content[key] for key in keys)
+    if isinstance(student, Mapping):
+        student = {key: value.mapped() if isinstance(value, StoredTensor) else value for key, value in student.items()}
     if not (isinstance(cfg, Mapping) and isinstance(student, Mapping) and isinstance(gstep, int)):
         raise Refused(f"{file}: cfg and student should be mappings, gstep a whole number - fetch it again")
     return OriginalCheckpoint(file, cfg, student, gstep)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from configs.values import PictureSize
 from shards.manifest import Manifest
 from stages.flow.bridge import TailPolicy
 from stages.nets.components import Components, load_components
@@ -19,7 +20,8 @@ from stages.nets.lora import LoraConfig, add_adapters, load_adapters, merge_adap
 from stages.nets.student import Student, Target, make_vp_bridge
 from stages.system.atomic import atomic_path, atomic_write
 from stages.system.refusal import Refused, in_one_line
-from stages.teacher_files.folder import absolute_folder, changed_components, find_teacher
+from stages.teacher_files.recorded import absolute_place, changed_parts, find_teacher, recorded_sources
+from stages.teacher_files.source import TeacherMove, TeacherSource
 
 ORIGIN_FILE, CHECKPOINTS_FOLDER, WEIGHTS_FILE, COMPLETE_MARK = (
     "origin.json",
@@ -47,18 +49,29 @@ class Origin:
     lora: Mapping[str, Any] | None = None
     """The `LoraConfig` of a run whose checkpoints hold adapters alone."""
     teacher_path: str | None = None
-    """The absolute path of a teacher that is a folder of this machine."""
+    """The absolute path of a teacher that is a folder or a file of this machine."""
+    source: Mapping[str, Any] | None = None
+    """The `TeacherSource` with absolute paths; None in runs of before, whose teacher was its location alone."""
+    sizes: tuple[str, ...] = ()
+    """The picture sizes that its training cache holds, that of the largest share first; empty in runs of before."""
 
     @classmethod
-    def from_manifest(cls, manifest: Manifest, teacher: str | None = None, target: Target = "velocity") -> "Origin":
-        """The origin of a student of this cache; `teacher` is the teacher's new location, if it moved."""
+    def from_manifest(
+        cls, manifest: Manifest, teacher: TeacherMove | str | None = None, target: Target = "velocity"
+    ) -> "Origin":
+        """The origin of a student of this cache; `teacher` is where the teacher lies now, if it moved."""
         recipe = manifest.recipe
         digests: Any = recipe.identity["teacher"]
         render: Any = recipe.identity["render"]
         location = str(recipe.information["teacher_location"])
         path = recipe.information.get("teacher_path")
-        sha256 = recipe.fingerprint()
-        origin = cls(location, digests, render["tail"], sha256, target, teacher_path=str(path) if path else None)
+        source: Any = recipe.information.get("teacher_source")
+        shares: Any = render.get("sizes") or ()
+        # A small share may have drawn no prompt of the training split, and then the student did not learn the size.
+        present = {str(size) for size in manifest.sizes_of("train")}
+        sizes = tuple(size for one in sorted(shares, key=lambda one: -one["share"]) if (size := one["size"]) in present)
+        place, sha256 = str(path) if path else None, recipe.fingerprint()
+        origin = cls(location, digests, render["tail"], sha256, target, teacher_path=place, source=source, sizes=sizes)
         return origin.with_teacher(teacher)
 
     @classmethod
@@ -67,6 +80,7 @@ class Origin:
         path = folder / ORIGIN_FILE
         try:
             origin = cls(**json.loads(path.read_text(encoding="utf-8")))
+            origin = replace(origin, sizes=tuple(str(PictureSize.parse(size)) for size in origin.sizes))
             TypeAdapter(cls).validate_python(asdict(origin))
             if origin.lora is not None:
                 LoraConfig.model_validate(origin.lora)
@@ -75,23 +89,47 @@ class Origin:
             reason = in_one_line(error)
             raise Refused(f"{path}: cannot be read ({reason}) - start the run's command again, it writes it") from error
 
-    def with_teacher(self, teacher: str | None) -> "Origin":
-        """The same with another location of the teacher, if there is one."""
-        return self if teacher is None else replace(self, teacher=teacher, teacher_path=absolute_folder(teacher))
+    def with_teacher(self, teacher: TeacherMove | str | None) -> "Origin":
+        """The same with the teacher's files where they lie now, if anything is given."""
+        if teacher is None:
+            return self
+        if isinstance(teacher, str):
+            teacher = TeacherMove(location=teacher)
+        source = teacher.over(self.teacher_sources()[0])
+        if teacher.location is None:
+            return replace(self, source=source.absolute().model_dump(mode="json"))
+        return self.with_source(source)
 
-    def teacher_locations(self) -> tuple[str, ...]:
+    def with_source(self, source: TeacherSource) -> "Origin":
+        """The same with this teacher."""
+        path, content = absolute_place(source.location), source.absolute().model_dump(mode="json")
+        return replace(self, teacher=source.location, teacher_path=path, source=content)
+
+    def teacher_sources(self) -> tuple[TeacherSource, ...]:
         """Where to look for the teacher: its location as named, then its absolute path of then."""
-        return (self.teacher, *([self.teacher_path] if self.teacher_path else []))
+        return recorded_sources(self.teacher, self.teacher_path, self.source)
 
     def with_lora(self, lora: LoraConfig | None) -> "Origin":
         """The origin of a run that continues from this one, with adapters or all weights."""
         return replace(self, lora=lora.model_dump(mode="json") if lora else None)
 
+    def learnt_sizes(self, native: PictureSize) -> tuple[PictureSize, ...]:
+        """The picture sizes that the student learnt, the most frequent first; `native` is its teacher's own."""
+        return tuple(map(PictureSize.parse, self.sizes)) or (native,)
+
+    def main_size(self, native: PictureSize) -> PictureSize:
+        """The size at which a student is measured that learnt several: the teacher's own, or else the most frequent."""
+        sizes = self.learnt_sizes(native)
+        return native if native in sizes else sizes[0]
+
     def export_facts(self, components: Components, samples: int) -> dict[str, Any]:
         """The facts that an export stores about its student."""
         recipe = {"recipe_sha256": self.recipe_sha256} if self.recipe_sha256 else {}
         lora = {"lora": self.lora} if self.lora else {}
-        return {**components.name_facts, "tail": self.tail, **recipe, **lora, "samples": samples}
+        native = components.native_size
+        sizes = {"native_size": str(native), "sizes": [str(size) for size in self.learnt_sizes(native)]}
+        teacher = {**components.name_facts, **components.change_facts}
+        return {**teacher, "tail": self.tail, **recipe, **lora, "samples": samples, **sizes}
 
     def save(self, folder: Path) -> None:
         """Write it into a run folder."""
@@ -137,13 +175,14 @@ def open_run(folder: Path, samples: int | None = None) -> SavedRun:
 
 def load_run_teacher(origin: Origin, device: torch.device, dtype: torch.dtype) -> Components:
     """The teacher of a run; raises `Refused` when it is missing or no longer the one that made the cache."""
-    location, folder = find_teacher(origin.teacher_locations())
-    if changed := changed_components(origin.teacher_sha256, folder):
+    files = find_teacher(origin.teacher_sources())
+    if changed := changed_parts(origin.teacher_sha256, files):
+        place = files.location if files.is_composed else files.folder
         raise Refused(
-            f"teacher: {folder}: {', '.join(changed)} changed since the cache was made - "
+            f"teacher: {place}: {', '.join(changed)} changed since the cache was made - "
             "put the same model there, say where it lies now with --teacher, or make the cache again"
         )
-    return load_components(location, device, dtype, folder)
+    return load_components(files, device, dtype)
 
 
 def load_student(run: SavedRun, components: Components) -> Student:

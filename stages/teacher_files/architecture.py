@@ -9,6 +9,7 @@ from stages.system.refusal import Refused, format_value
 from stages.teacher_files.folder import read_json
 
 COMPONENT_CLASS_NAMES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+PART_NAMES = tuple(COMPONENT_CLASS_NAMES)
 MAX_LAYERS = 100
 """A config that asks for more is broken, and would fill the memory before it is compared with its weights."""
 
@@ -119,12 +120,17 @@ def check_sd1_architecture(folder: Path) -> None:
 
 def check_component_match(folder: Path) -> None:
     """Raise `Refused` unless autoencoder and text encoder are those of SD1.x and fit the UNet."""
-    unet, vae, text = (read_json(folder / part / "config.json") for part in COMPONENT_CLASS_NAMES)
-    _check_config(folder / "vae", vae, {"latent_channels": _any_of(unet["in_channels"])}, VAE_OPTIONAL)
-    _check_config(folder / "text_encoder", text, TEXT_ENCODER_REQUIRED, {})
+    check_matching_configs({part: (folder / part, read_json(folder / part / "config.json")) for part in PART_NAMES})
+
+
+def check_matching_configs(configs: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> None:
+    """The same for the configs of three parts, each with the place that messages name."""
+    (unet_place, unet), (vae_place, vae), (text_place, text) = (configs[part] for part in PART_NAMES)
+    _check_config(vae_place, vae, {"latent_channels": _any_of(unet["in_channels"])}, VAE_OPTIONAL)
+    _check_config(text_place, text, TEXT_ENCODER_REQUIRED, {})
     if unet["cross_attention_dim"] != text["hidden_size"]:
         raise Refused(
-            f"teacher: {folder}/unet: cross_attention_dim is {unet['cross_attention_dim']}, the text encoder's "
+            f"teacher: {unet_place}: cross_attention_dim is {unet['cross_attention_dim']}, the text encoder's "
             f"hidden_size is {text['hidden_size']} - put together the parts of one model"
         )
 

@@ -1,4 +1,4 @@
-"""Where a model lies, which files of its folder are read, and its identity: sha256 over exactly these files."""
+"""Which files of a diffusers folder are read, and its identity: sha256 over exactly these files."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,26 +9,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from stages.system.refusal import Refused
 from stages.system.text import parse_json, plain_file_bytes, read_bytes
+from stages.teacher_files.variants import WEIGHT_FILES, choose_weights, plain_name
 
-WEIGHT_FILES: Mapping[str, tuple[str, ...]] = {
-    "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
-    "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
-    "text_encoder": ("model.safetensors", "pytorch_model.bin"),
-}
-"""Part -> its weights: the first file that is there is read, whole or in the shards that `<name>.index.json` lists."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 LEGACY_TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json")
 """Read only where tokenizer_config.json does not hold the tokens themselves."""
 MODEL_INDEX = "model_index.json"
 COMPONENT_NAMES = (*WEIGHT_FILES, "tokenizer", "scheduler")
-CONFIG_PATTERNS = ("*.json", "*.txt")
-MODEL_PATTERNS = (*CONFIG_PATTERNS, "README.md", "LICENSE*", *(f"{part}/*.safetensors" for part in WEIGHT_FILES))
 MAX_CONFIG_BYTES = 1 << 26
 """Of a JSON file: the largest is a vocabulary, of about a megabyte."""
 LFS_POINTER_HEAD = b"version https://git-lfs"
@@ -42,54 +33,6 @@ FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 def broken_model(problem: str) -> Refused:
     """The refusal of a model folder that is damaged or incomplete."""
     return Refused(f"teacher: {problem} - {FETCH_REMEDY}")
-
-
-def resolve_folder(location: str, patterns: Sequence[str] = MODEL_PATTERNS) -> Path:
-    """The local folder of a model: the folder itself, or a snapshot of these files of the hub repository."""
-    if Path(location).is_dir():
-        return Path(location)
-    try:
-        folder = Path(snapshot_download(location, allow_patterns=list(patterns)))
-        if pickled := _pickled_patterns(folder) if patterns is MODEL_PATTERNS else []:
-            folder = Path(snapshot_download(location, allow_patterns=[*patterns, *pickled]))
-        return folder
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise Refused(
-            f"teacher: {location!r} is neither a folder nor a hub repository that can be reached - "
-            "name a diffusers folder of an SD-1.x model"
-        ) from error
-
-
-def _pickled_patterns(folder: Path) -> list[str]:
-    """Patterns of a hub repository's pickled weights, for the parts that have no others; variants are left out."""
-    patterns = []
-    for part, names in WEIGHT_FILES.items():
-        if not any((folder / part).glob("*.safetensors")):
-            patterns += [f"{part}/{names[1]}", f"{part}/{names[1].removesuffix('.bin')}-*-of-*.bin"]
-    return patterns
-
-
-def absolute_folder(location: str) -> str | None:
-    """The absolute path of a folder; None for a hub id."""
-    return str(Path(location).absolute()) if Path(location).is_dir() else None
-
-
-def find_teacher(locations: Sequence[str]) -> tuple[str, Path]:
-    """Location and folder of a teacher: the first location where a model lies, or its hub repository.
-
-    Raises `Refused` when it lies in none of them any more.
-    """
-    for location in locations:
-        if (Path(location) / MODEL_INDEX).is_file():
-            return location, Path(location)
-    try:
-        return locations[0], resolve_folder(locations[0])
-    except Refused as refusal:
-        gone = " or ".join(map(repr, dict.fromkeys(locations)))
-        raise Refused(
-            f"teacher: {gone}: no model lies there any more, and no hub repository that can be reached is called so - "
-            "say where it lies now with --teacher"
-        ) from refusal
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,21 +52,44 @@ def component_files(folder: Path, component: str) -> list[Path]:
     """The files of one part that are read; raises `Refused` where one is missing, empty or unreadable."""
     where = folder / component
     if component in WEIGHT_FILES:
-        files = [where / "config.json", *_weight_files(where, WEIGHT_FILES[component])]
-    else:
-        files = _tokenizer_files(where) if component == "tokenizer" else [where / "scheduler_config.json"]
+        return part_files(where, component, _names_by_part(folder))
+    return _checked(_tokenizer_files(where) if component == "tokenizer" else [where / "scheduler_config.json"])
+
+
+def part_files(where: Path, part: str, names_by_part: Mapping[str, Sequence[str]] | None = None) -> list[Path]:
+    """The config and the weights that are read of a part that lies in a folder; raises `Refused` as above.
+
+    `names_by_part` are the files of all parts of its model, which share a variant where they can.
+    """
+    return _checked([where / "config.json", *_weight_files(where, part, names_by_part or {part: _names(where)})])
+
+
+def _checked(files: list[Path]) -> list[Path]:
     for file in files:
         _check_file(file)
     return files
 
 
 @contextmanager
-def linked_folder(files: Sequence[Path]) -> Iterator[Path]:
-    """A temporary folder of links to these files alone, so that a library cannot read any other."""
+def linked_folder(files: Sequence[Path], component: str = "") -> Iterator[Path]:
+    """A temporary folder of links to these files alone, so that a library cannot read any other.
+
+    Weights of a `component` that are a variant have the plain name there.
+    """
     with TemporaryDirectory(prefix="sollune-") as folder:
         for file in files:
-            (Path(folder) / file.name).symlink_to(file.resolve())
+            (Path(folder) / link_name(component, file)).symlink_to(file.resolve())
         yield Path(folder)
+
+
+def link_name(component: str, file: Path) -> str:
+    """The name under which a file of a component is read without naming its variant."""
+    return plain_name(component, file.name) if component in WEIGHT_FILES else file.name
+
+
+def weight_variants(folder: Path) -> dict[str, str]:
+    """Part -> the variant of the weights that are read; empty for plain ones."""
+    return {part: file.variant for part, file in choose_weights(_names_by_part(folder)).items()}
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
@@ -137,27 +103,35 @@ def _tokenizer_files(folder: Path) -> list[Path]:
     return present
 
 
-def _weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
-    for name in names:
-        whole, index = folder / name, folder / f"{name}.index.json"
-        if lexists(whole):
-            return [whole]
-        if lexists(index):
-            return [index, *_shard_files(index)]
-    others = sorted(file.name for file in folder.glob("*") if file.suffix in {".safetensors", ".bin"})
+def _names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+
+
+def _names_by_part(folder: Path) -> dict[str, list[str]]:
+    return {part: _names(folder / part) for part in WEIGHT_FILES}
+
+
+def _weight_files(where: Path, part: str, names_by_part: Mapping[str, Sequence[str]]) -> list[Path]:
+    chosen = choose_weights(names_by_part).get(part)
+    if chosen is not None:
+        file = where / chosen.name
+        return [file, *(where / name for name in shard_names(file))] if file.suffix == ".json" else [file]
+    others = [name for name in names_by_part.get(part, ()) if Path(name).suffix in {".safetensors", ".bin"}]
     beside = f"; there is {', '.join(others)}, which is not read under that name" if others else ""
     rename = "rename the one that is meant, or " if others else ""
-    raise Refused(f"teacher: {folder}: no weights ({' or '.join(names)}{beside}) - {rename}{FETCH_REMEDY}")
+    known = " or ".join(WEIGHT_FILES[part])
+    raise Refused(f"teacher: {where}: no weights ({known}{beside}) - {rename}{FETCH_REMEDY}")
 
 
-def _shard_files(index: Path) -> list[Path]:
+def shard_names(index: Path) -> list[str]:
+    """The names of the shards that an index lists; raises `Refused` for a broken one."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise broken_model(f"{index}: weight_map is {_type_text(listed)}, it should list the shards")
     names = listed.values()
     if bad := next((name for name in names if not isinstance(name, str) or Path(name).name != name), None):
         raise broken_model(f"{index}: {bad!r} is no file of this folder")
-    return sorted({index.parent / name for name in names})
+    return sorted(set(names))
 
 
 def _check_file(file: Path) -> None:
@@ -165,17 +139,22 @@ def _check_file(file: Path) -> None:
     if not lexists(file):
         raise broken_model(f"{file} is missing")
     plain_file_bytes(file, f"teacher: {file}", FETCH_REMEDY)  # reading from a pipe would wait for ever
+    refuse_pointer(file, f"teacher: {file}", FETCH_REMEDY)
+    if file.suffix == ".safetensors":
+        _check_header(file)
+
+
+def refuse_pointer(file: Path, subject: str, remedy: str) -> None:
+    """Raise `Refused`, beginning with `subject`, for a file that is empty, unreadable, or a pointer of Git LFS."""
     try:
         with open(file, "rb") as handle:
             head = handle.read(len(LFS_POINTER_HEAD))
     except OSError as error:
-        raise broken_model(f"{file} cannot be read ({error.strerror})") from error
+        raise Refused(f"{subject} cannot be read ({error.strerror}) - {remedy}") from error
     if not head:
-        raise broken_model(f"{file} is empty")
+        raise Refused(f"{subject} is empty - {remedy}")
     if head == LFS_POINTER_HEAD:
-        raise Refused(f"teacher: {file} is a pointer of Git LFS, not the file itself - run git lfs pull there")
-    if file.suffix == ".safetensors":
-        _check_header(file)
+        raise Refused(f"{subject} is a pointer of Git LFS, not the file itself - run git lfs pull there")
 
 
 def _check_header(file: Path) -> None:
@@ -237,6 +216,12 @@ def digest_files(files: Sequence[Path]) -> str:
         sha.update(file.name.encode())
         sha.update(_file_digest(file.resolve(), state.st_size, state.st_mtime_ns, state.st_ino))
     return sha.hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a file's content, in hex, read once as long as the file stays the same."""
+    state = file.stat()
+    return _file_digest(file.resolve(), state.st_size, state.st_mtime_ns, state.st_ino).hex()
 
 
 def _legacy_digest(component_folder: Path) -> str:

@@ -113,12 +113,6 @@ def lost_shard(teacher: Path) -> None:
     file.rename(file.with_name("one.safetensors"))
 
 
-def only_half(teacher: Path) -> None:
-    """A folder of which the fp16 variant alone was fetched."""
-    file = weights_of(teacher, "vae")
-    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
-
-
 def pickled(teacher: Path) -> None:
     """Old weights, of which one is missing."""
     file = weights_of(teacher, "unet")
@@ -183,7 +177,6 @@ TABLE: dict[str, tuple[Break, list[str]]] = {
     "a pointer of Git LFS": (content("text_encoder/model.safetensors", POINTER), ["text_encoder", "git lfs pull"]),
     "a page of HTML": (content("text_encoder/model.safetensors", "<html>404</html>"), ["model.safetensors"]),
     "no weights": (removed("text_encoder/model.safetensors"), ["text_encoder", "no weights", "model.safetensors"]),
-    "a variant alone": (only_half, ["vae", "no weights", "fp16"]),
     "a lost shard": (lost_shard, ["two.safetensors", "is missing"]),
     "pickled weights without a tensor": (pickled, ["unet", "missing", CONV_IN]),
     "pickled text": (

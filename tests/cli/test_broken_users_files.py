@@ -3,13 +3,11 @@
 import io
 import json
 import os
-import shutil
 
 import pytest
 from PIL import Image
 
 from stages import __main__ as cli
-from stages.teacher_files import folder as files
 from tests.cli.test_broken_teachers import caching, content
 from tests.cli.test_broken_texts import classes, lines, photographs, table
 
@@ -52,10 +50,10 @@ def test_a_teachers_file_that_is_none_is_refused_by_name(name, teacher, tmp_path
     refused(caching(tmp_path / "run", teacher), *named)
 
 
-def test_a_variant_alone_is_refused_with_its_way_out(teacher, tmp_path, refused):
+def test_weights_of_another_name_are_refused_with_the_way_out(teacher, tmp_path, refused):
     weights = teacher / "unet/diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    refused(caching(tmp_path / "run", teacher), "diffusion_pytorch_model.fp16.safetensors", "rename")
+    weights.rename(weights.with_name("unet.safetensors"))
+    refused(caching(tmp_path / "run", teacher), "unet.safetensors", "rename")
 
 
 def animation(kind):
@@ -100,26 +98,3 @@ def test_what_windows_hides_in_a_folder_is_left_out_and_reported(tmp_path, capsy
 def test_a_cameras_two_pictures_in_one_jpeg_are_read(tmp_path):
     words, _ = photographs({"a.jpg": animation("MPO")})(tmp_path)
     assert cli.main(words) == 0
-
-
-@pytest.mark.parametrize("pickled", [("unet", "vae", "text_encoder"), ("text_encoder",), ()])
-def test_of_a_hub_repository_the_older_weights_are_fetched_where_there_are_no_others(pickled, tmp_path, monkeypatch):
-    repository, snapshot = tmp_path / "repository", tmp_path / "snapshot"
-    for part, (safe, old) in files.WEIGHT_FILES.items():
-        half = old.replace(".bin", ".fp16.bin")
-        for name in (old, half, *([] if part in pickled else [safe])):
-            (repository / part).mkdir(parents=True, exist_ok=True)
-            (repository / part / name).write_bytes(b"0")
-
-    def fetch(_location, allow_patterns):
-        for path in repository.rglob("*.*"):
-            name = path.relative_to(repository)
-            if any(name.match(pattern) for pattern in allow_patterns):
-                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, snapshot / name)
-        return str(snapshot)
-
-    monkeypatch.setattr(files, "snapshot_download", fetch)
-    folder = files.resolve_folder("someone/model")
-    fetched = {str(path.relative_to(folder)) for path in folder.rglob("*.*")}
-    assert fetched == {f"{part}/{names[part in pickled]}" for part, names in files.WEIGHT_FILES.items()}

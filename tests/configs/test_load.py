@@ -11,6 +11,7 @@ from pydantic import Field, ImportString, ValidationError, model_validator
 
 from configs.load import load, parse_common_options, resolved_yaml
 from configs.values import Strict
+from stages import cache_teacher
 from stages.system.refusal import Refused
 
 
@@ -235,3 +236,16 @@ def test_files_and_print_config_are_taken_out_of_the_words() -> None:
     )
     assert common.files == (Path("a.yaml"), Path("b.yaml"), Path("c.yaml"))
     assert (common.print_config, common.options) == (True, ("--run", "r"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ("[64x64]", "sizes.0 = 64x64: should be a mapping of keys to values"),
+        ("[{size: 64x64}]", "sizes.0.share: required - write share into that entry"),
+        ("{64x64: 1}", "sizes: should be a list"),
+    ],
+)
+def test_a_list_of_mappings_is_refused_in_words_of_yaml(sizes: str, message: str) -> None:
+    with pytest.raises(Refused, match=re.escape(message)):
+        load(cache_teacher.Config, "cache_teacher", [Path("configs/tiny.yaml")], ["--render.sizes", sizes])

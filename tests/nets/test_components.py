@@ -8,7 +8,7 @@ import pytest
 from stages.nets.components import load_components
 from stages.system.refusal import Refused
 from stages.teacher_files.architecture import check_sd1_architecture
-from stages.teacher_files.folder import resolve_folder
+from stages.teacher_files.hub import resolve_folder
 from stages.tiny.anatomy import build_unet
 
 INDEX = {
