@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from configs.values import PictureSize
+
 WORKFLOW_FILE = "workflow-comfyui.json"
 GRAPH_HASH_KEY = "sollune_sha256"
 """Key of `extra`, which ComfyUI leaves to others, with the hash of the graph without it."""
@@ -45,12 +47,15 @@ class Node:
         }
 
 
-def workflow_json(file: str, shift: float, pixels: int, base_checkpoint: str | None = None) -> str:
-    """The workflow as JSON; `file` is the single file's name, `pixels` the side of the pictures.
+def workflow_json(
+    file: str, shift: float, size: PictureSize, base_checkpoint: str | None = None, *, clip_skip: int = 0
+) -> str:
+    """The workflow as JSON; `file` is the single file's name, `size` that of the pictures.
 
     With a `base_checkpoint` the file holds a UNet alone; text encoder and VAE come from the checkpoint of that name.
+    `clip_skip` is how many last layers of the text encoder are left out.
     """
-    nodes = _graph_nodes(file, shift, pixels, base_checkpoint)
+    nodes = _graph_nodes(file, shift, size, base_checkpoint, clip_skip)
     links: list[list[Any]] = []
     boxes = []
     for number, node in enumerate(nodes, start=1):
@@ -93,8 +98,11 @@ def _graph_hash(graph: dict[str, Any]) -> str:
     return hashlib.sha256(_to_json(graph).encode()).hexdigest()
 
 
-def _graph_nodes(file: str, shift: float, pixels: int, base_checkpoint: str | None) -> list[Node]:
-    """Loader -> ModelSamplingSD3 -> sampler -> picture; the scheduler `simple` ends at s = 0."""
+def _graph_nodes(file: str, shift: float, size: PictureSize, base_checkpoint: str | None, clip_skip: int) -> list[Node]:
+    """Loader -> ModelSamplingSD3 -> sampler -> picture; the scheduler `simple` ends at s = 0.
+
+    ComfyUI counts the text encoder's last layer as -1.
+    """
     model: Inputs = {"model": (9 if base_checkpoint else 1, "MODEL")}
     sampler: Inputs = {
         "model": (2, "MODEL"),
@@ -105,14 +113,18 @@ def _graph_nodes(file: str, shift: float, pixels: int, base_checkpoint: str | No
     settings = (0, "fixed", 25, 5.0, "euler", "simple", 1.0)
     loader = ("MODEL", "CLIP", "VAE")
     unet = Node("UNETLoader", (20, 0), (320, 80), {}, ("MODEL",), (file, "default"))
+    whole: Inputs = {"clip": (1, "CLIP")}
+    clip: Inputs = {"clip": (10 if base_checkpoint else 9, "CLIP")} if clip_skip else whole
+    last_layer = Node("CLIPSetLastLayer", (20, 260), (320, 60), whole, ("CLIP",), (-(clip_skip + 1),))
     return [
         Node("CheckpointLoaderSimple", (20, 100), (320, 100), {}, loader, (base_checkpoint or file,)),
         Node("ModelSamplingSD3", (400, 0), (320, 60), model, ("MODEL",), (shift,)),
-        Node("CLIPTextEncode", (400, 120), (400, 140), {"clip": (1, "CLIP")}, ("CONDITIONING",), ("a lighthouse",)),
-        Node("CLIPTextEncode", (400, 320), (400, 140), {"clip": (1, "CLIP")}, ("CONDITIONING",), ("",)),
-        Node("EmptyLatentImage", (400, 520), (320, 110), {}, ("LATENT",), (pixels, pixels, 1)),
+        Node("CLIPTextEncode", (400, 120), (400, 140), clip, ("CONDITIONING",), ("a lighthouse",)),
+        Node("CLIPTextEncode", (400, 320), (400, 140), clip, ("CONDITIONING",), ("",)),
+        Node("EmptyLatentImage", (400, 520), (320, 110), {}, ("LATENT",), (size.width, size.height, 1)),
         Node("KSampler", (860, 100), (320, 260), sampler, ("LATENT",), settings),
         Node("VAEDecode", (1240, 100), (210, 50), {"samples": (6, "LATENT"), "vae": (1, "VAE")}, ("IMAGE",), ()),
         Node("SaveImage", (1240, 220), (320, 320), {"images": (7, "IMAGE")}, (), ("sollune",)),
         *([unet] if base_checkpoint else []),
+        *([last_layer] if clip_skip else []),
     ]

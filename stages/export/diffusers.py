@@ -18,6 +18,7 @@ from stages.export.folder import copy_added_files, replace_folder, write_facts
 from stages.export.history import RunHistory
 from stages.export.verify_export import (
     DEFAULT_OPTIONS,
+    SKIPPED_LAYERS_FILE,
     ExportContent,
     ExportOptions,
     student_digest,
@@ -51,10 +52,14 @@ def export_diffusers(
     """
     check_sd1_architecture(teacher_folder)
     content = ExportContent(student, teacher_folder, options)
-    facts = {**facts, **licence_of(teacher_folder, facts.get("base_model")), **_student_facts(content)}
+    identity = {"teacher_sha256": component_digests(teacher_folder)} if "teacher_sha256" not in facts else {}
+    licence = licence_of(teacher_folder, facts.get("base_model"))
+    facts = {**facts, **licence, **identity, **_student_facts(content)}
     with replace_folder(out / "diffusers") as folder:
         for variant, dtype in content.dtypes.items():
             _write_variant(folder, content, variant, dtype)
+        if skipped := content.skipped_tensors(content.dtypes[""]):
+            save_file(skipped, folder / SKIPPED_LAYERS_FILE, metadata={"format": "pt"})
         (folder / "README.md").write_text(model_card(facts, history), encoding="utf-8")
         for file in licence_files(teacher_folder):
             shutil.copyfile(file, folder / file.name)
@@ -76,7 +81,7 @@ def _student_facts(content: ExportContent) -> dict[str, Any]:
         **facts,
         "dtype": str(content.dtypes[""]).removeprefix("torch."),
         **({"variants": variants} if variants else {}),
-        "teacher_sha256": component_digests(content.teacher_folder),
+        **({"clip_skip": content.clip_skip} if content.clip_skip else {}),
         "student_sha256": student_digest(content.student),
     }
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from configs.values import PictureSize
 from stages.export import tensorfile
 from stages.export.comfyui import is_unmodified_workflow
 from stages.hub.snapshot import link_or_copy
@@ -36,6 +37,7 @@ LEGACY_FILES = re.compile(
 )
 """The files of an export of early versions, which did not list theirs."""
 MOVE_REMEDY = "move it away, or choose another folder with --out"
+MAX_CLIP_SKIP = 100
 EARLIER_SUFFIX = ".earlier"
 
 
@@ -61,7 +63,26 @@ def read_facts(folder: Path) -> dict[str, Any]:
     shift = facts.get("flow_shift", 1.0)
     if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
         raise Refused(f"{file}: flow_shift is {shift!r:.40}, not a positive number - export the run again")
+    skip = facts.get("clip_skip", 0)
+    if type(skip) is not int or not 0 <= skip <= MAX_CLIP_SKIP:
+        raise Refused(f"{file}: clip_skip is {skip!r:.40}, not a number of layers - export the run again")
+    learnt_sizes(folder, facts)
     return facts
+
+
+def learnt_sizes(folder: Path, facts: Mapping[str, Any]) -> tuple[PictureSize, ...]:
+    """The picture sizes that the facts state, the most frequent first; none in exports of early versions.
+
+    Raises `Refused` for what is no list of sizes.
+    """
+    sizes = facts.get("sizes", [])
+    try:
+        if not isinstance(sizes, list):
+            raise ValueError
+        return tuple(map(PictureSize.parse, sizes))
+    except ValueError as error:
+        message = f"{folder / FACTS_FILE}: sizes is {sizes!r:.40}, not a list of sizes such as 512x768"
+        raise Refused(f"{message} - export the run again") from error
 
 
 @dataclass(frozen=True)

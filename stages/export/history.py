@@ -118,7 +118,12 @@ def _newest_grid(folder: Path, samples: int) -> dict[str, Path]:
 
 def metric_tables(evaluation: Mapping[str, Any]) -> str:
     """Every table of one evaluation; an empty text when nothing was measured."""
-    tables = {"fidelity": _fidelity_table, "paired": _paired_table, "velocity": _velocity_table}
+    tables = {
+        "fidelity": _fidelity_table,
+        "paired": _paired_table,
+        "velocity": _velocity_table,
+        "by_size": _size_table,
+    }
     texts = [table(evaluation[name]) for name, table in tables.items() if evaluation.get(name)]
     return "\n\n".join(filter(None, texts))
 
@@ -144,6 +149,12 @@ def _student_metrics(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, 
     for error in (evaluation.get("paired") or {}).get(STUDENT_KEY, ()):
         if error["score"] is not None:
             yield "paired_noise_score", f"paired-noise score at {error['steps']} steps", error["score"]
+    for size, errors in (evaluation.get("by_size") or {}).items():
+        if size == evaluation["size"]:
+            continue
+        for error in errors["paired"]:
+            if error["score"] is not None:
+                yield "paired_noise_score", f"paired-noise score at {error['steps']} steps, {size}", error["score"]
 
 
 def _fidelity_table(fidelity: Mapping[str, Any]) -> str:
@@ -174,6 +185,17 @@ def _velocity_table(velocity: Mapping[str, Any]) -> str:
         for name, error in (("velocity", velocity["velocity"]), ("guidance difference", velocity["guidance"]))
     ]
     return _markdown_table(f"Relative squared error at {velocity['states']} held-out states", heads, rows)
+
+
+def _size_table(by_size: Mapping[str, Any]) -> str:
+    """The student's paired scores and velocity error at each picture size; none where one alone was measured."""
+    steps = sorted({error["steps"] for errors in by_size.values() for error in errors["paired"]})
+    rows = []
+    for size, errors in by_size.items():
+        scores = {error["steps"]: error["score"] for error in errors["paired"]}
+        rows.append([size, *(_cell(scores.get(n)) for n in steps), _cell(errors["velocity"])])
+    heads = ["size", *(f"score at {n} steps" for n in steps), "velocity error"]
+    return _markdown_table("The student at each picture size (width x height)", heads, rows)
 
 
 def _cell(value: float | None) -> str:

@@ -9,11 +9,13 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from configs.values import PictureSize
 from stages.export import checks, tensorfile
 from stages.export.comfyui import WORKFLOW_FILE, workflow_json
-from stages.export.folder import read_facts, read_header, refuse_foreign_file
+from stages.export.folder import learnt_sizes, read_facts, read_header, refuse_foreign_file
 from stages.export.tensorfile import single_file_metadata, single_file_name, teacher_name
-from stages.export.verify_export import HALF_VARIANT, WEIGHT_STEMS, read_tensors, weight_file
+from stages.export.verify_export import HALF_VARIANT, SKIPPED_LAYERS_FILE, WEIGHT_STEMS, read_tensors, weight_file
+from stages.nets.latents import LatentGeometry
 from stages.system.atomic import atomic_path, atomic_write
 from stages.system.refusal import Refused
 from stages.teacher_files.architecture import check_sd1_architecture
@@ -37,9 +39,14 @@ class ExportFolder:
     """`<component>.<diffusers' name>` -> tensor, all of one type."""
     ldm_names: Mapping[str, str]
     """The same names -> names in the LDM layout."""
-    picture_pixels: int
-    """The side of the pictures."""
+    native_size: PictureSize
+    """The size of the pictures for which the teacher was made."""
     unet_only: bool
+
+    @property
+    def sizes(self) -> tuple[PictureSize, ...]:
+        """The picture sizes that the student learnt, the most frequent first."""
+        return learnt_sizes(self.path, self.facts) or (self.native_size,)
 
     def ldm_tensors(self) -> dict[str, Tensor]:
         """The tensors as one file holds them."""
@@ -48,9 +55,9 @@ class ExportFolder:
     def metadata(self, name: str | None) -> dict[str, str]:
         """The metadata of the file."""
         digest = tensorfile.hash_tensors(self.ldm_tensors())
-        return tensorfile.with_header_hash(
-            single_file_metadata(self.facts, self.picture_pixels, digest, name, self.unet_only)
-        )
+        # Programs take it for the model's standard size, whose area they keep at other aspects.
+        resolution = self.native_size if self.native_size in self.sizes else self.sizes[0]
+        return tensorfile.with_header_hash(single_file_metadata(self.facts, resolution, digest, name, self.unet_only))
 
 
 def export_ldm(folder: Path, name: str | None = None, *, unet_only: bool = False) -> Path:
@@ -74,7 +81,10 @@ def export_ldm(folder: Path, name: str | None = None, *, unet_only: bool = False
         finally:
             readable.unlink(missing_ok=True)
     base_checkpoint = f"{teacher_name(content.facts)}.safetensors" if unet_only else None
-    graph = workflow_json(file.name, content.facts["flow_shift"], content.picture_pixels, base_checkpoint)
+    facts = content.facts
+    graph = workflow_json(
+        file.name, facts["flow_shift"], content.sizes[0], base_checkpoint, clip_skip=facts.get("clip_skip", 0)
+    )
     atomic_write(workflow, graph)
     return file
 
@@ -92,10 +102,21 @@ def open_export(folder: Path, unet_only: bool = False) -> ExportFolder:
         for component in (["unet"] if unet_only else WEIGHT_STEMS)
         for name, value in read_tensors(folder / weight_file(component, variant)).items()
     }
+    if not unet_only:
+        tensors |= _skipped_layers(folder, facts, dtype)
     checks.check_values(str(folder), tensors, dtype)
-    levels = len(vae["block_out_channels"])
-    names, pixels = ldm_names(tensors, unet["layers_per_block"], levels), unet["sample_size"] << (levels - 1)
-    return ExportFolder(folder, facts, variant, dtype, tensors, names, pixels, unet_only)
+    names = ldm_names(tensors, unet["layers_per_block"], len(vae["block_out_channels"]))
+    native_size = LatentGeometry.from_configs(unet, vae).native_size
+    return ExportFolder(folder, facts, variant, dtype, tensors, names, native_size, unet_only)
+
+
+def _skipped_layers(folder: Path, facts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The layers that the folder's text encoder leaves out: programs expect a whole one in a single file."""
+    if not facts.get("clip_skip"):
+        return {}
+    return {
+        f"text_encoder.{name}": value.to(dtype) for name, value in read_tensors(folder / SKIPPED_LAYERS_FILE).items()
+    }
 
 
 def refuse_other_predictions(prediction: str) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from stages.system.atomic import fsync_folder, temporary_path
 from stages.system.disk import refuse_write_errors
 from stages.system.refusal import Refused
 from stages.teacher_files.folder import read_json
+from stages.teacher_files.lora.names import kohya_layer
 
 LORA_FOLDER, LORA_FILE = "lora", "pytorch_lora_weights.safetensors"
 """Where `load_lora_weights(folder)` looks."""
@@ -101,8 +101,15 @@ def verify_lora(run: SavedRun, out: Path) -> tuple[Path, ...]:
 
 def to_kohya(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """diffusers' names as kohya's: `lora_unet_<layer>.lora_down.weight`, `.lora_up.weight`, and `.alpha`, the rank."""
-    converted: dict[str, Tensor] = convert_state_dict_to_kohya(dict(tensors))
-    return {name: value.float() for name, value in converted.items()}
+    converted: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        component, _, rest = key.partition(".")
+        layer, _, half = rest.removesuffix(".weight").rpartition(".")
+        name = kohya_layer(component, layer)
+        converted[f"{name}.lora_{'down' if half == 'lora_A' else 'up'}.weight"] = value.float()
+        if half == "lora_A":
+            converted[f"{name}.alpha"] = torch.tensor(float(value.shape[0]))
+    return converted
 
 
 def _diffusers_metadata(base_name: str, run: SavedRun, config: LoraConfig, base: Student) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.values import PictureSize
 from stages.system.refusal import Refused
 
 SAFETENSORS_TYPES = {torch.float16: "F16", torch.float32: "F32"}
@@ -29,6 +30,8 @@ FACT_KEYS = {
     "teacher_sha256": "teacher_sha256",
     "student_sha256": STUDENT_KEY,
     "samples": "samples_seen",
+    "sizes": "sizes",
+    "clip_skip": "clip_skip",
 }
 """A fact of `sollune.json` -> its key in the file, behind `sollune.`."""
 
@@ -111,13 +114,23 @@ def single_file_name(facts: Mapping[str, Any], name: str | None, unet_only: bool
 
 
 def single_file_metadata(
-    facts: Mapping[str, Any], pixels: int, tensor_hash: str, name: str | None = None, unet_only: bool = False
+    facts: Mapping[str, Any],
+    resolution: PictureSize,
+    tensor_hash: str,
+    name: str | None = None,
+    unet_only: bool = False,
 ) -> dict[str, str]:
-    """ModelSpec 1.0.1 for other programs, `sollune.*` for ours; `pixels` is the side of the pictures.
+    """ModelSpec 1.0.1 for other programs, `sollune.*` for ours; `resolution` is the standard size of the pictures.
 
     `sd3` is the one word for a velocity that a program acts on: SwarmUI then samples on the straight path. No date and
     no author: the same export gives the same bytes (formats.md 4.1).
     """
+    layer = int(facts.get("clip_skip", 0)) + 1
+    skip = (
+        f" Clip skip {layer}: in ComfyUI CLIPSetLastLayer with {-layer}, in SwarmUI CLIP Stop At Layer {-layer}."
+        if layer > 1
+        else ""
+    )
     behind = "UNETLoader" if unet_only else "the loader"
     return {
         "format": "pt",
@@ -125,14 +138,15 @@ def single_file_metadata(
         "modelspec.architecture": "stable-diffusion-v1",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": f"{name or model_name(facts)} {'UNet ' if unet_only else ''}flow (sollune)",
-        "modelspec.resolution": f"{pixels}x{pixels}",
+        "modelspec.resolution": str(resolution),
         "modelspec.description": "A Stable Diffusion 1.x model that answers with the velocity of the straight path.",
         "modelspec.hash_sha256": tensor_hash,
         "modelspec.prediction_type": "sd3",
         "modelspec.usage_hint": (
             f"Rectified flow: in ComfyUI put ModelSamplingSD3 with shift {facts['flow_shift']:g} behind {behind}; "
-            f"in SwarmUI set Sigma Shift to {facts['flow_shift']:g}. Sampler euler, scheduler simple."
+            f"in SwarmUI set Sigma Shift to {facts['flow_shift']:g}. Sampler euler, scheduler simple.{skip}"
         ),
+        **({"modelspec.encoder_layer": str(layer)} if layer > 1 else {}),
         **({"modelspec.license": str(facts["license"])} if "license" in facts else {}),
         **{f"sollune.{key}": _metadata_text(facts[fact]) for fact, key in FACT_KEYS.items() if fact in facts},
     }

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,14 @@ from stages.nets.scheduler import flow_scheduler, vp_scheduler
 from stages.nets.student import Student
 from stages.system.refusal import Refused
 from stages.teacher_files.folder import read_json
+from stages.teacher_files.parts import SKIPPED_FILE
 
+SKIPPED_LAYERS_FILE = Path("text_encoder") / SKIPPED_FILE
+"""The layers that clip skip leaves out, in a folder whose text encoder ends early.
+
+No pipeline reads them; they make the single file's text encoder whole.
+"""
+TEXT_LAYER = re.compile(r"\bencoder\.layers\.(\d+)\.")
 SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 WEIGHT_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 HALF_VARIANT = "fp16"
@@ -88,6 +96,21 @@ class ExportContent:
         """The teacher's autoencoder and text encoder, which the export takes over, in fp32."""
         return {name: load_component(self.teacher_folder, name, torch.float32) for name in ("vae", "text_encoder")}
 
+    @cached_property
+    def skipped_layers(self) -> dict[str, Tensor]:
+        """The tensors of the layers that the teacher's text encoder leaves out, as stored; empty without clip skip."""
+        file = self.teacher_folder / SKIPPED_LAYERS_FILE
+        return with_text_model_prefix(read_tensors(file)) if file.is_file() else {}
+
+    def skipped_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The same in the type of an export."""
+        return {name: value.to(dtype).contiguous() for name, value in self.skipped_layers.items()}
+
+    @property
+    def clip_skip(self) -> int:
+        """How many layers of the text encoder are left out."""
+        return len({match[1] for name in self.skipped_layers if (match := TEXT_LAYER.search(name))})
+
     def component_tensors(self, component: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of one component, by the names in its file."""
         if component == "unet":
@@ -149,9 +172,18 @@ def verify_folder(folder: Path, content: ExportContent) -> None:
                 checks.check_not_teacher(str(file), tensors, teacher)
             checks.check_values(str(file), tensors, dtype)
             checks.check_equal(str(file), tensors, content.component_tensors(component, dtype))
+    _verify_skipped_layers(folder, content)
     del teacher, tensors  # 3.4 GB at SD-1.x's size
     for variant, dtype in content.dtypes.items():
         _verify_stock_pipeline(folder, content, variant, dtype)
+
+
+def _verify_skipped_layers(folder: Path, content: ExportContent) -> None:
+    """The layers of clip skip must be beside the text encoder, where there are any, and nowhere else."""
+    file, dtype = folder / SKIPPED_LAYERS_FILE, content.dtypes[""]
+    found = read_tensors(file) if file.is_file() else {}
+    checks.check_values(str(SKIPPED_LAYERS_FILE), found, dtype)
+    checks.check_equal(str(SKIPPED_LAYERS_FILE), found, content.skipped_tensors(dtype))
 
 
 def _verify_stock_pipeline(folder: Path, content: ExportContent, variant: str, dtype: torch.dtype) -> None:

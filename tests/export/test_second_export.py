@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs.values import PictureSize
 from stages.export import export_all, tensorfile
 from stages.export.comfyui import is_unmodified_workflow, workflow_json
 from stages.export.diffusers import export_diffusers
@@ -97,7 +98,7 @@ def test_a_single_file_from_before_there_were_seals_is_ours_and_a_changed_one_is
 
 
 def test_a_workflow_is_ours_until_it_is_changed() -> None:
-    text = workflow_json("a-flow.safetensors", 1.0, 64)
+    text = workflow_json("a-flow.safetensors", 1.0, PictureSize(64, 64))
     graph = json.loads(text)
     before_seals = json.dumps({**graph, "extra": {}}, indent=2) + "\n"
     saved_by_comfyui = json.dumps({**graph, "extra": {**graph["extra"], "ds": {"scale": 1}}}, indent=2) + "\n"
