@@ -33,7 +33,7 @@ class NoiseSchedule:
             raise Refused(
                 "scheduler config: betas must lie between 0 and 1, for two steps or more - repair the teacher's folder"
             )
-        if self.prediction_type == "epsilon" and float(abar[-1]) == 0:
+        if self.prediction_type == "epsilon" and self.has_zero_terminal_snr:
             raise Refused(
                 "scheduler config: rescale_betas_zero_snr leaves no signal at the last step, of which an epsilon "
                 "prediction says nothing - use a teacher with prediction_type v_prediction"
@@ -44,17 +44,27 @@ class NoiseSchedule:
         """Number of the teacher's steps: 1000 for Stable Diffusion."""
         return len(self.alpha_bar)
 
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether no signal is left at the last step."""
+        return float(self.alpha_bar[-1]) == 0
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
         """The schedule of a diffusers scheduler_config.json; a missing or unknown entry is refused by name."""
-        abar = torch.cumprod(1 - _betas(config), dim=0)
+        abar = unscaled_alpha_bar(config)
         # schedulers that cannot rescale do not write this key, so a missing key means false
         rescale = config.get("rescale_betas_zero_snr", False)
         if rescale not in (None, False, True):
             _refuse_entry("rescale_betas_zero_snr", rescale, "it must be true or false")
         if rescale:
-            abar = _rescale_zero_terminal_snr(abar)
+            abar = rescale_zero_terminal_snr(abar)
         return cls(abar, _prediction_type(config))
+
+
+def unscaled_alpha_bar(config: Mapping[str, Any]) -> Float[Tensor, " K"]:
+    """The signal shares of a config's betas, before `rescale_betas_zero_snr` changes them."""
+    return torch.cumprod(1 - _betas(config), dim=0)
 
 
 def _prediction_type(config: Mapping[str, Any]) -> PredictionType:
@@ -111,7 +121,7 @@ _BETA_SCHEDULES: Mapping[str, Callable[[Mapping[str, Any], int], Tensor]] = {
 }
 
 
-def _rescale_zero_terminal_snr(abar: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+def rescale_zero_terminal_snr(abar: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
     """Shift and scale sqrt(abar) so that the last is zero and the first stays (Lin et al. 2023, algorithm 1)."""
     root = abar.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
