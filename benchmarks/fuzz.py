@@ -71,15 +71,16 @@ def main() -> int:
     signal.signal(signal.SIGALRM, on_alarm)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/stamps"
-        world = FuzzCache(Path(folder))
+        worlds = FuzzCache(Path(folder, "one")), FuzzCache(Path(folder, "several"), several_sizes=True)
+        largest = max(world.largest for world in worlds)
         numbers = range(args.mutations) if args.only is None else [args.only]
         began, outcomes = time.perf_counter(), Counter[tuple[str, str]]()
-        most = status("VmData") + 2 * world.largest + INTERPRETER_BYTES
+        most = status("VmData") + 2 * largest + INTERPRETER_BYTES
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = status("VmRSS")
         resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
         for number in numbers:
-            outcomes[run(args.seed, number, world)] += 1
+            outcomes[run(args.seed, number, worlds[number // 100 % 2])] += 1
             if sys.stderr.isatty():
                 print(f"\r{number}", end="", file=sys.stderr)
     for (kind, outcome), count in sorted(outcomes.items()):
@@ -87,7 +88,7 @@ def main() -> int:
     failed = sum(count for (_, outcome), count in outcomes.items() if outcome.startswith("FAILED"))
     print(
         f"{outcomes.total()} mutations in {time.perf_counter() - began:.0f} s, seed {args.seed}: {failed} failed; "
-        f"largest record {world.largest} bytes, memory grew by {(status('VmHWM') - before) / 2**20:.1f} MiB at most"
+        f"largest record {largest} bytes, memory grew by {(status('VmHWM') - before) / 2**20:.1f} MiB at most"
     )
     return 1 if failed else 0
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,12 +20,13 @@ import torch
 from numcodecs.zstd import Zstd
 
 from benchmarks import forge
+from shards import table_check
 from shards.archive import record_spans
 from shards.codec import decode, encode
 from shards.journal import ShardJournal
 from shards.manifest import Manifest
 from shards.reader import Reader
-from shards.record import SPLITS, Record
+from shards.record import SCHEMA, SPLITS, Record
 from shards.table import Table
 from shards.verify import inspect
 from stages.system.refusal import Refused
@@ -39,17 +41,29 @@ class Misread(Exception):
 class FuzzCache:
     """A whole cache on the disk, and its bytes to restore it from."""
 
-    def __init__(self, folder: Path) -> None:
-        self.cache = folder / "cache"
-        forge.make_cache(self.cache)
+    def __init__(self, folder: Path, several_sizes: bool = False) -> None:
+        self.cache, self._several_sizes = folder / "cache", several_sizes
+        forge.make_cache(self.cache, several_sizes)
+        self.expected = {
+            "train": [encode(self.record(number)) for number in range(4)],
+            "validation": [encode(self.record(100))],
+        }
         self.files = {
             str(path.relative_to(self.cache)): path.read_bytes() for path in self.cache.rglob("*") if path.is_file()
         }
         self.manifest: dict[str, Any] = json.loads(self.files["manifest.json"])
         self.largest = max(
-            len(metadata) + len(tensors) for metadata, tensors in map(encode, map(forge.record, (0, 1, 2, 3, 100)))
+            len(metadata) + len(tensors) for records in self.expected.values() for metadata, tensors in records
         )
         self.table = self._read_columns()
+
+    def record(self, number: int) -> Record:
+        """The record of this number."""
+        return forge.record(number, self.shape_of(number))
+
+    def shape_of(self, number: int) -> tuple[int, ...]:
+        """The shape of its latents."""
+        return forge.shape_of(number, self._several_sizes)
 
     @contextmanager
     def replace_files(self, changed: dict[str, bytes | None]) -> Iterator[None]:
@@ -82,7 +96,7 @@ class FuzzCache:
 
 
 def columns_of(table: Table) -> list[str]:
-    return ["key", "split", "draw", "k", "s", "class", *(f"feature_{block}" for block in table.blocks)]
+    return [*table_check.columns_of(SCHEMA), *(f"feature_{block}" for block in table.blocks)]
 
 
 def read_shards_directly(cache: Path, split: str) -> list[Record]:
@@ -103,14 +117,15 @@ def read_everything(cache: Path) -> dict[str, list[tuple[bytes, bytes]]]:
         if not Manifest.open(cache).shards_of(split):
             continue
         for budget in (1 << 30, 0):
-            reader = Reader(cache, split, batch_size=1, workers=0, memory_budget_bytes=budget)
-            batch = reader.batch(np.arange(min(32, reader.samples_per_epoch)))
+            reader = Reader(cache, split, batch_size=16, workers=0, memory_budget_bytes=budget)
+            batches = list(islice(reader.batches(), 2 * len(reader.sizes)))
             wanted = read_shards_directly(cache, split)
-            for row in range(len(batch)):
-                if not any(_row_equals(batch, row, record) for record in wanted if record.key == batch.keys[row]):
-                    raise Misread(
-                        f"row {row} of {split} is not state {int(batch.state_index[row])} of {batch.keys[row]}"
-                    )
+            for batch in batches:
+                for row in range(len(batch)):
+                    if not any(_row_equals(batch, row, record) for record in wanted if record.key == batch.keys[row]):
+                        raise Misread(
+                            f"row {row} of {split} is not state {int(batch.state_index[row])} of {batch.keys[row]}"
+                        )
         result[split] = [encode(record) for record in reader.records()]
         if result[split] != [encode(record) for record in wanted]:
             raise Misread(f"records of {split}")
@@ -146,27 +161,25 @@ def catch_refusal(act: Callable[[], Any], *names: str) -> tuple[bool, Any]:
 
 def damage_codec(rng: Random, world: FuzzCache) -> str:
     """The bytes of a record, damaged."""
-    members = list(encode(forge.record(rng.randrange(4))))
+    members = list(encode(world.record(rng.randrange(4))))
     which = rng.randrange(2)
     members[which] = forge.damage_bytes(rng, members[which])
-    return _check_decoding(members[0], members[1])
+    return _check_decoding(world, members[0], members[1])
 
 
 def forge_codec(rng: Random, world: FuzzCache) -> str:
     """The bytes of a record that agree with themselves."""
-    return _check_decoding(*forge.forge_record(rng, rng.randrange(4)))
+    number = rng.randrange(4)
+    return _check_decoding(world, *forge.forge_record(rng, number, world.shape_of(number)))
 
 
-def _check_decoding(metadata: bytes, tensors: bytes) -> str:
+def _check_decoding(world: FuzzCache, metadata: bytes, tensors: bytes) -> str:
     refused, record = catch_refusal(lambda: decode(metadata, tensors), "record")
     if refused:
         return REFUSED
     if encode(record) != (metadata, tensors):
         raise Misread("decoded to a record that is stored in other bytes")
-    return SAME if (metadata, tensors) in ORIGINAL else FORGED
-
-
-ORIGINAL = {encode(forge.record(number)) for number in range(4)}
+    return SAME if (metadata, tensors) in world.expected["train"] else FORGED
 
 
 def damage_file(rng: Random, world: FuzzCache) -> str:
@@ -202,7 +215,10 @@ def forge_shard(rng: Random, world: FuzzCache) -> str:
     members: list[tuple[str, bytes]] = []
     for number in range(first, first + entry["records"]):
         odd = not odd_tar and (rng.random() < 0.6 or number == first)
-        metadata, tensors = forge.forge_record(rng, number) if odd else encode(forge.record(number))
+        if odd:
+            metadata, tensors = forge.forge_record(rng, number, world.shape_of(number))
+        else:
+            metadata, tensors = encode(world.record(number))
         members += [(f"{number:09d}.json", metadata), (f"{number:09d}.safetensors", tensors)]
     tar, starts = forge.forge_tar(rng if odd_tar else None, members)
     tree = {**world.manifest, "shards": list(world.manifest["shards"])}
@@ -230,13 +246,7 @@ def _read_and_verify(world: FuzzCache) -> str:
         "manifest.json",
     )
     catch_refusal(lambda: _read_columns(world), "table.zarr", "manifest.json")
-    return REFUSED if refused else SAME if read == EXPECTED else FORGED
-
-
-EXPECTED = {
-    "train": [encode(forge.record(number)) for number in range(4)],
-    "validation": [encode(forge.record(100))],
-}
+    return REFUSED if refused else SAME if read == world.expected else FORGED
 
 
 def damage_tar(rng: Random, world: FuzzCache) -> str:
@@ -246,7 +256,7 @@ def damage_tar(rng: Random, world: FuzzCache) -> str:
     members = [
         (f"{n:09d}.{kind}", body)
         for n in range(3)
-        for kind, body in zip(("json", "safetensors"), encode(forge.record(n)), strict=True)
+        for kind, body in zip(("json", "safetensors"), encode(world.record(n)), strict=True)
     ]
     tar, _ = forge.forge_tar(rng, members)
     if rng.random() < 0.5:

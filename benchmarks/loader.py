@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from loader_peers import DRAWS, LOADERS, ROWS
 
+from configs.values import PictureSize
 from shards.manifest import Recipe
 from shards.record import BLOCKS, BlockFeatures, Record, States
 from shards.writer import CacheWriter
@@ -53,7 +54,16 @@ def record(number: int) -> Record:
     draws = States((times * 999).long(), times, x_s, v_cond, v_uncond, torch.arange(DRAWS) < 4)
     features = BlockFeatures({block: half(DRAWS, width) for block, width in WIDTHS.items()})
     return Record(
-        f"{number:09d}", f"number {number}", "none", number, 5.0, half(77, 768), half(4, 64, 64), draws, features
+        f"{number:09d}",
+        f"number {number}",
+        "none",
+        number,
+        5.0,
+        half(77, 768),
+        half(4, 64, 64),
+        draws,
+        features,
+        PictureSize(512, 512),
     )
 
 

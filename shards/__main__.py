@@ -41,6 +41,10 @@ def verify(args: argparse.Namespace) -> int:
     for split in SPLITS:
         shards, records, states, size = manifest.totals(split)
         print(f"{split}: {shards} shards, {records} records, {states} states, {size:,} bytes")
+        sizes = manifest.sizes_of(split)
+        if len(sizes) > 1:
+            of_sizes = (f"{manifest.totals(split, each).records} of {each}" for each in sizes)
+            print(f"{split}: its records are {', '.join(of_sizes)}")
     if manifest.failures:
         print(f"{len(manifest.failures)} prompts gave no record (see stats)")
     print("ok")
@@ -64,8 +68,9 @@ def record_lines(record: "Record") -> Iterator[str]:
     """A record as lines of text."""
     from shards.record import tensors_of
 
-    for name in ("key", "text", "class_name", "seed", "guidance_scale"):
-        yield f"{name:<16}{escape_unprintable(str(getattr(record, name)))}"
+    for name in ("key", "text", "class_name", "seed", "guidance_scale", "size"):
+        if (value := getattr(record, name)) is not None:
+            yield f"{name:<16}{escape_unprintable(str(value))}"
     for name, values in tensors_of(record).items():
         if values.dim() > 1:
             wide, dtype = values.double(), str(values.dtype).removeprefix("torch.")

@@ -8,11 +8,11 @@ import os
 import re
 import zlib
 from pathlib import Path
-from typing import Annotated, BinaryIO, NamedTuple
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from configs.values import Stored
+from configs.values import PictureSize, Size, Stored
 from shards.codec import MAX_JSON_BYTES
 from shards.integrity import checked_path, open_plain_file
 from shards.record import MAX_RECORD_BYTES, MIN_STATE_BYTES, Split
@@ -130,16 +130,19 @@ def _pad_to_block(offset: int) -> int:
 Count = Annotated[int, Field(ge=1, lt=1 << 48)]
 Key = Annotated[str, Field(pattern=r"^[0-9]{9}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-ShardFile = Annotated[str, Field(pattern=r"^data/(train|validation)-[0-9]{6}\.tar$")]
+SHARD_FILE = re.compile(r"data/(train|validation)-(?:([1-9][0-9]{0,4}x[1-9][0-9]{0,4})-)?([0-9]{6})\.tar")
+ShardFile = Annotated[str, Field(pattern=f"^{SHARD_FILE.pattern}$")]
 TableFile = Annotated[str, Field(pattern=r"^table\.zarr/([a-z0-9_]+/)*(zarr\.json|[0-9]+)$")]
 
 
 class Shard(Stored):
-    """One finished tar of the cache; all its records have the same number of states."""
+    """One finished tar of the cache; all its records have the same number of states, and pictures of one size."""
 
     file: ShardFile
     """path inside the cache folder; the pattern keeps it from leading out of it"""
     split: Split
+    size: Size | None = None
+    """of its pictures; None in schema 1, whose entries have no such field"""
     records: Count
     draws: Count
     """stored states, of all its records"""
@@ -154,6 +157,8 @@ class Shard(Stored):
     def _check_consistency(self) -> "Shard":
         if not self.file.startswith(f"data/{self.split}-"):
             raise ValueError(f"{self.file} is not of split {self.split}")
+        if self.size_in_name not in (None, self.size):
+            raise ValueError(f"{self.file} is named otherwise than its size {self.size}")
         if self.draws % self.records or len(self.offsets) != self.records or self.last_key < self.first_key:
             raise ValueError(f"{self.file}: its counts do not agree")
         end = 0
@@ -169,6 +174,16 @@ class Shard(Stored):
         if self.bytes != tar_bytes(end):
             raise ValueError(f"{self.file}: its records end at byte {end} of {self.bytes}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unknown_size(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return fields if self.size is not None else {name: fields[name] for name in fields if name != "size"}
+
+    @property
+    def size_in_name(self) -> PictureSize | None:
+        """The size in the name of the file, which it has in a cache of several sizes."""
+        return size_in_name(self.file)
 
     @property
     def states_per_record(self) -> int:
@@ -212,6 +227,12 @@ class Shard(Stored):
         if (min(spans), max(spans)) != (self.first_key, self.last_key) or tuple(spans.values()) != self.offsets:
             return "its records lie elsewhere than the manifest says"
         return None
+
+
+def size_in_name(file: str) -> PictureSize | None:
+    """The picture size in the path of a shard; None where the cache has one size."""
+    match = SHARD_FILE.fullmatch(file)
+    return PictureSize.parse(match[2]) if match and match[2] else None
 
 
 class Failure(Stored):

@@ -4,20 +4,22 @@ A source of rows has `gather(records, state_indices)`: row i is state `state_ind
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from configs.values import PictureSize
 from shards.archive import RecordSpan, Shard
 from shards.integrity import Damaged
 from shards.opened import OpenShards
-from shards.order import Indices
 from shards.record import (
     FEATURES,
     LATENTS,
@@ -29,13 +31,17 @@ from shards.record import (
     RecordLayout,
     tensors_of,
 )
+from shards.stream.order import Indices
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+PREFETCH_PER_WORKER = 2
 LATENT_FIELDS = tuple(STATE_FIELDS[name] for name in LATENTS)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """b rows; `state_index` is the row's place among the states of its record."""
+    """b rows of pictures of one size; `state_index` is the row's place among the states of its record."""
 
     keys: tuple[str, ...]
     texts: tuple[str, ...]
@@ -53,6 +59,8 @@ class Batch:
     1; 0 where `v_cond` is the teacher's; None where all are"""
     group: Int[Tensor, " b"] | None = None
     """the group under which the journal reports each row; None where it reports all rows together"""
+    size: PictureSize | None = None
+    """of the pictures, in pixels; None where the cache does not tell it"""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -75,7 +83,8 @@ class Batch:
 
     def _map(self, change: Callable[[str, Any], Any]) -> "Batch":
         """A batch of `change(name, values)` for each field that is not None, and for the features of each block."""
-        present = {name: values for name, values in vars(self).items() if name != "features" and values is not None}
+        whole = ("features", "size")  # not a value for each row
+        present = {name: values for name, values in vars(self).items() if name not in whole and values is not None}
         return replace(
             self,
             **{name: change(name, values) for name, values in present.items()},
@@ -84,7 +93,7 @@ class Batch:
 
 
 def collate(records: Sequence[Record], state_indices: Sequence[int]) -> Batch:
-    """Row i is state `state_indices[i]` of `records[i]`."""
+    """Row i is state `state_indices[i]` of `records[i]`, which have pictures of one size."""
     rows = list(zip([tensors_of(record) for record in records], state_indices, strict=True))
     return _batch(
         records,
@@ -93,22 +102,29 @@ def collate(records: Sequence[Record], state_indices: Sequence[int]) -> Batch:
             for name in _row_names(records[0].features.by_block)
         },
         torch.tensor(list(state_indices), dtype=torch.int64),
+        records[0].size,
     )
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:
-    """The rows of all batches, one after the other; they must have the same blocks, and groups all or none of them."""
+    """The rows of all batches, one after the other; they must have the same size and blocks, and all groups or none.
+
+    Raises `ValueError` for batches of different sizes.
+    """
+    if len(sizes := {batch.size for batch in batches}) > 1:
+        raise ValueError(f"batches of {len(sizes)} sizes: {', '.join(map(str, sizes))}")
 
     def joined(values: list[Any]) -> Any:
         return torch.cat(values) if isinstance(values[0], Tensor) else tuple(chain.from_iterable(values))
 
-    names = {field.name for field in fields(Batch)} - {"features", "own_guidance", "group"}
+    names = {field.name for field in fields(Batch)} - {"features", "own_guidance", "group", "size"}
     own = [torch.zeros(len(batch)) if batch.own_guidance is None else batch.own_guidance for batch in batches]
     return Batch(
         **{name: joined([getattr(batch, name) for batch in batches]) for name in names},
         features={block: joined([batch.features[block] for batch in batches]) for block in batches[0].features},
         own_guidance=None if all(batch.own_guidance is None for batch in batches) else joined(own),
         group=None if batches[0].group is None else joined([batch.group for batch in batches]),
+        size=batches[0].size,
     )
 
 
@@ -148,7 +164,7 @@ class StreamedRows:
         rows = list(zip(headers, indices, strict=True))
         tensors["s"] = torch.tensor([header.s[index] for header, index in rows], dtype=torch.float32)
         tensors["k"] = torch.tensor([header.k[index] for header, index in rows], dtype=torch.int64)
-        return _batch(headers, tensors, torch.from_numpy(state_indices))
+        return _batch(headers, tensors, torch.from_numpy(state_indices), headers[0].size)
 
 
 @lru_cache(maxsize=1024)
@@ -181,20 +197,25 @@ class Labels(NamedTuple):
 
 
 class InMemoryRows:
-    """A whole split in memory, one tensor for each field, so that a batch is a selection."""
+    """The records of one size of a split in memory, one tensor for each field, so that a batch is a selection."""
 
-    def __init__(self, records: Iterable[Record], starts: Indices, pinned: bool, max_bytes: int) -> None:
+    def __init__(
+        self, records: Iterable[Record], starts: Indices, pinned: bool, max_bytes: int, first: int = 0
+    ) -> None:
         """`starts` is the first row of each record, and after the last one the number of all rows.
 
+        `first` is the number of the first of these records in the split.
         Raises `Damaged` when the first record is so large that as many of them would not fit into `max_bytes`, which
         the shards take.
         """
-        self._starts, self._pinned = torch.from_numpy(starts), pinned
+        self._starts, self._pinned, self._first = torch.from_numpy(starts), pinned, first
+        self._size: PictureSize | None = None
         self._labels: list[Labels] = []
         self._columns: dict[str, Tensor] = {}
         for number, record in enumerate(records):
             tensors = tensors_of(record)
             if number == 0:
+                self._size = record.size
                 self._allocate(record, len(starts) - 1, int(starts[-1]), max_bytes)
             self._labels.append(Labels(record.key, record.text, record.class_name))
             rows = slice(int(starts[number]), int(starts[number + 1]))
@@ -217,6 +238,7 @@ class InMemoryRows:
 
     def gather(self, records: Indices, state_indices: Indices) -> Batch:
         """Row i is state `state_indices[i]` of record number `records[i]`."""
+        records = records - self._first
         numbers, indices = torch.from_numpy(records), torch.from_numpy(state_indices)
         rows = self._starts[numbers] + indices
         tensors = {}
@@ -224,7 +246,7 @@ class InMemoryRows:
             selection = numbers if name in PER_PROMPT else rows
             out = torch.empty(len(rows), *column.shape[1:], dtype=column.dtype, pin_memory=self._pinned)
             tensors[name] = torch.index_select(column, 0, selection, out=out)
-        return _batch([self._labels[number] for number in records.tolist()], tensors, indices)
+        return _batch([self._labels[number] for number in records.tolist()], tensors, indices, self._size)
 
 
 def _row_names(blocks: Iterable[str]) -> tuple[str, ...]:
@@ -233,7 +255,10 @@ def _row_names(blocks: Iterable[str]) -> tuple[str, ...]:
 
 
 def _batch(
-    records: Sequence[Record | RecordHeader | Labels], tensors: Mapping[str, Tensor], state_index: Int[Tensor, " b"]
+    records: Sequence[Record | RecordHeader | Labels],
+    tensors: Mapping[str, Tensor],
+    state_index: Int[Tensor, " b"],
+    size: PictureSize | None,
 ) -> Batch:
     """The batch of these records, of the tensors that `_row_names` lists."""
     return Batch(
@@ -244,4 +269,30 @@ def _batch(
         **{STATE_FIELDS[name]: tensors[name] for name in ROW_FIELDS},
         features={name.removeprefix(FEATURES): tensors[name] for name in tensors if name.startswith(FEATURES)},
         state_index=state_index,
+        size=size,
     )
+
+
+def map_ahead(make: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """`make` of each item, in order; an error is raised where its result would have come.
+
+    Up to two results for each worker wait to be fetched; without workers each is made when it is needed.
+    """
+    if workers == 0:
+        yield from map(make, items)
+        return
+    remaining = iter(items)
+    waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="reader")
+    try:
+        while True:
+            while len(waiting) < PREFETCH_PER_WORKER * workers:
+                try:
+                    waiting.append(pool.submit(make, next(remaining)))
+                except StopIteration:
+                    break
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

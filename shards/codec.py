@@ -7,6 +7,7 @@ records and drop or truncate what comes later. The tensors are the only copy of 
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,18 +15,20 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
+from configs.values import PictureSize
 from shards.integrity import Damaged
 from shards.record import (
     FEATURES,
     PER_PROMPT,
     PER_STATE,
-    SCHEMA,
+    SCHEMAS,
     STATE_FIELDS,
     BlockFeatures,
     Record,
     States,
     header_span,
     parse_layout,
+    pixels_per_latent,
     tensors_of,
 )
 from stages.system.refusal import Refused
@@ -42,6 +45,10 @@ JSON_TYPES = {
     "seed": int,
     "text": str,
 }
+SIZE_TYPES = {"height": int, "width": int}
+"""What schema 2 adds to them: the picture's size in pixels."""
+MAX_PIXELS = 99_999
+"""The largest side of a picture, which a size's text allows."""
 MAX_BLOCKS = 256
 MAX_JSON_BYTES = 1 << 16
 """A thousand times a prompt; a longer one is neither written nor read."""
@@ -62,10 +69,12 @@ def encode(record: Record) -> tuple[bytes, bytes]:
         "draws": len(record.states),
         "guidance_scale": float(record.guidance_scale),
         "key": record.key,
-        "schema_version": SCHEMA,
+        "schema_version": record.schema,
         "seed": record.seed,
         "text": record.text,
     }
+    if record.size is not None:
+        metadata |= {"height": record.size.height, "width": record.size.width}
     text = json.dumps(metadata, sort_keys=True, allow_nan=False).encode()
     if fault := _metadata_fault(metadata):
         raise ValueError(f"record {record.key}: {fault}")
@@ -84,9 +93,11 @@ def decode(json_bytes: bytes, st_bytes: bytes | bytearray | memoryview) -> Recor
     Raises `Damaged` for bytes that `encode` did not make.
     """
     metadata = decode_metadata(json_bytes)
-    blocks = metadata["blocks"]
+    blocks, size = metadata["blocks"], size_in(metadata)
     try:
         tensors = _decode_tensors(st_bytes, tuple(blocks), metadata["draws"])
+        if size is not None:
+            pixels_per_latent(size, tensors["x0"].shape)
     except ValueError as error:
         raise Damaged(f"record {metadata['key']}: not good safetensors ({error}) - {VERIFY_HINT}") from error
     return Record(
@@ -95,6 +106,7 @@ def decode(json_bytes: bytes, st_bytes: bytes | bytearray | memoryview) -> Recor
         x0=tensors["x0"],
         states=States(**{field: tensors[name] for name, field in STATE_FIELDS.items()}),
         features=BlockFeatures({block: tensors[f"{FEATURES}{block}"] for block in blocks}),
+        size=size,
     )
 
 
@@ -108,8 +120,8 @@ def decode_metadata(json_bytes: bytes) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise Damaged(f"a record's JSON cannot be read ({json_bytes[:40]!r}) - {VERIFY_HINT}") from error
     name = f"record {metadata.get('key')!r:.40}"
-    if version != SCHEMA:
-        raise Refused(f"{name}: schema {version!r:.40}, this program reads {SCHEMA} - make it again")
+    if type(version) is not int or version not in SCHEMAS:
+        raise Refused(f"{name}: schema {version!r:.40}, this program reads {schemas_text()} - make it again")
     fault = _metadata_fault(metadata)
     if fault is None and json.dumps(metadata, sort_keys=True).encode() != json_bytes:
         fault = "is not in the form in which it is written"
@@ -118,10 +130,27 @@ def decode_metadata(json_bytes: bytes) -> dict[str, Any]:
     return dict(metadata)
 
 
+def schemas_text() -> str:
+    """The schemas that are read, for a refusal of another."""
+    return " and ".join(map(str, SCHEMAS))
+
+
+def json_types(schema: int) -> dict[str, type]:
+    """Name and type of each field of KEY.json."""
+    return dict(sorted({**JSON_TYPES, **(SIZE_TYPES if schema > 1 else {})}.items()))
+
+
+def size_in(metadata: Mapping[str, Any]) -> PictureSize | None:
+    """The size that a record's JSON tells; None in schema 1."""
+    return PictureSize(metadata["width"], metadata["height"]) if "width" in metadata else None
+
+
 def _metadata_fault(metadata: dict[str, Any]) -> str | None:
     """What is wrong with the names, types and values of a record's JSON."""
-    if {name: type(value) for name, value in metadata.items()} != JSON_TYPES:
+    if {name: type(value) for name, value in metadata.items()} != json_types(metadata["schema_version"]):
         return "has not the keys and types of the schema"
+    if not all(1 <= metadata.get(name, 1) <= MAX_PIXELS for name in SIZE_TYPES):
+        return "has a picture size that cannot be"
     if not KEY_PATTERN.fullmatch(metadata["key"]) or not 0 <= metadata["seed"] < 2**63 or metadata["draws"] < 1:
         return "has a key, seed or number of states that cannot be"
     if not math.isfinite(metadata["guidance_scale"]):
@@ -170,6 +199,11 @@ def _check_record(record: Record, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"record {record.key}: {name} has shape {list(values.shape)}")
         if name not in PER_PROMPT and len(values) != len(record.states):
             raise ValueError(f"record {record.key}: {name} has {len(values)} states, s has {len(record.states)}")
+    if record.size is not None:
+        try:
+            pixels_per_latent(record.size, record.x0.shape)
+        except ValueError as error:
+            raise ValueError(f"record {record.key}: {error}") from error
 
 
 MIN_EXPONENT, HALF_SPACING_BITS = -13, 12

@@ -135,6 +135,14 @@ def restore_entries(cache: Path, manifest: Manifest) -> list[Path]:
     return list(missing)
 
 
+def schema_in_journal(cache: Path) -> int | None:
+    """The schema of the shards in a journal, for a cache without a manifest; None when there is no entry."""
+    for path in sorted((cache / JOURNAL_FOLDER).glob("*.json")):
+        if isinstance(entry := _read_entry(cache, f"{JOURNAL_FOLDER}/{path.name}"), JournalEntry):
+            return 1 if entry.shard.size is None else 2
+    return None
+
+
 def broken_entries(cache: Path) -> Iterator[str]:
     """The entries that are damaged in themselves, for a cache without a manifest to compare them with."""
     for path in sorted((cache / JOURNAL_FOLDER).glob("*.json")):

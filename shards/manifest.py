@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from configs.values import Stored
+from configs.values import PictureSize, Stored
 from shards.archive import Failure, Shard, TableEntry
+from shards.codec import schemas_text
 from shards.integrity import Damaged, Fault, append_seal, read_at_most, repair_hint, seal_fault
-from shards.record import SCHEMA, Split
+from shards.record import SCHEMA, SCHEMAS, Split
 from stages.system.atomic import atomic_write
 from stages.system.refusal import Refused
 
@@ -31,12 +32,19 @@ class Recipe(Stored):
         return hashlib.sha256(_canonical(hashed).encode()).hexdigest()
 
     def flat_identity(self) -> dict[str, str]:
-        """Dotted name -> value of each field that decides the bytes."""
-        return {"schema_version": str(self.schema_version), **dict(_flatten("", self.identity))}
+        """Dotted name -> value of each field of the identity."""
+        return dict(_flatten("", self.identity))
+
+    def in_schema(self, version: int) -> "Recipe":
+        """The same recipe for records of another schema."""
+        return self if version == self.schema_version else self.model_copy(update={"schema_version": version})
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
-    """A text for each dotted field of the identity that differs, with its value in `a` (was) and in `b` (is now)."""
+    """A text for each dotted field of the identity that differs, with its value in `a` (was) and in `b` (is now).
+
+    The schema is no part of it: it says how records are stored, not which.
+    """
     before, now = a.flat_identity(), b.flat_identity()
     return [
         f"{name} was {_shorten(before.get(name))}, is now {_shorten(now.get(name))}"
@@ -49,6 +57,9 @@ def _flatten(name: str, value: JsonValue) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict) and (value or not name):
         for key, inner in value.items():
             yield from _flatten(f"{name}.{key}" if name else key, inner)
+    elif isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value):
+        for number, inner in enumerate(value):
+            yield from _flatten(f"{name}.{number}", inner)
     else:
         yield name, _canonical(value)
 
@@ -96,6 +107,28 @@ class Manifest(Stored):
                 raise ValueError(f"{name} are not in order, or one is there twice")
         return self
 
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "Manifest":
+        if self.recipe.schema_version != self.schema_version:
+            raise ValueError(f"schema {self.schema_version} with a recipe of schema {self.recipe.schema_version}")
+        if (fault := next(filter(None, map(self.size_conflict, self.shards)), None)) is not None:
+            raise ValueError(fault)
+        return self
+
+    def size_conflict(self, shard: Shard) -> str | None:
+        """Why a shard cannot be one of this cache, as far as its size tells.
+
+        All shards have the size in their names, or else all have one size.
+        """
+        if (shard.size is None) != (self.schema_version == 1):
+            return f"{shard.file}: its size is {shard.size}, in schema {self.schema_version}"
+        first = next((other for other in self.shards if other.file != shard.file), shard)
+        if (first.size_in_name is None) != (shard.size_in_name is None):
+            return f"{shard.file} and {first.file} are named in two ways"
+        if shard.size_in_name is None and first.size != shard.size:
+            return f"{shard.file} has size {shard.size}, {first.file} has {first.size}, and neither name tells it"
+        return None
+
     @classmethod
     def open(cls, folder: Path) -> "Manifest":
         """Read the manifest of a cache folder; raises `Refused` when it is missing, broken or of another schema."""
@@ -117,9 +150,10 @@ class Manifest(Stored):
         except (ValueError, RecursionError) as error:
             raise Damaged(f"{path}: not good JSON ({error}) - {repair_hint(folder)}") from error
         version = content_json.get("schema_version") if isinstance(content_json, dict) else None
-        if version != SCHEMA:
+        if type(version) is not int or version not in SCHEMAS:
             raise Refused(
-                f"{path}: schema_version {version!r:.40}, this program reads {SCHEMA} - make the cache in a new folder"
+                f"{path}: schema_version {version!r:.40}, this program reads {schemas_text()} - "
+                "make the cache in a new folder, or read it with a newer version of this program"
             )
         content_json.pop("sha256", None)
         try:
@@ -152,11 +186,16 @@ class Manifest(Stored):
         """The shards of one split, in order."""
         return tuple(shard for shard in self.shards if shard.split == split)
 
-    def totals(self, split: Split) -> Totals:
-        """What one split holds."""
-        shards = self.shards_of(split)
+    def totals(self, split: Split, size: PictureSize | None = None) -> Totals:
+        """What one split holds, or of it the shards of one size."""
+        shards = tuple(shard for shard in self.shards_of(split) if size in (None, shard.size))
         counts = ((shard.records, shard.draws, shard.bytes) for shard in shards)
         return Totals(len(shards), *map(sum, zip(*counts, strict=True))) if shards else Totals(0, 0, 0, 0)
+
+    def sizes_of(self, split: Split | None = None) -> tuple[PictureSize | None, ...]:
+        """The picture sizes of one split or of all, each once, by width and height; (None,) in schema 1."""
+        sizes = {shard.size for shard in self.shards if split in (None, shard.split)}
+        return tuple(sorted(sizes, key=lambda size: (size.width, size.height) if size else (0, 0)))
 
     def with_shard(self, shard: Shard, failures: tuple[Failure, ...] = ()) -> "Manifest":
         """This manifest with `shard` in the place of its name, and without a table unless nothing changes."""
@@ -174,8 +213,8 @@ class Manifest(Stored):
         return self.model_copy(update={"shards": shards, "failures": failures, "table": ()})
 
     def check_recipe(self, recipe: Recipe, cache: Path | str = "cache") -> None:
-        """Raise `Refused`, naming each field that differs, unless `recipe` would make these shards."""
-        if self.recipe.fingerprint() != recipe.fingerprint():
+        """Raise `Refused`, naming each field that differs, unless `recipe` would make these records, in any schema."""
+        if self.recipe.fingerprint() != recipe.in_schema(self.schema_version).fingerprint():
             changes = "; ".join(differences(self.recipe, recipe))
             raise Refused(
                 f"{cache}: made by another recipe: {changes} - choose another run folder (RUN=), or remove this one"
@@ -202,9 +241,9 @@ def fault_message(folder: Path, shard: Shard, fault: str) -> str:
 
 
 def find_cache(folder: Path) -> Path:
-    """`folder` itself, or the cache inside it when it is a run folder."""
+    """`folder` itself, or the cache inside it when it is a run folder, also where the manifest is lost."""
     inner = folder / "cache"
-    return inner if not (folder / MANIFEST_FILE).exists() and (inner / MANIFEST_FILE).exists() else folder
+    return inner if not (folder / MANIFEST_FILE).exists() and inner.is_dir() else folder
 
 
 def _refuse_constant(word: str) -> None:

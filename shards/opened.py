@@ -19,12 +19,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
+from configs.values import PictureSize
 from shards.archive import RecordSpan, Shard
-from shards.codec import decode, decode_metadata
+from shards.codec import decode, decode_metadata, size_in
 from shards.integrity import Damaged, open_plain_file
 from shards.manifest import fault_message
-from shards.order import WINDOW
-from shards.record import Record, RecordHeader, RecordLayout, header_span, parse_layout
+from shards.record import LATENTS, Record, RecordHeader, RecordLayout, header_span, parse_layout, pixels_per_latent
+from shards.stream.order import WINDOW
 from stages.system.atomic import atomic_write
 from stages.system.refusal import Refused
 
@@ -73,7 +74,8 @@ def _stamp_text(path: Path, sha256: str, identity: FileIdentity) -> str:
     return json.dumps({"file": str(path.resolve()), "sha256": sha256, **identity._asdict()}, indent=1) + "\n"
 
 
-MAX_OPEN_FILES = 64
+MAX_OPEN_FILES, MAX_OPEN_WINDOWS = 64, 16
+"""The files that stay open for up to two sizes, and the sizes for which two windows of files each stay open."""
 HEADER_READ_BYTES = 4096
 """Read at once from the beginning of a KEY.safetensors: usually more than its header, times and steps take."""
 
@@ -90,13 +92,13 @@ class ShardHandle:
         if self.fd >= 0:
             os.close(self.fd)
 
-    def prefetch(self, size: int) -> None:
-        """Let the system fetch all of it in one sweep, unless a window of such files would not fit into memory.
+    def prefetch(self, size: int, windows: int) -> None:
+        """Let the system fetch all of it in one sweep, unless so many windows of such files would not fit into memory.
 
         Its states are read in random order within one window: one by one they would cost a disk many small reads.
         """
         self.is_prefetched = True
-        if 2 * WINDOW * size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        if 2 * WINDOW * windows * size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             os.posix_fadvise(self.fd, 0, size, os.POSIX_FADV_WILLNEED)
 
     def is_unchanged(self) -> bool:
@@ -104,16 +106,23 @@ class ShardHandle:
         return FileIdentity.from_stat(os.fstat(self.fd)) == self.identity
 
 
+def comparable_shape(name: str, shape: tuple[int, ...], size: PictureSize | None) -> tuple[int, ...]:
+    """What the shape of a record's tensor has in common in all sizes of pictures: channels and pixels for a latent."""
+    return shape if size is None or name not in ("x0", *LATENTS) else (shape[0], pixels_per_latent(size, shape))
+
+
 class OpenShards:
     """The shards used last; one that changes is checked again before its next record. Threads may share it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, sizes: int = 1) -> None:
+        """`sizes` is the number of picture sizes that are read in turn: each has a window of shards of its own."""
+        self.folder, self._sizes = folder, sizes
+        self._max_open = max(MAX_OPEN_FILES, 2 * WINDOW * min(sizes, MAX_OPEN_WINDOWS))
         self._handles: OrderedDict[str, ShardHandle] = OrderedDict()
         self._verified: dict[str, FileIdentity] = {}
         self._lock, self._lock_of = Lock(), dict[str, Lock]()
         self._shapes: list[tuple[str, tuple[int, ...]]] | None = None
-        """name and shape of a row of each tensor of the first record: the same, in this order, in every record"""
+        """name and `comparable_shape` of each tensor of the first record: the same, in this order, in every record"""
 
     def record(self, shard: Shard, span: RecordSpan) -> Record:
         """A whole record, read at once into the memory where its tensors then lie."""
@@ -125,7 +134,7 @@ class OpenShards:
             record = decode(metadata, tensors)
             begin, end = header_span(tensors, span.st_size)
             layout = parse_layout(tensors[begin:end].tobytes(), tuple(record.features.by_block))
-            self._check_consistency(shard, record.key, layout)
+            self._check_consistency(shard, record.key, layout, record.size)
         return record
 
     def header(self, shard: Shard, span: RecordSpan) -> RecordHeader:
@@ -144,13 +153,15 @@ class OpenShards:
                 raise ValueError(
                     f"{layout.states} states in {layout.bytes} bytes, it says {metadata['draws']} in {span.st_size}"
                 )
-            self._check_consistency(shard, metadata["key"], layout)
+            size = size_in(metadata)
+            self._check_consistency(shard, metadata["key"], layout, size)
         return RecordHeader(
             **{name: metadata[name] for name in ("key", "text", "class_name", "guidance_scale")},
             blocks=tuple(metadata["blocks"]),
             k=self._small_tensor(shard, span, layout, "k", start),
             s=self._small_tensor(shard, span, layout, "s", start),
             layout=layout,
+            size=size,
         )
 
     @contextmanager
@@ -162,13 +173,15 @@ class OpenShards:
             fault = f"record at byte {span.json_offset}: {error}"
             raise Damaged(fault_message(self.folder, shard, fault)) from error
 
-    def _check_consistency(self, shard: Shard, key: str, layout: RecordLayout) -> None:
+    def _check_consistency(self, shard: Shard, key: str, layout: RecordLayout, size: PictureSize | None) -> None:
         """Raise `ValueError` for a record that its shard's entry, or the records read before, contradict."""
         if not shard.first_key <= key <= shard.last_key:
             raise ValueError(f"its key {key} is not one from {shard.first_key} to {shard.last_key}")
         if layout.states != shard.states_per_record:
             raise ValueError(f"record {key} has {layout.states} states, manifest says {shard.states_per_record}")
-        shapes = [(name, tensor.shape) for name, tensor in layout.tensors.items()]
+        if size != shard.size:
+            raise ValueError(f"record {key} has size {size}, manifest says {shard.size}")
+        shapes = [(name, comparable_shape(name, tensor.shape, size)) for name, tensor in layout.tensors.items()]
         if self._shapes is None:
             self._shapes = shapes
         if self._shapes != shapes:
@@ -192,7 +205,7 @@ class OpenShards:
         """Fill the buffers, which hold `size` bytes together, one after the other from this byte of the tar on."""
         handle = self._handle(shard)
         if prefetch and not handle.is_prefetched:
-            handle.prefetch(shard.bytes)
+            handle.prefetch(shard.bytes, self._sizes)
         try:
             length = os.preadv(handle.fd, buffers, offset)
         except OSError as error:  # a disk that fails names no file
@@ -218,7 +231,7 @@ class OpenShards:
             with self._lock:
                 self._handles[shard.file] = handle
                 self._handles.move_to_end(shard.file)
-                while len(self._handles) > MAX_OPEN_FILES:
+                while len(self._handles) > self._max_open:
                     self._handles.popitem(last=False)
         return handle
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, try_to_load_from_cache
 
-from shards.codec import JSON_TYPES
+from shards.codec import json_types
 from shards.manifest import Manifest
 from shards.reader import Reader
-from shards.record import PER_PROMPT, SPLITS, Record, Split, tensors_of
+from shards.record import LATENTS, PER_PROMPT, SPLITS, Record, Split, tensors_of
 from shards.stats import ranked
 from stages.system.atomic import atomic_write
 from stages.system.refusal import Refused
@@ -41,6 +41,8 @@ MEANINGS = {
     "schema_version": "version of this layout",
     "seed": "of every random choice made for this picture",
     "text": "the prompt",
+    "width": "of the picture in pixels",
+    "height": "of the picture in pixels",
     "cond": "last hidden state of the teacher's text encoder",
     "x0": "the picture: scaled latent at the end of the teacher's guided sampling",
     "k": "the teacher's timestep; its last one for the whole tail beyond it",
@@ -75,7 +77,7 @@ rows = load_dataset("THIS FOLDER OR REPOSITORY", split="train", streaming=True)
 ```python
 import webdataset, safetensors.torch
 
-rows = webdataset.WebDataset("data/train-{{000000..{last}}}.tar", shardshuffle=False)
+rows = webdataset.WebDataset("{pattern}", shardshuffle=False)
 first = safetensors.torch.load(next(iter(rows))["safetensors"])
 ```
 ```python
@@ -85,7 +87,7 @@ batch = next(Reader("THIS FOLDER").batches())
 ```
 `manifest.json` holds the sha256 of every shard, `sollune shards verify` checks them; `table.zarr`, where it is there,
 holds a row for each state. `wids-train.json` and its like list the shards with their counts.
-
+{sizes}
 ## Classes
 
 {classes}
@@ -166,13 +168,38 @@ def dataset_card(reader: Reader, license_id: str, name: str) -> DatasetCard:
         states=sum(shard.draws for shard in manifest.shards),
         states_per_record=len(record.states),
         splits="\n".join(_splits(manifest)),
-        fields="\n".join(_fields(record)),
-        last=f"{len(manifest.shards_of(splits[0])) - 1:06d}",
+        fields="\n".join(_fields(record, len(manifest.sizes_of()) > 1)),
+        pattern=brace_pattern(manifest, splits[0]),
+        sizes=_sizes_section(manifest),
         classes="\n".join(_classes(Counter(name for split in splits for name in reader.class_names(split)))),
         recipe=manifest.recipe.fingerprint(),
         identity=json.dumps(manifest.recipe.identity, indent=1, ensure_ascii=False),
     )
     return DatasetCard(f"---\n{head.to_yaml()}\n---\n{body}", ignore_metadata_errors=False)
+
+
+def brace_pattern(manifest: Manifest, split: Split) -> str:
+    """The paths of all shards of a split in one pattern of braces; a shard's number counts within its size."""
+    parts = [
+        f"{f'{size}-' if shards[0].size_in_name else ''}{{000000..{len(shards) - 1:06d}}}"
+        for size in manifest.sizes_of(split)
+        if (shards := [shard for shard in manifest.shards_of(split) if shard.size == size])
+    ]
+    return f"data/{split}-{parts[0] if len(parts) == 1 else '{' + ','.join(parts) + '}'}.tar"
+
+
+def _sizes_section(manifest: Manifest) -> str:
+    """How much there is of each size of pictures; nothing where the cache does not tell it."""
+    lines = ["| size | split | shards | records | states | bytes |", "|---|---|---|---|---|---|"]
+    for split in SPLITS:
+        for size in manifest.sizes_of(split):
+            shards, records, states, total = manifest.totals(split, size)
+            lines.append(f"| {size} | {split} | {shards} | {records:,} | {states:,} | {total:,} |")
+    if manifest.schema_version == 1:
+        return ""
+    return "\n".join(
+        ["", "## Sizes", "", "Width x height of the pictures in pixels. A shard holds one size.", "", *lines, ""]
+    )
 
 
 def size_category(records: int) -> str:
@@ -195,14 +222,18 @@ def _splits(manifest: Manifest) -> Iterator[str]:
         yield f"| {split} | {totals.shards} | {totals.records:,} | {totals.states:,} | {totals.bytes:,} |"
 
 
-def _fields(record: Record) -> Iterator[str]:
+def _fields(record: Record, several_sizes: bool) -> Iterator[str]:
     yield "| member | field | type | shape | meaning |\n|---|---|---|---|---|"
-    yield from (f"| json | `{name}` | {kind.__name__} | | {MEANINGS[name]} |" for name, kind in JSON_TYPES.items())
+    for name, kind in json_types(record.schema).items():
+        yield f"| json | `{name}` | {kind.__name__} | | {MEANINGS[name]} |"
     for name, values in tensors_of(record).items():
-        sizes = [*map(str, values.shape)] if name in PER_PROMPT else ["K", *map(str, values.shape[1:])]
+        shape = [*map(str, values.shape if name in PER_PROMPT else values.shape[1:])]
+        if several_sizes and name in ("x0", *LATENTS):
+            shape[1:] = ["h", "w"]
+        sizes = shape if name in PER_PROMPT else ["K", *shape]
         meaning = MEANINGS.get(name, "spatial mean of the block's last resnet, conditional branch")
-        kind = str(values.dtype).removeprefix("torch.")
-        yield f"| safetensors | `{name}` | {kind} | {' x '.join(sizes)} | {meaning} |"
+        dtype = str(values.dtype).removeprefix("torch.")
+        yield f"| safetensors | `{name}` | {dtype} | {' x '.join(sizes)} | {meaning} |"
 
 
 def _classes(counts: Counter[str]) -> Iterator[str]:

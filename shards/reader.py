@@ -1,96 +1,39 @@
 """Shards -> records -> batches, in an order that is a function of the sample's number, read ahead in threads."""
 
-import hashlib
 import os
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool
-from pydantic import Field, model_validator
 
-from configs.values import Strict
+from configs.values import PictureSize
 from shards.archive import RecordSpan, Shard
-from shards.batch import Batch, InMemoryRows, StreamedRows
+from shards.batch import Batch, InMemoryRows, StreamedRows, map_ahead
 from shards.integrity import repair_hint
 from shards.manifest import Manifest, fault_message, find_cache
 from shards.opened import OpenShards
-from shards.order import Indices, Order, Pairs, ShuffledOrder, WeightedOrder
 from shards.record import Record, RecordHeader, Split
+from shards.stream.order import Indices, Order, Pairs, ShuffledOrder, classes_of_pairs
+from shards.stream.schedule import Block, SizedOrder, SizeSchedule, grouped_by_size, seed_of_size
+from shards.stream.view import View
 from stages.system.refusal import Refused
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 DEFAULT_MEMORY_BUDGET_BYTES = 2 << 30
 MAX_WORKERS = 4
-PREFETCH_PER_WORKER = 2
-
-
-class View(Strict):
-    """Which samples of a cache are used; a sample must pass all of these."""
-
-    classes: str = Field("*", description="glob over class names, such as star/* or */red")
-    s_range: tuple[float, float] = Field(
-        (0.0, 1.0), description="path times s, from the first number to below the second; an end of 1 is included"
-    )
-    guidance_range: tuple[float, float] | None = Field(
-        None, description="guidance scales of the generated pictures, both ends included; none takes all"
-    )
-    prompt_fraction: float = Field(
-        1.0, gt=0, le=1, description="share of the prompts; a smaller share lies inside every larger one"
-    )
-
-    @model_validator(mode="after")
-    def _check_ranges(self) -> "View":
-        for name in ("s_range", "guidance_range"):
-            span = getattr(self, name)
-            if span and not span[0] <= span[1]:
-                raise ValueError(f"{name} {span[0]} {span[1]} should rise")
-        return self
-
-    def includes_all(self) -> bool:
-        """Whether nothing is left out, so that no header need be read."""
-        return self == View()
-
-    def includes(self, record: RecordHeader) -> bool:
-        """Whether any state of this record may be used."""
-        lowest, highest = self.guidance_range or (-np.inf, np.inf)
-        return (
-            fnmatchcase(record.class_name, self.classes)
-            and lowest <= record.guidance_scale <= highest
-            and uniform_of_key(record.key) < self.prompt_fraction
-        )
-
-    def mask(self, records: Iterable[RecordHeader]) -> Bool[np.ndarray, " n"]:
-        """For each state of each record, whether it is used."""
-        first, last = self.s_range
-        masks = []
-        for record in records:
-            s = np.array(record.s, dtype=np.float32)
-            in_range = (first <= s) & ((s < last) | ((s == 1) & (last == 1)))
-            masks.append(in_range & self.includes(record))
-        return np.concatenate(masks)
-
-
-def uniform_of_key(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone: a prompt is in every fraction above it."""
-    return int.from_bytes(hashlib.sha256(f"prompt {key}".encode()).digest()[:6], "big") / 2**48
 
 
 class Reader:
     """One split of a cache as an endless stream of samples, a sample being one state of one record.
 
     The stream has no other state than the number of the next sample: rank r of `world` takes the samples n with
-    n mod world = r, so a run resumes at any number with any world size, and every batch is full. The number of threads
-    changes only the time.
+    n mod world = r, so a run resumes at any batch with any world size, and every batch is full. The number of threads
+    changes only the time. Pictures of several sizes come in batches of one size each, by `schedule`.
     """
 
     def __init__(
@@ -107,8 +50,13 @@ class Reader:
         world: int = 1,
         workers: int | None = None,
         memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
+        batch_pixels: int | None = None,
+        unstated_size: PictureSize | None = None,
     ) -> None:
-        """`folder` is a cache or a run folder; `batch_size` counts the rows of one rank.
+        """`folder` is a cache or a run folder; `batch_size` counts the rows of one rank, of every size.
+
+        With `batch_pixels` a batch of all ranks together has as many rows as this number of pixels holds, at least one.
+        `unstated_size` is the size of the pictures of a cache of schema 1, which does not tell it.
 
         Only the samples of `view` are in the stream, and with `keys` only those of these records. With `class_weights`
         it samples classes by weight (`WeightedOrder`), else it shuffles all samples in each epoch (`ShuffledOrder`).
@@ -116,7 +64,7 @@ class Reader:
         default as many as the processors make useful.
         Raises `Refused` when a shard is missing or cut; its content is checked when it is first read.
         """
-        if not 0 <= rank < world or batch_size < 1 or (workers or 0) < 0:
+        if not 0 <= rank < world or min(batch_size, batch_pixels or 1) < 1 or (workers or 0) < 0:
             raise ValueError(f"rank {rank} of {world}, batch_size {batch_size}, workers {workers}")
         self.folder = find_cache(folder)
         self.manifest = Manifest.open(self.folder)
@@ -127,32 +75,72 @@ class Reader:
         for shard in self.shards:
             if fault := shard.size_fault(self.folder):
                 raise Refused(fault_message(self.folder, shard, fault))
-        self._open_shards = OpenShards(self.folder)
+        self._batch_pixels, self._unstated_size = batch_pixels, unstated_size
         self.view, self._keys, self._weights = view or View(), keys, class_weights
-        self._fits_memory = sum(shard.bytes for shard in self.shards) <= memory_budget_bytes
+        chosen = [shard for shard in self.shards if self.view.size in (None, self._size_of(shard))]
+        self._open_shards = OpenShards(self.folder, len({shard.size for shard in chosen}) or 1)
+        self._fits_memory = sum(shard.bytes for shard in chosen) <= memory_budget_bytes
         useful = 0 if self._fits_memory else min(MAX_WORKERS, len(os.sched_getaffinity(0)))
         self.workers = useful if workers is None else workers
         self._first_records = np.cumsum([0, *(shard.records for shard in self.shards)])
 
+    def _size_of(self, shard: Shard) -> PictureSize | None:
+        return shard.size or self._unstated_size
+
     @cached_property
     def pairs(self) -> Pairs:
-        """The (record, state) pairs of the stream; raises `Refused` when there is none."""
-        records = [shard.records for shard in self.shards]
-        states = np.repeat([shard.states_per_record for shard in self.shards], records)
-        pairs = Pairs(states, records, self._pair_mask())
+        """The (record, state) pairs of the stream, of all sizes; raises `Refused` when there is none."""
+        if (size := self.view.size) is not None and size not in (sizes := self._all_sizes()):
+            known = ", ".join(map(str, sizes))
+            raise Refused(f"{self.folder}: no picture of split {self.split} is {size} (view.size) - take {known}")
+        pairs = self._select(self._pair_mask)
         if not len(pairs):
             raise Refused(f"{self.folder}: no sample of split {self.split} is in the view {self.view!r} - widen it")
         return pairs
 
-    def _pair_mask(self) -> Bool[np.ndarray, " n"] | None:
-        """For each pair of the split whether it is in the stream; None where all are."""
-        if self.view.includes_all() and self._keys is None:
-            return None
-        headers = list(self.headers())
-        mask = self.view.mask(headers)
-        if self._keys is not None:
-            keys = set(self._keys)
-            mask &= np.repeat([header.key in keys for header in headers], [len(header.s) for header in headers])
+    @cached_property
+    def sizes(self) -> tuple[PictureSize | None, ...]:
+        """The sizes of the pictures of the stream, by width and height; (None,) where the cache does not tell it."""
+        return tuple(self._pairs_by_size)
+
+    @property
+    def pairs_of_sizes(self) -> tuple[Pairs, ...]:
+        """The pairs of each size of `sizes`, numbered from 0."""
+        return tuple(self._pairs_by_size.values())
+
+    @cached_property
+    def _pairs_by_size(self) -> dict[PictureSize | None, Pairs]:
+        whole = self.pairs  # refused where there is none
+        if len({shard.size for shard in self.shards}) == 1:
+            return {self._size_of(self.shards[0]): whole}
+        pairs = {size: self._select(self._pair_mask & self._is_of_size(size)) for size in self._all_sizes()}
+        return {size: of_size for size, of_size in pairs.items() if len(of_size)}
+
+    def _select(self, mask: Bool[np.ndarray, " n"]) -> Pairs:
+        records = [shard.records for shard in self.shards]
+        return Pairs(np.repeat([shard.states_per_record for shard in self.shards], records), records, mask)
+
+    def _all_sizes(self) -> list[PictureSize | None]:
+        return [size or self._unstated_size for size in self.manifest.sizes_of(self.split)]
+
+    def _is_of_size(self, size: PictureSize | None) -> Bool[np.ndarray, " n"]:
+        """For each pair of the split whether its picture has this size."""
+        draws = [shard.draws for shard in self.shards]
+        of_size = np.array([self._size_of(shard) == size for shard in self.shards], dtype=bool)
+        return np.repeat(of_size, draws)
+
+    @cached_property
+    def _pair_mask(self) -> Bool[np.ndarray, " n"]:
+        """For each pair of the split whether it is in the stream."""
+        mask = np.ones(sum(shard.draws for shard in self.shards), dtype=bool)
+        if self.view.size is not None:
+            mask &= self._is_of_size(self.view.size)
+        if self.view.needs_headers() or self._keys is not None:
+            headers = list(self.headers())
+            mask &= self.view.mask(headers)
+            if self._keys is not None:
+                keys = set(self._keys)
+                mask &= np.repeat([header.key in keys for header in headers], [len(header.s) for header in headers])
         return mask
 
     @property
@@ -160,36 +148,99 @@ class Reader:
         """Number of (record, state) pairs in the stream."""
         return len(self.pairs)
 
+    def rows_of(self, size: PictureSize | None) -> int:
+        """The rows of a batch of this size, of all ranks together.
+
+        Raises `Refused` where they do not divide among the ranks, or pixels are to be counted and the size is unknown.
+        """
+        if self._batch_pixels is None:
+            return self.batch_size * self.world
+        if size is None:
+            raise Refused(f"{self.folder}: does not tell the size of its pictures - give a batch size, not its pixels")
+        rows = max(1, self._batch_pixels // size.pixels)
+        if rows % self.world:
+            raise Refused(
+                f"batch_pixels = {self._batch_pixels}: gives {rows} rows at {size}, which do not divide among "
+                f"{self.world} processes - take a multiple of {self.world * size.pixels}"
+            )
+        return rows
+
+    @cached_property
+    def schedule(self) -> SizeSchedule:
+        """Which size each batch has, and how many rows."""
+        return self._sized_order.schedule
+
     @cached_property
     def order(self) -> Order:
         """Which sample is which state of which record."""
-        if self._weights is None:
-            return ShuffledOrder(self.seed, self.pairs)
-        return WeightedOrder(self.seed, self.pairs, self.class_names(), self._weights)
+        return self._sized_order
+
+    @cached_property
+    def _sized_order(self) -> SizedOrder:
+        pairs, rows, shares = self.pairs_of_sizes, [*map(self.rows_of, self.sizes)], None
+        orders: Sequence[Order | None] = [ShuffledOrder(*given) for given in zip(self.seeds, pairs, strict=True)]
+        if self._weights is not None:
+            classes, weights = classes_of_pairs(pairs, self.class_names(), self._weights)
+            orders, shares = grouped_by_size(self.seeds, pairs, classes, weights)
+        return SizedOrder(orders, SizeSchedule([*map(len, pairs)] if shares is None else shares.tolist(), rows))
+
+    @property
+    def orders(self) -> tuple[Order | None, ...]:
+        """The order of the stream of each size of `sizes`; None for one that never comes."""
+        return self._sized_order.orders
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of the stream of each size of `sizes`."""
+        several = len(self.sizes) > 1
+        return tuple(seed_of_size(self.seed, size) if several else self.seed for size in self.sizes)
 
     @cached_property
     def timesteps(self) -> Indices:
-        """The teacher's step k of each pair of the stream."""
-        k = np.concatenate([record.k for record in self.headers()])
-        return k if self.pairs.selected is None else k[self.pairs.selected]
+        """The teacher's step k of each pair of the stream, as `pairs` numbers them."""
+        steps: Indices = self._steps[self._pair_mask]
+        return steps
+
+    @property
+    def timesteps_of_sizes(self) -> tuple[Indices, ...]:
+        """The teacher's step k of each pair of each size, as `pairs_of_sizes` number them."""
+        starts = self.pairs.starts
+        return tuple(self._steps[starts[r] + i] for r, i in (p.locate(np.arange(len(p))) for p in self.pairs_of_sizes))
+
+    @cached_property
+    def _steps(self) -> Indices:
+        return np.concatenate([record.k for record in self.headers()])
 
     def batches(self, start_sample: int = 0, order: Order | None = None) -> Iterator[Batch]:
         """Endless batches of this rank's samples from number `start_sample` (counted over all ranks) on.
 
-        Another `order` of this reader's pairs may take the place of its own.
+        Another `order` of this reader's pairs may take the place of its own: with several sizes, one by `schedule`.
+        Raises `ValueError` for a start inside a batch, unless there is one size, whose batches may begin anywhere.
         """
-        first = start_sample + (self.rank - start_sample) % self.world
-        step = self.batch_size * self.world
-        return self.read_places((np.arange(begin, begin + step, self.world) for begin in count(first, step)), order)
+        blocks = self.schedule.blocks(start_sample)
+        return self.read_places((self._own_samples(block) for block in blocks), order)
+
+    def _own_samples(self, block: Block) -> Indices:
+        return np.arange(block.first + (self.rank - block.first) % self.world, block.first + block.rows, self.world)
 
     def read_places(self, places: Iterable[Indices], order: Order | None = None) -> Iterator[Batch]:
-        """A batch for each set of places of the stream, in this order, read ahead."""
-        order, rows = order or self.order, self._rows  # made here once, not in several threads
-        return map_ahead(lambda samples: rows.gather(*order.at(samples)), places, self.workers)
+        """A batch for each set of places of the stream, in this order, read ahead; a set has pictures of one size."""
+        order, _ = order or self.order, self._rows  # made here once, not in several threads
+        return map_ahead(lambda samples: self.gather(*order.at(samples)), places, self.workers)
 
     def batch(self, samples: Indices) -> Batch:
-        """The rows at these places of the stream."""
-        return self._rows.gather(*self.order.at(samples))
+        """The rows at these places of the stream, whose pictures have one size."""
+        return self.gather(*self.order.at(samples))
+
+    def gather(self, records: Indices, state_indices: Indices) -> Batch:
+        """The states of these records of the split, which have pictures of one size."""
+        number = np.searchsorted(self._first_records, records, side="right") - 1
+        sizes = {self._size_of(self.shards[shard]) for shard in np.unique(number)}
+        if len(sizes) > 1:
+            raise ValueError(f"rows of {len(sizes)} sizes in one batch: {', '.join(sorted(map(str, sizes)))}")
+        (size,) = sizes
+        batch = self._rows[size].gather(records, state_indices)
+        return batch if batch.size == size else replace(batch, size=size)
 
     def class_names(self, split: Split | None = None) -> list[str]:
         """The class of each record of a split (default: this reader's), in the order of its shards."""
@@ -231,33 +282,18 @@ class Reader:
         return shard, shard.offsets[number - int(self._first_records[at])]
 
     @cached_property
-    def _rows(self) -> InMemoryRows | StreamedRows:
+    def _rows(self) -> Mapping[PictureSize | None, InMemoryRows | StreamedRows]:
+        """The rows of each size of the stream."""
         pinned = torch.cuda.is_available()
         if not self._fits_memory:
-            return StreamedRows(self._open_shards, self._locate, pinned)
-        return InMemoryRows(self.records(), self.pairs.starts, pinned, sum(shard.bytes for shard in self.shards))
+            streamed = StreamedRows(self._open_shards, self._locate, pinned)
+            return dict.fromkeys(self._all_sizes(), streamed)
+        return {size: self._load(size, pinned) for size in self.sizes}
 
-
-def map_ahead(make: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`make` of each item, in order; an error is raised where its result would have come.
-
-    Up to two results for each worker wait to be fetched; without workers each is made when it is needed.
-    """
-    if workers == 0:
-        yield from map(make, items)
-        return
-    remaining = iter(items)
-    waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="reader")
-    try:
-        while True:
-            while len(waiting) < PREFETCH_PER_WORKER * workers:
-                try:
-                    waiting.append(pool.submit(make, next(remaining)))
-                except StopIteration:
-                    break
-            if not waiting:
-                return
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    def _load(self, size: PictureSize | None, pinned: bool) -> InMemoryRows:
+        numbers = [number for number, shard in enumerate(self.shards) if self._size_of(shard) == size]
+        shards = [self.shards[number] for number in numbers]  # one after the other, since their names are sorted
+        first, last = int(self._first_records[numbers[0]]), int(self._first_records[numbers[-1] + 1])
+        starts = self.pairs.starts[first : last + 1]
+        records = (self._open_shards.record(shard, span) for shard in shards for span in shard.offsets)
+        return InMemoryRows(records, starts - starts[0], pinned, sum(shard.bytes for shard in shards), first)

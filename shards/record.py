@@ -7,7 +7,7 @@ from names, types and shapes, and none can overlap, point elsewhere or leave a g
 import json
 import math
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -16,7 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-SCHEMA = 1
+from configs.values import PictureSize
+
+SCHEMA, SCHEMAS = 2, (1, 2)
+"""What is written for a new cache, and all that are read; records of schema 1 do not tell the size of their picture."""
 BLOCKS = ("down_0", "down_1", "down_2", "down_3", "mid", "up_0", "up_1", "up_2", "up_3")
 
 Split = Literal["train", "validation"]
@@ -67,6 +70,13 @@ class Record:
     x0: Float[Tensor, "c h w"]
     states: States
     features: BlockFeatures
+    size: PictureSize | None = None
+    """of the picture, in pixels; None in schema 1"""
+
+    @property
+    def schema(self) -> int:
+        """The schema in which this record is stored."""
+        return 1 if self.size is None else 2
 
 
 PER_PROMPT = {"cond": torch.float16, "x0": torch.float16}
@@ -132,6 +142,18 @@ class RecordHeader:
     k: tuple[int, ...]
     s: tuple[float, ...]
     layout: RecordLayout
+    size: PictureSize | None
+
+
+def pixels_per_latent(size: PictureSize, latent: Sequence[int]) -> int:
+    """How many pixels of a picture a place of its latent [c, h, w] spans; raises `ValueError` unless it is one number.
+
+    That number is 8 for SD1.5, and the same for all records of a cache.
+    """
+    factor = size.height // latent[1] if len(latent) == 3 else 0
+    if factor < 1 or (factor * latent[2], factor * latent[1]) != (size.width, size.height):
+        raise ValueError(f"x0 has shape {list(latent)}, which is no latent of a picture of {size}")
+    return factor
 
 
 def header_span(start: bytes | bytearray | memoryview, size: int) -> tuple[int, int]:

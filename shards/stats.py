@@ -101,6 +101,12 @@ def stats_lines(reader: Reader, stats: CacheStats) -> Iterator[str]:
     for split in SPLITS:
         totals = reader.manifest.totals(split)
         yield f"{split:<12}{totals.shards:>8}{totals.records:>10}{totals.states:>10}{totals.bytes:>16,}"
+    if reader.manifest.schema_version > 1:
+        yield f"\n{'size':<12}{'shards':>8}{'records':>10}{'states':>10}{'bytes':>16}"
+        for size in reader.manifest.sizes_of():
+            each = [reader.manifest.totals(split, size) for split in SPLITS]
+            shards, records, states, count = map(sum, zip(*each, strict=True))
+            yield f"{size!s:<12}{shards:>8}{records:>10}{states:>10}{count:>16,}"
     yield f"\n{'s':<12}{'states':>8}{'rms v_cond':>14}{'rms v_uncond':>14}"
     for i, (count, *squares) in enumerate(stats.sums.T.tolist()):
         rms = [f"{(square / count) ** 0.5:.4f}" if count else "-" for square in squares]

@@ -22,10 +22,9 @@ from shards.archive import TableEntry, sha256_of
 from shards.integrity import Damaged, repair_hint
 from shards.manifest import Manifest, find_cache
 from shards.reader import Reader
-from shards.record import SCHEMA, SPLITS, Record, Split
+from shards.record import SPLITS, Record, Split
 from shards.stats import Statistics
 from shards.table_check import (
-    COLUMNS,
     FEATURE_PREFIX,
     FEATURE_TYPE,
     TABLE_FOLDER,
@@ -33,6 +32,7 @@ from shards.table_check import (
     check_files,
     check_layout,
     chunk_fault,
+    columns_of,
 )
 from stages.system.atomic import fsync_folder, temporary_path
 from stages.system.disk import refuse_write_errors
@@ -41,6 +41,7 @@ from stages.system.refusal import Refused, did_you_mean, in_one_line
 ROWS_PER_CHUNK, ROWS_PER_FILE = 1024, 16384
 ROWS_AT_ONCE = 4 * ROWS_PER_CHUNK
 UNITS = {"s": "path time, 1 is noise", "k": "teacher's timestep", "feature": "spatial mean of activations"}
+SIZE_UNITS = {"width": "pixels of the picture", "height": "pixels of the picture"}
 Columns = dict[str, np.ndarray]
 
 
@@ -82,7 +83,11 @@ def source_attributes(manifest: Manifest) -> dict[str, str | int]:
     """The attributes by which a table names its recipe, and its shards with their content."""
     shards = "".join(f"{shard.file} {shard.sha256}\n" for shard in manifest.shards)
     sha256 = hashlib.sha256(shards.encode()).hexdigest()
-    return {"schema_version": SCHEMA, "recipe_sha256": manifest.recipe.fingerprint(), "shards_sha256": sha256}
+    return {
+        "schema_version": manifest.schema_version,
+        "recipe_sha256": manifest.recipe.fingerprint(),
+        "shards_sha256": sha256,
+    }
 
 
 def _write_arrays(path: Path, folder: Path) -> None:
@@ -92,8 +97,11 @@ def _write_arrays(path: Path, folder: Path) -> None:
     widths = {block: values.shape[1] for block, values in next(reader.records()).features.by_block.items()}
     group = zarr.open_group(path, mode="w-", zarr_format=3)
     group.attrs.update(source_attributes(reader.manifest))
-    group.attrs.update({"blocks": [*widths], "class_names": classes, "splits": [*SPLITS], "units": UNITS})
-    columns: dict[str, tuple[str, tuple[int, ...]]] = {name: (dtype, ()) for name, dtype in COLUMNS.items()}
+    group.attrs.update({"blocks": [*widths], "class_names": classes, "splits": [*SPLITS]})
+    group.attrs["units"] = UNITS | (SIZE_UNITS if reader.manifest.schema_version > 1 else {})
+    columns: dict[str, tuple[str, tuple[int, ...]]] = {
+        name: (dtype, ()) for name, dtype in columns_of(reader.manifest.schema_version).items()
+    }
     columns |= {f"{FEATURE_PREFIX}{block}": (FEATURE_TYPE, (width,)) for block, width in widths.items()}
     arrays: dict[str, zarr.Array[Any]] = {
         name: group.create_array(
@@ -139,8 +147,11 @@ def table_rows(record: Record, split: Split, class_number: int) -> Columns:
     """The rows of one record, column by column."""
     states = record.states
     constant = {"key": int(record.key), "split": SPLITS.index(split), "class": class_number}
-    columns = {name: np.full(len(states), value, dtype=COLUMNS[name]) for name, value in constant.items()}
-    columns |= {"draw": np.arange(len(states), dtype=COLUMNS["draw"]), "k": states.k.numpy(), "s": states.s.numpy()}
+    if record.size is not None:
+        constant |= {"width": record.size.width, "height": record.size.height}
+    dtypes = columns_of(record.schema)
+    columns = {name: np.full(len(states), value, dtype=dtypes[name]) for name, value in constant.items()}
+    columns |= {"draw": np.arange(len(states), dtype=dtypes["draw"]), "k": states.k.numpy(), "s": states.s.numpy()}
     return columns | {f"{FEATURE_PREFIX}{block}": values.numpy() for block, values in record.features.by_block.items()}
 
 

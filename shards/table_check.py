@@ -20,6 +20,8 @@ from stages.system.refusal import Refused
 
 TABLE_FOLDER = "table.zarr"
 COLUMNS = {"key": "int64", "split": "int8", "draw": "int16", "k": "int64", "s": "float32", "class": "int32"}
+SIZE_COLUMNS = {"width": "int32", "height": "int32"}
+"""Of the picture, in pixels; schema 1 has no such columns."""
 FEATURE_PREFIX, FEATURE_TYPE = "feature_", "float16"
 ITEM_BYTES = {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "float32": 4, "float16": 2}
 MAX_ARRAY_JSON_BYTES, MAX_GROUP_JSON_BYTES = 1 << 13, 1 << 24
@@ -34,6 +36,11 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MAX_FRAME_HEADER_BYTES = 18
 DICTIONARY_ID_BYTES, CONTENT_SIZE_BYTES = (0, 1, 2, 4), (0, 2, 4, 8)
 BLOCK_HEADER_BYTES, RLE_BLOCK = 3, 1
+
+
+def columns_of(schema: int) -> dict[str, str]:
+    """Name and type of each column beside the features."""
+    return COLUMNS | (SIZE_COLUMNS if schema > 1 else {})
 
 
 class ChunkLayout(NamedTuple):
@@ -131,7 +138,9 @@ def check_layout(
             f"{folder / TABLE_FOLDER}: was made from other shards than {folder}/manifest.json names - "
             f"{repair_hint(folder)}"
         )
-    dtypes = COLUMNS | {f"{FEATURE_PREFIX}{block}": FEATURE_TYPE for block in attributes["blocks"]}
+    dtypes = columns_of(manifest.schema_version) | {
+        f"{FEATURE_PREFIX}{block}": FEATURE_TYPE for block in attributes["blocks"]
+    }
     files = {f"{TABLE_FOLDER}/zarr.json", *(f"{TABLE_FOLDER}/{name}/zarr.json" for name in dtypes)}
     if odd := files ^ {file for file in named if file.endswith("zarr.json")}:
         raise Damaged(f"{folder / min(odd)}: should {'not ' * (min(odd) in named)}be there - {repair_hint(folder)}")

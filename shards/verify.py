@@ -1,23 +1,26 @@
 """Every fault of a cache, by reading all of it; damaged files are moved aside, never deleted."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
 
+from configs.values import PictureSize
 from shards.archive import TAR_BLOCK_BYTES, Failure, Shard
 from shards.codec import decode
 from shards.integrity import Damaged, Fault, read_at_most
 from shards.journal import broken_entries, journal_faults
 from shards.manifest import MANIFEST_FILE, Manifest
-from shards.record import PER_PROMPT, SPLITS, Record, tensors_of
+from shards.opened import comparable_shape
+from shards.record import LATENTS, PER_PROMPT, SPLITS, Record, Split, tensors_of
 from shards.table import Table, table_rows
 from shards.table_check import TABLE_FOLDER as TABLE
+from shards.writer import shard_file
 from stages.system.disk import refuse_write_errors
 from stages.system.refusal import Refused
 
@@ -42,12 +45,19 @@ def inspect(folder: Path, manifest: Manifest) -> Iterator[Fault]:
         except Refused as refusal:
             yield Fault(TABLE, str(refusal))
     consistency, first = RecordConsistency(), 0
+    unread = {shard.split for shard in manifest.shards if shard.size_in_name is None}
     for split in SPLITS:
         for shard in manifest.shards_of(split):
             if shard.file not in damaged or _has_right_bytes(folder, shard):
                 rows = None if table is None else ShardTableRows(table, first, shard)
-                yield from _record_faults(folder, shard, rows, consistency)
+                for fault in _record_faults(folder, shard, rows, consistency):
+                    unread.add(split)
+                    yield fault
+            else:
+                unread.add(split)
             first += shard.draws
+        if split not in unread:
+            yield from consistency.key_faults(split, manifest.failures)
 
 
 def _has_right_bytes(folder: Path, shard: Shard) -> bool:
@@ -61,7 +71,11 @@ def _has_right_bytes(folder: Path, shard: Shard) -> bool:
 def completeness_faults(folder: Path, manifest: Manifest) -> Iterator[Fault]:
     """Each shard and key that is missing or not in the manifest; a prompt that failed is not missing."""
     for split in SPLITS:
-        yield from _split_faults(manifest.shards_of(split), f"data/{split}", manifest.failures)
+        shards = manifest.shards_of(split)
+        for size in dict.fromkeys(shard.size_in_name for shard in shards):
+            yield from _number_faults([shard for shard in shards if shard.size_in_name == size], split, size)
+        if all(shard.size_in_name is None for shard in shards):  # else keys of the sizes lie among each other
+            yield from _key_faults(shards, manifest.failures)
     known = {shard.file for shard in manifest.shards}
     for failure in manifest.failures:
         if failure.file not in known:
@@ -72,12 +86,18 @@ def completeness_faults(folder: Path, manifest: Manifest) -> Iterator[Fault]:
     yield from _prompt_count_faults(folder, manifest)
 
 
-def _split_faults(shards: tuple[Shard, ...], name: str, failures: tuple[Failure, ...]) -> Iterator[Fault]:
-    next_key: int | None = None
+def _number_faults(shards: Sequence[Shard], split: Split, size: PictureSize | None) -> Iterator[Fault]:
+    """The first number that no shard of one size has."""
     for number, shard in enumerate(shards):
-        if shard.file != f"{name}-{number:06d}.tar":
-            yield Fault(f"{name}-{number:06d}.tar", f"missing: {shard.file} is there - make the cache whole")
+        if shard.file != (file := shard_file(split, number, size)):
+            yield Fault(file, f"missing: {shard.file} is there - make the cache whole")
             return
+
+
+def _key_faults(shards: Sequence[Shard], failures: tuple[Failure, ...]) -> Iterator[Fault]:
+    """Keys that do not follow each other from shard to shard."""
+    next_key: int | None = None
+    for shard in shards:
         failed = [int(failure.key) for failure in failures if failure.file == shard.file]
         low, high = min([int(shard.first_key), *failed]), max([int(shard.last_key), *failed])
         if next_key is not None and low != next_key:
@@ -105,23 +125,54 @@ def _prompt_count_faults(folder: Path, manifest: Manifest) -> Iterator[Fault]:
 
 
 class RecordConsistency:
-    """Whether all records of a cache have the same blocks and shapes, and none comes twice."""
+    """Whether all records of a cache have the same blocks and, but for their size, shapes, and none comes twice."""
 
     def __init__(self) -> None:
         self._first_shapes: tuple[str, Shapes] | None = None
         self._keys: dict[tuple[int, str], str] = {}
+        self._files: dict[str, list[str]] = {}  # key -> the shards of both splits that have it
 
     def mismatch(self, record: Record, file: str) -> str | None:
         """How this record does not fit to those before it."""
         key = f"{record.key} of {file}"
-        shapes = {n: tuple(v.shape if n in PER_PROMPT else v.shape[1:]) for n, v in tensors_of(record).items()}
+        shapes = {
+            name: comparable_shape(name, tuple(values.shape if name in PER_PROMPT else values.shape[1:]), record.size)
+            for name, values in tensors_of(record).items()
+        }
         first_key, expected = self._first_shapes = self._first_shapes or (key, shapes)
         if list(expected.items()) != list(shapes.items()):
             differs = [n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n)]
             name = min(differs, default="blocks")
-            return f"{name} has shape {shapes.get(name)}, record {first_key} has {expected.get(name)}"
+            is_latent = record.size is not None and name in ("x0", *LATENTS)
+            now, first = (
+                f"{shape[0]} channels of {shape[1]} pixels a place" if shape and is_latent else f"shape {shape}"
+                for shape in (shapes.get(name), expected.get(name))
+            )
+            return f"{name} has {now}, record {first_key} has {first}"
+        self._files.setdefault(record.key, []).append(file)
         twin = self._keys.setdefault((record.seed, record.text), key)
         return None if twin == key else f"has the text and the seed of record {twin}: the same record twice"
+
+    def key_faults(self, split: Split, failures: Sequence[Failure]) -> Iterator[Fault]:
+        """Each key of a split that several shards have, and the first that none has while a later one is there.
+
+        The shards of one size have the keys of that size, so only all sizes together have every key.
+        """
+        in_split = f"data/{split}-"
+        files = {key: [f for f in of_key if f.startswith(in_split)] for key, of_key in self._files.items()}
+        for failure in failures:
+            if failure.file.startswith(in_split):
+                files.setdefault(failure.key, []).append(failure.file)
+        keys = sorted(key for key, of_key in files.items() if of_key)
+        for key in keys:
+            if len(files[key]) > 1:
+                yield Fault(files[key][-1], f"has key {key}, as {files[key][0]} has", key)
+        for key, after in pairwise(keys):
+            if int(after) != int(key) + 1:
+                missing = int(keys[-1]) - int(keys[0]) + 1 - len(keys)
+                reason = f"has key {after}, and no shard has {int(key) + 1:09d} ({missing} keys are in none)"
+                yield Fault(files[after][0], reason, after)
+                return
 
 
 class ShardTableRows:
@@ -188,6 +239,8 @@ def _record_fault(record: Record, shard: Shard, last_key: str, tar_key: str) -> 
         return f"comes after {last_key or 'the beginning'}, and the shard should begin with {shard.first_key}"
     if tar_key != record.key:
         return f"lies in the tar as {tar_key!r:.40}"
+    if record.size != shard.size:
+        return f"has size {record.size}, manifest says {shard.size}"
     if len(states) != shard.states_per_record:
         return f"{len(states)} states, manifest says {shard.states_per_record}"
     bad = [name for name, values in tensors_of(record).items() if not bool(torch.isfinite(values).all())]
@@ -213,7 +266,7 @@ def _tail_fault(tar: BinaryIO, shard: Shard) -> str | None:
 def quarantine(cache_folder: Path) -> list[Path]:
     """Move every damaged file of a cache into a fresh folder under CACHE/quarantine; returns their new paths.
 
-    A table goes as a whole, and with a damaged manifest too: the journal holds the shards' checksums, not the table's.
+    A table goes as a whole, and with a bad or lost manifest too: the journal holds the shards' checksums alone.
     """
     parent = cache_folder / QUARANTINE_FOLDER
     target = next(parent / f"{i:04d}" for i in count() if not (parent / f"{i:04d}").exists())
@@ -238,9 +291,10 @@ def _blocking_path(cache_folder: Path, file: str) -> str:
 
 def _damaged_files(cache_folder: Path) -> Iterator[str]:
     try:
-        manifest = Manifest.open(cache_folder)
+        manifest = Manifest.open(cache_folder) if os.path.lexists(cache_folder / MANIFEST_FILE) else None
     except Damaged:
+        manifest = None
+    if not manifest:
         yield from (MANIFEST_FILE, TABLE, *broken_entries(cache_folder))
-        return
-    for fault in inspect(cache_folder, manifest):
+    for fault in inspect(cache_folder, manifest) if manifest else ():
         yield TABLE if fault.file.startswith(TABLE) else fault.file

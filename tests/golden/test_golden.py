@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shards.manifest import Manifest
 from stages.__main__ import main
-from tests.golden.make import COMMON, DAVID, TRAIN
+from tests.golden.make import CACHE, COMMON, DAVID, TRAIN
 
 DATA = Path("tests/golden/data")
 
@@ -53,3 +54,24 @@ def test_an_earlier_export_gives_pictures(tmp_path: Path, model: str) -> None:
     words = ["a red star", "--seeds", "0", "--steps", "2", "--out", str(sheet)]
     assert main(["sample", str(DATA / "distill" / "export" / model), *words]) == 0
     assert sheet.is_file()
+
+
+@pytest.mark.parametrize("sizes", [[], ["--render.sizes", "[{size: 64x64, share: 3}]"]])
+def test_an_earlier_cache_grows_in_the_schema_that_it_has(tmp_path: Path, sizes: list[str]) -> None:
+    shutil.copytree(DATA / "cache", tmp_path / "cache")
+    before = Manifest.open(tmp_path / "cache")
+    words = ["cache-teacher", *COMMON, "--run", str(tmp_path), "--teacher", str(DATA / "teacher"), *CACHE]
+    assert main([*words, *sizes, "--count", "10"]) == 0
+    after = Manifest.open(tmp_path / "cache")
+    assert after.schema_version == before.schema_version == 1
+    assert after.recipe.fingerprint() == before.recipe.fingerprint()
+    assert set(before.shards) < set(after.shards)
+    assert sum(shard.records for shard in after.shards_of("train")) == 10
+    assert main(["shards", "verify", str(tmp_path)]) == 0
+
+
+def test_an_earlier_cache_takes_no_other_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(DATA / "cache", tmp_path / "cache")
+    words = ["cache-teacher", *COMMON, "--run", str(tmp_path), "--teacher", str(DATA / "teacher"), *CACHE]
+    assert main([*words, "--render.sizes", "[{size: 64x64, share: 1}, {size: 64x96, share: 1}]"]) == 2
+    assert "made by another recipe: render.sizes was absent" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """Small records that are a function of their number, and caches made of them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from configs.values import PictureSize
 from shards.manifest import Recipe
 from shards.record import BlockFeatures, Record, States
 from shards.writer import CacheWriter
@@ -38,6 +40,7 @@ def make_numbered_record(number: int, state_count: int = K) -> Record:
             trajectory=torch.arange(state_count) == 0,
         ),
         features=BlockFeatures({"mid": half(state_count, 8), "down_0": half(state_count, 3)}),
+        size=PictureSize(8 * W, 8 * H),
     )
 
 
@@ -81,3 +84,48 @@ def make_module_cache() -> Callable[[Path], Path]:
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return fill_cache(tmp_path / "run" / "cache")
+
+
+SIZES = (PictureSize(40, 32), PictureSize(24, 48), PictureSize(48, 24))
+
+
+def make_sized_record(number: int, size: PictureSize, state_count: int = K) -> Record:
+    """Record `number` with a picture of this size."""
+    record = make_numbered_record(number, state_count)
+    generator = torch.Generator().manual_seed(10**6 + number)
+    shape = (C, size.height // 8, size.width // 8)
+    states = {
+        name: torch.randn(state_count, *shape, generator=generator).half() for name in ("x_s", "v_cond", "v_uncond")
+    }
+    x0 = torch.randn(shape, generator=generator).half()
+    return replace(record, x0=x0, states=replace(record.states, **states), size=size)
+
+
+def size_of_number(number: int) -> PictureSize:
+    """Of seven prompts three have the first size, and two each of the others."""
+    return SIZES[(0, 1, 0, 2, 0, 1, 2)[number % 7]]
+
+
+def fill_sized_cache(folder: Path, train: int = 14, validation: int = 4, per_shard: int = 3) -> Path:
+    """A cache of three sizes in shards of up to three records; a prompt's number is its key in any size."""
+    writer = CacheWriter(folder, make_small_recipe())
+    for split, count in (("train", train), ("validation", validation)):
+        for size in SIZES:
+            numbers = [number for number in range(count) if size_of_number(number) == size]
+            for index, first in enumerate(range(0, len(numbers), per_shard)):
+                own = numbers[first : first + per_shard]
+                base = 0 if split == "train" else 100
+                if not writer.is_intact(split, index, len(own), size):
+                    records = (replace(make_sized_record(base + n, size), key=f"{n:09d}") for n in own)
+                    writer.add(split, index, records, size=size)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_sized_cache() -> Callable[..., Path]:
+    return fill_sized_cache
+
+
+@pytest.fixture
+def sized(tmp_path: Path) -> Path:
+    return fill_sized_cache(tmp_path / "run" / "cache")

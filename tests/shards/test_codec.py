@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from configs.values import PictureSize
 from shards.codec import decode, encode
+from shards.integrity import Damaged
 from shards.record import STATE_FIELDS, BlockFeatures
 from stages.system.refusal import Refused
 
@@ -66,16 +68,26 @@ def encode_by_hand(values):
     return len(text).to_bytes(8, "little") + text + body
 
 
-def test_the_bytes_are_the_ones_of_schema_1(make_record):
-    sent = make_record(0)
+@pytest.mark.parametrize(
+    ("size", "schema", "height", "width"),
+    [(None, b"1", b"", b""), (PictureSize(40, 32), b"2", b'"height": 32, ', b', "width": 40')],
+)
+def test_the_bytes_are_the_ones_of_their_schema(make_record, size, schema, height, width):
+    sent = dataclasses.replace(make_record(0), size=size)
     features = sent.features.by_block.values()
     for values in (sent.cond, sent.x0, *(getattr(sent.states, name) for name in STATE_FIELDS.values()), *features):
         values.copy_(torch.arange(values.numel()).view_as(values) % 7)
     json_bytes, st_bytes = encode(sent)
     assert json_bytes == (
         b'{"blocks": ["mid", "down_0"], "class_name": "shape/star", "draws": 2, "guidance_scale": 3.0, '
-        b'"key": "000000000", "schema_version": 1, "seed": 4611686018427387904, "text": "a star, number 0"}'
+        + height
+        + b'"key": "000000000", "schema_version": '
+        + schema
+        + b', "seed": 4611686018427387904, "text": "a star, number 0"'
+        + width
+        + b"}"
     )
+    assert decode(json_bytes, st_bytes).size == size
     assert st_bytes == encode_by_hand(np.arange(7))
     assert hashlib.sha256(st_bytes).hexdigest() == "65f30744110fac43a4e9f3cb9a51f6a08b6fee3fd490bf149a385c6d5951d1fd"
 
@@ -119,8 +131,30 @@ def test_features_of_another_number_of_states_are_not_written(make_record):
 
 def test_another_schema_is_refused(make_record):
     json_bytes, st_bytes = encode(make_record(0))
-    with pytest.raises(Refused, match="record '000000000': schema 2"):
-        decode(json_bytes.replace(b'"schema_version": 1', b'"schema_version": 2'), st_bytes)
+    for other in (b"3", b"0", b"true", b"2.0", b'"2"', b"null"):
+        with pytest.raises(Refused, match=r"record '000000000': schema .*, this program reads 1 and 2"):
+            decode(json_bytes.replace(b'"schema_version": 2', b'"schema_version": ' + other), st_bytes)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(32, 41), (32, 32), (40, 32), (33, 40), (0, 40), (-32, -40), (100_000, 125_000), (3, 5)]
+)
+def test_a_size_that_the_latent_does_not_have_is_refused(make_record, height, width):
+    json_bytes, st_bytes = encode(make_record(0))
+    fields = json.loads(json_bytes) | {"height": height, "width": width}
+    with pytest.raises(Damaged, match=r"no latent of a picture of|a picture size that cannot be"):
+        decode(json.dumps(fields, sort_keys=True).encode(), st_bytes)
+    if min(height, width) > 0:
+        with pytest.raises(ValueError, match=r"record 000000000: .*(no latent|cannot be)"):
+            encode(dataclasses.replace(make_record(0), size=PictureSize(width, height)))
+
+
+def test_a_schema_has_its_own_fields_and_no_others(make_record):
+    json_bytes, st_bytes = encode(make_record(0))
+    fields = json.loads(json_bytes)
+    for changed in ({**fields, "schema_version": 1}, {n: v for n, v in fields.items() if n != "width"}):
+        with pytest.raises(Damaged, match="has not the keys and types of the schema"):
+            decode(json.dumps(changed, sort_keys=True).encode(), st_bytes)
 
 
 @pytest.mark.parametrize("cut", [slice(0, 20), slice(0, -1)])

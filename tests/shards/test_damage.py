@@ -30,7 +30,17 @@ def read_training_batches(cache: Path) -> None:
         for _, _batch in zip(range(reader.samples_per_epoch), reader.batches(), strict=False):
             pass
     table = Table.open(cache)
-    for name in ("key", "draw", "k", "s", "split", "class", *(f"feature_{block}" for block in table.blocks)):
+    for name in (
+        "key",
+        "draw",
+        "k",
+        "s",
+        "split",
+        "class",
+        "width",
+        "height",
+        *(f"feature_{block}" for block in table.blocks),
+    ):
         table.column(name)
 
 

@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from shards import order as order_module
-from shards.order import WINDOW, Epoch, Pairs, ShuffledOrder, epoch_order
 from shards.reader import Reader
+from shards.stream import order as order_module
+from shards.stream.order import WINDOW, Epoch, Pairs, ShuffledOrder, epoch_order
 
 EVERYTHING = Counter((f"{number:09d}", state) for number in range(7) for state in range(2))
 

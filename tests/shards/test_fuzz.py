@@ -78,11 +78,17 @@ def test_bytes_are_no_tar_with_records(tmp_path, content):
     assert record_spans(tmp_path / "odd.tar") == {}
 
 
+@pytest.fixture(scope="module")
+def sized_world(tmp_path_factory):
+    return fuzz_cases.FuzzCache(tmp_path_factory.mktemp("sized"), several_sizes=True)
+
+
 @FEW
 @pytest.mark.parametrize("kind", fuzz_cases.KINDS)
 @given(seed=SEEDS)
-def test_a_hostile_cache_is_read_as_it_is_or_refused(world, kind, seed):
-    assert fuzz_cases.KINDS[kind][0](Random(seed), world)
+def test_a_hostile_cache_is_read_as_it_is_or_refused(world, sized_world, kind, seed):
+    for cache in (world, sized_world):
+        assert fuzz_cases.KINDS[kind][0](Random(seed), cache)
 
 
 @pytest.mark.parametrize("kind", ["record, forged", "shard, forged", "table, forged"])
@@ -203,9 +209,12 @@ def _refused_batch(world, budget):
         Reader(world.cache, memory_budget_bytes=budget, workers=0).batch(np.arange(12))
 
 
-def test_rows_are_not_spread_over_a_record_of_another_shape(world):
+@pytest.mark.parametrize(
+    ("other", "words"), [((1, 1, 1), "has size 8x8, manifest says 16x16"), ((2, 2, 2), "has x0, x_t.* unlike")]
+)
+def test_rows_are_not_spread_over_a_record_of_another_shape(world, other, words):
     """A tensor of one row would be broadcast to every row of a batch, unless shapes are checked."""
-    members = [(f"{n:09d}", encode(forge.record(n, shape))) for n, shape in ((0, (1, 2, 2)), (1, (1, 1, 1)))]
+    members = [(f"{n:09d}", encode(forge.record(n, shape))) for n, shape in ((0, (1, 2, 2)), (1, other))]
     listed = [
         (f"{key}.{kind}", body)
         for key, pair in members
@@ -216,7 +225,7 @@ def test_rows_are_not_spread_over_a_record_of_another_shape(world):
     tree["shards"][0] = forge.forge_entry(tree["shards"][0], tar, starts, listed)
     with world.replace_files({"data/train-000000.tar": tar, "manifest.json": world.manifest_bytes(tree)}):
         for budget in (1 << 30, 0):
-            with pytest.raises(Damaged, match=r"record at byte \d+: record .* has .*x_t.* unlike"):
+            with pytest.raises(Damaged, match=rf"record at byte \d+: record .* {words}"):
                 Reader(world.cache, memory_budget_bytes=budget, workers=0).batch(np.arange(8))
 
 

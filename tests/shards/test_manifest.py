@@ -49,8 +49,9 @@ def test_a_missing_manifest_is_refused(tmp_path):
     ("text", "words"),
     [
         ("{", "not good JSON"),
-        ("[]", "schema_version None, this program reads 1"),
-        ('{"schema_version": 2}', "schema_version 2, this program reads 1"),
+        ("[]", "schema_version None, this program reads 1 and 2"),
+        ('{"schema_version": 3}', "schema_version 3, this program reads 1 and 2"),
+        ('{"schema_version": true}', "schema_version True, this program reads 1 and 2"),
         ('{"schema_version": 1}', "recipe: Field required"),
         ('{"schema_version": 1, "recipe": {"identity": {}}, "extra": 1}', "extra: Extra inputs"),
     ],
@@ -148,5 +149,11 @@ def test_a_link_is_refused(cache, tmp_path, linked):
 
 
 def test_a_run_folder_stands_for_the_cache_inside_it(cache):
+    assert find_cache(cache.parent) == cache
+    assert find_cache(cache) == cache
+
+
+def test_a_run_folder_whose_manifest_is_lost_stands_for_the_cache_inside_it(cache):
+    (cache / "manifest.json").unlink()
     assert find_cache(cache.parent) == cache
     assert find_cache(cache) == cache

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from shards import order
-from shards.order import GroupedOrder, Pairs, ShuffledOrder, WeightedOrder
+from shards.stream import order
+from shards.stream.order import GroupedOrder, Pairs, ShuffledOrder, WeightedOrder
 from stages.system.refusal import Refused
 
 STATES = np.array([2, 2, 3, 1, 4])

@@ -31,10 +31,12 @@ def test_it_is_opened_by_datasets_with_every_record(published, tmp_path):
         "class_name": "string",
         "draws": "int64",
         "guidance_scale": "float64",
+        "height": "int64",
         "key": "string",
         "schema_version": "int64",
         "seed": "int64",
         "text": "string",
+        "width": "int64",
     }
     assert [row["json"]["guidance_scale"] for row in whole["train"]] == [3.0 + i for i in range(7)]
     assert load(whole["validation"][1]["safetensors"])["x_t"].shape == (2, 3, 4, 5)

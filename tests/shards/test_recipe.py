@@ -1,5 +1,7 @@
 import hashlib
 
+import pytest
+
 from shards.manifest import Recipe, differences
 
 
@@ -7,9 +9,10 @@ def recipe(**identity):
     return Recipe(identity=identity)
 
 
-def test_the_fingerprint_of_schema_1():
-    made = recipe(teacher={"unet": "ab"}, steps=25, guidance=5.0)
-    content = b'{"identity":{"guidance":5.0,"steps":25,"teacher":{"unet":"ab"}},"schema_version":1}'
+@pytest.mark.parametrize("schema", [1, 2])
+def test_the_fingerprint_holds_identity_and_schema(schema):
+    made = recipe(teacher={"unet": "ab"}, steps=25, guidance=5.0).in_schema(schema)
+    content = b'{"identity":{"guidance":5.0,"steps":25,"teacher":{"unet":"ab"}},"schema_version":%d}' % schema
     assert made.fingerprint() == hashlib.sha256(content).hexdigest()
 
 
@@ -32,6 +35,20 @@ def test_differences_name_dotted_fields_with_both_values():
         'blocks was ["mid"], is now ["mid","up_0"]',
         "old was null, is now absent",
         "new was absent, is now true",
+    ]
+
+
+def test_differences_inside_a_list_of_mappings_name_the_entry_that_differs():
+    sizes = [{"size": "512x512", "share": 0.4}, {"size": "512x768", "share": 0.6}]
+    a, b = recipe(render={"sizes": sizes}), recipe(render={"sizes": [sizes[0], {"size": "768x512", "share": 0.6}]})
+    assert differences(a, b) == ['render.sizes.1.size was "512x768", is now "768x512"']
+    assert differences(a, recipe(render={"sizes": sizes[:1]})) == [
+        'render.sizes.1.size was "512x768", is now absent',
+        "render.sizes.1.share was 0.6, is now absent",
+    ]
+    assert differences(recipe(sizes=[]), recipe(sizes=[{}])) == [
+        "sizes was [], is now absent",
+        "sizes.0 was absent, is now {}",
     ]
 
 

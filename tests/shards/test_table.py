@@ -96,7 +96,7 @@ def test_statistics_survive_a_large_mean():
 def test_the_attributes_identify_the_cache(cache, make_recipe):
     write_table(cache)
     attributes = json.loads((cache / "table.zarr/zarr.json").read_text())["attributes"]
-    assert attributes["schema_version"] == 1
+    assert attributes["schema_version"] == 2
     assert attributes["recipe_sha256"] == make_recipe().fingerprint()
     assert attributes["blocks"] == ["mid", "down_0"]
     assert attributes["class_names"] == ["shape/disc", "shape/ring", "shape/star"]

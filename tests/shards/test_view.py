@@ -3,7 +3,8 @@ import itertools
 import pytest
 from pydantic import ValidationError
 
-from shards.reader import Reader, View, uniform_of_key
+from shards.reader import Reader
+from shards.stream.view import View, uniform_of_key
 from stages.system.refusal import Refused
 
 

@@ -65,7 +65,7 @@ def test_datasets_of_the_hub_keeps_every_column(cache, make_record, tmp_path):
         assert (read["text"], read["class_name"], read["seed"]) == (sent.text, sent.class_name, sent.seed)
         assert read["guidance_scale"] == sent.guidance_scale
         assert read["blocks"] == ["mid", "down_0"]
-        assert (read["draws"], read["schema_version"]) == (2, 1)
+        assert (read["draws"], read["schema_version"], read["width"], read["height"]) == (2, 2, 40, 32)
         assert decode(encode(sent)[0], row["safetensors"]).x0.equal(sent.x0)
 
 

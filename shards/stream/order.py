@@ -115,7 +115,7 @@ class GroupedOrder:
         """`shares` are relative to their sum; a group of share 0 never comes and may be empty, any other has pairs."""
         self.seed, self.pairs = seed, pairs
         sizes = np.bincount(group_of_pair, minlength=len(shares))
-        if (shares < 0).any() or (sizes[shares > 0] == 0).any():
+        if (shares < 0).any() or not shares.any() or (sizes[shares > 0] == 0).any():
             raise ValueError("every share should be 0, or positive with pairs to sample from")
         # Groups of share 0 have no place of their own: the last place takes what rounding leaves over.
         present = np.flatnonzero(shares)
@@ -143,11 +143,22 @@ class WeightedOrder(GroupedOrder):
 
     def __init__(self, seed: int, pairs: Pairs, class_names: Sequence[str], weights: Mapping[str, float]) -> None:
         """`class_names` has one name for each record; raises `Refused` unless weights and classes of `pairs` match."""
-        record_of_pair, _ = pairs.locate(np.arange(len(pairs)))
-        names = _ordered_classes([class_names[record] for record in np.unique(record_of_pair)], weights)
-        number = {name: i for i, name in enumerate(names)}
-        class_of_pair = np.array([number.get(name, -1) for name in class_names])[record_of_pair]
-        super().__init__(seed, pairs, class_of_pair, np.array([weights[name] for name in names], dtype=np.float64))
+        (class_of_pair,), shares = classes_of_pairs([pairs], class_names, weights)
+        super().__init__(seed, pairs, class_of_pair, shares)
+
+
+def classes_of_pairs(
+    pairs: Sequence[Pairs], class_names: Sequence[str], weights: Mapping[str, float]
+) -> tuple[list[Indices], Float[np.ndarray, " classes"]]:
+    """For each size the number of the class of each of its pairs, and the weight of each class.
+
+    `class_names` has one name for each record; raises `Refused` unless weights and classes of all pairs match.
+    """
+    record_of_pair = [of_size.locate(np.arange(len(of_size)))[0] for of_size in pairs]
+    names = _ordered_classes([class_names[record] for record in np.unique(np.concatenate(record_of_pair))], weights)
+    number = {name: i for i, name in enumerate(names)}
+    class_of_record = np.array([number.get(name, -1) for name in class_names])
+    return [class_of_record[of_size] for of_size in record_of_pair], np.array([weights[n] for n in names], np.float64)
 
 
 def _ordered_classes(class_names: Sequence[str], weights: Mapping[str, float]) -> list[str]:
