@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from configs.load import resolved_yaml
-from configs.values import Location, Strict
+from configs.values import PictureSize, Strict
 from shards.manifest import Recipe, differences
 from shards.record import Record
 from shards.table import is_tabulated, write_table
@@ -25,7 +25,6 @@ from stages.cache.fill import (
     FillJob,
     RecordMaker,
     ShardTask,
-    count_prompts,
     fill,
     ranges,
     refuse_surplus,
@@ -35,8 +34,10 @@ from stages.cache.fill import (
 )
 from stages.cache.fleet import fill_by_many
 from stages.cache.plan import blank_record, estimate_cost, record_bytes, refuse_small_disk
+from stages.cache.sizes import RenderSizes
 from stages.cache.targets import RenderConfig, make_records, recipe_in, recipe_of
-from stages.nets.components import load_components
+from stages.nets.components import Components, load_components
+from stages.nets.measured_teacher import load_measured_teacher
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, PromptSource, Split, prompts, source_identity, source_report
 from stages.system.atomic import atomic_write
@@ -44,13 +45,15 @@ from stages.system.device import device_of, one_thread
 from stages.system.memory import refuse_too_many
 from stages.system.refusal import Refused
 from stages.system.signals import interrupt_on
+from stages.teacher_files.open import open_teacher_files
+from stages.teacher_files.source import TeacherSource
 
 
 class Config(Strict):
     """Render prompts with the frozen teacher and store its states and velocities in shards under RUN/cache."""
 
     run: Path = Field(description="run folder; the cache lies in RUN/cache")
-    teacher: Location = Field(description="diffusers folder or hub id of an SD-1.x model")
+    teacher: TeacherSource = Field(description="the model that is converted: a folder, a hub id, or a single file")
     prompts: PromptSource = Field(description="where the sentences come from")
     seed: int = Field(0, description="seed of the prompts and of their pictures")
     count: int = Field(2000, ge=1, description="prompts in the training split")
@@ -88,19 +91,25 @@ def run(config: Config) -> None:
         "train": prompts(config.prompts, config.seed, "train", config.count),
         "validation": prompts(config.prompts, config.seed, "validation", config.validation_count),
     }
-    all_tasks = tasks_of(by_split, config.render.records_per_shard)
-    tasks = tasks_in(all_tasks, config.shard_range)
     # Many workers load a teacher each; the one here then gives sizes only, and takes no memory of a GPU.
-    teacher = load_teacher(config, device_of(config.device if config.in_process or config.plan else "cpu"))
+    device = device_of(config.device if config.in_process or config.plan else "cpu")
+    opened = load_measured_teacher(config.teacher, device)
+    print("\n".join(opened.used.lines))
+    config = config.model_copy(update={"teacher": opened.source})  # workers need no measurement
+    teacher = make_teacher(config, opened.components)
+    render = config.render
+    sizes = RenderSizes.checked(render.sizes, teacher.components.latents)
+    all_tasks = tasks_of(by_split, render.records_per_shard, render.batch_size, sizes)
+    tasks = tasks_in(all_tasks, config.shard_range)
     report = source_report(config.prompts, [*by_split["train"], *by_split["validation"]], teacher.components.tokenizer)
     print("\n".join(report.lines()))
 
     source, folder = source_identity(config.prompts, config.seed), config.run / "cache"
-    recipe = recipe_of(teacher, config.render, source, device_of(config.device), recipe_in(folder))
+    recipe = recipe_of(teacher, render, source, device_of(config.device), recipe_in(folder))
     writer = CacheWriter(folder, recipe)
     refuse_surplus(writer, all_tasks)
     if config.plan:
-        print_cost(config, writer, tasks, teacher, by_split["train"][: config.render.batch_size])
+        print_cost(config, writer, tasks, teacher)
         return
     if config.cluster == HERE and config.workers > 1:
         parts = (teacher.components.unet, teacher.components.vae, teacher.components.text_encoder)
@@ -112,66 +121,71 @@ def run(config: Config) -> None:
 
 
 def load_teacher(config: Config, device: torch.device) -> Teacher:
-    """The frozen teacher, on this device."""
-    parts = load_components(config.teacher, device, torch.float32)
+    """The frozen teacher, on this device, without the lines about its files: the main process prints them."""
+    return make_teacher(config, load_components(open_teacher_files(config.teacher), device, torch.float32))
+
+
+def make_teacher(config: Config, parts: Components) -> Teacher:
+    """The frozen teacher of these parts."""
     return Teacher(parts, config.render.tail, getattr(torch, config.dtype), compiled=config.compile)
 
 
-def print_cost(
-    config: Config, writer: CacheWriter, tasks: Sequence[ShardTask], teacher: Teacher, sample: Sequence[Prompt]
-) -> None:
+def print_cost(config: Config, writer: CacheWriter, tasks: Sequence[ShardTask], teacher: Teacher) -> None:
     """Print the cost of the missing shards; raises `Refused` when the disk cannot hold it."""
-    make = partial(make_records, teacher, config=config.render.states)
-    sizes = [len(task.prompts) for task in unfinished_tasks(writer, tasks)]
+    states = config.render.states
     capacity = (torch.cuda.device_count() or os.cpu_count() or 1) if config.cluster == HERE else config.workers
     with one_thread():
-        cost = estimate_cost(make, sample, sizes, config.workers, capacity)
+        cost = estimate_cost(
+            lambda prompts, keys, size: make_records(teacher, prompts, keys, states, size),
+            unfinished_tasks(writer, tasks),
+            config.workers,
+            capacity,
+        )
     print("\n".join(cost.lines(writer.folder)))
     refuse_small_disk(writer.folder, cost.bytes)
 
 
 def make_shards(config: Config, writer: CacheWriter, tasks: Sequence[ShardTask], teacher: Teacher) -> int:
     """Make the missing shards, here or by workers; returns how many were made."""
-    to_make = count_prompts(unfinished_tasks(writer, tasks))
-    each = record_bytes(blank_record(teacher, config.render.states.states_per_prompt))
+    to_make, states = unfinished_tasks(writer, tasks), config.render.states.states_per_prompt
+    each = {size: record_bytes(blank_record(teacher, states, size)) for size in {task.size for task in tasks}}
     if not config.no_disk_check:
-        refuse_small_disk(writer.folder, each * to_make)
+        refuse_small_disk(writer.folder, sum(each[task.size] * len(task.prompts) for task in to_make))
     start = worker_starter(config.cluster, config.workers)  # raises `Refused` where they cannot run
     if to_make:
         (writer.folder / COMPLETE_FILE).unlink(missing_ok=True)
     if config.in_process:
-        return fill(writer, tasks, config.render.batch_size, record_maker(config, teacher, each))
+        return fill(writer, tasks, record_maker(config, teacher, each))
     open_numbered = partial(open_worker, with_absolute_paths(config), writer.manifest.recipe, each)
-    return fill_by_many(writer, FillJob(open_numbered, tasks, config.render.batch_size), each, start)
+    return fill_by_many(writer, FillJob(open_numbered, tasks), each, start)
 
 
 def with_absolute_paths(config: Config) -> Config:
     """The same with paths that do not depend on the working directory of a process."""
-    paths: dict[str, Path | str] = {"run": config.run.absolute()}
-    if Path(config.teacher).is_dir():
-        paths["teacher"] = str(Path(config.teacher).absolute())
-    return config.model_copy(update=paths)
+    return config.model_copy(update={"run": config.run.absolute(), "teacher": config.teacher.absolute()})
 
 
-def record_maker(config: Config, teacher: Teacher, bytes_per_record: int) -> RecordMaker:
+def record_maker(config: Config, teacher: Teacher, record_bytes_of: Mapping[PictureSize, int]) -> RecordMaker:
     """`make_records` of this teacher; each batch is refused unless the disk can still hold a shard."""
 
-    def make(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+    def make(prompts: Sequence[Prompt], keys: Sequence[str], size: PictureSize) -> list[Record]:
         if not config.no_disk_check:
-            refuse_small_disk(config.run / "cache", bytes_per_record * config.render.records_per_shard)
-        return make_records(teacher, prompts, keys, config.render.states)
+            refuse_small_disk(config.run / "cache", record_bytes_of[size] * config.render.records_per_shard)
+        return make_records(teacher, prompts, keys, config.render.states, size)
 
     return make
 
 
-def open_worker(config: Config, recipe: Recipe, bytes_per_record: int, number: int) -> tuple[CacheWriter, RecordMaker]:
+def open_worker(
+    config: Config, recipe: Recipe, record_bytes_of: Mapping[PictureSize, int], number: int
+) -> tuple[CacheWriter, RecordMaker]:
     """The cache and the teacher, opened by worker `number`; raises `Refused` when the teacher there is another one."""
     teacher = load_teacher(config, device_of(config.device, number))
     source = recipe.identity["prompts"]
     own = recipe_of(teacher, config.render, source if isinstance(source, dict) else {}, existing=recipe)
     if changes := differences(recipe, own):
         raise Refused(f"worker {number} would make another cache: {'; '.join(changes)} - give it the same files")
-    return CacheWriter(config.run / "cache", recipe), record_maker(config, teacher, bytes_per_record)
+    return CacheWriter(config.run / "cache", recipe), record_maker(config, teacher, record_bytes_of)
 
 
 def finish(config: Config, writer: CacheWriter, all_tasks: Sequence[ShardTask], made_count: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 
 from configs.load import load
 from configs.values import location_argument, path_argument
@@ -22,7 +23,9 @@ from stages.flow.bridge import x0_from_velocity
 from stages.system.device import device_of
 from stages.system.disk import refuse_unwritable
 from stages.system.refusal import Refused
-from stages.teacher_files.folder import COMPONENT_NAMES, changed_components, find_teacher
+from stages.teacher_files.folder import COMPONENT_NAMES
+from stages.teacher_files.recorded import changed_parts, find_source
+from stages.teacher_files.source import TeacherSource
 
 if TYPE_CHECKING:  # what loads networks takes seconds, and most of these commands need none
     from stages.nets.teacher import Teacher
@@ -48,7 +51,8 @@ def repair(args: argparse.Namespace) -> int:
         print(f"moved aside: {path}")
     for path in restore_journal(cache):
         print(f"written again: {path}")
-    if any(path.parent.name != JOURNAL_FOLDER for path in moved) or shards.verify(args):
+    is_lost = not (cache / MANIFEST_FILE).exists()  # or moved aside: the journal makes it again
+    if is_lost or any(path.parent.name != JOURNAL_FOLDER for path in moved) or shards.verify(args):
         origin.remake()
     return shards.verify(args)
 
@@ -63,7 +67,7 @@ def show(args: argparse.Namespace) -> None:
         return
     path = args.picture or Path(f"{args.split}-{record.key}.png")
     try:
-        save_record_picture(record, args.teacher or find_origin(find_cache(args.folder)).teacher_location(), path)
+        save_record_picture(record, teacher_of(find_cache(args.folder), args.teacher), path)
     except Refused as refusal:
         print(f"no picture: {refusal}")
     else:
@@ -119,14 +123,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 class CacheOrigin:
     """How a cache was made, by the configuration beside it."""
 
-    teacher_locations: Sequence[str]
-    """its teacher's folder or hub id, and its path on the machine that made the cache"""
+    teacher_sources: Sequence[TeacherSource]
+    """its teacher as it was named, and by its path on the machine that made the cache"""
     remake: Callable[[], None]
     """makes what is missing"""
 
+    def teacher_source(self) -> TeacherSource:
+        """The teacher where it is now; raises `Refused` when it is at none of the places."""
+        return find_source(self.teacher_sources)
+
     def teacher_location(self) -> str:
-        """Where the teacher is; raises `Refused` when it is at none of the locations."""
-        return find_teacher(self.teacher_locations)[0]
+        """Where the teacher is; raises `Refused` likewise."""
+        return self.teacher_source().location
+
+
+def teacher_of(cache: Path, teacher: str | None) -> TeacherSource:
+    """The teacher that made a cache, at `teacher` if it was moved, by the configuration beside the cache otherwise."""
+    if teacher is None:
+        return find_origin(cache).teacher_source()
+    recorded = _recorded_source(cache)
+    return recorded.at(teacher) if recorded else TeacherSource(location=teacher)
 
 
 def find_origin(cache: Path, teacher: str | None = None) -> CacheOrigin:
@@ -149,19 +165,35 @@ def _teacher_cache_origin(cache: Path, file: Path, teacher: str | None) -> Cache
 
     argv = ["--run", str(cache.parent), *(["--teacher", teacher] if teacher else [])]
     config = load(cache_teacher.Config, "cache_teacher", [file], argv)
-    path = None if teacher or not (cache / MANIFEST_FILE).exists() else _recorded_teacher_path(cache)
-    if path and not Path(config.teacher).is_dir() and Path(path).is_dir():
-        config = config.model_copy(update={"teacher": path})
-    return CacheOrigin([config.teacher, *([path] if path else [])], partial(cache_teacher.run, config))
+    recorded = _recorded_source(cache) if (cache / MANIFEST_FILE).exists() else None
+    if recorded:
+        config = config.model_copy(update={"teacher": _where_it_lies(config.teacher, recorded, moved=bool(teacher))})
+    others = [] if teacher or recorded is None else [config.teacher.at(recorded.location)]
+    return CacheOrigin([config.teacher, *others], partial(cache_teacher.run, config))
 
 
-def _recorded_teacher_path(cache: Path) -> str | None:
-    """The teacher's path on the machine that made the cache, by its manifest; None for a broken manifest."""
+def _where_it_lies(named: TeacherSource, recorded: TeacherSource, *, moved: bool) -> TeacherSource:
+    """The teacher as it was named, with the recorded absolute path of each of its files that is not there so."""
+    places = {}
+    for name in ("parts_from", "config", "vae", *(() if moved else ("location",))):
+        now, then = getattr(named, name), getattr(recorded, name)
+        if now and then and not Path(now).exists() and Path(then).exists():
+            places[name] = then
+    pairs = zip(named.loras, recorded.loras, strict=False)
+    loras = tuple(then if not Path(now.file).exists() and now.scale == then.scale else now for now, then in pairs)
+    return named.model_copy(update={**places, **({"loras": loras} if len(loras) == len(named.loras) else {})})
+
+
+def _recorded_source(cache: Path) -> TeacherSource | None:
+    """The teacher's files on the machine that made the cache, by its manifest; None for a broken manifest."""
     try:
-        path = Manifest.open(cache).recipe.information.get("teacher_path")
-    except Refused:
+        information = Manifest.open(cache).recipe.information
+        source, path = information.get("teacher_source"), information.get("teacher_path")
+        if source is None:
+            return TeacherSource(location=path) if isinstance(path, str) else None
+        return TeacherSource.model_validate(source)
+    except (Refused, ValidationError):
         return None
-    return path if isinstance(path, str) else None
 
 
 def _class_cache_origin(cache: Path, file: Path, teacher: str | None) -> CacheOrigin:
@@ -172,7 +204,7 @@ def _class_cache_origin(cache: Path, file: Path, teacher: str | None) -> CacheOr
     argv = ["--run", str(cache.parent.parent), "--classes", str(cache.parent / "classes.yaml")]
     config = load(finetune_classes.Config, "finetune_classes", [file], argv)
     origin = Origin.open(cache.parent).with_teacher(teacher)
-    return CacheOrigin(origin.teacher_locations(), partial(finetune_classes.refill_class_cache, config, origin))
+    return CacheOrigin(origin.teacher_sources(), partial(finetune_classes.refill_class_cache, config, origin))
 
 
 def restore_journal(cache: Path) -> list[Path]:
@@ -189,8 +221,8 @@ def audit_cache(args: argparse.Namespace, device: torch.device) -> int:
 
     cache: Path = find_cache(args.folder)
     manifest = Manifest.open(cache)
-    location = args.teacher or find_origin(cache).teacher_location()
-    teacher = load_recorded_teacher(manifest, location, device)
+    source = teacher_of(cache, args.teacher)
+    location, teacher = source.location, load_recorded_teacher(manifest, source, device)
     changed = list(other_parts(manifest, teacher))
     if changed:
         problem = f"{', '.join(changed)} is not what the recipe names"
@@ -223,10 +255,11 @@ def other_parts(manifest: Manifest, teacher: "Teacher") -> Iterator[str]:
     if not isinstance(recorded, Mapping):
         return iter(COMPONENT_NAMES)
     missing = [part for part in COMPONENT_NAMES if part not in recorded]
-    return iter([*missing, *changed_components(recorded, teacher.components.folder)])
+    files = teacher.components.files
+    return iter([*missing, *(changed_parts(recorded, files) if files else ())])
 
 
-def save_record_picture(record: Record, teacher: str, path: Path) -> None:
+def save_record_picture(record: Record, teacher: TeacherSource, path: Path) -> None:
     """A row of pictures as PNG: x0, then x0_hat = x_s - s v_cond of each state, from noise to data."""
     from stages.nets.components import load_components
     from stages.nets.teacher import Teacher

@@ -50,3 +50,11 @@ def test_repair_restores_the_same_bytes_and_touches_nothing_else(run: Path, dama
     assert {path: path.stat().st_mtime_ns for path in others} == others
     aside = [path.read_bytes() for path in (run / "cache/quarantine").rglob("*") if path.is_file()]
     assert all(spoilt in aside for spoilt in bad.values())
+
+
+def test_repair_makes_a_lost_manifest_again_and_the_shard_that_is_lost_with_it(run: Path) -> None:
+    whole = content(run)
+    for file in ("manifest.json", "data/train-000001.tar", "journal/train-000000.json"):
+        (run / "cache" / file).unlink()
+    assert upkeep.main(["repair", str(run)]) == 0
+    assert content(run) == whole

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from configs.values import PictureSize
 from shards.codec import max_relative_error, rms
 from shards.manifest import Manifest
 from shards.opened import OpenShards
@@ -23,6 +24,7 @@ from stages.flow.bridge import Bridge
 from stages.nets.components import load_components
 from stages.nets.teacher import Teacher, needs_full_precision, precision_text
 from stages.system.refusal import Refused
+from stages.teacher_files.source import TeacherSource
 
 AUDIT_BINS = 10
 """Bins of s in the table of errors."""
@@ -60,6 +62,7 @@ class RecordAudit:
     file: str
     """the shard it lies in"""
     key: str
+    size: PictureSize
     comparisons: Sequence[Comparison]
 
     def worst(self) -> Comparison:
@@ -76,14 +79,14 @@ def sample(folder: Path, manifest: Manifest, count: int, seed: int) -> Iterator[
         yield shard.file, opened.record(shard, place)
 
 
-def load_recorded_teacher(manifest: Manifest, location: str, device: torch.device) -> Teacher:
-    """The teacher at `location`, with the recipe's tail and precision; raises `Refused` for an unknown one."""
+def load_recorded_teacher(manifest: Manifest, source: TeacherSource | str, device: torch.device) -> Teacher:
+    """The teacher of `source`, with the recipe's tail and precision; raises `Refused` for an unknown one."""
     recipe: Any = manifest.recipe.identity
     try:
         tail, precision = recipe["render"]["tail"], recipe["dtype"]
     except (KeyError, TypeError) as error:
         raise Refused(f"the recipe lacks a setting of the teacher ({error!r}) - make the cache anew") from error
-    parts = load_components(location, device, torch.float32)
+    parts = load_components(source, device, torch.float32)
     bridge = Bridge(parts.schedule, tail)
     known = {precision_text(dtype, bridge): dtype for dtype in (torch.float32, torch.float16)}
     if precision not in known:
@@ -126,7 +129,8 @@ def audit_record(teacher: Teacher, record: Record, file: str, tf32: bool) -> Rec
     comparisons += [Comparison("k", time, float(error), 0.0) for time, error in zip(times, steps, strict=True)]
     encoded = teacher.encode_texts([record.text]).float()
     error = float(_error(record.cond[None], encoded, rms(encoded)))
-    return RecordAudit(file, record.key, [*comparisons, Comparison("cond", None, error, ROUNDINGS * SINGLE)])
+    size = record.size or teacher.components.native_size
+    return RecordAudit(file, record.key, size, [*comparisons, Comparison("cond", None, error, ROUNDINGS * SINGLE)])
 
 
 def _error(stored: Tensor, now: Tensor, size: Tensor) -> Float[Tensor, " n"]:
@@ -136,7 +140,7 @@ def _error(stored: Tensor, now: Tensor, size: Tensor) -> Float[Tensor, " n"]:
 def _check_shapes(teacher: Teacher, record: Record) -> None:
     parts = teacher.components
     length, width = parts.tokenizer.model_max_length, parts.unet.config["cross_attention_dim"]
-    for name, shape in (("cond", (length, width)), ("x0", parts.latent_shape)):
+    for name, shape in (("cond", (length, width)), ("x0", parts.latent_shape(record.size))):
         stored = tuple(getattr(record, name).shape)
         if stored != shape:
             raise Refused(
@@ -156,7 +160,7 @@ def mismatch_line(cache: Path, audit: RecordAudit) -> str:
 
 
 def error_table(audits: Sequence[RecordAudit]) -> Iterator[str]:
-    """Errors against tolerances, for each bin of s."""
+    """Errors against tolerances, for each bin of s, and for each size where there are several."""
     names = ("v_cond", "v_uncond", "features")
     compared = [comparison for audit in audits for comparison in audit.comparisons]
     yield f"{'s':<12}{'states':>8}" + "".join(f"{name:>22}" for name in names)
@@ -166,6 +170,11 @@ def error_table(audits: Sequence[RecordAudit]) -> Iterator[str]:
         columns = "".join(f"{_worst(here, name):>22}" for name in names)
         yield f"{i / AUDIT_BINS:.1f} to {(i + 1) / AUDIT_BINS:.1f}  {states:>8}{columns}"
     yield f"{'cond':<12}{len(audits):>8}{_worst(compared, 'cond'):>22}"
+    sizes = sorted({audit.size for audit in audits})
+    for size in sizes if len(sizes) > 1 else ():
+        here = [comparison for audit in audits if audit.size == size for comparison in audit.comparisons]
+        states = sum(comparison.quantity == "v_cond" for comparison in here)
+        yield f"{size!s:<12}{states:>8}" + "".join(f"{_worst(here, name):>22}" for name in names)
 
 
 def _worst(comparisons: Sequence[Comparison], name: str) -> str:

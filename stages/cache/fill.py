@@ -5,22 +5,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from tqdm import tqdm
 
+from configs.values import PictureSize
 from shards.record import SPLITS, Record, tensors_of
-from shards.writer import CacheWriter
+from shards.writer import CacheWriter, shard_file
 from stages.cache.claims import Claims
+from stages.cache.sizes import RenderSizes
 from stages.cache.writer_thread import WriterThread
 from stages.prompts import Prompt, Split
 from stages.system.device import one_thread
 from stages.system.forecast import Forecast
 from stages.system.refusal import Refused
 
-RecordMaker: TypeAlias = Callable[[Sequence[Prompt], Sequence[str]], list[Record]]
-"""(prompts, keys) -> one record each."""
+RecordMaker: TypeAlias = Callable[[Sequence[Prompt], Sequence[str], PictureSize], list[Record]]
+"""(prompts, keys, size) -> one record of this size for each."""
 Failures: TypeAlias = list[tuple[str, str]]
 """(key, reason) of each prompt that gave no record."""
 
@@ -31,22 +34,35 @@ MAX_KEYS_SHOWN = 5
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to be made; its content depends on nothing but the recipe and its prompts."""
+    """One shard to be made, of one size; its content depends on nothing but the recipe and its prompts."""
 
     split: Split
     index: int
-    first: int
+    """its number among the shards of its split and size"""
+    numbers: Sequence[int]
+    """the number of each prompt in its split, rising"""
     prompts: Sequence[Prompt]
+    size: PictureSize
+    batch_size: int
+    """prompts of one batch of the teacher"""
+    named_by_size: bool = False
+    """whether its cache has several sizes"""
 
     @property
     def name(self) -> str:
         """The name of its claim."""
-        return f"{self.split}-{self.index:06d}"
+        return Path(shard_file(*self.place)).stem
 
     @property
-    def shard(self) -> tuple[Split, int, int]:
-        """Split, index and number of prompts, as a `CacheWriter` takes them."""
-        return self.split, self.index, len(self.prompts)
+    def place(self) -> tuple[Split, int, PictureSize | None]:
+        """Split, index, and the size where it is in the shard's name."""
+        return self.split, self.index, self.size if self.named_by_size else None
+
+    @property
+    def shard(self) -> tuple[Split, int, int, PictureSize | None]:
+        """Its place, with the number of its prompts, as a `CacheWriter` takes them."""
+        split, index, size = self.place
+        return split, index, len(self.prompts), size
 
 
 @dataclass(frozen=True)
@@ -56,21 +72,37 @@ class FillJob:
     open_worker: Callable[[int], tuple[CacheWriter, RecordMaker]]
     """number of a GPU -> the cache and the teacher, opened in the worker's own process"""
     tasks: Sequence[ShardTask]
-    batch_size: int
 
     def run(self, number: int) -> int:
         """Fill the cache beside other workers; returns how many shards this one made."""
         writer, make = self.open_worker(number)
-        return fill(writer, self.tasks, self.batch_size, make, show_progress=False)
+        return fill(writer, self.tasks, make, show_progress=False)
 
 
-def tasks_of(prompts: Mapping[Split, Sequence[Prompt]], records_per_shard: int) -> list[ShardTask]:
-    """Every shard of a cache with these prompts; a longer list of prompts only adds tasks or lengthens the last."""
-    return [
-        ShardTask(split, first // records_per_shard, first, of_split[first : first + records_per_shard])
-        for split, of_split in prompts.items()
-        for first in range(0, len(of_split), records_per_shard)
-    ]
+def tasks_of(
+    prompts: Mapping[Split, Sequence[Prompt]],
+    records_per_shard: int,
+    batch_size: int,
+    sizes: RenderSizes,
+    size_of: Callable[[Prompt], PictureSize] | None = None,
+) -> list[ShardTask]:
+    """Every shard of a cache with these prompts, split by split, size by size.
+
+    `batch_size` is that of the native size; `size_of` chooses a listed size for a prompt, by default from its seed.
+    A longer list of prompts only adds tasks, or lengthens the last of each split and size.
+    """
+    tasks = []
+    for split, of_split in prompts.items():
+        numbers: dict[PictureSize, list[int]] = {size: [] for size in sizes.listed}
+        for number, prompt in enumerate(of_split):
+            numbers[(size_of or sizes.size_of)(prompt)].append(number)
+        for size, of_size in numbers.items():
+            batch_prompts, several = sizes.batch_prompts(batch_size, size), len(sizes.listed) > 1
+            for index, first in enumerate(range(0, len(of_size), records_per_shard)):
+                own = of_size[first : first + records_per_shard]
+                chosen = [of_split[number] for number in own]
+                tasks.append(ShardTask(split, index, own, chosen, size, batch_prompts, several))
+    return tasks
 
 
 def tasks_in(tasks: Sequence[ShardTask], shard_range: str | None) -> Sequence[ShardTask]:
@@ -111,7 +143,7 @@ def missing_tasks(writer: CacheWriter, tasks: Sequence[ShardTask]) -> list[Shard
     """
     missing = [task for task in tasks if not writer.is_intact(*task.shard)]
     for task in missing:
-        writer.forget_damaged(task.split, task.index)
+        writer.forget_damaged(*task.place)
     return missing
 
 
@@ -126,9 +158,7 @@ def refuse_surplus(writer: CacheWriter, tasks: Sequence[ShardTask]) -> None:
             )
 
 
-def fill(
-    writer: CacheWriter, tasks: Sequence[ShardTask], batch_size: int, make: RecordMaker, *, show_progress: bool = True
-) -> int:
+def fill(writer: CacheWriter, tasks: Sequence[ShardTask], make: RecordMaker, *, show_progress: bool = True) -> int:
     """Make every missing shard and show the progress; returns how many were made by this process.
 
     Other processes may fill the same folder: tasks that a living one has claimed are left to it and waited for.
@@ -159,7 +189,7 @@ def fill(
                     progress.update(len(task.prompts))
                     continue
                 failures: Failures = []
-                batches = make_batches(task, batch_size, make, failures, advance)
+                batches = make_batches(task, make, failures, advance)
                 writer_thread.write_while_made(batches, partial(write_shard, writer, claims, task, failures))
                 made += 1
             writer_thread.check()
@@ -169,27 +199,29 @@ def fill(
 
 
 def make_batches(
-    task: ShardTask, batch_size: int, make: RecordMaker, failures: Failures, advance: Callable[[int], None]
+    task: ShardTask, make: RecordMaker, failures: Failures, advance: Callable[[int], None]
 ) -> Iterator[list[Record]]:
     """The records of one shard, batch by batch; the key is the prompt's number in its split.
 
     Batches are counted from the shard's first prompt, so a record is made in the same batch whenever it is made.
     """
-    for start in range(0, len(task.prompts), batch_size):
-        batch = task.prompts[start : start + batch_size]
-        keys = [f"{task.first + start + i:09d}" for i in range(len(batch))]
-        records = make_batch(make, batch, keys, failures)
+    for start in range(0, len(task.prompts), task.batch_size):
+        batch = task.prompts[start : start + task.batch_size]
+        keys = [f"{number:09d}" for number in task.numbers[start : start + task.batch_size]]
+        records = make_batch(make, batch, keys, task.size, failures)
         advance(len(batch))
         yield records
 
 
-def make_batch(make: RecordMaker, batch: Sequence[Prompt], keys: Sequence[str], failures: Failures) -> list[Record]:
+def make_batch(
+    make: RecordMaker, batch: Sequence[Prompt], keys: Sequence[str], size: PictureSize, failures: Failures
+) -> list[Record]:
     """The batch's records; if making them fails, one prompt at a time, with the reason of each failure.
 
     An error that is common to every prompt of a batch, or a want of memory, is no prompt's fault and is raised.
     """
     try:
-        return make(batch, keys)
+        return make(batch, keys, size)
     except NOT_A_PROMPTS_FAULT:
         raise
     except Exception as error:
@@ -198,7 +230,7 @@ def make_batch(make: RecordMaker, batch: Sequence[Prompt], keys: Sequence[str], 
     reasons: Failures = []
     for prompt, key in zip(batch, keys, strict=True):
         try:
-            records += make([prompt], [key])
+            records += make([prompt], [key], size)
         except NOT_A_PROMPTS_FAULT:
             raise
         except Exception as error:
@@ -214,7 +246,8 @@ def write_shard(
 ) -> None:
     """Write a task's shard: it enters the manifest once it has its name, and only then its claim ends."""
     try:
-        writer.add(task.split, task.index, drop_non_finite(records, failures), failures)
+        split, index, size = task.place
+        writer.add(split, index, drop_non_finite(records, failures), failures, size)
     finally:
         print_failures(task, failures)
     claims.release(task.name)

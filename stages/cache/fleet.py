@@ -1,7 +1,7 @@
 """Several workers fill one cache: they are started, watched through its folder, and stopped together."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from configs.values import PictureSize
 from shards.writer import CacheWriter, remove_leftovers
 from stages.cache.fill import FillJob, ShardTask, count_prompts, missing_tasks, unfinished_tasks
 from stages.system.atomic import PARTIAL_SUFFIX
@@ -33,7 +34,10 @@ class Worker:
 
 
 def fill_by_many(
-    writer: CacheWriter, job: FillJob, record_bytes: int, start: Callable[[FillJob], Sequence[Worker]]
+    writer: CacheWriter,
+    job: FillJob,
+    record_bytes: Mapping[PictureSize, int],
+    start: Callable[[FillJob], Sequence[Worker]],
 ) -> int:
     """Have a job done by the workers that `start` starts, with their progress shown; returns how many shards they made.
 
@@ -83,14 +87,14 @@ def wait_for_workers(workers: Sequence[Worker], update_progress: Callable[[], No
     return failed, made
 
 
-def prompts_made(writer: CacheWriter, tasks: Sequence[ShardTask], record_bytes: int) -> int:
+def prompts_made(writer: CacheWriter, tasks: Sequence[ShardTask], record_bytes: Mapping[PictureSize, int]) -> int:
     """Prompts of these tasks in finished shards and, by their size, in begun ones, on whichever machine."""
     writer.refresh()
     begun = partial_bytes(writer.folder)
     return sum(
         len(task.prompts)
         if writer.is_finished(*task.shard)
-        else min(len(task.prompts), begun.get(task.name, 0) // record_bytes)
+        else min(len(task.prompts), begun.get(task.name, 0) // record_bytes[task.size])
         for task in tasks
     )
 

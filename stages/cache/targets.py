@@ -5,15 +5,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 from torch import Tensor
 
-from configs.values import Strict
+from configs.values import PictureSize, Strict
 from shards.manifest import MANIFEST_FILE, Manifest, Recipe
 from shards.record import BlockFeatures, Record, States
+from stages.cache.sizes import RenderSizes, SizeShare, refuse_repeated_sizes
 from stages.flow.bridge import TailPolicy
 from stages.flow.path import interpolate, per_sample
 from stages.flow.solver import apply_guidance
@@ -22,7 +24,9 @@ from stages.nets.features import HOOK_POINT, feature_widths
 from stages.nets.student import Prediction
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, derived_seed
-from stages.teacher_files.folder import absolute_folder, digests_as_recorded
+from stages.teacher_files.open import open_teacher_files
+from stages.teacher_files.recorded import absolute_place, identity_as_recorded
+from stages.teacher_files.source import TeacherSource
 
 VERSIONS = ("torch", "diffusers", "transformers", "webdataset")
 
@@ -57,12 +61,45 @@ class RenderConfig(Strict):
     tail: TailPolicy = Field("hold", description="velocity beyond the teacher's last step: hold or faithful")
     states: StatesConfig = Field(StatesConfig(), description="which states of a picture are kept")
     records_per_shard: int = Field(250, ge=1, description="prompts in one shard: the unit of work and of resuming")
-    batch_size: int = Field(50, ge=1, description="prompts in one batch of the teacher; part of the recipe")
+    batch_size: int = Field(
+        50,
+        ge=1,
+        description="prompts of the teacher's own size in one batch of it, of other sizes as many as have no more "
+        "pixels, at least one; part of the recipe",
+    )
+    sizes: tuple[SizeShare, ...] = Field(
+        (),
+        description="picture sizes and their shares of the prompts, '[{size: 512x768, share: .3}, ...]'; a prompt's "
+        "size follows from its seed; none: the teacher's own square alone",
+    )
+
+    @field_validator("sizes")
+    @classmethod
+    def _check_sizes(cls, sizes: tuple[SizeShare, ...]) -> tuple[SizeShare, ...]:
+        return tuple(refuse_repeated_sizes(sizes))
+
+    def identity(self, sizes: RenderSizes) -> dict[str, JsonValue]:
+        """These settings as a recipe holds them; without sizes where there is none but the teacher's own."""
+        settings = self.model_dump(mode="json", exclude={"sizes"})
+        return {**settings, "sizes": sizes.identity()} if sizes.sizes else settings
 
 
 def recipe_in(cache: Path) -> Recipe | None:
     """The recipe of the records that lie in a cache folder already."""
     return Manifest.open(cache).recipe if (cache / MANIFEST_FILE).exists() else None
+
+
+def sizes_in(recipe: Recipe) -> tuple[SizeShare, ...]:
+    """The sizes of the records of a recipe with their shares; none where all are of the teacher's own size."""
+    render: Any = recipe.identity.get("render")
+    listed = render.get("sizes", ()) if isinstance(render, dict) else ()
+    return tuple(SizeShare.model_validate(one) for one in listed)
+
+
+def training_shares(manifest: Manifest) -> tuple[SizeShare, ...]:
+    """The sizes of `sizes_in` that pictures of the training split have: a small share may have drawn none."""
+    present = manifest.sizes_of("train")
+    return tuple(one for one in sizes_in(manifest.recipe) if one.size in present)
 
 
 def recipe_of(
@@ -77,20 +114,23 @@ def recipe_of(
     `existing` is the recipe of the cache to continue, which may hold older digests of the same teacher's files.
     """
     parts = teacher.components
+    files = parts.files or open_teacher_files(TeacherSource(location=parts.location))
     device = device or parts.unet.device  # its name is recorded because another processor rounds otherwise
     return Recipe(
         identity={
-            "teacher": dict(digests_as_recorded(existing.identity.get("teacher") if existing else None, parts.folder)),
+            "teacher": dict(identity_as_recorded(existing.identity.get("teacher") if existing else None, files)),
             "prompts": dict(source),
-            "render": config.model_dump(mode="json"),
+            "render": config.identity(RenderSizes.checked(config.sizes, parts.latents)),
             "dtype": teacher.precision,
             "hook_point": HOOK_POINT,
             "blocks": dict(feature_widths(parts.unet)),
-            "latent_shape": list(parts.latent_shape),
+            "latent_shape": list(parts.latent_shape()),
         },
         information={
             "teacher_location": parts.location,
-            "teacher_path": absolute_folder(parts.location),
+            "teacher_path": absolute_place(parts.location),
+            "teacher_source": files.source.absolute().model_dump(mode="json"),
+            "teacher_files": [{"path": str(file.path), "sha256": file.sha256} for file in files.sources],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         },
@@ -129,12 +169,17 @@ def draw_randomness(prompt: Prompt, config: StatesConfig, latent_shape: tuple[in
 
 @torch.inference_mode()
 def make_records(
-    teacher: Teacher, prompts: Sequence[Prompt], keys: Sequence[str], config: StatesConfig
+    teacher: Teacher,
+    prompts: Sequence[Prompt],
+    keys: Sequence[str],
+    config: StatesConfig,
+    size: PictureSize | None = None,
 ) -> list[Record]:
-    """One record for each prompt, all made in one batch."""
+    """One record for each prompt, all made in one batch at one size, by default the teacher's own."""
+    size = size or teacher.components.native_size
     batch = ConditionedTeacher(teacher, prompts)
     device = batch.cond.device
-    chosen = [draw_randomness(prompt, config, teacher.components.latent_shape) for prompt in prompts]
+    chosen = [draw_randomness(prompt, config, teacher.components.latent_shape(size)) for prompt in prompts]
     times = torch.stack([choice.times for choice in chosen], dim=1).to(device)
     _, known_times = teacher.bridge.nearest_state(times.flatten())
     scale = torch.tensor([choice.guidance_scale for choice in chosen], device=device)
@@ -148,7 +193,7 @@ def make_records(
         kept = [trajectory[i] for i in choice.kept_steps.tolist()]
         states, features = stack_states(kept, renoised, row)
         head = (key, prompt.text, prompt.class_name, prompt.seed, choice.guidance_scale)
-        records.append(Record(*head, batch.cond[row].cpu(), x0[row].cpu(), states, features))
+        records.append(Record(*head, batch.cond[row].cpu(), x0[row].cpu(), states, features, size))
     return records
 
 
@@ -165,14 +210,16 @@ def records_from_pictures(
     Their guidance scale is 1, because they were sampled without guidance.
     """
     all_renoised = config.model_copy(update={"renoised_states": config.states_per_prompt})
-    chosen = [draw_randomness(prompt, all_renoised, teacher.components.latent_shape) for prompt in prompts]
+    _, channels, height, width = x0.shape
+    size = teacher.components.latents.size_of_latents(height, width)
+    chosen = [draw_randomness(prompt, all_renoised, (channels, height, width)) for prompt in prompts]
     batch, x0 = ConditionedTeacher(teacher, prompts), x0.half()
     renoised = batch.renoise(x0.float(), chosen)
 
     records = []
     for row, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
         head = (key, prompt.text, prompt.class_name, prompt.seed, 1.0)
-        records.append(Record(*head, batch.cond[row].cpu(), x0[row].cpu(), *stack_states([], renoised, row)))
+        records.append(Record(*head, batch.cond[row].cpu(), x0[row].cpu(), *stack_states([], renoised, row), size))
     return records
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from configs.load import load
+from configs.values import PictureSize
 from shards.manifest import Manifest
 from shards.record import Record
 from stages import cache_teacher, finetune_classes, upkeep
@@ -145,7 +146,10 @@ def test_errors_are_measured_in_tolerances() -> None:
     one = Comparison("v_cond", 0.5, 3e-6, ROUNDINGS * SINGLE)
     assert one.error_ratio == pytest.approx(3e-6 / 7.63e-6, rel=1e-3)
     assert Comparison("k", 0.5, 0.0, 0.0).error_ratio == 0
-    assert RecordAudit("a.tar", "000000000", [one, Comparison("k", 0.5, 1.0, 0.0)]).worst().quantity == "k"
+    assert (
+        RecordAudit("a.tar", "000000000", PictureSize(64, 64), [one, Comparison("k", 0.5, 1.0, 0.0)]).worst().quantity
+        == "k"
+    )
 
 
 def test_a_teacher_of_another_size_is_refused(teacher: Teacher, records: list[tuple[str, Record]]) -> None:

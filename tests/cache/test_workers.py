@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from configs.load import load
+from configs.values import PictureSize
 from shards.manifest import Manifest, Recipe
 from shards.record import BlockFeatures, Record, States
 from shards.writer import CacheWriter
@@ -21,11 +22,13 @@ from stages import cache_teacher
 from stages.cache import local
 from stages.cache.fill import FillJob, RecordMaker, tasks_of
 from stages.cache.fleet import fill_by_many
+from stages.cache.sizes import RenderSizes
 from stages.prompts import Prompt
 from stages.system.ownership import is_alive, process_token
 from stages.system.refusal import Refused
 from tests.cache_checks import open_verified
 
+SIZE = PictureSize(40, 32)
 RECIPE = Recipe(identity={"steps": 2})
 COUNT = 40
 FEW = ["--count", "5", "--validation-count", "2", "--render.records-per-shard", "2", "--render.states.steps", "4"]
@@ -35,14 +38,19 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def make(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+SIZE = PictureSize(40, 32)
+
+
+def make(prompts: Sequence[Prompt], keys: Sequence[str], size: PictureSize) -> list[Record]:
     """Records of a teacher that costs nothing."""
 
     def one(prompt: Prompt, key: str) -> Record:
         half = torch.full((2, 3, 4, 5), float(prompt.seed)).half()
         states = States(torch.arange(2), torch.ones(2), half, half, half, torch.tensor([True, False]))
         features = BlockFeatures({"mid": half.mean(dim=(2, 3))})
-        return Record(key, prompt.text, prompt.class_name, prompt.seed, 5.0, half[0, 0], half[0], states, features)
+        return Record(
+            key, prompt.text, prompt.class_name, prompt.seed, 5.0, half[0, 0], half[0], states, features, SIZE
+        )
 
     return [one(prompt, key) for prompt, key in zip(prompts, keys, strict=True)]
 
@@ -57,9 +65,11 @@ def opened(folder: Path, number: int) -> tuple[CacheWriter, RecordMaker]:
 
 def filled(folder: Path, workers: int, maker: RecordMaker = make) -> Path:
     MAKER[0] = maker
-    tasks = tasks_of({"train": [Prompt(f"star {i}", "star", i) for i in range(COUNT)]}, 4)
-    job = FillJob(partial(opened, folder), tasks, 2)
-    fill_by_many(CacheWriter(folder, RECIPE), job, 1000, partial(local.start_workers, count=workers, method="fork"))
+    tasks = tasks_of({"train": [Prompt(f"star {i}", "star", i) for i in range(COUNT)]}, 4, 2, RenderSizes(SIZE))
+    job = FillJob(partial(opened, folder), tasks)
+    fill_by_many(
+        CacheWriter(folder, RECIPE), job, {SIZE: 1000}, partial(local.start_workers, count=workers, method="fork")
+    )
     return folder
 
 
@@ -72,15 +82,15 @@ def test_any_number_of_workers_gives_the_bytes_of_one(tmp_path: Path, workers: i
 def test_a_worker_that_is_killed_is_reported_and_its_shard_is_made_by_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def killed_once(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+    def killed_once(prompts: Sequence[Prompt], keys: Sequence[str], size: PictureSize) -> list[Record]:
         time.sleep(0.02)
         if keys[0] == "000000010":
             try:
                 (tmp_path / "killed").touch(exist_ok=False)
             except FileExistsError:
-                return make(prompts, keys)
+                return make(prompts, keys, size)
             os.kill(os.getpid(), signal.SIGKILL)
-        return make(prompts, keys)
+        return make(prompts, keys, size)
 
     assert content(filled(tmp_path / "many", 2, killed_once)) == content(filled(tmp_path / "one", 1))
     printed = capsys.readouterr().err
@@ -91,10 +101,10 @@ def test_a_worker_that_is_killed_is_reported_and_its_shard_is_made_by_another(
 def test_an_error_of_every_worker_is_reported_with_their_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+    def broken(prompts: Sequence[Prompt], keys: Sequence[str], size: PictureSize) -> list[Record]:
         if int(keys[0]) >= 36:
             raise ZeroDivisionError("by zero")
-        return make(prompts, keys)
+        return make(prompts, keys, size)
 
     with pytest.raises(
         Refused, match=r"worker . .*: ZeroDivisionError: by zero; worker . .*: ZeroDivisionError: by zero - "
@@ -105,7 +115,7 @@ def test_an_error_of_every_worker_is_reported_with_their_names(
 
 
 def test_an_interruption_ends_every_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def endless(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+    def endless(prompts: Sequence[Prompt], keys: Sequence[str], size: PictureSize) -> list[Record]:
         (tmp_path / "begun").touch()
         time.sleep(60)
         return []
@@ -127,7 +137,7 @@ def test_an_interruption_ends_every_worker(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
-    def endless(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+    def endless(prompts: Sequence[Prompt], keys: Sequence[str], size: PictureSize) -> list[Record]:
         (tmp_path / f"{process_token()}.worker").touch()
         time.sleep(60)
         return []
