@@ -1,8 +1,9 @@
-"""What training needs on a card at SD1.5's size: `python -m benchmarks.memory [--config A.yaml --config B.yaml]`.
+"""What training needs on a card: `python -m benchmarks.memory [--config A.yaml --config B.yaml] [--size 512x768]`.
 
-By default configs/sd15.yaml under each of configs/cards. Only bytes are computed: one micro-batch runs forward and
-backward on tensors without content, and every storage is counted while it is held, checkpointing and autocast
-included. Not counted: the card's own context, the allocator's gaps, workspaces of convolutions.
+By default configs/sd15.yaml under each of configs/cards, at SD1.5's own picture size. Only bytes are computed: one
+micro-batch runs forward and backward on tensors without content, and every storage is counted while it is held,
+checkpointing and autocast included. Not counted: the card's own context, the allocator's gaps, workspaces of
+convolutions.
 """
 
 import argparse
@@ -20,13 +21,15 @@ from torch.utils._pytree import tree_map_only
 
 from benchmarks.full_size import CONTEXT, text_encoder, unet, vae
 from configs.load import load
+from configs.values import PictureSize
 from stages.distill import Config
 from stages.nets.student import Student
 from stages.train.optim import uses_muon
 from stages.train.setup import TrainConfig
 
 GIB = 2**30
-PROMPT, LATENT = (77, CONTEXT), (4, 64, 64)
+PROMPT = (77, CONTEXT)
+NATIVE_SIZE = PictureSize(512, 512)
 BASE, CARDS = Path("configs/sd15.yaml"), Path("configs/cards")
 QUANTISED_FROM, QUANTISED_BLOCK = 4096, 256
 """bitsandbytes: a smaller tensor keeps 32-bit moments; each block of numbers has one scale of 4 bytes."""
@@ -79,12 +82,12 @@ class MemoryUse:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def memory_use(config: TrainConfig) -> MemoryUse:
-    """The parts for one process with a card of its own."""
+def memory_use(config: TrainConfig, size: PictureSize) -> MemoryUse:
+    """The parts for one process with a card of its own, in a step on pictures of this size."""
     with FakeTensorMode():
         student = Student(unet()).train()
         weights = size_of(student)
-        working = working_bytes(student, config)
+        working = working_bytes(student, config, size)
         teacher = weights + size_of(vae()) + size_of(text_encoder())
         moments = sum(moment_bytes(name, p, config.optimizer.kind) for name, p in student.named_parameters())
     return MemoryUse(weights, weights, moments, weights, working, teacher)
@@ -105,19 +108,19 @@ def moment_bytes(name: str, parameter: nn.Parameter, kind: str) -> int:
     return 2 * 4 * numbers
 
 
-def working_bytes(student: Student, config: TrainConfig) -> int:
+def working_bytes(student: Student, config: TrainConfig, size: PictureSize) -> int:
     """The most that a micro-batch holds beside weights and gradients; gradients exist from the step before."""
     if config.gradient_checkpointing:
         student.unet.enable_gradient_checkpointing()
     if config.precision != "fp32":
         compute_norms_in_fp32(student)
-    rows = config.batch_size // config.accumulate
+    rows, latent = config.rows_of(size) // config.accumulate, (4, size.height // 8, size.width // 8)
     with StorageCounter() as live:
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)
             live.count_storage(parameter)
         before = live.current_bytes
-        x, s, cond = torch.zeros(rows, *LATENT), torch.zeros(rows), torch.zeros(rows, *PROMPT)
+        x, s, cond = torch.zeros(rows, *latent), torch.zeros(rows), torch.zeros(rows, *PROMPT)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision != "fp32"):
             output = student(x, s, cond, torch.zeros(1, *PROMPT))
         parts = [output.v_cond, output.v_uncond, *output.features.values()]
@@ -132,27 +135,30 @@ def compute_norms_in_fp32(module: nn.Module) -> None:
             part.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
 
 
-def row(name: str, config: TrainConfig) -> str:
+def row(name: str, config: TrainConfig, size: PictureSize) -> str:
     """A line of the table."""
-    use = memory_use(config)
+    use = memory_use(config, size)
     how = [config.precision, config.optimizer.kind, "checkpointing" if config.gradient_checkpointing else "plain"]
-    batch = f"{config.accumulate} x {config.batch_size // config.accumulate}"
+    batch = f"{config.accumulate} x {config.rows_of(size) // config.accumulate}"
     parts = [f"{getattr(use, field.name) / GIB:.1f}" for field in fields(use)]
-    return f"| {name} | {', '.join(how)} | {batch} | " + " | ".join(parts) + f" | **{use.total / GIB:.1f}** |"
+    return f"| {name} | {', '.join(how)} | {size} | {batch} | " + " | ".join(parts) + f" | **{use.total / GIB:.1f}** |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, action="append", help="files of one configuration, later over earlier")
+    parser.add_argument("--size", type=PictureSize.parse, action="append", help="picture sizes (512x512)")
     parser.add_argument("options", nargs="*", help="after --, options of distill such as --train.batch-size 8")
     arguments = parser.parse_args(argv)
     configurations = [arguments.config] if arguments.config else [[BASE, card] for card in sorted(CARDS.glob("*.yaml"))]
     print("GiB of a card, SD1.5's size, one process\n")
-    print(f"| configuration | how | batch | {' | '.join(field.name for field in fields(MemoryUse))} | sum |")
-    print("|---|---|---|" + "---|" * (len(fields(MemoryUse)) + 1))
+    print(f"| configuration | how | size | batch | {' | '.join(field.name for field in fields(MemoryUse))} | sum |")
+    print("|---|---|---|---|" + "---|" * (len(fields(MemoryUse)) + 1))
     for files in configurations:
-        print(row(files[-1].stem, load(Config, "distill", files, arguments.options).train), flush=True)
+        config = load(Config, "distill", files, arguments.options).train
+        for size in arguments.size or [NATIVE_SIZE]:
+            print(row(files[-1].stem, config, size), flush=True)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from diffusers import UNet2DConditionModel
 from benchmarks import full_size, training_peer
 from benchmarks.cache import CallTimer, now
 from configs.load import load
+from configs.values import PictureSize
 from shards.batch import Batch
 from shards.manifest import Recipe
 from shards.reader import Reader
@@ -54,7 +55,7 @@ from stages.train.setup import TrainConfig
 from stages.train.step import TrainingStep
 
 EMBEDDED = Path("stages/tiny/model")
-STATES_PER_RECORD, LIMIT = 6, 0.02
+STATES_PER_RECORD, LIMIT, PIXELS_PER_LATENT = 6, 0.02, 8
 NAMES = ("shards", "online", "example")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": now, "cpu": time.process_time}
 
@@ -106,7 +107,8 @@ def records(setup: Setup, unet: UNet2DConditionModel, count: int) -> Iterator[Re
             b: torch.randn(STATES_PER_RECORD, n, generator=generator).half() for b, n in feature_widths(unet).items()
         }
         cond = torch.randn(setup.tokens, width, generator=generator).half()
-        yield Record(f"{number:09d}", "a", "none", number, 5.0, cond, x_s[0], states, BlockFeatures(features))
+        size = PictureSize(PIXELS_PER_LATENT * latent, PIXELS_PER_LATENT * latent)
+        yield Record(f"{number:09d}", "a", "none", number, 5.0, cond, x_s[0], states, BlockFeatures(features), size)
 
 
 def reader_of(setup: Setup, unet: UNet2DConditionModel, folder: Path) -> Reader:

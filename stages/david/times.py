@@ -1,109 +1,31 @@
-"""How often each time bin is sampled: a profile of the student's errors per bin, and the proposal q that follows.
+"""How often each time bin is sampled: the proposal q that follows from the profile of the student's errors.
 
 pi is the measure of the loss, q only how it is sampled: a state in bin k has the importance weight pi_k / q_k, not
 normalised inside a batch, so the mean of the loss does not move (mathematics.md section 4). A cache holds states at
 given times, so sampling a time is sampling a bin, then one of its stored states uniformly.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from configs.values import Strict
-from shards.order import GroupedOrder, Order, Pairs
-from stages.david.assessment import BlockAssessment
-from stages.david.fusion import FusionConfig
+from configs.values import PictureSize, Strict
+from shards.stream.order import Order, Pairs
+from shards.stream.schedule import SizedOrder, SizeSchedule, grouped_by_size
+from stages.david.difficulty_profile import DifficultyProfile, PerBin
 from stages.flow.timesteps import bin_of_step, shift_time
 from stages.system.refusal import Refused
 
-BIN_QUANTITIES = ("excess", "divergence", "cross_entropy", "entropy", "teacher_accuracy")
 MIN_EFFECTIVE_SHARE = 0.5
 """David's share of q sinks until a sample is worth at least half of one under pi."""
 
-PerBin = Float[Tensor, " T"]
 BatchT = TypeVar("BatchT")
-
-
-class DifficultyProfile:
-    """Exponential means over the blocks and over the samples of each bin, with a half-life in samples."""
-
-    def __init__(
-        self, fusion: FusionConfig, bins: int, half_life_samples: int, device: torch.device | str = "cpu"
-    ) -> None:
-        """`fusion` has the weights of the two errors in the difficulty."""
-        self.fusion, self.bins, self.half_life_samples = fusion, bins, half_life_samples
-        self._sums = torch.zeros(len(BIN_QUANTITIES), bins, dtype=torch.float64, device=device)
-        self._count = torch.zeros(bins, dtype=torch.float64, device=device)
-
-    def observe(
-        self, bins: Int[Tensor, " b"], assessed: Mapping[str, BlockAssessment]
-    ) -> Float[Tensor, "quantities+1 T"]:
-        """Sums over some samples, and their number in each bin; these add up over the parts of a batch.
-
-        States of a bin are sampled alike, so they have no weights here.
-        """
-        means = [torch.stack([getattr(a, name) for a in assessed.values()]).mean(dim=0) for name in BIN_QUANTITIES]
-        # A product with a table of zeros and ones adds up in the same order every time; scattering need not.
-        member = F.one_hot(bins, self.bins).to(self._sums)
-        return torch.cat([torch.stack(means).to(self._sums) @ member, member.sum(dim=0, keepdim=True)])
-
-    def update(self, sums: Float[Tensor, "quantities+1 T"], samples: int) -> None:
-        """Take in what was observed of so many samples."""
-        kept = 2.0 ** (-samples / self.half_life_samples)
-        self._sums = kept * self._sums + sums[:-1]
-        self._count = kept * self._count + sums[-1]
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was observed yet."""
-        return not bool(self._count.any())
-
-    def reliable_bins(self, threshold: float) -> Bool[Tensor, " T"]:
-        """The observed bins in which David classifies at least this share of the teacher's own features rightly."""
-        return (self._count > 0) & (self._means()[4] >= threshold)
-
-    def difficulty(self, threshold: float) -> PerBin:
-        """alpha e_t + beta e_p of each bin, shrunk towards the mean of all; an unreliable bin gets that mean.
-
-        A bin's own mean has the weight 1/2 after `half_life_samples` / `bins` observations. Zero everywhere as long as
-        no bin is reliable.
-        """
-        reliable = self.reliable_bins(threshold)
-        if not reliable.any():
-            return torch.zeros_like(self._count)
-        errors, prior = self._sums[:2], self.half_life_samples / self.bins
-        overall = errors[:, reliable].sum(dim=1, keepdim=True) / self._count[reliable].sum()
-        excess, divergence = (errors + prior * overall) / (self._count + prior)
-        difficulty = self._combine_errors(excess, divergence)
-        return torch.where(reliable, difficulty, difficulty[reliable].mean())
-
-    def raw_difficulty(self) -> PerBin:
-        """The same mixture of the original's quantities, cross-entropy and entropy, without shrinkage."""
-        _, _, cross_entropy, entropy, _ = self._means()
-        return self._combine_errors(cross_entropy, entropy)
-
-    def _means(self) -> Float[Tensor, "quantities T"]:
-        return torch.where(self._count > 0, self._sums / self._count, 0.0)
-
-    def _combine_errors(self, nats: PerBin, share: PerBin) -> PerBin:
-        return self.fusion.alpha * (nats / math.log(self.bins)).clamp(0, 1) + self.fusion.beta * share
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a step changes."""
-        return {"sums": self._sums.clone(), "count": self._count.clone()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`."""
-        if state["sums"].shape != self._sums.shape:
-            raise Refused(f"David's profile has {state['sums'].shape[-1]} bins of time, this David has {self.bins}")
-        self._sums, self._count = state["sums"].to(self._sums, copy=True), state["count"].to(self._count, copy=True)
 
 
 class SamplingConfig(Strict):
@@ -176,31 +98,46 @@ def effective_share(pi: PerBin, q: PerBin) -> float:
     return float(1 / (pi[stored].square() / q[stored]).sum())
 
 
+@dataclass(frozen=True)
+class SizeStream:
+    """The states of one picture size, and the seed of their order."""
+
+    size: PictureSize | None
+    seed: int
+    pairs: Pairs
+    k: Int[np.ndarray, " n"]
+    """the teacher's step of each pair"""
+
+
 class TimestepSampler:
     """The order of a cache's states under q, which stays for a span of samples; the next q follows from the profile.
 
-    Sample n -> (record, state) is a function of the seed, n and q, so a run resumes from profile and q.
+    Sample n -> (record, state) is a function of the seed, n and q, so a run resumes from profile and q. Which picture
+    size a sample has follows from the schedule, never from q.
     """
 
     def __init__(
         self,
         config: SamplingConfig,
         profile: DifficultyProfile,
-        seed: int,
-        pairs: Pairs,
-        k: Int[np.ndarray, " n"],
+        streams: Sequence[SizeStream],
+        schedule: SizeSchedule,
         steps: int,
-        batch_size: int,
     ) -> None:
-        """`k` is the teacher's step of each pair, of `steps` in all; `batch_size` counts the rows of all ranks."""
-        self.config, self.profile, self.seed, self.pairs, self.batch_size = config, profile, seed, pairs, batch_size
-        self.steps = steps
-        self._bin_of_pair = bin_of_step(torch.from_numpy(np.asarray(k)), profile.bins, steps)
-        stored = torch.bincount(self._bin_of_pair, minlength=profile.bins).double()
+        """`streams` has the states of each size of `schedule`, whose shares are their numbers; `steps` the teacher's.
+
+        A span ends at the first batch at or after a multiple of its length, which is a whole number of largest batches.
+        """
+        self.config, self.profile, self.streams, self.schedule, self.steps = config, profile, streams, schedule, steps
+        bins = [bin_of_step(torch.from_numpy(np.asarray(one.k)), profile.bins, steps) for one in streams]
+        self._bin_of_pair = [of_size.numpy() for of_size in bins]
+        self._stored = torch.stack([torch.bincount(of_size, minlength=profile.bins) for of_size in bins]).double()
+        stored = self._stored.sum(dim=0)
         self._has_states = stored > 0
         self.pi = self._restrict_to_stored(shift_distribution(stored / stored.sum(), config.timestep_shift))
         self.q = self.pi
-        self.span_samples = -(-config.profile_samples // batch_size) * batch_size
+        largest = max(schedule.rows)
+        self.span_samples = -(-config.profile_samples // largest) * largest
 
     def update_q(self) -> None:
         """Take the q that follows from the profile; the first span is sampled from pi, and fills it."""
@@ -220,36 +157,74 @@ class TimestepSampler:
                 )
             self.q = self._restrict_to_stored(shift_distribution(share / share.sum(), config.timestep_shift))
 
-    def importance_weight(self, k: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """pi / q of states at these steps of the teacher; 1 in the original's scheme, which is biased."""
+    def importance_weight(self, k: Int[Tensor, " b"], size: PictureSize | None = None) -> Float[Tensor, " b"]:
+        """pi / q of states at these steps of the teacher, of one size; 1 in the original's scheme, which is biased.
+
+        Of several sizes a state of bin g and size z comes with probability p_z q_g N_gz / (N_g W_z) instead of
+        q_g N_gz / N_g, so its weight has the factor W_z / p_z (`grouped_by_size`).
+        """
         if self.config.scheme == "original":
             return torch.ones_like(k, dtype=torch.float32)
         weights = torch.where(self._has_states, self.pi / self.q, 0.0)
+        if len(self.streams) > 1:
+            weights = weights * self._size_weights()[[one.size for one in self.streams].index(size)]
         return weights.float().to(k.device)[bin_of_step(k, self.profile.bins, self.steps)]
 
     def effective_share(self) -> float:
         """Effective samples per sample; for the journal."""
-        return 1.0 if self.config.scheme == "original" else effective_share(self.pi, self.q)
+        if self.config.scheme == "original":
+            return 1.0
+        if len(self.streams) == 1:
+            return effective_share(self.pi, self.q)
+        of_bin = (self._share_in_bin() * self._size_weights()[:, None]).sum(dim=0)
+        return float(1 / (self.pi.square() / self.q * of_bin)[self.pi > 0].sum())
 
     def order(self) -> Order:
-        """The order of the states as long as q stays."""
-        return GroupedOrder(self.seed, self.pairs, self._bin_of_pair.numpy(), self.q.numpy())
+        """The order of the states as long as q stays; raises `Refused` when it leaves a size without any."""
+        seeds, pairs = [one.seed for one in self.streams], [one.pairs for one in self.streams]
+        orders, _ = grouped_by_size(seeds, pairs, self._bin_of_pair, self.q.numpy())
+        if None in orders:
+            size = self.streams[orders.index(None)].size
+            raise Refused(
+                f"sampling.scheme = {self.config.scheme}: no bin with states of {size} is reliable, so none is left - "
+                "fit David with more steps"
+            )
+        return SizedOrder(orders, self.schedule)
 
     def batches(self, start_sample: int, stream: Callable[[int, Order], Iterator[BatchT]]) -> Iterator[BatchT]:
         """The batches of `stream` from this sample on; q is updated at each whole span, never inside one.
 
         The update waits until the batch before it was learnt from, so nothing is read ahead under an old q.
         """
+        number = self.schedule.block_of(start_sample)
+        if inside := start_sample - self.schedule.first_sample(number):
+            raise ValueError(f"sample {start_sample} is {inside} rows into a batch")
+        begins_span = not number or self._ends_span(self.schedule.first_sample(number - 1), start_sample)
         while True:
-            offset = start_sample % self.span_samples
-            if offset % self.batch_size:
-                raise ValueError(f"sample {start_sample} is {offset % self.batch_size} rows into a batch")
-            if not offset:
+            if begins_span:
                 self.update_q()
-            left = range((self.span_samples - offset) // self.batch_size)
-            for _, batch in zip(left, stream(start_sample, self.order()), strict=False):
+            for block, batch in zip(
+                self.schedule.blocks(start_sample), stream(start_sample, self.order()), strict=False
+            ):
                 yield batch
-            start_sample += self.span_samples - offset
+                start_sample = block.first + block.rows
+                if begins_span := self._ends_span(block.first, start_sample):
+                    break
+            else:
+                return
+
+    def _ends_span(self, first_sample: int, end_sample: int) -> bool:
+        """Whether a batch of these samples is the last of its span."""
+        return end_sample // self.span_samples > first_sample // self.span_samples
+
+    def _share_in_bin(self) -> Float[Tensor, "sizes T"]:
+        """N_gz / N_g: which share of the states of bin g has size z."""
+        return self._stored / self._stored.sum(dim=0).clamp_min(1)
+
+    def _size_weights(self) -> Float[Tensor, " sizes"]:
+        """W_z / p_z: a size comes by its share p_z of the states, where q alone would let it come by W_z."""
+        shares = (self._share_in_bin() * self.q).sum(dim=1)
+        return shares / shares.sum() / (self._stored.sum(dim=1) / self._stored.sum())
 
     def state_dict(self) -> dict[str, Any]:
         """All that a step or a new span changes."""

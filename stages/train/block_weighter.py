@@ -16,11 +16,12 @@ from shards.reader import Reader
 from stages.david.assessment import Assessor, assess, bins_of
 from stages.david.assessor import FittedAssessor
 from stages.david.block_model import FitConfig
+from stages.david.difficulty_profile import DifficultyProfile
 from stages.david.fusion import FusionConfig
 from stages.david.published import PublishedAssessor
 from stages.david.running import LambdaMoments, LambdaVariation, RunningAssessment
 from stages.david.saved_assessor import load_or_fit
-from stages.david.times import DifficultyProfile, SamplingConfig, TimestepSampler
+from stages.david.times import SamplingConfig, SizeStream, TimestepSampler
 from stages.nets.student import Prediction
 
 DAVID_FOLDER = "david"
@@ -104,7 +105,9 @@ class DavidWeighter(BlockWeighter):
 
     def importance_weight(self, batch: Batch) -> Float[Tensor, " b"]:
         """pi / q of each sample where the times are chosen, else 1."""
-        return self.timestep_sampler.importance_weight(batch.k) if self.timestep_sampler else torch.ones_like(batch.s)
+        if self.timestep_sampler is None:
+            return torch.ones_like(batch.s)
+        return self.timestep_sampler.importance_weight(batch.k, batch.size)
 
     def observe(self, batch: Batch, output: Prediction, importance_weight: Float[Tensor, " b"]) -> Sequence[Tensor]:
         """Sums for the running assessment; where the times are chosen, also those for the profile of the bins."""
@@ -191,7 +194,6 @@ def make_block_weighter(
     reader: Reader,
     block_weights: Mapping[str, float],
     folder: Path,
-    seed: int,
     device: torch.device,
     steps: int,
 ) -> BlockWeighter:
@@ -206,6 +208,8 @@ def make_block_weighter(
     if config.sampling.scheme == "stored":
         return DavidWeighter(assessor, running_assessment, None)
     profile = DifficultyProfile(config.fusion, assessor.bins, config.sampling.profile_samples, device)
-    batch_size = reader.batch_size * reader.world
-    sampler = TimestepSampler(config.sampling, profile, seed, reader.pairs, reader.timesteps, steps, batch_size)
+    by_size = zip(reader.sizes, reader.seeds, reader.pairs_of_sizes, reader.timesteps_of_sizes, strict=True)
+    sampler = TimestepSampler(
+        config.sampling, profile, [SizeStream(*given) for given in by_size], reader.schedule, steps
+    )
     return DavidWeighter(assessor, running_assessment, sampler)

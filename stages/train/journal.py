@@ -7,22 +7,22 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from configs.values import PictureSize
 from stages.flow.timesteps import bin_of_time
 from stages.system.atomic import atomic_write
 from stages.system.disk import refuse_unwritable, refuse_write_errors
 from stages.system.forecast import Forecast
 from stages.system.refusal import Refused, in_one_line
 from stages.train.live import RunDisplay, make_display
-from stages.train.objective import Losses
+from stages.train.losses import StepResult
 from stages.train.runtime import Runtime
 from stages.train.trackers import EMPTY_MAPPING, TrackingConfig, flatten, make_trackers
 
@@ -32,36 +32,22 @@ SECONDS_NAMES = ("data_wait_seconds", "bookkeeping_seconds")
 BY_S_NAMES = ("flow_by_s", "guidance_by_s", "blocks_by_s")
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What the journal records of one step."""
-
-    losses: Losses
-    lambdas: Float[Tensor, " n_blocks"]
-    block_weight: float
-    s: Float[Tensor, " b"]
-    grad_norm: Float[Tensor, ""]
-    learning_rate: float
-    data_wait_seconds: float
-    group: Int[Tensor, " b"] | None = None
-    """index of each sample's group in the journal"""
-
-
 class Window:
     """Sums over the steps since the last line; tensors stay on their device until a line is written.
 
-    Each of `groups` has a mean flow error of its own; samples without a group count in none of them.
+    Each of `groups` has a mean flow error of its own; samples without a group count in none of them. So has each of
+    `sizes`.
     """
 
-    def __init__(self, groups: Sequence[str] = ()) -> None:
-        self.groups = tuple(groups)
+    def __init__(self, groups: Sequence[str] = (), sizes: Sequence[PictureSize] = ()) -> None:
+        self.groups, self.sizes = tuple(groups), tuple(sizes)
         self.steps, self.data_wait_seconds, self.bookkeeping_seconds = 0, 0.0, 0.0
         self.started_at = time.perf_counter()
         self._sums: dict[str, Tensor] = {}
 
     def add(self, step: StepResult) -> None:
         """Add one step."""
-        parts = _step_sums(step, len(self.groups))
+        parts = _step_sums(step, len(self.groups), self.sizes)
         self._sums = {name: self._sums[name] + part for name, part in parts.items()} if self.steps else parts
         self.steps += 1
         self.data_wait_seconds += step.data_wait_seconds
@@ -90,6 +76,9 @@ class Window:
         if self.groups:
             group_count, group_error = total["by_group"]
             parts["flow_by_class"] = dict(zip(self.groups, _nan_to_none(group_error / group_count), strict=True))
+        if self.sizes:
+            size_count, size_error = total["by_size"]
+            parts["flow_by_size"] = dict(zip(map(str, self.sizes), _nan_to_none(size_error / size_count), strict=True))
         return {
             "samples": samples,
             **{name: mean[name] for name in ("loss", "flow", "guidance", "block_term")},
@@ -107,11 +96,11 @@ class Window:
         }
 
 
-def _step_sums(step: StepResult, group_count: int) -> dict[str, Tensor]:
+def _step_sums(step: StepResult, group_count: int, sizes: Sequence[PictureSize]) -> dict[str, Tensor]:
     """The summands of one step.
 
     `by_bin` holds, by bin of s: samples, three errors, importance weights and their squares; `by_group` holds samples
-    and flow errors of each group.
+    and flow errors of each group, `by_size` those of each size.
     """
     losses, lambdas, weight = step.losses, step.lambdas, step.losses.importance_weight
     block_term = (lambdas[:, None] * losses.block_errors).sum(dim=0)
@@ -130,6 +119,9 @@ def _step_sums(step: StepResult, group_count: int) -> dict[str, Tensor]:
     if group_count:
         by_group = stacked.new_zeros(2, group_count)
         sums["by_group"] = by_group if step.group is None else by_group.index_add_(1, step.group, stacked[:2])
+    if sizes:
+        own = torch.tensor([size == step.size for size in sizes], device=stacked.device)
+        sums["by_size"] = own * stacked[:2].sum(dim=1, keepdim=True)
     return sums
 
 
@@ -141,7 +133,7 @@ class Journal:
     """`journal.jsonl` of one run folder from `samples` on, its trackers and its display; a context.
 
     All processes of a run add their steps and write lines together; only the main one writes and shows anything.
-    `run_config` is passed to the trackers; `groups` names those of the samples, see `Window`.
+    `run_config` is passed to the trackers; `groups` and `sizes` are those of the samples, see `Window`.
     """
 
     def __init__(
@@ -154,9 +146,10 @@ class Journal:
         tracking: TrackingConfig,
         run_config: Mapping[str, Any] = EMPTY_MAPPING,
         groups: Sequence[str] = (),
+        sizes: Sequence[PictureSize] = (),
     ) -> None:
         self.path, self.blocks, self.runtime = folder / JOURNAL_FILE, tuple(blocks), runtime
-        self.window = Window(groups)
+        self.window = Window(groups, sizes)
         if runtime.is_main:
             refuse_unwritable(self.path)
             truncate_after(self.path, samples)
@@ -214,7 +207,7 @@ class Journal:
             }
             self._append(line)
             self._display.show_line(line, [*warnings, *self._trackers.log(flatten(line), samples)])
-        self.window, self._paused_seconds = Window(self.window.groups), 0.0
+        self.window, self._paused_seconds = Window(self.window.groups, self.window.sizes), 0.0
         self.window.started_at = start
         self.window.bookkeeping_seconds = time.perf_counter() - start
 
@@ -235,7 +228,7 @@ class Journal:
     def exclude_pause(self) -> None:
         """Leave the time since the last line (a checkpoint, a grid) out of the rate; the next line holds it."""
         self._paused_seconds += time.perf_counter() - self.window.started_at
-        self.window = Window(self.window.groups)
+        self.window = Window(self.window.groups, self.window.sizes)
 
     def _append(self, line: Mapping[str, Any], fsync: bool = False) -> None:
         with refuse_write_errors(self.path), open(self.path, "a", encoding="utf-8") as file:

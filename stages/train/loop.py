@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from configs.values import PictureSize
 from shards.batch import Batch
 from stages.nets.student import Student
 from stages.system.refusal import Refused
@@ -23,7 +24,13 @@ from stages.train.journal import Journal
 from stages.train.objective import BlockTermWeight, Objective
 from stages.train.optim import UpdateRatios, build_optimizer, learning_rate
 from stages.train.runtime import Runtime
-from stages.train.setup import ARITHMETIC_FIELDS, TrainConfig, run_checkpoints, trainable_parameters
+from stages.train.setup import (
+    ARITHMETIC_FIELDS,
+    TrainConfig,
+    refuse_uneven_batches,
+    run_checkpoints,
+    trainable_parameters,
+)
 from stages.train.state import Anomalies, TrainingState
 from stages.train.step import TrainingStep
 
@@ -82,13 +89,16 @@ def fit(
     hooks: Hooks | None = None,
     block_weighter: BlockWeighter | None = None,
     samples_per_epoch: int | None = None,
+    last_sample: int | None = None,
     groups: Sequence[str] = (),
+    sizes: Sequence[PictureSize] = (),
     resume: Resume = "auto",
 ) -> Student:
     """Train the student up to `max_samples`, or to a hook's `stop_reason`, and return it with its averaged weights.
 
     `identity` holds what the weights depend on beyond `config` and the objective (the recipe's fingerprint, say), as
-    JSON values; `groups` names the groups of the batches' rows.
+    JSON values; `groups` names the groups of the batches' rows, `sizes` are their picture sizes.
+    `last_sample` is the end of the first batch that reaches `max_samples`, by default of batches of `batch_size` rows.
     A run that was interrupted at any sample ends with the same bits as one that was not, on as many processes.
     """
     # What a step changes, and the checkpoint to resume from
@@ -101,7 +111,8 @@ def fit(
         state.read(checkpoint, int(checkpoint.name))
 
     # The data from there on
-    runtime.local_batch_size(config.batch_size, config.accumulate)
+    refuse_uneven_batches(config, runtime, sizes)
+    last_sample = last_sample or -(-config.max_samples // config.batch_size) * config.batch_size
     reason = runtime.on_main(_stop_reason, state, config, hooks)
     if not reason:
         runtime.on_main(checkpoints.refuse_small_disk, state.size_bytes())
@@ -125,13 +136,21 @@ def fit(
     run_config = checkpoints.identity
     with (
         Journal(
-            folder, state.samples, config.samples, objective.blocks, runtime, config.tracking, run_config, groups
+            folder,
+            state.samples,
+            last_sample,
+            objective.blocks,
+            runtime,
+            config.tracking,
+            run_config,
+            groups,
+            sizes if len(sizes) > 1 else (),
         ) as journal,
         Interruption(runtime.is_main) as interruption,
     ):
         waiting_since = time.perf_counter()
         for batch in chain([first] if first is not None else [], stream):
-            before, after = state.samples, state.samples + config.batch_size
+            before, after = state.samples, state.samples + len(batch) * runtime.world
             is_last = after >= config.max_samples
             saves = is_last or _is_due(before, after, config.checkpoint_every_samples)
             writes_line = saves or _is_due(before, after, config.journal_every_samples)

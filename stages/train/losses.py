@@ -1,13 +1,14 @@
-"""Errors of a velocity, of its guidance and of pooled features: plain functions of tensors, reduced in fp32."""
+"""Errors of a velocity, of its guidance and of pooled features, and the losses of a batch and of a step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from configs.values import PictureSize
 from stages.flow.path import per_sample
 from stages.flow.timesteps import bin_of_time
 
@@ -70,3 +71,46 @@ def cosine_errors(
 ) -> Float[Tensor, "n_blocks b"]:
     """1 - cos of the plain pooled features, for each block of `targets`: the original experiment's form."""
     return torch.stack([1 - F.cosine_similarity(features[b].float(), targets[b].float(), dim=1) for b in targets])
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of one batch: only `total` and `rest` carry gradients; the other parts are for the journal."""
+
+    total: Float[Tensor, ""]
+    rest: Float[Tensor, ""]
+    """`total` without the block term"""
+    flow: Float[Tensor, ""]
+    guidance: Float[Tensor, ""]
+    blocks: Float[Tensor, " n_blocks"]
+    """error of each block, importance-weighted"""
+    flow_errors: Float[Tensor, " b"]
+    """unweighted, as are the two below, which are 0 for rows without teacher predictions"""
+    guidance_errors: Float[Tensor, " b"]
+    block_errors: Float[Tensor, "n_blocks b"]
+    importance_weight: Float[Tensor, " b"]
+
+    @classmethod
+    def merge_chunks(cls, chunks: Sequence["Losses"]) -> "Losses":
+        """The losses of a batch from those of its equal micro-batches; without gradients."""
+        means = ("total", "rest", "flow", "guidance", "blocks")
+        rows = ("flow_errors", "guidance_errors", "block_errors", "importance_weight")
+        mean = {name: torch.stack([getattr(chunk, name).detach() for chunk in chunks]).mean(dim=0) for name in means}
+        return cls(**mean, **{name: torch.cat([getattr(chunk, name) for chunk in chunks], dim=-1) for name in rows})
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the journal records of one step."""
+
+    losses: Losses
+    lambdas: Float[Tensor, " n_blocks"]
+    block_weight: float
+    s: Float[Tensor, " b"]
+    grad_norm: Float[Tensor, ""]
+    learning_rate: float
+    data_wait_seconds: float
+    group: Int[Tensor, " b"] | None = None
+    """index of each sample's group in the journal"""
+    size: PictureSize | None = None
+    """picture size of all its samples"""

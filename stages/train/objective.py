@@ -1,7 +1,6 @@
 """The training loss: both velocities, their guidance and the block term, with the weight of the block term."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -22,6 +21,7 @@ from stages.nets.student import Prediction
 from stages.system.refusal import Refused, did_you_mean
 from stages.train.losses import (
     FeatureScale,
+    Losses,
     block_errors,
     cosine_errors,
     floor_deviations,
@@ -89,32 +89,6 @@ class ObjectiveConfig(Strict):
         if self.loss_weighting == "min_snr":
             return min_snr_weight(s, self.min_snr_gamma)
         return v_prediction_weight(s) if self.loss_weighting == "vp" else torch.ones_like(s)
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The loss of one batch: only `total` and `rest` carry gradients; the other parts are for the journal."""
-
-    total: Float[Tensor, ""]
-    rest: Float[Tensor, ""]
-    """`total` without the block term"""
-    flow: Float[Tensor, ""]
-    guidance: Float[Tensor, ""]
-    blocks: Float[Tensor, " n_blocks"]
-    """error of each block, importance-weighted"""
-    flow_errors: Float[Tensor, " b"]
-    """unweighted, as are the two below, which are 0 for rows without teacher predictions"""
-    guidance_errors: Float[Tensor, " b"]
-    block_errors: Float[Tensor, "n_blocks b"]
-    importance_weight: Float[Tensor, " b"]
-
-    @classmethod
-    def merge_chunks(cls, chunks: Sequence["Losses"]) -> "Losses":
-        """The losses of a batch from those of its equal micro-batches; without gradients."""
-        means = ("total", "rest", "flow", "guidance", "blocks")
-        rows = ("flow_errors", "guidance_errors", "block_errors", "importance_weight")
-        mean = {name: torch.stack([getattr(chunk, name).detach() for chunk in chunks]).mean(dim=0) for name in means}
-        return cls(**mean, **{name: torch.cat([getattr(chunk, name) for chunk in chunks], dim=-1) for name in rows})
 
 
 class Objective:

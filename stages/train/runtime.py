@@ -180,25 +180,9 @@ class Runtime(ProcessGroup):
         """The exception for an error that all processes meet: only the main one prints the message."""
         return Refused(message) if self.is_main else SystemExit(1)
 
-    def local_batch_size(self, batch_size: int, accumulate: int) -> int:
-        """This process's rows of a batch; raises `Refused` unless each micro-batch of each process gets as many."""
-        if error := batch_split_error(batch_size, self.world, accumulate):
-            raise self.refusal(error)
-        return batch_size // self.world
-
     def close(self) -> None:
         """Leave the process group, at the end."""
         self.accelerator.end_training()
-
-
-def batch_split_error(batch_size: int, world: int, accumulate: int) -> str | None:
-    """Why a batch cannot be split among so many processes and micro-batches; None when it can."""
-    if batch_size % (world * accumulate) == 0:
-        return None
-    return (
-        f"train.batch_size = {batch_size}: does not divide among {world} processes x train.accumulate = "
-        f"{accumulate} micro-batches - choose a multiple of {world * accumulate}"
-    )
 
 
 def is_launched() -> bool:

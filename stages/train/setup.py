@@ -1,7 +1,8 @@
 """The configuration and the identity of a training run, and what is refused before it writes anything."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from diffusers import UNet2DConditionModel
 from pydantic import Field
 from torch import nn
 
-from configs.values import Strict
+from configs.values import PictureSize, Strict
 from shards.manifest import Manifest
 from shards.reader import DEFAULT_MEMORY_BUDGET_BYTES
+from stages.nets.latents import LatentGeometry
 from stages.nets.student import Student
 from stages.system.memory import refuse_too_many
 from stages.system.ownership import claim_folder
@@ -24,9 +26,13 @@ from stages.train.checkpoint_store import KeepConfig
 from stages.train.ema import EmaConfig
 from stages.train.objective import Objective
 from stages.train.optim import OptimizerConfig, build_optimizer
-from stages.train.runtime import Precision, Runtime, batch_split_error
+from stages.train.runtime import Precision, Runtime
 from stages.train.state import checkpoint_bytes
 from stages.train.trackers import TrackingConfig, refuse_missing_trackers
+
+BATCH_PIXELS_OPTION = "train.batch_pixels"
+MAX_TRIES = 10_000
+"""Numbers of pixels that are tried for one that works; more are far beyond any card."""
 
 
 class TrainConfig(Strict):
@@ -37,6 +43,13 @@ class TrainConfig(Strict):
     )
     batch_size: int = Field(
         32, ge=1, description="states a step, of all processes; the student sees each of them under both branches"
+    )
+    batch_pixels: int | None = Field(
+        None,
+        ge=1,
+        description="pixels a step, of all processes, in place of batch_size: as many states as have no more, at least "
+        "one, so that a step takes the same memory at each picture size (16 states of 512x512 are 4194304); none: "
+        "batch_size states at every size",
     )
     seed: int = Field(0, description="seed of the order of the data and of every random number in training")
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -66,15 +79,9 @@ class TrainConfig(Strict):
     keep: KeepConfig = KeepConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    @property
-    def steps(self) -> int:
-        """Steps of the whole training."""
-        return -(-self.max_samples // self.batch_size)
-
-    @property
-    def samples(self) -> int:
-        """Samples seen at its end: `max_samples`, or the next whole batch."""
-        return self.steps * self.batch_size
+    def rows_of(self, size: PictureSize) -> int:
+        """States a step of one picture size."""
+        return rows_of(size, self.batch_size, self.batch_pixels)
 
 
 CLAIM_PURPOSE = "train in"
@@ -94,7 +101,9 @@ def run_checkpoints(
     folder: Path, config: TrainConfig, objective: Objective, identity: Mapping[str, Any]
 ) -> Checkpoints:
     """The checkpoints of a run folder; `identity` is what the weights depend on beyond `config` and objective."""
-    train = config.model_dump(mode="json", exclude=NON_IDENTITY_FIELDS | ARITHMETIC_FIELDS)
+    # A run without batch_pixels has the identity that it had before there was such a setting.
+    absent = {"batch_pixels"} if config.batch_pixels is None else set[str]()
+    train = config.model_dump(mode="json", exclude=NON_IDENTITY_FIELDS | ARITHMETIC_FIELDS | absent)
     identity = {**identity, "train": train, "objective": objective.config.model_dump(mode="json")}
     return Checkpoints(folder / "checkpoints", identity, config.keep)
 
@@ -108,17 +117,78 @@ def refuse_start(
     identity: Mapping[str, Any],
     resume: Resume = "auto",
     unknown_keys: Collection[str] = (),
+    sizes: Sequence[PictureSize] = (),
 ) -> None:
     """Raise `Refused` for whatever `fit` would refuse before its first step; nothing changes.
 
-    `unknown_keys` names the keys of the identity that are not known yet.
+    `unknown_keys` names the keys of the identity that are not known yet, `sizes` are those of the batches.
     """
-    runtime.local_batch_size(config.batch_size, config.accumulate)
+    refuse_uneven_batches(config, runtime, sizes)
     build_optimizer(config.optimizer, trainable_parameters(student))
     refuse_missing_trackers(config.tracking)
     checkpoints = run_checkpoints(folder, config, objective, identity)
     checkpoints.refuse_other_runs(resume, unknown_keys)
     checkpoints.refuse_small_disk(checkpoint_bytes(student))
+
+
+def rows_of(size: PictureSize, batch_size: int, batch_pixels: int | None) -> int:
+    """Rows of a whole batch of one size: `batch_size`, or as many as have no more than `batch_pixels`, at least one."""
+    return batch_size if batch_pixels is None else max(1, batch_pixels // size.pixels)
+
+
+def batch_rows(sizes: Sequence[PictureSize], batch_size: int, batch_pixels: int | None) -> dict[PictureSize, int]:
+    """Rows of a whole batch of each size."""
+    return {size: rows_of(size, batch_size, batch_pixels) for size in sizes}
+
+
+def batch_split_error(
+    batch_size: int,
+    world: int,
+    accumulate: int,
+    batch_pixels: int | None = None,
+    sizes: Sequence[PictureSize] = (),
+) -> str | None:
+    """Why the batches cannot be split among so many processes and micro-batches; None when they can."""
+    parts = world * accumulate
+    among = f"among {world} processes x train.accumulate = {accumulate} micro-batches"
+    if batch_pixels is None:
+        if batch_size % parts == 0:
+            return None
+        return f"train.batch_size = {batch_size}: does not divide {among} - choose a multiple of {parts}"
+    rows = batch_rows(sizes, batch_size, batch_pixels)
+    if not any(number % parts for number in rows.values()):
+        return None
+    larger = next_batch_pixels(sizes, batch_pixels, parts)
+    way_out = f"take {larger}" if larger else f"lower train.accumulate, now {accumulate}"
+    return (
+        f"{BATCH_PIXELS_OPTION} = {batch_pixels}: gives {rows_text(rows)}, and each of these numbers should divide "
+        f"{among} - {way_out}"
+    )
+
+
+def next_batch_pixels(sizes: Sequence[PictureSize], batch_pixels: int, parts: int) -> int | None:
+    """The least number of pixels from `batch_pixels` on whose rows at each size are a multiple of `parts`."""
+    for number in count():
+        uneven = [size for size in sizes if rows_of(size, 0, batch_pixels) % parts]
+        if not uneven:
+            return batch_pixels
+        if number == MAX_TRIES:
+            break
+        # Up to the next multiple of one size nothing can work; other sizes are looked at again from there.
+        batch_pixels = max((rows_of(size, 0, batch_pixels) // parts + 1) * parts * size.pixels for size in uneven)
+    return None
+
+
+def rows_text(rows: Mapping[PictureSize, int]) -> str:
+    """The rows of each size, such as `16 rows of 512x512, 10 of 512x768`."""
+    (first, number), *others = rows.items()
+    return ", ".join([f"{number} {'row' if number == 1 else 'rows'} of {first}", *(f"{n} of {s}" for s, n in others)])
+
+
+def refuse_uneven_batches(config: TrainConfig, runtime: Runtime, sizes: Sequence[PictureSize] = ()) -> None:
+    """Raise `Refused` unless each micro-batch of each process gets as many rows of every batch of these sizes."""
+    if error := batch_split_error(config.batch_size, runtime.world, config.accumulate, config.batch_pixels, sizes):
+        raise runtime.refusal(error)
 
 
 def claim_on_main(folder: Path, runtime: Runtime) -> AbstractContextManager[None]:
@@ -138,10 +208,20 @@ BYTES_OF_MOMENTS = {"adamw": 8, "adamw_8bit": 2, "muon": 4}
 
 
 def refuse_launch(
-    train: TrainConfig, processes: int, device: torch.device, teacher: Path, cache: Path, *, adapters_only: bool = False
+    train: TrainConfig,
+    processes: int,
+    device: torch.device,
+    teacher: Path,
+    cache: Path,
+    *,
+    sizes: Sequence[PictureSize] = (),
+    adapters_only: bool = False,
 ) -> None:
-    """Raise `Refused` unless each process gets rows of every batch, and the device's memory is enough for all."""
-    if error := batch_split_error(train.batch_size, processes, train.accumulate):
+    """Raise `Refused` unless each process gets rows of every batch, and the device's memory is enough for all.
+
+    `sizes` are those of the batches, as far as they are known.
+    """
+    if error := batch_split_error(train.batch_size, processes, train.accumulate, train.batch_pixels, sizes):
         raise Refused(f"processes = {processes}: {error}, or other processes")
     if device.type == "cuda" and processes > torch.cuda.device_count():
         raise Refused(f"processes = {processes}: there are {torch.cuda.device_count()} GPUs - one process for each")
@@ -151,6 +231,19 @@ def refuse_launch(
     cache_bytes = sum(shard.bytes for shard in Manifest.open(cache).shards_of("train"))
     held_bytes = cache_bytes if cache_bytes <= DEFAULT_MEMORY_BUDGET_BYTES else 0
     refuse_too_many("processes", processes, count_parameters(teacher) * bytes_of_parameter + held_bytes, device)
+
+
+def training_sizes(cache: Path, teacher: Path) -> list[PictureSize]:
+    """The picture sizes of a cache's training split; of a cache that does not tell its size, its teacher's own."""
+    sizes = Manifest.open(cache).sizes_of("train")
+    known = [size for size in sizes if size is not None]
+    return known if len(known) == len(sizes) else [native_size(teacher)]
+
+
+def native_size(teacher: Path) -> PictureSize:
+    """The picture size that a teacher was made for, from its configs alone."""
+    unet, vae = (read_json(teacher / part / "config.json") for part in ("unet", "vae"))
+    return LatentGeometry.from_configs(unet, vae).native_size
 
 
 def count_parameters(teacher: Path) -> int:

@@ -13,8 +13,8 @@ from shards.batch import Batch
 from stages.nets.student import TIME_SCALE, Prediction
 from stages.prompts import derived_seed
 from stages.train.ema import decay
-from stages.train.journal import StepResult
-from stages.train.objective import Losses, Objective
+from stages.train.losses import Losses, StepResult
+from stages.train.objective import Objective
 from stages.train.optim import learning_rate, rebalance, set_learning_rate
 from stages.train.runtime import Runtime
 from stages.train.setup import TrainConfig
@@ -99,7 +99,15 @@ class TrainingStep:
         groups = [chunk.batch.group for chunk in chunks if chunk.batch.group is not None]
         group = torch.cat(groups) if groups else None
         return StepResult(
-            Losses.merge_chunks(losses), lambdas, block_weight, s, grad_norm, rate, data_wait_seconds, group
+            Losses.merge_chunks(losses),
+            lambdas,
+            block_weight,
+            s,
+            grad_norm,
+            rate,
+            data_wait_seconds,
+            group,
+            batch.size,
         )
 
     def _split_batch(self, batch: Batch) -> list[MicroBatch]:

@@ -4,10 +4,10 @@ Held-out states show generalisation; the gap between seen prompts under stored a
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from configs.values import Strict
+from configs.values import PictureSize, Strict
 from shards.batch import Batch, collate
 from shards.reader import Reader
 from shards.record import Record
+from shards.stream.order import Order
+from shards.stream.schedule import SizeSchedule
 from stages.flow.path import interpolate
 from stages.flow.timesteps import bin_of_time
 from stages.nets.student import Student
@@ -44,6 +46,8 @@ class VelocityErrors:
     velocity: RelativeError
     guidance: RelativeError
     states: int
+    velocity_by_size: Mapping[PictureSize, float] = field(default_factory=dict)
+    """of each picture size where there are several"""
 
 
 class _ErrorSums:
@@ -67,21 +71,43 @@ class _ErrorSums:
 def velocity_errors(student: Student, batches: Iterable[Batch], uncond: Float[Tensor, "1 l d"]) -> VelocityErrors:
     """The student's errors relative to the cached predictions of its teacher."""
     velocity, guidance, states = _ErrorSums(), _ErrorSums(), 0
+    by_size: dict[PictureSize | None, _ErrorSums] = {}
     for batch in batches:
         batch = batch.to(uncond.device, torch.float32)
         output, bin_index = student(batch.x_s, batch.s, batch.cond, uncond), bin_of_time(batch.s, VALIDATION_BINS)
-        velocity.add(bin_index, output.v_cond, batch.v_cond)
-        velocity.add(bin_index, output.v_uncond, batch.v_uncond)
+        for sums in (velocity, by_size.setdefault(batch.size, _ErrorSums())):
+            sums.add(bin_index, output.v_cond, batch.v_cond)
+            sums.add(bin_index, output.v_uncond, batch.v_uncond)
         guidance.add(bin_index, output.v_cond - output.v_uncond, batch.v_cond - batch.v_uncond)
         states += len(batch.keys)
-    return VelocityErrors(velocity.ratio(), guidance.ratio(), states)
+    known = {size: sums.ratio().overall for size, sums in by_size.items() if size is not None and len(by_size) > 1}
+    return VelocityErrors(velocity.ratio(), guidance.ratio(), states, known)
+
+
+class SizePart(NamedTuple):
+    """The states of one picture size of a split, and how many of the first ones are wanted."""
+
+    order: Order
+    samples: int
+    wanted: int
+    batch_size: int
+
+
+def size_parts(reader: Reader, max_states: int, batch_size: int) -> Iterator[SizePart]:
+    """The share of each size in `max_states` states; batches of the smallest size have `batch_size` rows."""
+    pairs = [*map(len, reader.pairs_of_sizes)]
+    wanted = SizeSchedule(pairs, [1] * len(pairs)).counts(min(max_states, reader.samples_per_epoch))
+    pixels = [size.pixels if size else 1 for size in reader.sizes]
+    for order, samples, count, of_size in zip(reader.orders, pairs, wanted, pixels, strict=True):
+        if order is not None:
+            yield SizePart(order, samples, min(count, samples), max(1, batch_size * min(pixels) // of_size))
 
 
 def read_first_states(reader: Reader, max_states: int, batch_size: int = DEFAULT_BATCH_SIZE) -> Iterator[Batch]:
-    """The first `max_states` states of a split, each once, or all of them."""
-    count = min(max_states, reader.samples_per_epoch)
-    for first in range(0, count, batch_size):
-        yield reader.batch(np.arange(first, min(first + batch_size, count)))
+    """The first `max_states` states of a split, each once, or all of them; of each size its share."""
+    for order, _, wanted, rows in size_parts(reader, max_states, batch_size):
+        for first in range(0, wanted, rows):
+            yield reader.gather(*order.at(np.arange(first, min(first + rows, wanted))))
 
 
 class ValidationConfig(Strict):
@@ -117,6 +143,8 @@ class ValidationResult:
         """Content of the journal's line."""
         line: dict[str, Any] = {**_error_metrics("held_out", self.held_out.velocity)}
         line["held_out_guidance"] = self.held_out.guidance.overall
+        if by_size := self.held_out.velocity_by_size:
+            line["held_out_by_size"] = {str(size): error for size, error in by_size.items()}
         if self.seen and self.seen_new_noise:
             line |= {**_error_metrics("seen", self.seen), **_error_metrics("seen_new_noise", self.seen_new_noise)}
             line["cache_gap"] = self.seen_new_noise.overall - self.seen.overall
@@ -176,24 +204,30 @@ class Validation:
 
 
 def seen_states(reader: Reader, max_states: int) -> Iterator[PicturesAndBatch]:
-    """The first states of a stream that are renoised pictures.
+    """The first states of a stream that are renoised pictures, of each size its share.
 
     States on guided trajectories are left out: they are not distributed like noised pictures, so a comparison with new
     noise would measure that difference too.
     """
+    for part in size_parts(reader, max_states, VALIDATION_BATCH_SIZE):
+        rows = _renoised_rows(reader, part)
+        for first in range(0, len(rows), part.batch_size):
+            records, state_indices = zip(*rows[first : first + part.batch_size], strict=True)
+            yield torch.stack([record.x0 for record in records]), collate(records, state_indices)
+
+
+def _renoised_rows(reader: Reader, part: SizePart) -> list[tuple[Record, int]]:
+    """The first states of one size that are renoised pictures, as many as are wanted and there are."""
     rows: list[tuple[Record, int]] = []
-    for first in range(0, reader.samples_per_epoch if max_states else 0, VALIDATION_BATCH_SIZE):
-        last = min(first + VALIDATION_BATCH_SIZE, reader.samples_per_epoch)
-        for record_index, state_index in zip(*reader.order.at(np.arange(first, last)), strict=True):
+    for first in range(0, part.samples if part.wanted else 0, part.batch_size):
+        places = np.arange(first, min(first + part.batch_size, part.samples))
+        for record_index, state_index in zip(*part.order.at(places), strict=True):
             record = reader.record_at(int(record_index))
             if not record.states.trajectory[int(state_index)]:
                 rows.append((record, int(state_index)))
-        if len(rows) >= max_states:
+        if len(rows) >= part.wanted:
             break
-    rows = rows[:max_states]
-    for first in range(0, len(rows), VALIDATION_BATCH_SIZE):
-        records, state_indices = zip(*rows[first : first + VALIDATION_BATCH_SIZE], strict=True)
-        yield torch.stack([record.x0 for record in records]), collate(records, state_indices)
+    return rows[: part.wanted]
 
 
 def renoise(teacher: Teacher, seen: Sequence[PicturesAndBatch]) -> Iterator[Batch]:

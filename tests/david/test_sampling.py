@@ -11,16 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from configs.values import PictureSize
 from shards.manifest import Recipe
-from shards.order import Order, Pairs
-from shards.reader import Reader, View
+from shards.reader import Reader
 from shards.record import BlockFeatures, Record, States
+from shards.stream.order import Order, Pairs
+from shards.stream.schedule import SizeSchedule
+from shards.stream.view import View
 from shards.writer import CacheWriter
 from stages.david.assessment import BlockAssessment
+from stages.david.difficulty_profile import DifficultyProfile
 from stages.david.fusion import FusionConfig
 from stages.david.times import (
-    DifficultyProfile,
     SamplingConfig,
+    SizeStream,
     TimestepSampler,
     difficulty_distribution,
     effective_share,
@@ -40,7 +44,8 @@ def record(number: int) -> Record:
     state = torch.full((2, 3, 4, 5), float(number)).half()
     states = States(k=k, s=k / 1000, x_s=state, v_cond=state, v_uncond=state, trajectory=k < 500)
     features = BlockFeatures({"mid": torch.zeros(2, 3).half()})
-    return Record(f"{number:09d}", "a star", "star", number, 3.0, torch.zeros(2, 7).half(), state[0], states, features)
+    cond, size = torch.zeros(2, 7).half(), PictureSize(40, 32)
+    return Record(f"{number:09d}", "a star", "star", number, 3.0, cond, state[0], states, features, size)
 
 
 def update(profile: DifficultyProfile, bins: torch.Tensor, excess: torch.Tensor, accuracy=None) -> None:
@@ -62,9 +67,14 @@ def difficult(hard: list[int], unreliable: tuple[int, ...] = (), bins: int = T) 
     return profile
 
 
+def sampler_of(config: SamplingConfig, profile: DifficultyProfile, seed: int = 0, steps=STEPS) -> TimestepSampler:
+    """Of states of one size, in batches of 8."""
+    return TimestepSampler(config, profile, [SizeStream(None, seed, PAIRS, steps)], SizeSchedule([2 * N], [8]), 1000)
+
+
 def sampler(scheme: str, seed: int = 0, hard=(7, 8), unreliable=(), **changes) -> TimestepSampler:
     config = SamplingConfig.model_validate({"scheme": scheme, "profile_samples": 100, **changes})
-    sampling = TimestepSampler(config, difficult(list(hard), unreliable), seed, PAIRS, STEPS, 1000, batch_size=8)
+    sampling = sampler_of(config, difficult(list(hard), unreliable), seed)
     sampling.update_q()
     return sampling
 
@@ -131,9 +141,7 @@ def test_difficult_bins_are_sampled_more_often_and_weigh_less():
 
 def test_david_of_no_share_and_a_faultless_student_leave_pi():
     assert torch.equal(sampler("david", david_share=0.0).q, sampler("david").pi)
-    uniform_error = TimestepSampler(
-        SamplingConfig(scheme="david"), DifficultyProfile(FusionConfig(), T, 100), 0, PAIRS, STEPS, 1000, batch_size=8
-    )
+    uniform_error = sampler_of(SamplingConfig(scheme="david"), DifficultyProfile(FusionConfig(), T, 100))
     uniform_error.update_q()
     torch.testing.assert_close(uniform_error.q, uniform_error.pi)
     assert uniform_error.effective_share() == pytest.approx(1)
@@ -181,7 +189,7 @@ def test_a_shift_without_a_sampler_is_refused():
 
 def test_bins_of_which_nothing_is_stored_are_not_sampled():
     steps = np.where(STEPS < 500, STEPS, 999 - STEPS)  # nothing above the middle
-    sampling = TimestepSampler(SamplingConfig(scheme="david"), difficult([2, 9]), 0, PAIRS, steps, 1000, batch_size=8)
+    sampling = sampler_of(SamplingConfig(scheme="david"), difficult([2, 9]), steps=steps)
     sampling.update_q()
     assert sampling.q[5:].tolist() == sampling.pi[5:].tolist() == [0.0] * 5
     assert float(sampling.q.sum()) == pytest.approx(1)
@@ -260,13 +268,13 @@ def test_a_reader_reads_the_states_in_the_order_of_the_sampler(tmp_path: Path):
     stored = [(r.key, state, int(r.states.k[state])) for r in records for state in range(2) if r.states.s[state] >= 0.2]
     assert reader.timesteps.tolist() == [k for _, _, k in stored]
     profile = difficult([4])
-    sampling = TimestepSampler(
-        SamplingConfig(scheme="david", profile_samples=6), profile, 5, reader.pairs, reader.timesteps, 1000, 3
-    )
+    by_size = zip(reader.sizes, reader.seeds, reader.pairs_of_sizes, reader.timesteps_of_sizes, strict=True)
+    config, streams = SamplingConfig(scheme="david", profile_samples=6), [SizeStream(*given) for given in by_size]
+    sampling = TimestepSampler(config, profile, streams, reader.schedule, 1000)
     batches = [batch for _, batch in zip(range(5), sampling.batches(0, reader.batches), strict=False)]
     rows = [row for b in batches for row in zip(b.keys, b.state_index.tolist(), b.k.tolist(), strict=True)]
     assert set(rows) <= set(stored)
-    bins = dict(zip(stored, sampling._bin_of_pair.tolist(), strict=True))
+    bins = dict(zip(stored, sampling._bin_of_pair[0].tolist(), strict=True))
     assert [float(w) for b in batches for w in sampling.importance_weight(b.k)] == pytest.approx(
         [float(sampling.pi[bins[row]] / sampling.q[bins[row]]) for row in rows]
     )

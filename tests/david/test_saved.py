@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from configs.values import PictureSize
 from shards.manifest import Manifest, Recipe
 from shards.record import BlockFeatures, Record, States
 from shards.table import Table, write_table
@@ -42,7 +43,8 @@ def record(number):
         k, k / 1000, half(3, 2, 3, 4), half(3, 2, 3, 4), half(3, 2, 3, 4), torch.tensor([True, True, False])
     )
     features = BlockFeatures({"mid": half(3, 6), "down_0": half(3, 4)})
-    return Record(f"{number:09d}", f"number {number}", "one", number, 5.0, half(2, 3), half(2, 3, 4), states, features)
+    head, size = (f"{number:09d}", f"number {number}", "one", number, 5.0), PictureSize(32, 24)
+    return Record(*head, half(2, 3), half(2, 3, 4), states, features, size)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.train.objective import MEASURE_EVERY_SAMPLES, BlockTermWeight, Losses, ObjectiveConfig
+from stages.train.losses import Losses
+from stages.train.objective import MEASURE_EVERY_SAMPLES, BlockTermWeight, ObjectiveConfig
 
 PARAMETER = nn.Parameter(torch.tensor([3.0, 4.0]))
 NOTHING = torch.zeros(0)

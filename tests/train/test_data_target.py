@@ -14,8 +14,8 @@ from stages.flow.solver import apply_guidance, remove_guidance
 from stages.flow.timesteps import TimestepDensity, shift_time
 from stages.nets.student import Prediction
 from stages.system.refusal import Refused
-from stages.train.losses import FeatureScale
-from stages.train.objective import Losses, Objective, ObjectiveConfig
+from stages.train.losses import FeatureScale, Losses
+from stages.train.objective import Objective, ObjectiveConfig
 
 DENSITY = TimestepDensity()
 BLOCKS = ("mid", "up_3")

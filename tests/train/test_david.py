@@ -66,7 +66,7 @@ def configured(run: Path, *options: str) -> distill.Config:
 
 def david(run: Path, *options: str, w: Mapping[str, float] = PUBLISHED_BLOCK_WEIGHTS) -> tuple[DavidWeighter, Batch]:
     reader = Reader(run / "cache", batch_size=60)
-    weighter = make_block_weighter(configured(run, *options).david, reader, w, run / "distill", 0, CPU, 1000)
+    weighter = make_block_weighter(configured(run, *options).david, reader, w, run / "distill", CPU, 1000)
     assert isinstance(weighter, DavidWeighter)
     return weighter, next(reader.batches()).to("cpu", torch.float32)
 
@@ -142,7 +142,7 @@ def test_a_block_that_went_wrong_counts_more_and_the_others_as_before(run: Path,
 def test_no_david_is_fitted_where_nothing_depends_on_it(tmp_path: Path, run: Path) -> None:
     static = DavidConfig.model_validate({"fusion": {"formula": "static"}})
     w = {block: 2 * w for block, w in PUBLISHED_BLOCK_WEIGHTS.items()}
-    weighter = make_block_weighter(static, Reader(run / "cache"), w, tmp_path, 0, CPU, 1000)
+    weighter = make_block_weighter(static, Reader(run / "cache"), w, tmp_path, CPU, 1000)
     assert not list(tmp_path.iterdir())
     assert weighter.lambdas().tolist() == pytest.approx(list(w.values()))
 
@@ -214,12 +214,12 @@ def train(run: Path, folder: Path, *options: str, signal_at: SignalAt | None = N
     config, runtime = configured(run, *SHORT, *options), Runtime(CPU)
     torch.manual_seed(0)
     student = Student(build_unet())
-    rows, rank, world = runtime.local_batch_size(4, config.train.accumulate), runtime.rank, runtime.world
+    rows, rank, world = 4 // runtime.world, runtime.rank, runtime.world
     reader = Reader(run / "cache", "train", 0, rows, view=config.view, rank=rank, world=world)
     assert reader.samples_per_epoch < 4 * STEPS
     scale = feature_scale(run / "cache", config.objective.block_bins)
     objective = Objective(config.objective, student.blocks, scale, PUBLISHED_BLOCK_WEIGHTS)
-    weighter = make_block_weighter(config.david, reader, objective.block_weights, run / "distill", 0, CPU, 1000)
+    weighter = make_block_weighter(config.david, reader, objective.block_weights, run / "distill", CPU, 1000)
     sampler = weighter.timestep_sampler
     stream = partial(sampler.batches, stream=reader.batches) if sampler else reader.batches
 

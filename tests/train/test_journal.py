@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from configs.values import PictureSize
 from stages.system.refusal import Refused
-from stages.train.journal import Journal, StepResult, Window, memory_gib, read_step_lines, truncate_after
-from stages.train.objective import Losses
+from stages.train.journal import Journal, Window, memory_gib, read_step_lines, truncate_after
+from stages.train.losses import Losses, StepResult
 from stages.train.runtime import Runtime
 from stages.train.trackers import TrackingConfig, flatten
 
@@ -228,3 +229,15 @@ def test_a_disk_that_fills_up_under_a_journal_is_refused_with_its_name(tmp_path,
         with pytest.raises(Refused, match=r"journal\.jsonl: cannot be written \(No space left on device\)"):
             journal.write_event(4, "validation", {"held_out": 1.0})
         monkeypatch.undo()
+
+
+def test_each_size_has_its_own_mean_flow_error_where_there_are_several():
+    tall, wide, other = PictureSize(64, 96), PictureSize(96, 64), PictureSize(64, 64)
+    window = Window(sizes=(tall, wide, other))
+    for errors, size in (([1.0, 3.0], tall), ([5.0, 7.0], wide), ([3.0, 5.0, 7.0], tall)):
+        window.add(replace(step(errors, [0.5] * len(errors)), size=size))
+    line = window.journal_line(7, BLOCKS, window.sums())
+    assert line["flow_by_size"] == {"64x96": pytest.approx(3.8), "96x64": pytest.approx(6.0), "64x64": None}
+    plain = Window()
+    plain.add(step([1.0, 3.0], [0.5, 0.5]))
+    assert "flow_by_size" not in plain.journal_line(2, BLOCKS, plain.sums())

@@ -4,8 +4,8 @@ from pydantic import ValidationError
 
 from stages.nets.student import Prediction
 from stages.system.refusal import Refused
-from stages.train.losses import FeatureScale
-from stages.train.objective import Losses, Objective, ObjectiveConfig
+from stages.train.losses import FeatureScale, Losses
+from stages.train.objective import Objective, ObjectiveConfig
 
 BLOCKS = ("mid", "up_3")
 SCALE = FeatureScale({block: torch.ones(1, 3) for block in BLOCKS})

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from configs.values import PictureSize
 from shards.manifest import Recipe
-from shards.reader import Reader, View
+from shards.reader import Reader
 from shards.record import BlockFeatures, Record, States
+from shards.stream.view import View
 from shards.writer import CacheWriter
 from stages.nets.student import Prediction
 from stages.train.loop import Hooks
@@ -23,7 +25,7 @@ from stages.train.validation import (
     VelocityErrors,
 )
 
-SHAPE = (3, 4, 5)
+SHAPE, SIZE = (3, 4, 5), PictureSize(40, 32)
 UNCOND = torch.zeros(1, 6, 7)
 
 
@@ -79,7 +81,7 @@ def record(number: int, renoised: int) -> Record:
         trajectory=torch.arange(3) < 3 - renoised,
     )
     features = BlockFeatures({"mid": torch.zeros(3, 2).half()})
-    return Record(f"{number:09d}", f"star {number}", "star/red", number, 3.0, cond, x0, states, features)
+    return Record(f"{number:09d}", f"star {number}", "star/red", number, 3.0, cond, x0, states, features, SIZE)
 
 
 def cache(folder: Path, renoised: int = 2) -> Path:
