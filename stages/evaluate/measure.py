@@ -1,5 +1,6 @@
 """The command `sollune evaluate`: fidelity, paired-noise and velocity errors of a student against its teacher."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +8,11 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from pydantic import Field, ImportString
+from pydantic import Field, ImportString, model_validator
 from torch import Tensor
 
 from configs.load import config_from_arguments, name_first_argument
-from configs.values import Strict
+from configs.values import PictureSize, Size, Strict
 from shards.reader import Reader
 from stages.evaluate.metrics import Fidelity, Scorer, compute_fidelity
 from stages.evaluate.paired import PairedError, PairedInputs, make_reference, paired_error
@@ -21,6 +22,7 @@ from stages.evaluate.report import (
     TEACHER,
     Evaluation,
     Gates,
+    SizeErrors,
     check_gates,
     print_report,
     to_json,
@@ -66,6 +68,18 @@ class PairedConfig(Strict):
     controls: bool = Field(
         True, description="measure the undistilled graft, the undistilled copy and wrong prompts too"
     )
+    sizes: tuple[Size, ...] = Field(
+        (),
+        description="picture sizes, such as 512x768, each with noises, floor and ceiling of its own; none takes those "
+        "that the run learnt. Controls and gates are for the native one, or else the first",
+    )
+
+    @model_validator(mode="after")
+    def _refuse_repeated_sizes(self) -> "PairedConfig":
+        repeated = [str(size) for size, times in Counter(self.sizes).items() if times > 1]
+        if repeated:
+            raise ValueError(f"sizes: {repeated[0]} stands there more than once - name each size once")
+        return self
 
 
 class Config(Strict):
@@ -88,33 +102,53 @@ class Config(Strict):
 class EvaluationSetup:
     """Inputs of every measurement: the run, both models, and fixed lists of prompts and noises."""
 
+    sizes: Sequence[PictureSize]
+    """Of the pictures whose paired errors are measured."""
+
     run: SavedRun
     teacher: Teacher
     student: Student
     texts: Sequence[str]
     noise: Tensor
+    """Of fidelity's pictures, which are of the model's own size."""
     held_out_reader: Reader | None
     """The cache's validation split, where states of it are measured."""
 
+    @property
+    def main_size(self) -> PictureSize:
+        """The size of the controls and the gates: the model's own, or the first where that is not measured."""
+        native = self.teacher.components.native_size
+        return native if native in self.sizes else self.sizes[0]
+
 
 def evaluate(config: Config) -> Evaluation:
-    """Every measurement of one run."""
+    """Every measurement of one run; paired and velocity errors also by size where there are several."""
     setup = prepare_evaluation(config)
     if config.scorer:
         verified_export(setup)
     # Fidelity comes last: it writes its pictures to a file, and nothing may be refused after that.
-    paired, velocity = measure_paired(setup, config), None
+    paired = {size: measure_paired(setup, config, size) for size in setup.sizes}
+    velocity = None
     if setup.held_out_reader is not None:
         states = read_first_states(setup.held_out_reader, config.velocity_states)
         velocity = velocity_errors(setup.student, states, setup.teacher.uncond)
+    velocity_by_size = velocity.velocity_by_size if velocity else {}
+    several = len({*paired, *velocity_by_size}) > 1
     return Evaluation(
         run=str(config.run),
         samples=setup.run.samples,
         tail=setup.run.origin.tail,
         settings=config.model_dump(mode="json", exclude={"gates", "run"}),
         fidelity=measure_fidelity(setup, config.scorer, config) if config.scorer else {},
-        paired=paired,
+        paired=paired[setup.main_size],
         velocity=velocity,
+        size=str(setup.main_size),
+        by_size={
+            str(size): SizeErrors(paired.get(size, {}).get(STUDENT, ()), velocity_by_size.get(size))
+            for size in dict.fromkeys((*paired, *velocity_by_size))
+        }
+        if several
+        else {},
     )
 
 
@@ -123,9 +157,15 @@ def prepare_evaluation(config: Config) -> EvaluationSetup:
     saved = open_run(config.run)
     parts = load_run_teacher(saved.origin, device_of(config.device), torch.float32)
     texts = distinct_texts(config.prompts, config.seed, max(config.fidelity.prompts, config.paired.prompts))
-    noise = fixed_noises(config.seed, len(texts), parts.latent_shape).to(parts.unet.device)
-    reader = Reader(cache_folder(saved.folder), "validation", config.seed) if config.velocity_states else None
-    return EvaluationSetup(saved, Teacher(parts, saved.origin.tail), load_student(saved, parts), texts, noise, reader)
+    noise = fixed_noises(config.seed, config.fidelity.prompts, parts.latent_shape()).to(parts.unet.device)
+    sizes = [parts.check_size(size, "paired.sizes") for size in config.paired.sizes]
+    sizes = sizes or list(saved.origin.learnt_sizes(parts.native_size))
+    reader = None
+    if config.velocity_states:
+        cache = cache_folder(saved.folder)
+        reader = Reader(cache, "validation", config.seed, unstated_size=parts.native_size)
+    teacher, student = Teacher(parts, saved.origin.tail), load_student(saved, parts)
+    return EvaluationSetup(sizes, saved, teacher, student, texts, noise, reader)
 
 
 def distinct_texts(source: PromptSource, seed: int, count: int) -> list[str]:
@@ -142,7 +182,7 @@ def measure_fidelity(setup: EvaluationSetup, scorer: Scorer, config: Config) -> 
         texts, noise = setup.texts[:count], setup.noise[:count]
         return generate_pictures(pipeline, texts, noise, settings.steps, settings.guidance)
 
-    folder, device = setup.teacher.components.folder, setup.noise.device
+    folder, device = setup.teacher.components.present_folder(), setup.noise.device
     teacher, student = load_pipeline(folder, device), load_pipeline(verified_export(setup), device)
     use_ddim_scheduler(teacher, folder)
     pictures = {TEACHER: generate(teacher, settings.prompts), STUDENT: generate(student, settings.prompts)}
@@ -167,16 +207,19 @@ def verified_export(setup: EvaluationSetup) -> Path:
     return folder
 
 
-def measure_paired(setup: EvaluationSetup, config: Config) -> Mapping[str, Sequence[PairedError]]:
-    """Paired-noise errors of the student, and of controls whose errors must be larger."""
-    paired, count = config.paired, config.paired.prompts
+def measure_paired(setup: EvaluationSetup, config: Config, size: PictureSize) -> Mapping[str, Sequence[PairedError]]:
+    """Paired-noise errors of the student at one size; at the main size also of controls, which must be larger."""
+    paired, count, parts = config.paired, config.paired.prompts, setup.teacher.components
     cond = setup.teacher.encode_texts(setup.texts[:count])
-    other = fixed_noises(derived_seed("other noise", config.seed), count, setup.noise.shape[1:]).to(setup.noise.device)
-    inputs = PairedInputs(cond, setup.teacher.uncond, setup.noise[:count])
+    noise, other = (
+        fixed_noises(seed, count, parts.latent_shape(size)).to(cond.device)
+        for seed in (config.seed, derived_seed("other noise", config.seed))
+    )
+    inputs, sampler = PairedInputs(cond, setup.teacher.uncond, noise), paired.sampler.scaled_to(size, parts.native_size)
     teacher = teacher_field(setup.teacher)
-    reference = make_reference(teacher, inputs, other, paired.sampler, paired.steps, paired.reference_steps)
+    reference = make_reference(teacher, inputs, other, sampler, paired.steps, paired.reference_steps)
     measured = {STUDENT: (setup.student, cond)}
-    if paired.controls:
+    if paired.controls and size == setup.main_size:
         copy, graft = (Student.from_teacher(setup.teacher.components.unet).eval() for _ in range(2))
         graft_time_embedding(graft.unet, setup.teacher.bridge)
         measured["undistilled graft"] = (graft, cond)

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from configs.values import PictureSize
+from stages.system.refusal import Refused
+
 
 class Scorer(Protocol):
     """Texts and pictures [b 3 H W] in [0, 1] -> attribute -> [b]: 1 shown, 0 not shown, nan where not named."""
@@ -27,6 +30,13 @@ class Fidelity:
 def shows_everything(scores: Mapping[str, Float[Tensor, " b"]]) -> Bool[Tensor, " b"]:
     """Whether each picture shows every attribute that its text names."""
     return ~torch.stack([value < 1 for value in scores.values()]).any(0)  # nan < 1 is false
+
+
+def refuse_blind_scorer(scorer: Scorer, text: str, size: PictureSize, hint: str) -> None:
+    """Raise `Refused` where the scorer judges no picture of this size; `text` is a sentence that it knows."""
+    scores = scorer([text], torch.zeros(1, 3, size.height, size.width))
+    if all(bool(value.isnan().all()) for value in scores.values()):
+        raise Refused(f"scorer: it judges no picture of {size} - {hint}")
 
 
 def compute_fidelity(scorer: Scorer, texts: Sequence[str], pictures: Float[Tensor, "b 3 H W"]) -> Fidelity:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import Field
@@ -30,8 +30,20 @@ class Gates(Strict):
 
 
 @dataclass(frozen=True)
+class SizeErrors:
+    """The student's errors at pictures of one size; empty or None where they were not measured."""
+
+    paired: Sequence[PairedError]
+    velocity: float | None
+    """Relative squared error at held-out states."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Every metric of the teacher, the student, and the controls that must fail."""
+    """Every metric of the teacher, the student, and the controls that must fail.
+
+    Fidelity is of pictures of the teacher's own size.
+    """
 
     run: str
     samples: int
@@ -39,7 +51,13 @@ class Evaluation:
     settings: Mapping[str, Any]
     fidelity: Mapping[str, Fidelity]
     paired: Mapping[str, Sequence[PairedError]]
+    """At pictures of the main size."""
     velocity: VelocityErrors | None
+    """At held-out states of all sizes."""
+    size: str = ""
+    """The main size, to which the gates of paired scores belong: the teacher's own if that was measured."""
+    by_size: Mapping[str, SizeErrors] = field(default_factory=dict)
+    """The student's errors at each size, the main one too; empty where there is one size alone."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +109,13 @@ def check_gates(evaluation: Evaluation, gates: Gates) -> list[GateResult]:
 
 def to_json(evaluation: Evaluation, gate_results: Sequence[GateResult]) -> str:
     """Metrics and gates for programs; a number that is not finite becomes null."""
-    content = _replace_non_finite({**asdict(evaluation), "gates": [asdict(result) for result in gate_results]})
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+    velocity = evaluation.velocity
+    # What it holds of each size stands in `by_size`, under text: `asdict` makes dictionaries of keys too.
+    flat = replace(evaluation, velocity=velocity and replace(velocity, velocity_by_size={}))
+    content = {**asdict(flat), "gates": [asdict(result) for result in gate_results]}
+    if velocity:
+        del content["velocity"]["velocity_by_size"]
+    return json.dumps(_replace_non_finite(content), indent=1, allow_nan=False) + "\n"
 
 
 def _replace_non_finite(value: Any) -> Any:
@@ -109,8 +132,9 @@ def print_report(evaluation: Evaluation, gate_results: Sequence[GateResult], con
     gates = [(gate.name, f"{gate.found:.4f}", gate.asked, "PASS" if gate.passed else "FAIL") for gate in gate_results]
     for table in (
         _fidelity_table(evaluation.fidelity),
-        _paired_table(evaluation.paired),
-        _velocity_table(evaluation.velocity),
+        _paired_table(evaluation.paired, f" at {evaluation.size}" if evaluation.by_size else ""),
+        _paired_by_size_table(evaluation.by_size),
+        _velocity_table(evaluation.velocity, evaluation.by_size),
         _make_table("gates", ["", "measured", "limit", ""], gates),
     ):
         if table.row_count:
@@ -124,17 +148,22 @@ def _fidelity_table(fidelity: Mapping[str, Fidelity]) -> Table:
     return _make_table("pictures that show what their prompts name, %", ["", *attributes, "all", "pictures"], rows)
 
 
-def _paired_table(paired: Mapping[str, Sequence[PairedError]]) -> Table:
+def _paired_table(paired: Mapping[str, Sequence[PairedError]], where: str) -> Table:
     rows = []
     for name, errors in paired.items():
         for e in errors:
             score = "-" if e.score is None else f"{e.score:.3f}"
             interval = "-" if e.interval is None else f"{e.interval[0]:.3f} to {e.interval[1]:.3f}"
             rows.append((name, f"{e.steps}", f"{e.student:.4f}", f"{e.floor:.4f}", f"{e.ceiling:.4f}", score, interval))
-    return _make_table("paired-noise error", ["", "steps", "error", "floor", "ceiling", "score", "95 %"], rows)
+    return _make_table(f"paired-noise error{where}", ["", "steps", "error", "floor", "ceiling", "score", "95 %"], rows)
 
 
-def _velocity_table(velocity: VelocityErrors | None) -> Table:
+def _paired_by_size_table(by_size: Mapping[str, SizeErrors]) -> Table:
+    """The student's errors, as above, at each size."""
+    return _paired_table({size: errors.paired for size, errors in by_size.items()}, " of the student by size")
+
+
+def _velocity_table(velocity: VelocityErrors | None, by_size: Mapping[str, SizeErrors]) -> Table:
     bins = len(velocity.velocity.by_bin) if velocity else 0
     columns = ["", "all", *(f"s {i / bins:.1f}-{(i + 1) / bins:.1f}" for i in range(bins))]
     errors = {"velocity": velocity.velocity, "guidance difference": velocity.guidance} if velocity else {}
@@ -142,6 +171,8 @@ def _velocity_table(velocity: VelocityErrors | None) -> Table:
         (name, *("-" if value is None else f"{value:.4f}" for value in (error.overall, *error.by_bin)))
         for name, error in errors.items()
     ]
+    of_sizes = {size: errors.velocity for size, errors in by_size.items() if errors.velocity is not None}
+    rows += [(f"velocity at {size}", f"{error:.4f}", *("" for _ in range(bins))) for size, error in of_sizes.items()]
     return _make_table("held-out relative squared error", columns, rows)
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 from torch import Tensor
 
-from configs.values import Strict
+from configs.values import PictureSize, Strict
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import derived_seed
@@ -25,7 +25,9 @@ from stages.system.atomic import atomic_path
 SETTINGS_KEY = "sollune"
 GAP_PIXELS, HEADER_PIXELS, LABEL_PIXELS = 4, 20, 180
 MAX_DOUBLED_PIXELS = 128
-"""Pictures up to this width are shown twice as large."""
+"""A sheet of pictures whose longest side is up to this shows them twice as large."""
+MIN_COLUMN_PIXELS = 64
+"""Width of the columns of narrow pictures, so that a word fits above or below them."""
 
 SHEET_FILE = "set_aside.png"
 MAX_PICTURES = 400
@@ -48,11 +50,14 @@ def fixed_noises(seed: int, count: int, shape: Sequence[int]) -> Float[Tensor, "
     return torch.stack([fixed_noise(seed, index, shape) for index in range(count)])
 
 
-def to_pil_image(picture: Float[Tensor, "3 h w"]) -> Image.Image:
-    """A picture in [0, 1]; a tiny one doubled, pixel by pixel."""
+def to_pil_image(picture: Float[Tensor, "3 h w"], longest_side: int | None = None) -> Image.Image:
+    """A picture in [0, 1]; a tiny one doubled, pixel by pixel.
+
+    `longest_side` is that of all pictures on its sheet, which are doubled together.
+    """
     pixels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte()
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    if image.width > MAX_DOUBLED_PIXELS:
+    if (longest_side or max(image.size)) > MAX_DOUBLED_PIXELS:
         return image
     return image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST)
 
@@ -60,17 +65,27 @@ def to_pil_image(picture: Float[Tensor, "3 h w"]) -> Image.Image:
 def make_sheet(
     labels: Sequence[str], column_titles: Sequence[str], columns: Sequence[Float[Tensor, "rows 3 h w"]]
 ) -> Image.Image:
-    """`labels` at the left of the rows, titles above the columns, `columns[j][i]` where row i meets column j."""
-    images = [[to_pil_image(picture) for picture in column] for column in columns]
-    wide, high = images[0][0].width + GAP_PIXELS, images[0][0].height + GAP_PIXELS
-    size = (LABEL_PIXELS + len(column_titles) * wide, HEADER_PIXELS + len(labels) * high)
-    canvas = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-    for j, title in enumerate(column_titles):
-        pen.text((LABEL_PIXELS + j * wide, GAP_PIXELS), title, "black", font)
-        for i, image in enumerate(images[j]):
-            canvas.paste(image, (LABEL_PIXELS + j * wide, HEADER_PIXELS + i * high))
-    max_lines = max(1, images[0][0].height // 16)
+    """`labels` at the left of the rows, titles above the columns, `columns[j][i]` where row i meets column j.
+
+    The pictures of one column are of one size; those of another column may be of another.
+    """
+    longest_side = max(max(column.shape[-2:]) for column in columns)
+    images = [[to_pil_image(picture, longest_side) for picture in column] for column in columns]
+    font = ImageFont.load_default(12)
+    widths = [max(column[0].width, MIN_COLUMN_PIXELS) for column in images]
+    if len({column[0].size for column in images}) > 1:  # titles then tell the size, and narrow columns are beside wide
+        titled = [math.ceil(font.getlength(title)) for title in column_titles]
+        widths = [max(width, title) for width, title in zip(widths, titled, strict=True)]
+    lefts = list(accumulate((width + GAP_PIXELS for width in widths), initial=LABEL_PIXELS))
+    picture_height = max(column[0].height for column in images)
+    high = picture_height + GAP_PIXELS
+    canvas = Image.new("RGB", (lefts[-1], HEADER_PIXELS + len(labels) * high), "white")
+    pen = ImageDraw.Draw(canvas)
+    for left, title, column in zip(lefts, column_titles, images, strict=False):
+        pen.text((left, GAP_PIXELS), title, "black", font)
+        for i, image in enumerate(column):
+            canvas.paste(image, (left, HEADER_PIXELS + i * high))
+    max_lines = max(1, picture_height // 16)
     for i, label in enumerate(labels):
         lines = textwrap.wrap(label, LABEL_PIXELS // 7, max_lines=max_lines, placeholder=" ...")
         pen.text((GAP_PIXELS, HEADER_PIXELS + GAP_PIXELS + i * high), "\n".join(lines), "black", font)
@@ -93,8 +108,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def make_contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
-    """The pictures in about as many rows as columns, their labels below them."""
-    width, height = pictures[0].size
+    """The pictures, of any sizes, in cells of the largest width and height; their labels below them."""
+    width = max(MIN_COLUMN_PIXELS, *(picture.width for picture in pictures))
+    height = max(picture.height for picture in pictures)
     columns = math.ceil(math.sqrt(len(pictures)))
     wide, high = width + 2 * GAP_PIXELS, height + 2 * GAP_PIXELS + LABEL_LINES * LINE_HEIGHT_PIXELS
     canvas = Image.new("RGB", (columns * wide, math.ceil(len(pictures) / columns) * high), "white")
@@ -108,13 +124,20 @@ def make_contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str]) -
 
 
 def save_contact_sheet(
-    pictures: Iterable[Float[Tensor, "3 h w"]], labels: Sequence[str], path: Path, settings: Mapping[str, Any]
+    pictures: Iterable[Float[Tensor, "3 h w"]],
+    labels: Sequence[str],
+    path: Path,
+    settings: Mapping[str, Any],
+    longest_side: int | None = None,
 ) -> None:
-    """Write a contact sheet of the first pictures; where there are none, an earlier sheet is removed."""
+    """Write a contact sheet of the first pictures; where there are none, an earlier sheet is removed.
+
+    `longest_side` is that of all pictures, whose sizes may differ.
+    """
     if not labels:
         path.unlink(missing_ok=True)
         return
-    shown = [to_pil_image(picture) for picture in islice(pictures, MAX_PICTURES)]
+    shown = [to_pil_image(picture, longest_side) for picture in islice(pictures, MAX_PICTURES)]
     for image in shown:
         image.thumbnail((MAX_WIDTH_PIXELS, MAX_WIDTH_PIXELS))
     metadata = {**settings, "pictures": len(labels), "shown": len(shown)}
@@ -133,13 +156,18 @@ class GridConfig(Strict):
     sampler: Sampler = Field(Sampler(), description="how the pictures are sampled")
 
 
-def comparison_grid_hook(teacher: Teacher, config: GridConfig, folder: Path) -> Callable[[int, Student], None]:
-    """The grid hook of distillation: the teacher, and the student with as many steps and with few."""
+def comparison_grid_hook(
+    teacher: Teacher, config: GridConfig, folder: Path, sizes: Sequence[PictureSize] = ()
+) -> Callable[[int, Student], None]:
+    """The grid hook of distillation: the teacher, and the student with as many steps and with few.
+
+    These three columns for each of `sizes`; none takes the teacher's own size.
+    """
     steps, few = config.sampler.steps, config.sampler.model_copy(update={"steps": FEW_STEPS})
     titles = (f"teacher {steps}", f"student {steps}", f"student {FEW_STEPS}")
-    settings = config.model_dump(mode="json")
+    settings, samplers = config.model_dump(mode="json"), (config.sampler, few)
     return grid_hook(
-        teacher, config.prompts, config.prompts, titles, config.seed, (config.sampler, few), folder, settings
+        teacher, config.prompts, config.prompts, titles, config.seed, samplers, folder, settings, sizes=sizes
     )
 
 
@@ -153,26 +181,36 @@ def grid_hook(
     folder: Path,
     settings: Mapping[str, Any],
     load_baseline: Callable[[], Student] | None = None,
+    sizes: Sequence[PictureSize] = (),
 ) -> Callable[[int, Student], None]:
     """A function of (samples, student) that writes `<folder>/<samples>.png`, unless the file exists.
 
-    A row for each text; columns: the teacher and, if any, a baseline student, both sampled once and with the first
-    sampler; then the student with each sampler.
+    A row for each text. Columns, with these titles, for each of `sizes` (none: the teacher's own): the teacher and, if
+    any, a baseline student, both sampled once and with the first sampler; then the student with each sampler.
     """
-    cond, uncond = teacher.encode_texts(texts), teacher.uncond
-    inputs = cond, uncond, fixed_noises(seed, len(texts), teacher.components.latent_shape).to(cond.device)
-    fixed: list[Tensor] = []
+    parts, cond, uncond = teacher.components, teacher.encode_texts(texts), teacher.uncond
+    native = parts.native_size
+    sizes = tuple(sizes) or (native,)
+    if sizes != (native,):
+        settings = {**settings, "sizes": [str(size) for size in sizes]}
+    all_titles = titles if len(sizes) == 1 else [f"{size} {title}" for size in sizes for title in titles]
+    noises = {size: fixed_noises(seed, len(texts), parts.latent_shape(size)).to(cond.device) for size in sizes}
+    fixed: dict[PictureSize, list[Tensor]] = {}
+
+    def sample_columns(size: PictureSize, student: Student) -> list[Tensor]:
+        inputs, scaled = (cond, uncond, noises[size]), [one.scaled_to(size, native) for one in samplers]
+        if size not in fixed:
+            fixed[size] = [sample_teacher(teacher, *inputs, scaled[0])]
+            if load_baseline:
+                fixed[size].append(sample_student(load_baseline(), *inputs, scaled[0]))
+        return [*fixed[size], *(sample_student(student, *inputs, sampler) for sampler in scaled)]
 
     def save_grid(samples: int, student: Student) -> None:
         path = folder / f"{samples:09d}.png"
         if path.exists():
             return
-        if not fixed:
-            fixed.append(sample_teacher(teacher, *inputs, samplers[0]))
-            if load_baseline:
-                fixed.append(sample_student(load_baseline(), *inputs, samplers[0]))
-        latents = [*fixed, *(sample_student(student, *inputs, sampler) for sampler in samplers)]
-        sheet = make_sheet(labels, titles, [teacher.decode_latents(column) for column in latents])
+        latents = [column for size in sizes for column in sample_columns(size, student)]
+        sheet = make_sheet(labels, all_titles, [teacher.decode_latents(column) for column in latents])
         save_sheet(sheet, path, {"samples": samples, **settings})
 
     return save_grid

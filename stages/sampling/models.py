@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stages.flow.bridge import TailPolicy
 from stages.nets.components import Components, load_components
+from stages.nets.latents import LatentGeometry
 from stages.nets.run_folder import is_run, load_run_teacher, load_student, open_run
 from stages.nets.scheduler import vp_scheduler
 from stages.nets.student import Student, make_vp_bridge
@@ -20,9 +21,13 @@ from stages.sampling.single_file import load_pipeline, load_single_file, read_si
 from stages.system.device import device_of
 from stages.system.refusal import Refused
 from stages.teacher_files.architecture import check_sd1_architecture
-from stages.teacher_files.folder import CONFIG_PATTERNS, MODEL_INDEX, MODEL_PATTERNS, read_json, resolve_folder
+from stages.teacher_files.base import locate
+from stages.teacher_files.folder import MODEL_INDEX, read_json
+from stages.teacher_files.hub import SINGLE_FILE_SUFFIXES, resolve_configs
+from stages.teacher_files.open import open_teacher_files
+from stages.teacher_files.parts import open_tensor_source
+from stages.teacher_files.source import TeacherSource
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 FACTS_FILE = "sollune.json"
 
 
@@ -33,7 +38,8 @@ class LoadedModel:
     field: TwoBranchField
     encode: Callable[[Sequence[str]], Tensor]
     decode: Callable[[Tensor], Tensor]
-    latent_shape: tuple[int, int, int]
+    latents: LatentGeometry
+    """The latents of each picture size, and which sizes are valid."""
     metadata: Mapping[str, Any]
     """What identifies the weights, for the pictures' metadata."""
     shift: float = 1.0
@@ -51,12 +57,13 @@ def load_model(
     where, place = device_of(device), Path(location)
     if checkpoint is not None and not is_run(place):
         raise Refused(f"--checkpoint {checkpoint}: {location} is no run folder - leave it out")
-    file = place.is_file() or (place.suffix in SUFFIXES and not place.is_dir())
-    if config_from is not None and not file:
+    if not is_run(place) and not place.is_file():
+        place = _find_model(location)
+    if config_from is not None and place.is_dir():
         raise Refused(f"--config-from {config_from}: {location} is no single file - leave it out")
     if is_run(place):
         return _load_run(place, where, checkpoint)
-    return _load_file(place, where, config_from) if file else _load_folder(location, where)
+    return _load_folder(place, where) if place.is_dir() else _load_file(place, where, config_from)
 
 
 def _load_run(folder: Path, device: torch.device, checkpoint: int | None) -> LoadedModel:
@@ -65,8 +72,7 @@ def _load_run(folder: Path, device: torch.device, checkpoint: int | None) -> Loa
     return _from_components(parts, run.origin.tail, {"checkpoint": run.samples}, load_student(run, parts))
 
 
-def _load_folder(location: str, device: torch.device) -> LoadedModel:
-    folder = _find_diffusers_folder(location)
+def _load_folder(folder: Path, device: torch.device) -> LoadedModel:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     facts = read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
     metadata: dict[str, Any] = {key: facts[key] for key in ("samples", "recipe_sha256") if key in facts}
@@ -88,19 +94,18 @@ def _load_folder(location: str, device: torch.device) -> LoadedModel:
 def _load_file(path: Path, device: torch.device, config_from: str | None) -> LoadedModel:
     if not path.is_file():
         raise Refused(f"{path}: there is no such file - name a run, a folder or a .safetensors file")
-    file = read_single_file(path)
+    if path.suffix.lower() != ".safetensors":
+        return _load_teacher_file(path, device, config_from)
+    file = read_single_file(path) if config_from or _is_export(path) else None
+    if file is None:
+        return _load_teacher_file(path, device, config_from)
     beside = path.parent / "diffusers"
-    if config_from is None and not (file.is_sollune_export and beside.is_dir()):
-        missing, hint = (
-            ("the sizes of its model and its tokenizer are", "or keep the export's diffusers/ beside it")
-            if file.is_sollune_export
-            else ("how it has to be sampled is", "whose scheduler then says it")
-        )
+    if config_from is None and not beside.is_dir():
         raise Refused(
-            f"{path}: {missing} not in the file - "
-            f"name by --config-from a diffusers folder of the same kind of model, {hint}"
+            f"{path}: the sizes of its model and its tokenizer are not in the file - name by --config-from a diffusers "
+            "folder of the same kind of model, or keep the export's diffusers/ beside it"
         )
-    configs = _find_diffusers_folder(config_from, CONFIG_PATTERNS) if config_from else beside
+    configs = _find_model(config_from, configs_alone=True) if config_from else beside
     shift = file.flow_shift(configs)
     pipeline = load_single_file(file, configs, device)
     metadata = {key: value for key, value in file.metadata.items() if key == "modelspec.hash_sha256"}
@@ -109,17 +114,34 @@ def _load_file(path: Path, device: torch.device, config_from: str | None) -> Loa
     return _from_components(Components.from_pipeline(pipeline, str(path), configs), "hold", metadata)
 
 
-def _find_diffusers_folder(location: str, patterns: Sequence[str] = MODEL_PATTERNS) -> Path:
-    """The diffusers folder that `location` is or holds; raises `Refused` when there is none."""
+def _is_export(path: Path) -> bool:
+    """Whether `sollune export` wrote a file."""
+    subject = str(path)
+    return "sollune.prediction" in open_tensor_source(path, subject, "export or fetch it again").metadata
+
+
+def _load_teacher_file(path: Path, device: torch.device, config_from: str | None) -> LoadedModel:
+    """A teacher that is one file."""
+    configs = str(_find_model(config_from, configs_alone=True)) if config_from else None
+    source = TeacherSource(location=str(path), config=configs)
+    return _from_components(
+        load_components(open_teacher_files(source, "--config-from"), device, torch.float32), "hold", {}
+    )
+
+
+def _find_model(location: str, *, configs_alone: bool = False) -> Path:
+    """The diffusers folder that `location` is or holds, or else the one file there; raises `Refused` for neither."""
     inner = Path(location) / "diffusers"
     try:
-        folder = inner if inner.is_dir() else resolve_folder(location, patterns)
+        folder = inner if inner.is_dir() else resolve_configs(location) if configs_alone else locate(location)
     except Refused as refusal:
+        if Path(location).suffix.lower() in SINGLE_FILE_SUFFIXES:
+            raise
         raise Refused(
             f"{location}: neither a run, a folder nor a file, nor a hub repository that can be reached - "
             "name a folder such as runs/tiny/distill, or the model's diffusers folder"
         ) from refusal
-    if not (folder / MODEL_INDEX).is_file():
+    if folder.is_dir() and not (folder / MODEL_INDEX).is_file():
         runs = sorted(str(path) for path in folder.iterdir() if is_run(path))
         raise Refused(
             f"{location}: no run, no export and no diffusers folder lies here ({MODEL_INDEX} is missing) - "
@@ -135,7 +157,7 @@ def _from_components(
     teacher, steps = Teacher(parts, tail), vp_scheduler(parts.folder)
     field = student_field(student, steps) if student else teacher_field(teacher, steps)
     encode, decode = teacher.encode_texts, teacher.decode_latents
-    return LoadedModel(field, encode, decode, parts.latent_shape, metadata, tokenizer=parts.tokenizer)
+    return LoadedModel(field, encode, decode, parts.latents, metadata, tokenizer=parts.tokenizer)
 
 
 def _from_pipeline(pipeline: StableDiffusionPipeline, shift: float, metadata: Mapping[str, Any]) -> LoadedModel:
@@ -149,6 +171,6 @@ def _from_pipeline(pipeline: StableDiffusionPipeline, shift: float, metadata: Ma
         decoded: Tensor = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
         return (decoded / 2 + 0.5).clamp(0, 1)
 
-    channels, size = pipeline.unet.config.in_channels, pipeline.unet.config.sample_size
-    field, shape = student_field(Student(pipeline.unet)), (channels, size, size)
-    return LoadedModel(field, encode, decode, shape, metadata, shift, pipeline.tokenizer)
+    latents = LatentGeometry.from_configs(pipeline.unet.config, pipeline.vae.config)
+    field = student_field(Student(pipeline.unet))
+    return LoadedModel(field, encode, decode, latents, metadata, shift, pipeline.tokenizer)

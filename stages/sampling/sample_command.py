@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 
 from configs.load import load, parse_common_options, resolved_yaml
-from configs.values import Location, Strict
+from configs.values import Location, Size, Strict
 from stages.prompts import FileSource, omission_lines, truncation_lines
 from stages.sampling.grids import fixed_noise, make_sheet, save_sheet
 from stages.sampling.models import LoadedModel, load_model
@@ -38,6 +38,9 @@ class Config(Strict):
     guidance: float = Field(5.0, ge=0, description="guidance scale w; 1 is the conditional branch alone")
     shift: float | None = Field(
         None, gt=0, description="shift S of the time grid, above 1 leans to noise; none takes the model's own"
+    )
+    size: Size | None = Field(
+        None, description="size of the pictures, such as 512x768 (width x height); none: the model's own"
     )
     checkpoint: int | None = Field(
         None, ge=0, description="checkpoint of the run, in samples; none: the one it ended with, else its newest"
@@ -76,9 +79,9 @@ def run(config: Config) -> str:
     resolved = _resolve_config(config, texts, model)
     for line in truncation_lines(model.tokenizer, [(format_value(text), text) for text in (*texts, config.negative)]):
         print(line)
-    count, (_, height, width) = len(config.seeds), model.latent_shape
-    batch_size = max(1, LATENT_PIXELS_PER_BATCH // (height * width))
-    noise = torch.stack([fixed_noise(0, seed, model.latent_shape) for seed in config.seeds])
+    shape = model.latents.latent_shape(resolved.size)
+    count, batch_size = len(config.seeds), max(1, LATENT_PIXELS_PER_BATCH // (shape[1] * shape[2]))
+    noise = torch.stack([fixed_noise(0, seed, shape) for seed in config.seeds])
     cond, uncond = model.encode(texts), model.encode([config.negative])
     latents = sample_latents(
         model.field,
@@ -129,12 +132,13 @@ def _resolve_config(config: Config, texts: Sequence[str], model: LoadedModel) ->
         raise Refused(
             f"--shift {config.shift:g}: {config.solver} walks the teacher's own steps - leave it out, or use euler"
         )
+    size = model.latents.check_size(config.size or model.latents.native_size, "--size")
     shift = model.shift if config.shift is None and solver.uses_shift else config.shift
-    resolved = {"texts": tuple(texts), "prompts": None, "shift": shift}
+    resolved = {"texts": tuple(texts), "prompts": None, "shift": shift, "size": size}
     return config.model_copy(update={**resolved, "checkpoint": model.metadata.get("checkpoint")})
 
 
 def _describe(config: Config) -> str:
     model = config.run if config.checkpoint is None else f"{config.run} at {config.checkpoint} samples"
     shift = "" if config.shift is None else f", shift {config.shift:g}"
-    return f"{model} ({config.solver}, {config.steps} steps, guidance {config.guidance:g}{shift})"
+    return f"{model} ({config.size}, {config.solver}, {config.steps} steps, guidance {config.guidance:g}{shift})"

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from configs.values import Strict
+from configs.values import PictureSize, Strict
 from stages.flow.solver import VelocityField, apply_guidance
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
@@ -23,12 +23,20 @@ class Sampler(Strict):
     steps: int = Field(25, ge=1, le=MAX_SAMPLER_STEPS, description="steps from noise to data")
     guidance: float = Field(5.0, ge=0, description="guidance scale w; 1 is the conditional branch alone")
     shift: float = Field(1.0, gt=0, description="shift S of the time grid, a pure number; above 1 leans to noise")
-    batch_size: int = Field(64, ge=1, description="pictures that are sampled together")
+    batch_size: int = Field(
+        64, ge=1, description="pictures of the model's own size that are sampled together; fewer of larger ones"
+    )
 
     @property
     def for_teacher(self) -> "Sampler":
         """The same with Euler's method, the one solver of a teacher."""
         return self.model_copy(update={"solver": "euler"})
+
+    def scaled_to(self, size: PictureSize, native: PictureSize) -> "Sampler":
+        """The same with as many fewer pictures at once as those of `size` are larger than the native ones."""
+        if size.pixels <= native.pixels:
+            return self
+        return self.model_copy(update={"batch_size": max(1, self.batch_size * native.pixels // size.pixels)})
 
     def sample(
         self,

@@ -1,11 +1,13 @@
 """Stock diffusers pipelines, of a diffusers folder or of one .safetensors file in the LDM layout."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,10 +20,14 @@ from torch import Tensor, nn
 from stages.nets.loading import call_library, load_component, load_tokenizer, non_finite_reason
 from stages.nets.student import TIME_SCALE
 from stages.system.refusal import Refused
-from stages.teacher_files.architecture import check_component_match, check_sd1_architecture
-from stages.teacher_files.folder import WEIGHT_FILES, read_json
+from stages.system.text import plain_file_bytes
+from stages.teacher_files.architecture import MAX_LAYERS, check_component_match, check_sd1_architecture
+from stages.teacher_files.folder import read_json, refuse_pointer
+from stages.teacher_files.parts import SKIPPED_FILE
+from stages.teacher_files.variants import WEIGHT_FILES
 
 BATCH_SIZE = 50
+TEXT_LAYER = re.compile(r"(?:cond_stage_model\.transformer\.)?(?:text_model\.)?encoder\.layers\.(\d+)\.")
 COMPONENT_PREFIXES = {
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",
@@ -85,6 +91,18 @@ class SingleFile:
     metadata: Mapping[str, str]
     tensor_counts: Mapping[str, int]
     """Component -> how many tensors of it the file holds."""
+    text_layers: int
+    """Layers of the text encoder that it holds."""
+
+    @property
+    def clip_skip(self) -> int:
+        """How many of them are left out when texts are read, as an export states it."""
+        value = self.metadata.get("sollune.clip_skip", "0") if self.is_sollune_export else "0"
+        if not value.isdecimal() or not 0 <= int(value) < max(self.text_layers, MAX_LAYERS):
+            raise Refused(
+                f"{self.path}: sollune.clip_skip is {value!r:.40}, not a number of layers - export the run again"
+            )
+        return int(value)
 
     @property
     def is_sollune_export(self) -> bool:
@@ -129,8 +147,10 @@ def _valid_shift(value: str | float, place: str, hint: str) -> float:
 
 def read_single_file(path: Path) -> SingleFile:
     """Read the header of a file; raises `Refused` for what is no whole SD-1.x model of a known prediction."""
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise Refused(f"{path}: not a .safetensors file - other formats may run code when opened, so convert it first")
+    plain_file_bytes(path, str(path), "export or fetch it again")
+    refuse_pointer(path, str(path), "export or fetch it again")
     try:
         with safe_open(path, "pt") as opened:
             metadata, names = opened.metadata() or {}, list(opened.keys())
@@ -139,7 +159,8 @@ def read_single_file(path: Path) -> SingleFile:
     owners = ((name, part) for name in names for part, prefix in COMPONENT_PREFIXES.items() if name.startswith(prefix))
     # The original autoencoders' files hold their training's loss as well.
     counts = Counter(part for name, part in owners if not name.startswith("first_stage_model.loss."))
-    file = SingleFile(path, metadata, counts)
+    layers = {match[1] for name in names if (match := TEXT_LAYER.match(name))}
+    file = SingleFile(path, metadata, counts, len(layers))
     if "unet" not in file.tensor_counts:
         raise Refused(
             f"{path}: holds no UNet in the LDM layout ({COMPONENT_PREFIXES['unet']}...) - name a whole model's file"
@@ -164,15 +185,18 @@ def load_single_file(file: SingleFile, configs: Path, device: torch.device) -> S
             for part in OPTIONAL_COMPONENTS
             if part not in file.tensor_counts
         }
-        pipeline = StableDiffusionPipeline.from_single_file(
-            str(file.path),
-            config=str(configs),
-            local_files_only=True,
-            dtype=torch.float32,
-            feature_extractor=None,
-            tokenizer=tokenizer,
-            **others,
-        ).to(device)
+        with TemporaryDirectory(prefix="sollune-") as folder:
+            link = Path(folder) / "model.safetensors"  # the library takes this ending alone
+            link.symlink_to(file.path.resolve())
+            pipeline = StableDiffusionPipeline.from_single_file(
+                str(link),
+                config=str(configs),
+                local_files_only=True,
+                dtype=torch.float32,
+                feature_extractor=None,
+                tokenizer=tokenizer,
+                **others,
+            ).to(device)
     except NotImplementedError as error:  # raised by torch for a tensor without values
         raise Refused(f"{file.path}: lacks tensors that {configs} ask for - export or fetch it again") from error
     except (SingleFileComponentError, OSError, ValueError, RuntimeError) as error:
@@ -182,8 +206,31 @@ def load_single_file(file: SingleFile, configs: Path, device: torch.device) -> S
         ) from error
     for part in COMPONENT_PREFIXES:
         _refuse_unused_tensors(file, part, getattr(pipeline, part), configs)
+    _end_text_encoder_early(file, pipeline.text_encoder, configs)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _end_text_encoder_early(file: SingleFile, text_encoder: Any, configs: Path) -> None:
+    """Leave out the layers that the file's student was not trained with, where `configs` have them still."""
+    if not (skip := file.clip_skip):
+        return
+    layers = getattr(text_encoder, "text_model", text_encoder).encoder.layers
+    beside = configs / "text_encoder" / SKIPPED_FILE
+    left_out = _layers_in(beside) if not file.text_layers and beside.is_file() else 0
+    kept = (file.text_layers or len(layers) + left_out) - skip
+    if not 0 < kept <= len(layers):
+        raise Refused(
+            f"{file.path}: was made with {kept} layers of the text encoder, {configs} has {len(layers)} - "
+            "name its own diffusers folder by --config-from"
+        )
+    del layers[kept:]
+    text_encoder.config.num_hidden_layers = kept
+
+
+def _layers_in(file: Path) -> int:
+    with safe_open(file, "pt") as opened:
+        return len({match[1] for name in opened.keys() if (match := TEXT_LAYER.match(name))})  # noqa: SIM118
 
 
 def _refuse_unused_tensors(file: SingleFile, component: str, module: nn.Module, configs: Path) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stages.tiny.world import ATTRIBUTES, parse_attributes, world_grammar
+from stages.tiny.world import ATTRIBUTES, PIXELS, parse_attributes, world_grammar
 
 FILE = Path(__file__).with_name("model") / "judge" / "judge.safetensors"
 
@@ -47,8 +47,14 @@ def load_classifier() -> AttributeClassifier:
     return net.eval().requires_grad_(False)
 
 
-def score(texts: Sequence[str], pictures: Float[Tensor, "b 3 64 64"]) -> Mapping[str, Float[Tensor, " b"]]:
-    """Attribute -> 1 where the picture (in [0, 1]) shows the named word, 0 where not, nan where none is named."""
+def score(texts: Sequence[str], pictures: Float[Tensor, "b 3 h w"]) -> Mapping[str, Float[Tensor, " b"]]:
+    """Attribute -> 1 where the picture (in [0, 1]) shows the named word, 0 where not, nan where none is named.
+
+    Pictures of another size than 64 x 64 get nan throughout: the classifier was trained on that alone, and of the
+    teacher's own pictures of other sizes, resized or cropped, it would call at most a third right.
+    """
+    if pictures.shape[-2:] != (PIXELS, PIXELS):
+        return {name: torch.full([len(texts)], math.nan) for name in ATTRIBUTES}
     predicted = load_classifier().predict(pictures.float().cpu() * 2 - 1).tolist()
     scores: dict[str, list[float]] = {name: [] for name in ATTRIBUTES}
     for text, indices in zip(texts, predicted, strict=True):

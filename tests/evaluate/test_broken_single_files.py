@@ -46,7 +46,7 @@ def last(tensors: Tensors, part: str) -> str:
 
 
 def test_the_file_itself_opens(file: Path) -> None:
-    assert load_model(str(file), "cpu").latent_shape[0] == 4
+    assert load_model(str(file), "cpu").latents.channels == 4
 
 
 @pytest.mark.parametrize("part", PREFIXES)

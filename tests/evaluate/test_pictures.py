@@ -229,7 +229,7 @@ def test_sample_command_refuses_in_one_line(
         ("epsilon in the metadata", "its metadata say prediction epsilon"),
         ("v_prediction in the metadata", "sollune.prediction is v_prediction"),
         ("cut", "cannot be read"),
-        ("a pickle", "not a .safetensors file"),
+        ("another ending", "prediction_type is .flow_prediction."),
     ],
 )
 def test_a_file_that_would_sample_noise_is_refused(fault: str, expected: str, lone: Path, run_folder: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_file_that_would_sample_noise_is_refused(fault: str, expected: str, lo
     save_file(tensors, lone, settings)
     if fault == "cut":
         lone.write_bytes(lone.read_bytes()[:5000])
-    where = lone.rename(lone.with_suffix(".ckpt")) if fault == "a pickle" else lone
+    where = lone.rename(lone.with_suffix(".ckpt")) if fault == "another ending" else lone
     with pytest.raises(Refused, match=expected) as refusal:
         load_model(str(where), "cpu", config_from=str(run_folder / "export"))
     assert "\n" not in str(refusal.value)

@@ -19,7 +19,7 @@ def parts() -> Components:
 
 
 def predictions(teacher: Teacher, rows: slice = slice(None)) -> Prediction:
-    x = torch.randn(len(K), *teacher.components.latent_shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(len(K), *teacher.components.latent_shape(), generator=torch.Generator().manual_seed(0))
     cond = teacher.encode_texts([f"a red star, number {i}" for i in range(len(K))])
     s = teacher.bridge.s_of_k(K).float()
     return teacher.predict(x[rows], s[rows], K[rows], cond[rows], teacher.uncond)
