@@ -1,6 +1,5 @@
 """`sollune finetune-classes`: generate pictures of the classes and train on them, without forgetting the rest."""
 
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,19 +10,27 @@ import torch
 from pydantic import Field, ImportString, JsonValue, model_validator
 
 from configs.load import resolved_yaml
-from configs.values import Location, Strict
+from configs.values import PictureSize, Strict
 from shards.manifest import Manifest, Recipe
 from shards.reader import Reader
-from shards.writer import CacheWriter
-from stages.cache.fill import ShardTask, fill, refuse_surplus, tasks_of
-from stages.cache.targets import RenderConfig, recipe_in, recipe_of
+from stages.cache.sizes import RenderSizes
+from stages.cache.targets import RenderConfig, recipe_in, recipe_of, training_shares
+from stages.classes.class_cache import class_tasks, fill_class_cache, make_mixture, open_class_cache
 from stages.classes.exam import ExamConfig, exam_prompts, save_table, show_table
 from stages.classes.gate import GateConfig, apply_gate, select_scorer, summary_line
 from stages.classes.ledger import Ledger
-from stages.classes.mixture import DEFAULT_PRIOR_SHARE, DataTarget, Mixture, class_numbers, split_batch_size
+from stages.classes.mixture import (
+    DEFAULT_PRIOR_SHARE,
+    refuse_missing_sizes,
+    split_batch_size,
+)
 from stages.classes.monitor import ClassMonitor, StopConfig
-from stages.classes.pictures import PicturePlan, PicturesConfig, picture_record_maker, plan_pictures
-from stages.classes.selection import DEFAULT_PICTURES, prior_sampling_weights, prompts_identity, sampling_weights
+from stages.classes.pictures import (
+    PicturePlan,
+    PicturesConfig,
+    plan_pictures,
+)
+from stages.classes.selection import DEFAULT_PICTURES, prior_sampling_weights, prompts_identity
 from stages.classes.specification import ClassFile, load_classes
 from stages.evaluate.metrics import Scorer
 from stages.export import export_all, export_lora, export_paths
@@ -38,19 +45,29 @@ from stages.system.atomic import atomic_write
 from stages.system.device import device_of
 from stages.system.disk import file_sha256
 from stages.system.ownership import refuse_claimed
-from stages.teacher_files.folder import find_teacher
+from stages.teacher_files.recorded import find_teacher
+from stages.teacher_files.source import TeacherMove
 from stages.train.checkpoint import Resume
 from stages.train.loop import fit
 from stages.train.objective import Objective, ObjectiveConfig, feature_scale
 from stages.train.runtime import Runtime, is_launched, launch
-from stages.train.setup import CLAIM_PURPOSE, TrainConfig, claim_on_main, refuse_launch, refuse_start
+from stages.train.setup import (
+    CLAIM_PURPOSE,
+    TrainConfig,
+    claim_on_main,
+    refuse_launch,
+    refuse_start,
+    refuse_uneven_batches,
+)
 
 
 class Config(Strict):
     """Fine-tune RUN/distill on the classes of a class file; everything goes to RUN/classes."""
 
     run: Path = Field(description="run folder; reads RUN/cache and RUN/distill, writes RUN/classes")
-    teacher: Location | None = Field(None, description="where the teacher is now, if it moved since the cache was made")
+    teacher: TeacherMove | None = Field(
+        None, description="where the teacher is now, if it moved since the cache was made"
+    )
     classes: Path = Field(description="YAML file of the classes; `sollune classes show FILE` prints its plan")
     prompts: PromptSource = Field(description="where the sentences of the classes come from")
     seed: int = Field(1, description="seed of the prompts and of their pictures")
@@ -90,7 +107,9 @@ def run(config: Config) -> None:
             finetune(config, runtime)
         return
     refuse_claimed(config.run / "classes", CLAIM_PURPOSE)
-    _, teacher = find_teacher(open_run(config.run / "distill").origin.with_teacher(config.teacher).teacher_locations())
+    teacher = find_teacher(
+        open_run(config.run / "distill").origin.with_teacher(config.teacher).teacher_sources()
+    ).folder
     few, device = config.lora is not None, device_of(config.device)
     refuse_launch(config.train, config.processes, device, teacher, config.run / "cache", adapters_only=few)
     launch(config, "finetune_classes", config.processes)
@@ -98,8 +117,10 @@ def run(config: Config) -> None:
 
 def finetune(config: Config, runtime: Runtime) -> None:
     """The work of each process: refuse what is impossible; then generate, train, measure and export."""
-    runtime.local_batch_size(config.train.batch_size, config.train.accumulate)
-    split_batch_size(config.train.batch_size, config.prior_share)
+    config = with_cache_sizes(config)
+    refuse_uneven_batches(config.train, runtime)
+    if config.train.batch_pixels is None:
+        split_batch_size(config.train.batch_size, config.prior_share)
     cache, folder, device = config.run / "cache", config.run / "classes", runtime.device
     runtime.on_main(refuse_claimed, folder, CLAIM_PURPOSE)
     saved = open_run(config.run / "distill")
@@ -116,6 +137,7 @@ def finetune(config: Config, runtime: Runtime) -> None:
     student = add_adapters(student, config.lora) if config.lora else student.requires_grad_(True)
     objective = Objective(config.objective, student.blocks, feature_scale(cache, config.objective.block_bins))
     plan = runtime.on_main(plan_class_pictures, config, teacher, classes)
+    refuse_sizes(config, runtime, teacher, plan)
     Reader(cache, "train").batch(np.arange(1))  # the content of a shard is checked at its first read
 
     def check_run(ledger: Ledger | None) -> None:
@@ -127,12 +149,18 @@ def finetune(config: Config, runtime: Runtime) -> None:
     runtime.on_main(check_run, None)
     # Without a scorer all is measured against the teacher, which does not know what photographs alone show.
     weights = {spec.name: classes.sampling_share(spec) for spec in classes.classes if config.scorer or spec.has_prompts}
-    monitor = ClassMonitor(teacher, load_distilled, prompts, weights, config.scorer, config.exam, config.stop, folder)
+    sizes = RenderSizes.checked(config.render.sizes, teacher.components.latents).by_frequency
+    monitor = ClassMonitor(
+        teacher, load_distilled, prompts, weights, config.scorer, config.exam, config.stop, folder, sizes
+    )
     scorers: list[Scorer | None] = []  # on the main process alone, since models are not broadcast
     runtime.on_main(lambda: scorers.append(select_scorer(config.gate, config.scorer, device)))
 
+    def split(size: PictureSize | None) -> tuple[int, int]:
+        return split_batch_size(config.train.rows_of(size or teacher.components.native_size), config.prior_share)
+
     def make_pictures() -> None:
-        fill_class_cache(config, teacher, plan)
+        fill_class_cache(config.run, config.render, teacher, plan, config.pictures.fit_steps)
         print(summary_line(apply_gate(folder, plan, teacher, scorers[0], config.gate, config.pictures, check_run)))
 
     def save_run_files() -> None:
@@ -143,7 +171,11 @@ def finetune(config: Config, runtime: Runtime) -> None:
     with make_uploader(config.hub, folder, runtime.is_main) as uploader, claim_on_main(folder, runtime):
         runtime.on_main(make_pictures)
         ledger = Ledger.open(folder)
-        mixture = make_mixture(config, runtime, classes, ledger)
+        guidance, density = config.pictures.guidance, config.render.states.density
+        mixture = make_mixture(
+            config.run, classes, ledger, teacher, split, guidance, density, config.train.seed, runtime
+        )
+        last_sample = mixture.schedule.boundary(config.train.max_samples)
         student = fit(
             student,
             objective,
@@ -153,14 +185,24 @@ def finetune(config: Config, runtime: Runtime) -> None:
             folder,
             runtime=runtime,
             identity=classes_run_identity(config, mixture.classes.manifest.recipe, saved.weights, ledger),
+            last_sample=last_sample,
             groups=mixture.group_names,
+            sizes=mixture.sizes,
             resume=config.resume,
             hooks=replace(with_upload_hooks(monitor.hooks(), uploader), on_start=save_run_files),
         )
         student = merge_adapters(student)
-        runtime.on_main(export_student, config, origin, teacher, classes, monitor, student)
+        runtime.on_main(export_student, config, origin, teacher, classes, monitor, student, last_sample)
         uploader.send_export(folder / "export")
         runtime.close()
+
+
+def with_cache_sizes(config: Config) -> Config:
+    """The settings with the sizes that RUN/cache trains on and their shares where they list none."""
+    if config.render.sizes:
+        return config
+    sizes = training_shares(Manifest.open(config.run / "cache"))
+    return config.model_copy(update={"render": config.render.model_copy(update={"sizes": sizes})})
 
 
 def plan_class_pictures(config: Config, teacher: Teacher, classes: ClassFile) -> PicturePlan:
@@ -170,36 +212,29 @@ def plan_class_pictures(config: Config, teacher: Teacher, classes: ClassFile) ->
     source = prompts_identity(config.prompts, config.seed, classes, config.count)
     recipe = recipe_of(teacher, config.render, source, existing=recipe_in(cache))
     plan = plan_pictures(classes, config.prompts, config.seed, config.count, config.pictures, distilled, recipe)
-    for line in plan.truncation_lines(teacher.components.tokenizer):
+    sizes = RenderSizes.checked(config.render.sizes, teacher.components.latents).listed
+    for line in [*plan.crop_lines(sizes), *plan.truncation_lines(teacher.components.tokenizer)]:
         print(line)
-    counts = plan.counts_by_source()
-    for spec in classes.classes:
-        pictures = ", ".join(f"{count} {source}" for (name, source), count in counts.items() if name == spec.name)
-        share = f"{100 * classes.sampling_share(spec):.0f} % of the samples"
-        print(f"class {spec.name}: {spec.priority}, {share}, pictures: {pictures}")
-    open_class_cache(config, plan)
+    print("\n".join(plan.class_lines(classes)))
+    open_class_cache(config.run, config.render, teacher, plan)
     return plan
 
 
-def open_class_cache(config: Config, plan: PicturePlan) -> tuple[CacheWriter, list[ShardTask]]:
-    """The classes' cache and its shards; raises `Refused` where it holds others."""
-    writer = CacheWriter(config.run / "classes" / "cache", plan.recipe)
-    tasks = tasks_of({"train": plan.prompts}, config.render.records_per_shard)
-    refuse_surplus(writer, tasks)
-    return writer, tasks
-
-
-def fill_class_cache(config: Config, teacher: Teacher, plan: PicturePlan) -> None:
-    """Make the missing records of pictures."""
-    writer, tasks = open_class_cache(config, plan)
-    make = picture_record_maker(teacher, config.run / "cache", config.render.states, config.pictures.fit_steps)
-    fill(writer, tasks, config.render.batch_size, make)
+def refuse_sizes(config: Config, runtime: Runtime, teacher: Teacher, plan: PicturePlan) -> None:
+    """Raise `Refused` for a size of the pictures that the prior has not, or whose batches cannot be split."""
+    sizes = sorted({task.size for task in class_tasks(config.render, teacher, plan)})
+    refuse_uneven_batches(config.train, runtime, sizes)
+    for size in sizes:
+        split_batch_size(config.train.rows_of(size), config.prior_share, size)
+    native = teacher.components.native_size
+    refuse_missing_sizes(sizes, Reader(config.run / "cache", "train", unstated_size=native))
 
 
 def refill_class_cache(config: Config, origin: Origin) -> None:
     """Make the missing records of an existing cache of the classes, with the teacher of `origin`."""
     teacher = Teacher(load_run_teacher(origin, device_of(config.device), torch.float32), origin.tail)
-    fill_class_cache(config, teacher, plan_class_pictures(config, teacher, load_classes(config.classes)))
+    plan = plan_class_pictures(config, teacher, load_classes(config.classes))
+    fill_class_cache(config.run, config.render, teacher, plan, config.pictures.fit_steps)
 
 
 def save_settings(config: Config, origin: Origin, class_file: bytes | None = None) -> None:
@@ -226,34 +261,18 @@ def classes_run_identity(
     }
 
 
-def make_mixture(config: Config, runtime: Runtime, classes: ClassFile, ledger: Ledger) -> Mixture:
-    """The batches of the kept pictures and of the distillation cache."""
-    seed, (in_classes, in_prior) = config.train.seed, split_batch_size(config.train.batch_size, config.prior_share)
-    cache, prior_cache = config.run / "classes" / "cache", config.run / "cache"
-    reader = Reader(cache, "train")
-    kept, data_keys = set(ledger.usable_keys()), set(ledger.usable_keys("data"))
-    guidance = dict.fromkeys(ledger.usable_keys("data", "photograph"), config.pictures.guidance)
-    counts = Counter(head.class_name for head in reader.headers() if head.key in kept)
-    own = (record for record in reader.records() if record.key in data_keys)
-    prior = prior_sampling_weights(classes, Reader(prior_cache, "train").class_names)
-    density = config.render.states.density
-    return Mixture(
-        classes=Reader(cache, "train", seed, in_classes, keys=kept, class_weights=sampling_weights(classes, counts)),
-        prior=Reader(prior_cache, "train", seed, in_prior, class_weights=prior),
-        class_names=tuple(spec.name for spec in classes.classes),
-        class_numbers=class_numbers(classes, counts),
-        data_target=DataTarget.from_records(own, guidance, seed, density) if data_keys else None,
-        rank=runtime.rank,
-        world=runtime.world,
-    )
-
-
 def export_student(
-    config: Config, origin: Origin, teacher: Teacher, classes: ClassFile, monitor: ClassMonitor, student: Student
+    config: Config,
+    origin: Origin,
+    teacher: Teacher,
+    classes: ClassFile,
+    monitor: ClassMonitor,
+    student: Student,
+    last_sample: int,
 ) -> None:
     """Measure each class before and after, and export the student, verified."""
     folder = config.run / "classes"
-    samples = monitor.best_checkpoint(config.train.samples)
+    samples = monitor.best_checkpoint(last_sample)
     if config.stop is not None:
         print(f"{folder}: its best checkpoint is that after {samples} samples")
         student = load_student(open_run(folder, samples), teacher.components)
@@ -262,7 +281,7 @@ def export_student(
     show_table(classes, results)
 
     facts = origin.export_facts(teacher.components, samples)
-    exported = export_all(student, teacher.components.folder, folder / "export", facts)
+    exported = export_all(student, teacher.components.present_folder(), folder / "export", facts)
     exported += export_lora(open_run(folder, samples), folder / "export")
     atomic_write(folder / "COMPLETE", f"{samples}\n")
     print(f"{', '.join(map(str, exported))}: written and verified; table in {folder / 'per_class.csv'}")

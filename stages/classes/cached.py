@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from shards.batch import Batch, collate
 from shards.reader import Reader
+from shards.record import Record
 from shards.table import Table
 from stages.david.assessment import Assessor, assess, bins_of
 from stages.david.fusion import FusionConfig
@@ -97,10 +98,14 @@ def measure_cache_errors(
     """Evaluate the student at every stored state of up to `max_records` records of each class."""
     errors, norms, difficulties = [], [], []
     for records in tqdm(classes.values(), desc="cache", disable=None):
-        numbers = spread_evenly(records, max_records)
+        of_sizes: dict[torch.Size, list[Record]] = {}
+        for number in spread_evenly(records, max_records):
+            record = reader.record_at(number)
+            of_sizes.setdefault(record.x0.shape, []).append(record)
         batches = [
-            _record_errors(student, reader, numbers[first : first + RECORDS_PER_BATCH], uncond, run_assessor)
-            for first in range(0, len(numbers), RECORDS_PER_BATCH)
+            _record_errors(student, alike[first : first + RECORDS_PER_BATCH], uncond, run_assessor)
+            for alike in of_sizes.values()
+            for first in range(0, len(alike), RECORDS_PER_BATCH)
         ]
         error, norm, difficulty = (torch.cat(parts) for parts in zip(*batches, strict=True))
         errors.append(error)
@@ -111,10 +116,9 @@ def measure_cache_errors(
 
 
 def _record_errors(
-    student: Student, reader: Reader, numbers: RecordNumbers, uncond: Tensor, run_assessor: RunAssessor | None
+    student: Student, records: Sequence[Record], uncond: Tensor, run_assessor: RunAssessor | None
 ) -> tuple[Tensor, ...]:
-    """For each record the mean of |v - v*|^2, of |v*|^2 and of David's difficulty (0 without a David)."""
-    records = [reader.record_at(number) for number in numbers]
+    """For each record the mean of |v - v*|^2, of |v*|^2 and of David's difficulty (0 without one); all of one size."""
     states = [(record, index) for record in records for index in range(len(record.states))]
     batch = collate([record for record, _ in states], [index for _, index in states]).to(uncond.device, torch.float32)
     output = student(batch.x_s, batch.s, batch.cond, uncond)

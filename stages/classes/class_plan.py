@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ConfigDict, Field
 from rich.box import SIMPLE
@@ -15,10 +16,11 @@ from rich.table import Table
 
 from configs.values import Strict
 from shards.manifest import Manifest
-from stages.cache.targets import RenderConfig
+from stages.cache.sizes import RenderSizes
+from stages.cache.targets import RenderConfig, training_shares
 from stages.classes.cached import records_by_class
 from stages.classes.mixture import DEFAULT_PRIOR_SHARE, split_batch_size
-from stages.classes.photographs import hidden_file_lines, list_photographs
+from stages.classes.photographs import crop_lines, hidden_file_lines, list_photographs
 from stages.classes.pictures import PicturesConfig, find_reusable, recipe_differences
 from stages.classes.selection import (
     DEFAULT_PICTURES,
@@ -30,6 +32,7 @@ from stages.classes.selection import (
     search_prompts,
 )
 from stages.classes.specification import ClassFile, load_classes
+from stages.nets.latents import LatentGeometry
 from stages.prompts import PromptSource, omission_lines
 from stages.system.refusal import Refused
 from stages.system.terminal import console
@@ -37,6 +40,8 @@ from stages.train.journal import JOURNAL_FILE, read_step_lines
 from stages.train.setup import TrainConfig
 
 PIPE_WIDTH = 132
+PIXELS_PER_LATENT = 8
+"""Of a side, in every SD-1.x model."""
 
 
 class Config(Strict):
@@ -88,6 +93,7 @@ def print_plan(config: Config) -> None:
             if not (spec.tags or cached[spec.name])
         ]
     lines += [line for spec in classes.classes for line in hidden_file_lines(spec)]
+    lines += photograph_lines(classes, config)
     if search and config.prompts:
         lines += omission_lines(config.prompts.unusable_rows(search.prompts_read))
         lines += [f"prompts   the first {search.prompts_read:,} of the source hold them all"]
@@ -99,12 +105,19 @@ def print_plan(config: Config) -> None:
 def plan_classes(classes: ClassFile, config: Config) -> ClassPlan:
     """The numbers; raises `Refused` for quotas that cannot be met and photographs that cannot be used."""
     pictures = picture_quotas(classes, config.count)
-    rows, _ = split_batch_size(config.train.batch_size, config.prior_share)
-    samples = {name: float(mean) for name, mean in expected_samples(classes, config.train.steps * rows).items()}
+    batch_size = config.train.batch_size
+    if config.train.batch_pixels is None:
+        rows, _ = split_batch_size(batch_size, config.prior_share)
+        total = -(-config.train.max_samples // batch_size) * batch_size
+        in_classes = total // batch_size * rows
+    else:  # the rows of a batch follow from its size
+        total = config.train.max_samples
+        in_classes = round(total * (1 - config.prior_share))
+    samples = {name: float(mean) for name, mean in expected_samples(classes, in_classes).items()}
     states = config.render.states.states_per_prompt
     own = {spec.name: len(list_photographs(spec)) for spec in classes.classes}
     epochs = {name: samples[name] / ((pictures[name] + own[name]) * states) for name in samples}
-    return ClassPlan(pictures, own, samples, epochs, config.train.samples)
+    return ClassPlan(pictures, own, samples, epochs, total)
 
 
 def cached_record_counts(classes: ClassFile, config: Config) -> Counter[str] | None:
@@ -160,11 +173,28 @@ def _count_reused(classes: ClassFile, config: Config, plan: ClassPlan) -> int:
     cache = config.folder("cache")
     if cache is None:
         return 0
-    recipe = Manifest.open(cache).recipe
-    identity = {**recipe.identity, "render": config.render.model_dump(mode="json")}
+    manifest = Manifest.open(cache)
+    recipe = manifest.recipe
+    identity = {**recipe.identity, "render": config.render.identity(render_sizes(config, manifest))}
     if recipe_differences(cache, recipe.model_copy(update={"identity": identity})):
         return 0
     return sum(map(len, find_reusable(cache, classes, config.pictures.max_reused(plan.pictures)).values()))
+
+
+def render_sizes(config: Config, manifest: Manifest) -> RenderSizes:
+    """The sizes of the pictures: as configured, or else those of the training split of this cache."""
+    latents: Any = manifest.recipe.identity.get("latent_shape")
+    geometry = LatentGeometry(latents[0], latents[1], PIXELS_PER_LATENT)
+    return RenderSizes.checked(config.render.sizes or training_shares(manifest), geometry)
+
+
+def photograph_lines(classes: ClassFile, config: Config) -> list[str]:
+    """Lines on the photographs that will be cropped, where RUN/cache tells the sizes."""
+    cache = config.folder("cache")
+    if cache is None:
+        return []
+    sizes = render_sizes(config, Manifest.open(cache)).listed
+    return [line for spec in classes.classes for line in crop_lines(spec.name, list_photographs(spec), sizes)]
 
 
 def _count_existing(classes: ClassFile, config: Config) -> int:

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from configs.values import PictureSize
 from stages.classes.cached import CacheErrors, mean_squares
 from stages.classes.specification import Priority
 from stages.evaluate.metrics import Scorer, shows_everything
@@ -60,15 +61,19 @@ def probe_classes(
     seed: int,
     sampler: Sampler,
     scorer: Scorer | None,
+    size: PictureSize | None = None,
 ) -> ProbeErrors:
-    """Sample and compare; every class must have the same number of prompts."""
+    """Sample and compare pictures of `size`, or of the teacher's own; every class must have as many prompts."""
+    parts = teacher.components
+    size = size or parts.native_size
+    sampler = sampler.scaled_to(size, parts.native_size)
     count = len(next(iter(prompts.values())))
     inputs = [(prompt.text, number) for own in prompts.values() for number, prompt in enumerate(own)]
     uncond = teacher.uncond
     squares, lost, values = [], [], []
     for first in tqdm(range(0, len(inputs), sampler.batch_size), desc="probe", disable=None):
         texts, numbers = zip(*inputs[first : first + sampler.batch_size], strict=True)
-        noise = torch.stack([fixed_noise(seed, number, teacher.components.latent_shape) for number in numbers])
+        noise = torch.stack([fixed_noise(seed, number, parts.latent_shape(size)) for number in numbers])
         cond, noise = teacher.encode_texts(texts), noise.to(uncond.device)
         x0 = sample_student(student, cond, uncond, noise, sampler)
         reference = sample_teacher(teacher, cond, uncond, noise, sampler)

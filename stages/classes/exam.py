@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
+import torch
 from pydantic import Field
 from rich.table import Table
 from torch import Tensor
 
-from configs.values import Strict
+from configs.values import PictureSize, Strict
 from stages.classes.photographs import list_photographs
 from stages.classes.selection import OUTSIDE_LABEL, outside_prompts, search_prompts
 from stages.classes.specification import ClassFile
@@ -69,9 +70,12 @@ class Exam:
         scorer: Scorer | None,
         config: ExamConfig,
         pictures: int | None = None,
+        size: PictureSize | None = None,
     ) -> None:
-        """Of the first `pictures` prompts of each class, or of all."""
-        self.teacher, self.scorer, self.config = teacher, scorer, config
+        """Of the first `pictures` prompts of each class, or of all; pictures of `size`, or of the teacher's own."""
+        native = teacher.components.native_size
+        self.teacher, self.scorer, self.config, self.size = teacher, scorer, config, size or native
+        self._sampler = config.sampler.scaled_to(self.size, native)
         self.texts = {name: [prompt.text for prompt in own[:pictures]] for name, own in prompts.items()}
         self._teacher_latents: dict[str, Tensor] = {}
 
@@ -80,15 +84,18 @@ class Exam:
         return {name: self._class_metrics(student, name) for name in self.texts}
 
     def _class_metrics(self, student: Student, name: str) -> dict[str, float]:
-        teacher, texts, sampler = self.teacher, self.texts[name], self.config.sampler
-        noise = fixed_noises(self.config.seed, len(texts), teacher.components.latent_shape).to(teacher.uncond.device)
+        teacher, texts, sampler = self.teacher, self.texts[name], self._sampler
+        shape = teacher.components.latent_shape(self.size)
+        noise = fixed_noises(self.config.seed, len(texts), shape).to(teacher.uncond.device)
         cond = teacher.encode_texts(texts)
         latents = sample_student(student, cond, teacher.uncond, noise, sampler)
         if name not in self._teacher_latents:
             self._teacher_latents[name] = sample_teacher(teacher, cond, teacher.uncond, noise, sampler)
         metrics = {"paired_error": float(relative_errors(latents, self._teacher_latents[name]).mean())}
         if self.scorer is not None:
-            fidelity = compute_fidelity(self.scorer, texts, teacher.decode_latents(latents))
+            at_once = max(1, len(texts) * teacher.components.native_size.pixels // self.size.pixels)
+            pictures = torch.cat([teacher.decode_latents(rows) for rows in latents.split(at_once)])
+            fidelity = compute_fidelity(self.scorer, texts, pictures)
             metrics |= {ALL_SHOWN: fidelity.all_at_once, **fidelity.by_attribute}
         return metrics
 

@@ -1,5 +1,6 @@
 """The gate: rejects pictures of the classes that do not show their prompt, or are near-duplicates of another."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -69,14 +70,21 @@ def apply_gate(
     if existing := _matching_ledger(folder, judged_by, keys):
         check_ledger(existing)
         return existing
-    x0 = torch.stack([record.x0 for record in reader.records()])
+    x0 = [record.x0 for record in reader.records()]
     score = _scores(keys, x0, plan, teacher, scorer if config.score is not None else None)
+    parts = teacher.components
+    sizes = {key: parts.latents.size_of_latents(*latents.shape[1:]) for key, latents in zip(keys, x0, strict=True)}
+    others = {key: str(size) for key, size in sizes.items() if size != parts.native_size}
+    if scorer is not None and config.score is not None:
+        for line in _unscored_lines(keys, score, plan, others):
+            print(line)
     reasons = _rejection_reasons(keys, x0, score, plan, config)
     pictures: dict[str, Picture] = {}
     for key in keys:
         source, reason = plan.source_at(int(key)), reasons.get(key, "")
         target = pictures_config.target_for(source)
-        pictures[key] = Picture(plan.class_of[int(key)], source, target, kept=not reason, reason=reason)
+        name, size = plan.class_of[int(key)], others.get(key)
+        pictures[key] = Picture(name, source, target, kept=not reason, reason=reason, size=size)
     ledger = Ledger(judged_by, pictures)
     if message := _empty_class(ledger, plan):
         # The sheet of an earlier gate belongs to the run that used its ledger.
@@ -135,7 +143,11 @@ def _matching_ledger(folder: Path, judged_by: dict[str, JsonValue], keys: Sequen
 
 
 def _scores(
-    keys: Sequence[str], x0: Float[Tensor, "n c h w"], plan: PicturePlan, teacher: Teacher, scorer: Scorer | None
+    keys: Sequence[str],
+    x0: Sequence[Float[Tensor, "c h w"]],
+    plan: PicturePlan,
+    teacher: Teacher,
+    scorer: Scorer | None,
 ) -> Float[Tensor, " n"]:
     """The lowest score of each picture; nan without a scorer, and where the prompt names no attribute."""
     score = torch.full([len(keys)], torch.nan)
@@ -143,11 +155,39 @@ def _scores(
         return score
     # The user chose the photographs, and their class may be a word that no scorer knows.
     rows = [row for row, key in enumerate(keys) if plan.source_at(int(key)) != "photograph"]
-    for first in tqdm(range(0, len(rows), SCORING_BATCH_SIZE), desc="gate", disable=None):
-        batch = rows[first : first + SCORING_BATCH_SIZE]
-        pictures = teacher.decode_latents(x0[batch].float().to(teacher.components.unet.device))
+    batches = [
+        of_shape[first : first + SCORING_BATCH_SIZE]
+        for of_shape in _rows_by_shape(rows, x0)
+        for first in range(0, len(of_shape), SCORING_BATCH_SIZE)
+    ]
+    for batch in tqdm(batches, desc="gate", disable=None):
+        latents = torch.stack([x0[row] for row in batch]).float()
+        pictures = teacher.decode_latents(latents.to(teacher.components.unet.device))
         score[batch] = lowest_scores(scorer([plan.prompts[int(keys[row])].text for row in batch], pictures))
     return score
+
+
+def _unscored_lines(
+    keys: Sequence[str], score: Float[Tensor, " n"], plan: PicturePlan, other_sizes: Mapping[str, str]
+) -> list[str]:
+    """A line for each size other than the model's own of which the scorer judged no picture, so that all are kept."""
+    judged: dict[str, list[bool]] = {}
+    for key, value in zip(keys, score.tolist(), strict=True):
+        if key in other_sizes and plan.source_at(int(key)) != "photograph":
+            judged.setdefault(other_sizes[key], []).append(not math.isnan(value))
+    return [
+        f"gate: {len(values)} pictures of {size} are kept unjudged, the scorer gives no value to that size"
+        for size, values in judged.items()
+        if not any(values)
+    ]
+
+
+def _rows_by_shape(rows: Iterable[int], x0: Sequence[Float[Tensor, "c h w"]]) -> list[list[int]]:
+    """The rows of pictures of one size together, in order."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for row in rows:
+        by_shape.setdefault(tuple(x0[row].shape), []).append(row)
+    return list(by_shape.values())
 
 
 def lowest_scores(scores: Mapping[str, Float[Tensor, " b"]]) -> Float[Tensor, " b"]:
@@ -158,9 +198,13 @@ def lowest_scores(scores: Mapping[str, Float[Tensor, " b"]]) -> Float[Tensor, " 
 
 
 def _rejection_reasons(
-    keys: Sequence[str], x0: Float[Tensor, "n c h w"], score: Tensor, plan: PicturePlan, config: GateConfig
+    keys: Sequence[str],
+    x0: Sequence[Float[Tensor, "c h w"]],
+    score: Tensor,
+    plan: PicturePlan,
+    config: GateConfig,
 ) -> dict[str, str]:
-    """Key -> reason, of the rejected pictures: by score, and of the others the near-duplicates within a class."""
+    """Key -> reason, of the rejected pictures: by score, and of the others the near-duplicates in a class and size."""
     reasons: dict[str, str] = {}
     if config.score is not None:
         for row in (score < config.score).nonzero().flatten().tolist():
@@ -170,8 +214,8 @@ def _rejection_reasons(
         if key not in reasons:
             by_class.setdefault(plan.class_of[int(key)], []).append(row)
     if config.duplicate is not None:
-        for rows in by_class.values():
-            for later, earlier, cosine in find_duplicates(x0[rows], config.duplicate):
+        for rows in (alike for of_class in by_class.values() for alike in _rows_by_shape(of_class, x0)):
+            for later, earlier, cosine in find_duplicates(torch.stack([x0[row] for row in rows]), config.duplicate):
                 reasons[keys[rows[later]]] = f"like {keys[rows[earlier]]} ({cosine:.3f})"
     return reasons
 
@@ -198,4 +242,6 @@ def _save_rejected_sheet(ledger: Ledger, reader: Reader, teacher: Teacher, path:
     labels = [f"{key} {rejected[key].source}: {rejected[key].reason} - {text}" for key, text, _ in records]
     device = teacher.components.unet.device
     pictures = (teacher.decode_latents(x0[None].float().to(device))[0] for _, _, x0 in records)
-    save_contact_sheet(pictures, labels, path, {"judged_by": dict(ledger.judged_by)})
+    sizes = [teacher.components.latents.size_of_latents(*x0.shape[1:]) for _, _, x0 in records]
+    longest_side = max((max(size.width, size.height) for size in sizes), default=None)
+    save_contact_sheet(pictures, labels, path, {"judged_by": dict(ledger.judged_by)}, longest_side)

@@ -31,6 +31,8 @@ class Picture:
     kept: bool
     reason: str
     """why the gate rejected it; empty for what is kept"""
+    size: str | None = None
+    """width x height in pixels; none for the model's own size"""
 
 
 PICTURE: TypeAdapter[Picture] = TypeAdapter(Picture)
@@ -64,7 +66,10 @@ class Ledger:
         atomic_write(folder / LEDGER_FILE, self._text())
 
     def _text(self) -> str:
-        entries = {key: PICTURE.dump_python(picture, by_alias=True) for key, picture in self.pictures.items()}
+        entries = {
+            key: PICTURE.dump_python(picture, by_alias=True, exclude_none=True)
+            for key, picture in self.pictures.items()
+        }
         listed = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items())
         return f'{{\n "judged_by": {json.dumps(self.judged_by)},\n "pictures": {{\n  {listed}\n }}\n}}\n'
 

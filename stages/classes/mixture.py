@@ -6,8 +6,10 @@ branch learns what guidance made is guided twice when it is sampled (in the embe
 fell from .98 to .57).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
 from itertools import count
 from typing import TypeAlias
 
@@ -16,9 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from shards.batch import Batch, concatenate
+from configs.values import PictureSize
+from shards.batch import Batch, concatenate, map_ahead
 from shards.reader import Reader
 from shards.record import Record
+from shards.stream.order import Order
+from shards.stream.schedule import SizeSchedule
 from stages.classes.selection import owner_of_record
 from stages.classes.specification import ClassFile
 from stages.flow.path import interpolate
@@ -30,17 +35,30 @@ DEFAULT_PRIOR_SHARE = 0.3
 PRIOR_GROUP = "(prior)"
 
 RowIndices: TypeAlias = Int[np.ndarray, " n"]
+BatchSplit: TypeAlias = Callable[[PictureSize | None], tuple[int, int]]
+"""Size -> rows of classes and of prior in a batch of it."""
 
 
-def split_batch_size(batch_size: int, prior_share: float) -> tuple[int, int]:
-    """Rows of classes and of prior in a batch; raises `Refused` when either gets none."""
+def split_batch_size(batch_size: int, prior_share: float, size: PictureSize | None = None) -> tuple[int, int]:
+    """Rows of classes and of prior in a batch, of one picture size; raises `Refused` when either gets none."""
     prior = round(batch_size * prior_share)
     if not 0 < prior < batch_size:
         raise Refused(
-            f"prior_share = {prior_share}: gives {prior} of {batch_size} rows to the prior - "
-            "both streams need at least one"
+            f"prior_share = {prior_share}: gives {prior} of {batch_size} rows{f' of {size}' if size else ''} to the "
+            "prior - both streams need at least one: change it, or take larger batches"
         )
     return batch_size - prior, prior
+
+
+def refuse_missing_sizes(sizes: Iterable[PictureSize | None], prior: Reader) -> None:
+    """Raise `Refused` for a size of the classes' pictures of which the prior has no rows."""
+    known = [size for size, order in zip(prior.sizes, prior.orders, strict=True) if order is not None]
+    for size in sizes:
+        if size not in known:
+            raise Refused(
+                f"{prior.folder}: holds no picture of {size}, and pictures of the classes have that size; it has "
+                f"{', '.join(map(str, known))} - render it there too (render.sizes of cache-teacher), or not here"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,11 +127,11 @@ def class_numbers(classes: ClassFile, class_names: Iterable[str]) -> dict[str, i
 
 @dataclass(frozen=True)
 class Mixture:
-    """Every batch has the same number of rows of each stream, so its content depends on its number alone.
+    """Every batch has one picture size and as many rows of each stream as that size has, so it depends on its number.
 
-    A row's `group` is the number of its class; that of the prior comes after all classes. The rows of the classes come
-    first, and rank r of `world` takes the rows n with n mod world = r. The batch sizes of both readers count the rows
-    of all ranks.
+    The schedule of the classes' sizes decides which size a batch has; both streams have an order for each size. A row's
+    `group` is the number of its class; that of the prior comes after all classes. The rows of the classes come first,
+    and rank r of `world` takes the rows n with n mod world = r.
     """
 
     classes: Reader
@@ -121,6 +139,8 @@ class Mixture:
     class_names: tuple[str, ...]
     class_numbers: Mapping[str, int]
     """class name of a record -> number of its class"""
+    rows: BatchSplit
+    """size -> rows of classes and of prior in a batch of it, of all ranks"""
     data_target: DataTarget | None = None
     rank: int = 0
     world: int = 1
@@ -130,34 +150,60 @@ class Mixture:
         """The groups of rows in the journal, by number."""
         return (*self.class_names, PRIOR_GROUP)
 
+    @property
+    def sizes(self) -> tuple[PictureSize, ...]:
+        """The picture sizes of the classes, as far as they are known."""
+        return tuple(size for size in self.classes.sizes if size is not None)
+
+    @cached_property
+    def schedule(self) -> SizeSchedule:
+        """Which size each batch has: the rows of the classes come out in the shares of their sizes.
+
+        Raises `Refused` for a size that the classes have and the prior has not.
+        """
+        samples = self.classes.schedule.samples
+        sizes = [size for size, share in zip(self.classes.sizes, samples, strict=True) if share]
+        refuse_missing_sizes(sizes, self.prior)
+        split = [self.rows(size) for size in self.classes.sizes]
+        rows = [sum(both) for both in split]
+        # As many batches of each size as the rows of the classes take: in one of `rows` rows only a part is theirs.
+        weights = [Fraction(n) * both / own for n, both, (own, _) in zip(samples, rows, split, strict=True)]
+        return SizeSchedule(weights, rows)
+
     def batches(self, start_sample: int) -> Iterator[Batch]:
         """This rank's rows of the batches from this sample on, a whole number of batches from the beginning."""
-        class_rows, size = self.classes.batch_size, self.classes.batch_size + self.prior.batch_size
-        first, rest = divmod(start_sample, size)
-        if rest:
+        first = self.schedule.block_of(start_sample)
+        if rest := start_sample - self.schedule.first_sample(first):
             raise ValueError(f"sample {start_sample} is {rest} rows into a batch")
-        rows = np.arange(self.rank, size, self.world)
+        for reader in (self.classes, self.prior):
+            reader.batch(np.arange(1))  # what is read once is read here, not in several threads
+        return map_ahead(self._batch, count(first), max(self.classes.workers, self.prior.workers))
+
+    def _batch(self, number: int) -> Batch:
+        """This rank's rows of one batch; a row's sample number counts the rows of both streams."""
+        schedule = self.schedule
+        number_of_size = schedule.size_of_block(number)
+        size, before = self.classes.sizes[number_of_size], schedule.counts(number)[number_of_size]
+        class_rows, prior_rows = self.rows(size)
+        rows = np.arange(self.rank, class_rows + prior_rows, self.world)
         in_classes, in_prior = rows[rows < class_rows], rows[rows >= class_rows] - class_rows
-        streams = []
+        parts = []
         if len(in_classes):
-            streams.append(self._class_batches(in_classes, first, size))
-        if len(in_prior):
-            streams.append(self._prior_batches(in_prior, first))
-        for parts in zip(*streams, strict=True):
-            yield concatenate(parts)
-
-    def _class_batches(self, rows: RowIndices, first_batch: int, batch_size: int) -> Iterator[Batch]:
-        """The rows of classes with their learning targets; a row's sample number counts the rows of both streams."""
-        for number, batch in enumerate(_read_rows(self.classes, rows, first_batch), first_batch):
-            samples = number * batch_size + rows
+            batch = self._read(self.classes, size, before * class_rows + in_classes)
+            samples = schedule.first_sample(number) + in_classes
             batch = self.data_target.apply(batch, samples) if self.data_target else batch
-            yield replace(batch, group=torch.tensor([self.class_numbers[name] for name in batch.class_names]))
+            parts.append(replace(batch, group=torch.tensor([self.class_numbers[name] for name in batch.class_names])))
+        if len(in_prior):
+            batch = self._read(self.prior, size, before * prior_rows + in_prior)
+            parts.append(replace(batch, group=torch.full((len(batch),), len(self.class_names))))
+        return concatenate(parts)
 
-    def _prior_batches(self, rows: RowIndices, first_batch: int) -> Iterator[Batch]:
-        for batch in _read_rows(self.prior, rows, first_batch):
-            yield replace(batch, group=torch.full((len(batch),), len(self.class_names)))
+    def _read(self, reader: Reader, size: PictureSize | None, places: RowIndices) -> Batch:
+        """The rows at these places of a reader's stream of one size."""
+        order = self._order_of(reader, size)
+        if order is None:
+            raise ValueError(f"{reader.folder}: no stream of {size}")
+        return reader.gather(*order.at(places))
 
-
-def _read_rows(reader: Reader, rows: RowIndices, first_batch: int) -> Iterator[Batch]:
-    """These rows of a reader's batches, from one batch on."""
-    return reader.read_places(number * reader.batch_size + rows for number in count(first_batch))
+    def _order_of(self, reader: Reader, size: PictureSize | None) -> Order | None:
+        return reader.orders[reader.sizes.index(size)]

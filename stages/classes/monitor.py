@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from configs.values import Strict
+from configs.values import PictureSize, Strict
 from stages.classes.exam import ALL_SHOWN, Exam, ExamConfig, MetricsByClass
-from stages.evaluate.metrics import Scorer
+from stages.evaluate.metrics import Scorer, refuse_blind_scorer
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt
@@ -162,8 +162,11 @@ class ClassMonitor:
         config: ExamConfig,
         stop: StopConfig | None,
         folder: Path,
+        sizes: Sequence[PictureSize] = (),
     ) -> None:
         """`load_distilled` loads the student at the start of training; `weights` are those of the classes in the score.
+
+        The grids show pictures of all `sizes`, the exam those of the teacher's own size, or else the first.
 
         Raises `Refused` where training ends by a score, and no class has one.
         """
@@ -171,13 +174,28 @@ class ClassMonitor:
             raise Refused("stop: there is no scorer, and no teacher for photographs - name a scorer, or leave stop out")
         self.weights, self.stop, self.folder = weights, stop, folder
         self._load_distilled, self._baseline = load_distilled, dict[str, dict[str, float]]()
-        self._checkpoint_exam = Exam(teacher, prompts, scorer, config, config.checkpoint_pictures)
-        self._full_exam = Exam(teacher, prompts, scorer, config)
+        native = teacher.components.native_size
+        size = sizes[0] if sizes and native not in sizes else native
+        if scorer is not None and size != native:
+            text = next(iter(prompts.values()))[0].text
+            hint = f"leave scorer out, or let render.sizes hold {native}, at which the exam then is"
+            refuse_blind_scorer(scorer, text, size, hint)
+        self._checkpoint_exam = Exam(teacher, prompts, scorer, config, config.checkpoint_pictures, size)
+        self._full_exam = Exam(teacher, prompts, scorer, config, size=size)
         texts = [own[0].text for own in prompts.values()]
         labels = [f"{name}: {text}" for name, text in zip(prompts, texts, strict=True)]
         titles, settings = ("teacher", "distilled", "finetuned"), {"prompts": texts, **config.model_dump(mode="json")}
         self._save_grid = grid_hook(
-            teacher, texts, labels, titles, config.seed, (config.sampler,), folder / "grids", settings, load_distilled
+            teacher,
+            texts,
+            labels,
+            titles,
+            config.seed,
+            (config.sampler,),
+            folder / "grids",
+            settings,
+            load_distilled,
+            sizes,
         )
 
     def hooks(self) -> Hooks:

@@ -1,9 +1,11 @@
 """The photographs of a class: untrusted picture files with captions -> upright RGB pictures of the model's size."""
 
 import hashlib
+import math
 import struct
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -15,8 +17,10 @@ from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from configs.values import PictureSize
 from stages.classes.selection import CLASS_MARK
 from stages.classes.specification import ClassSpec
+from stages.nets.latents import aspect_distance
 from stages.prompts import Prompt, derived_seed
 from stages.system.refusal import Refused, first_invalid_character, format_value, invalid_character_reason
 from stages.system.text import read_bytes, read_clean_text
@@ -36,6 +40,8 @@ DECODE_ERRORS = (
     zlib.error,
 )  # fmt: skip
 """What Pillow's decoders raise for malformed content."""
+NEGLIGIBLE_CUT = 0.005
+"""A share of a picture's area that nobody misses: one pixel of a side of 200."""
 WINDOWS_METADATA_FILES = {"thumbs.db", "desktop.ini"}
 """Hidden files that Windows puts into folders of pictures."""
 
@@ -46,6 +52,8 @@ class Photograph(Prompt):
 
     file: Path = field(kw_only=True)
     sha256: str = field(kw_only=True)
+    upright_size: PictureSize = field(kw_only=True)
+    """Its own size, turned as its EXIF data require."""
 
 
 def list_photographs(spec: ClassSpec) -> list[Photograph]:
@@ -65,14 +73,47 @@ def hidden_file_lines(spec: ClassSpec) -> list[str]:
     return [f"class {spec.name!r}: images: {len(hidden)} hidden files left out (the first: {hidden[0].name})"]
 
 
-def load_photographs(photographs: Sequence[Photograph], pixels: int) -> Float[Tensor, "b 3 pixels pixels"]:
+def nearest_size(photograph: PictureSize, sizes: Sequence[PictureSize]) -> PictureSize:
+    """The size whose aspect is nearest to that of a photograph; of those alike in it the nearest in area.
+
+    The first of several equal ones.
+    """
+
+    def distance(size: PictureSize) -> tuple[float, float]:
+        return round(aspect_distance(size, photograph), 9), abs(math.log(size.pixels / photograph.pixels))
+
+    return min(sizes, key=distance)
+
+
+def share_cut(photograph: PictureSize, size: PictureSize) -> float:
+    """The share of a photograph's area that is cut off where it is brought to a size."""
+    return 1 - math.exp(-aspect_distance(photograph, size))
+
+
+def crop_lines(class_name: str, photographs: Sequence[Photograph], sizes: Sequence[PictureSize]) -> list[str]:
+    """A line about the photographs of a class that are cropped to the nearest of these sizes, and by how much."""
+    nearest = [nearest_size(one.upright_size, sizes) for one in photographs]
+    shares = [share_cut(one.upright_size, size) for one, size in zip(photographs, nearest, strict=True)]
+    cut = [share for share in shares if share > NEGLIGIBLE_CUT]
+    if not cut:
+        return []
+    worst = photographs[shares.index(max(shares))]
+    counts = Counter(nearest)
+    by_size = ", ".join(f"{counts[size]} to {size}" for size in sizes if size in counts)
+    return [
+        f"class {class_name!r}: images: {len(cut)} of {len(photographs)} photographs lose their edges ({by_size}), "
+        f"at most {100 * max(cut):.0f} % of the area ({worst.file.name}, {worst.upright_size})"
+    ]
+
+
+def load_photographs(photographs: Sequence[Photograph], size: PictureSize) -> Float[Tensor, "b 3 height width"]:
     """The pictures in [0, 1]; raises `Refused` for a file that has changed since it was listed."""
     pictures = []
     for photograph in photographs:
         content = read_bytes(photograph.file, str(photograph.file), "start the command again", MAX_FILE_BYTES)
         if hashlib.sha256(content).hexdigest() != photograph.sha256:
             raise Refused(f"{photograph.file}: changed while it was read - start the command again")
-        pictures.append(crop_and_resize(open_picture(content, photograph.file), pixels))
+        pictures.append(crop_and_resize(open_picture(content, photograph.file), size))
     return torch.stack(pictures)
 
 
@@ -96,10 +137,10 @@ def open_picture(content: bytes, file: Path) -> Image.Image:
         raise Refused(f"{file}: not a picture that can be read ({reason}) - {way_out}, or remove it") from error
 
 
-def crop_and_resize(image: Image.Image, pixels: int) -> Float[Tensor, "3 pixels pixels"]:
-    """The middle square of a picture in [0, 1], resampled with the Lanczos kernel."""
-    square = ImageOps.fit(image, (pixels, pixels), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+def crop_and_resize(image: Image.Image, size: PictureSize) -> Float[Tensor, "3 height width"]:
+    """The middle of a picture in [0, 1], as large as the aspect of the size allows, resampled with Lanczos' kernel."""
+    middle = ImageOps.fit(image, (size.width, size.height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(middle)).permute(2, 0, 1).float() / 255
 
 
 def _refuse_unfit(image: Image.Image, file: Path) -> None:
@@ -184,7 +225,7 @@ def _is_hidden(file: Path) -> bool:
 
 def _make_photograph(spec: ClassSpec, file: Path, caption: Path | None) -> Photograph:
     content = read_bytes(file, str(file), "remove it", MAX_FILE_BYTES)
-    open_picture(content, file)  # refused before the teacher generates anything
+    upright_size = PictureSize(*open_picture(content, file).size)  # refused before the teacher generates anything
     text = spec.caption
     if caption is not None:
         lines = read_clean_text(caption, f"{caption}", f"write what {file.name} shows", MAX_CAPTION_BYTES)
@@ -195,4 +236,4 @@ def _make_photograph(spec: ClassSpec, file: Path, caption: Path | None) -> Photo
         raise Refused(f"{file}: has no caption - write {file.stem}.txt beside it, or `caption` of class {spec.name!r}")
     sha256 = hashlib.sha256(content).hexdigest()
     name, seed = f"photograph{CLASS_MARK}{spec.name}", derived_seed("photograph", sha256)
-    return Photograph(text, name, seed, file=file, sha256=sha256)
+    return Photograph(text, name, seed, file=file, sha256=sha256, upright_size=upright_size)

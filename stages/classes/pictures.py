@@ -13,14 +13,22 @@ from typing import Any
 import torch
 from pydantic import Field, JsonValue
 
-from configs.values import Strict
+from configs.values import PictureSize, Strict
 from shards.manifest import Manifest, Recipe, differences
 from shards.reader import Reader
 from shards.record import Record
 from stages.cache.fill import RecordMaker
+from stages.cache.sizes import RenderSizes
 from stages.cache.targets import StatesConfig, make_records, records_from_pictures
 from stages.classes.ledger import LearningTarget, PictureSource
-from stages.classes.photographs import Photograph, hidden_file_lines, list_photographs, load_photographs
+from stages.classes.photographs import (
+    Photograph,
+    crop_lines,
+    hidden_file_lines,
+    list_photographs,
+    load_photographs,
+    nearest_size,
+)
 from stages.classes.selection import picture_quotas, search_prompts
 from stages.classes.specification import ClassFile, ClassSpec
 from stages.nets.teacher import Teacher
@@ -77,6 +85,8 @@ class CachedPrompt(Prompt):
 
     record_number: int = field(kw_only=True)
     """its place in the train split"""
+    size: PictureSize | None = field(default=None, kw_only=True)
+    """of its picture; none in a cache of early versions, where it is the teacher's own"""
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,23 @@ class PicturePlan:
     def counts_by_source(self) -> Counter[tuple[str, PictureSource]]:
         """Pictures of each class from each source."""
         return Counter(zip(self.class_of, map(_source_of, self.prompts), strict=True))
+
+    def class_lines(self, classes: ClassFile) -> list[str]:
+        """A line for each class: its priority, its share of training, and its pictures by source."""
+        counts, lines = self.counts_by_source(), []
+        for spec in classes.classes:
+            pictures = ", ".join(f"{count} {source}" for (name, source), count in counts.items() if name == spec.name)
+            share = f"{100 * classes.sampling_share(spec):.0f} % of the samples"
+            lines.append(f"class {spec.name}: {spec.priority}, {share}, pictures: {pictures}")
+        return lines
+
+    def crop_lines(self, sizes: Sequence[PictureSize]) -> list[str]:
+        """A line for each class whose photographs are cropped to the nearest of these sizes."""
+        by_class: dict[str, list[Photograph]] = {}
+        for name, one in zip(self.class_of, self.prompts, strict=True):
+            if isinstance(one, Photograph):
+                by_class.setdefault(name, []).append(one)
+        return [line for name, own in by_class.items() for line in crop_lines(name, own, sizes)]
 
     def truncation_lines(self, tokenizer: Any) -> list[str]:
         """A line about prompts and captions longer than this tokenizer's limit."""
@@ -136,6 +163,15 @@ def plan_pictures(
     return PicturePlan(prompts, names, _extend_recipe(recipe, config, cache, prompts))
 
 
+def size_of_picture(prompt: Prompt, sizes: RenderSizes) -> PictureSize:
+    """The size of a picture: drawn from its prompt's seed, that of a reused record, or a photograph's nearest."""
+    if isinstance(prompt, Photograph):
+        return nearest_size(prompt.upright_size, sizes.listed)
+    if isinstance(prompt, CachedPrompt):
+        return prompt.size or sizes.native
+    return sizes.size_of(prompt)
+
+
 def find_reusable(cache: Path, classes: ClassFile, limits: Mapping[str, int]) -> dict[str, list[CachedPrompt]]:
     """The first records of each class in the train split of a cache, up to a limit for each."""
     reusable: dict[str, list[CachedPrompt]] = {name: [] for name in limits}
@@ -145,7 +181,9 @@ def find_reusable(cache: Path, classes: ClassFile, limits: Mapping[str, int]) ->
     for number, head in enumerate(Reader(cache).headers()):
         owner = owner_of(head.class_name)
         if owner and len(reusable[owner.name]) < limits[owner.name]:
-            reusable[owner.name].append(CachedPrompt(head.text, head.class_name, 0, record_number=number))
+            reusable[owner.name].append(
+                CachedPrompt(head.text, head.class_name, 0, record_number=number, size=head.size)
+            )
     return reusable
 
 
@@ -204,34 +242,35 @@ def picture_record_maker(teacher: Teacher, cache: Path, config: StatesConfig, fi
     """
     reader = cache_once(lambda: Reader(cache))
 
-    def make(source: PictureSource, prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+    def make(source: PictureSource, prompts: Sequence[Prompt], keys: Sequence[str], size: PictureSize) -> list[Record]:
         if source == "painted":
-            return make_records(teacher, prompts, keys, config)
+            return make_records(teacher, prompts, keys, config, size)
         if source == "reused":
-            return [_reused_record(reader(), prompt, key) for prompt, key in zip(prompts, keys, strict=True)]
+            return [_reused_record(reader(), prompt, key, size) for prompt, key in zip(prompts, keys, strict=True)]
         photographs = [one for one in prompts if isinstance(one, Photograph)]
-        pictures = load_photographs(photographs, teacher.components.picture_pixels)
+        pictures = load_photographs(photographs, size)
         if fit_steps:
             x0 = torch.stack([teacher.fit_latents(picture, fit_steps) for picture in pictures])
         else:
             x0 = teacher.encode_pictures(pictures)
         return records_from_pictures(teacher, prompts, keys, x0, config)
 
-    def make_all(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+    def make_all(prompts: Sequence[Prompt], keys: Sequence[str], size: PictureSize) -> list[Record]:
         rows: dict[PictureSource, list[tuple[Prompt, str]]] = {}
         for prompt, key in zip(prompts, keys, strict=True):
             rows.setdefault(_source_of(prompt), []).append((prompt, key))
         records: dict[str, Record] = {}
         for source, pairs in rows.items():
-            records |= {record.key: record for record in make(source, *map(list, zip(*pairs, strict=True)))}
+            of_source = make(source, [prompt for prompt, _ in pairs], [key for _, key in pairs], size)
+            records |= {record.key: record for record in of_source}
         return [records[key] for key in keys]
 
     return make_all
 
 
-def _reused_record(reader: Reader, prompt: Prompt, key: str) -> Record:
-    """A record of the distillation cache under a new key."""
+def _reused_record(reader: Reader, prompt: Prompt, key: str, size: PictureSize) -> Record:
+    """A record of the distillation cache under a new key; early versions did not store its size."""
     record = reader.record_at(prompt.record_number) if isinstance(prompt, CachedPrompt) else None
     if record is None or record.text != prompt.text:
         raise Refused(f"{reader.folder}: changed while it was read - start the command again")
-    return replace(record, key=key)
+    return replace(record, key=key, size=size)

@@ -18,6 +18,7 @@ from stages.classes.class_plan import column_table, wide_console
 from stages.classes.difficulty import ClassDifficulty, probe_classes, rank_classes
 from stages.classes.selection import search_prompts
 from stages.classes.specification import ClassFile, ClassSpec
+from stages.evaluate.metrics import refuse_blind_scorer
 from stages.nets.run_folder import cache_folder, load_run_teacher, load_student, open_run
 from stages.nets.teacher import Teacher
 from stages.prompts import PromptSource
@@ -90,7 +91,12 @@ def measure_classes(config: Config) -> list[ClassDifficulty]:
     student, uncond = load_student(saved, teacher.components), teacher.uncond
     assessor = load_run_assessor(saved, uncond.device, teacher.components.schedule.steps)
     cached = measure_cache_errors(student, Reader(cache, "train"), classes, uncond, config.records, assessor)
-    probed = probe_classes(student, teacher, prompts, config.seed, config.sampler, config.scorer)
+    native = teacher.components.native_size
+    size = saved.origin.main_size(native)
+    if config.scorer is not None and size != native:
+        text = next(iter(prompts.values()))[0].text
+        refuse_blind_scorer(config.scorer, text, size, "leave --scorer out with --scorer none")
+    probed = probe_classes(student, teacher, prompts, config.seed, config.sampler, config.scorer, size)
     return rank_classes(list(classes), [len(numbers) for numbers in classes.values()], probed, cached)
 
 

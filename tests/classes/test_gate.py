@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from configs.values import PictureSize
 from shards.codec import encode
 from shards.manifest import Recipe
 from shards.reader import Reader
@@ -44,14 +45,17 @@ def record(number: int, text: str, x0: Tensor) -> Record:
     state = torch.zeros(1, 4, 8, 8).half()
     states = States(torch.tensor([1]), torch.tensor([0.1]), state, state, state, torch.tensor([False]))
     features = BlockFeatures({"mid": torch.zeros(1, 3).half()})
-    return Record(f"{number:09d}", text, "class", number, 1.0, torch.zeros(2, 3).half(), x0.half(), states, features)
+    head = (f"{number:09d}", text, "class", number, 1.0)
+    return Record(*head, torch.zeros(2, 3).half(), x0.half(), states, features, PictureSize(64, 64))
 
 
 @pytest.fixture
 def plan() -> PicturePlan:
     """Stars: two that differ, the first again, and a moon with a star's text; moons: a photograph with that text."""
     prompts: list[Prompt] = [Prompt(STAR, "star/red", i) for i in range(4)]
-    prompts += [Photograph(STAR, "photograph@moons", 4, file=Path("a.png"), sha256="")]
+    prompts += [
+        Photograph(STAR, "photograph@moons", 4, file=Path("a.png"), sha256="", upright_size=PictureSize(64, 64))
+    ]
     return PicturePlan(prompts, ["stars"] * 4 + ["moons"], Recipe(identity={}))
 
 

@@ -6,16 +6,21 @@ import zlib
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from configs.values import PictureSize
 from stages.classes.photographs import (
     crop_and_resize,
+    crop_lines,
     hidden_file_lines,
     list_photographs,
     load_photographs,
+    nearest_size,
     open_picture,
+    share_cut,
 )
 from stages.classes.specification import ClassSpec
 from stages.system.refusal import Refused
@@ -230,15 +235,80 @@ def test_transparent_pixels_become_white(tmp_path: Path) -> None:
 def test_the_middle_square_is_kept_and_resampled(tmp_path: Path) -> None:
     image = Image.new("RGB", (120, 40), "black")
     image.paste((255, 0, 51), (40, 0, 80, 40))
-    picture = crop_and_resize(opened(save(tmp_path / "a.png", image)), 8)
+    picture = crop_and_resize(opened(save(tmp_path / "a.png", image)), PictureSize(8, 8))
     assert picture.shape == (3, 8, 8)
     torch.testing.assert_close(picture[:, 3:5, 3:5], torch.tensor([1.0, 0.0, 0.2])[:, None, None].expand(3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("photograph", "nearest"),
+    [
+        ("4000x3000", "768x512"),
+        ("3000x4000", "512x768"),
+        ("4000x3600", "1024x1024"),
+        ("560x500", "512x512"),
+        ("100x1", "768x512"),
+        ("1x100", "512x768"),
+        ("640x640", "512x512"),
+        ("1000x1000", "1024x1024"),
+        ("627x512", "512x512"),  # the aspects 1 and 1.5 meet at their geometric mean, 1.2247
+        ("628x512", "768x512"),
+    ],
+)
+def test_a_photograph_goes_to_the_size_of_the_nearest_aspect(photograph: str, nearest: str) -> None:
+    sizes = [PictureSize.parse(text) for text in ("512x512", "512x768", "768x512", "1024x1024")]
+    for order in (sizes, sizes[::-1]):
+        assert str(nearest_size(PictureSize.parse(photograph), order)) == nearest
+
+
+@pytest.mark.parametrize(("width", "height"), [(90, 60), (60, 90), (75, 75), (31, 97), (97, 31)])
+@pytest.mark.parametrize("size", ["16x24", "24x16", "16x16", "24x40"])
+def test_a_photograph_is_cut_at_both_ends_alike_and_never_stretched(width: int, height: int, size: str) -> None:
+    """Of coordinates painted as colours, the crop holds the middle, with one scale in both directions."""
+    x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    painted = np.stack([x, y, 0 * x], axis=2) * 255
+    target = PictureSize.parse(size)
+    picture = crop_and_resize(Image.fromarray(painted.round().astype(np.uint8)), target)
+    assert picture.shape == (3, target.height, target.width)
+    across, down = picture[0].mean(0) * width, picture[1].mean(1) * height  # pixels of the photograph
+    inner_x, inner_y = across[2:-2], down[2:-2]
+    assert float(across.mean()) == pytest.approx(width / 2, abs=width / 100)
+    assert float(down.mean()) == pytest.approx(height / 2, abs=height / 100)
+    scale_x = float(inner_x[-1] - inner_x[0]) / (len(inner_x) - 1)
+    scale_y = float(inner_y[-1] - inner_y[0]) / (len(inner_y) - 1)
+    assert scale_x == pytest.approx(scale_y, rel=0.05)
+    kept = scale_x * target.width * scale_y * target.height / (width * height)
+    assert 1 - kept == pytest.approx(share_cut(PictureSize(width, height), target), abs=0.05)
+
+
+def test_what_is_cut_is_told_with_the_worst_photograph(tmp_path: Path) -> None:
+    for name, sides in (("a", (64, 64)), ("b", (128, 64)), ("c", (640, 64)), ("d", (65, 64))):
+        save(tmp_path / f"{name}.png", Image.new("RGB", sides))
+    photographs = list_photographs(spec(tmp_path))
+    assert [str(one.upright_size) for one in photographs] == ["64x64", "128x64", "640x64", "65x64"]
+    square, wide = PictureSize(64, 64), PictureSize(128, 64)
+    assert crop_lines("zorks", photographs, [square]) == [
+        "class 'zorks': images: 3 of 4 photographs lose their edges (4 to 64x64), at most 90 % of the area "
+        "(c.png, 640x64)"
+    ]
+    assert crop_lines("zorks", photographs, [square, wide]) == [
+        "class 'zorks': images: 2 of 4 photographs lose their edges (2 to 64x64, 2 to 128x64), at most 80 % of the "
+        "area (c.png, 640x64)"
+    ]
+    assert crop_lines("zorks", photographs[:2], [square, wide]) == []
+
+
+def test_a_photograph_is_measured_as_it_is_turned(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    save(tmp_path / "a.jpg", Image.new("RGB", (60, 20)), exif=exif)
+    assert list_photographs(spec(tmp_path))[0].upright_size == PictureSize(20, 60)
 
 
 def test_a_photograph_that_changes_after_it_was_listed_is_refused(tmp_path: Path) -> None:
     file = save(tmp_path / "a.png")
     photographs = list_photographs(spec(tmp_path))
-    assert load_photographs(photographs, 8).shape == (1, 3, 8, 8)
+    assert load_photographs(photographs, PictureSize(8, 8)).shape == (1, 3, 8, 8)
     save(file, Image.new("RGB", (6, 4), "blue"))
     with pytest.raises(Refused, match=r"a\.png: changed while it was read"):
-        load_photographs(photographs, 8)
+        load_photographs(photographs, PictureSize(8, 8))

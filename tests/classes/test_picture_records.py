@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from benchmarks.killing import fork_job, kill_before_step, read_files, wait_for_exit
+from configs.values import PictureSize
 from shards.codec import encode
 from shards.manifest import differences
 from shards.reader import Reader
@@ -16,6 +17,7 @@ from shards.record import Record
 from shards.writer import CacheWriter
 from stages.cache import claims
 from stages.cache.fill import fill, tasks_of
+from stages.cache.sizes import RenderSizes
 from stages.cache.targets import RenderConfig, StatesConfig, draw_randomness, make_records, recipe_of
 from stages.classes.gate import GateConfig, apply_gate
 from stages.classes.ledger import Ledger
@@ -67,7 +69,7 @@ def plan(run: Path, teacher: Teacher) -> PicturePlan:
 @pytest.fixture(scope="module")
 def records(run: Path, teacher: Teacher, plan: PicturePlan) -> list[Record]:
     keys = [f"{i:09d}" for i in range(len(plan.prompts))]
-    return picture_record_maker(teacher, run / "cache", RENDER.states)(plan.prompts, keys)
+    return picture_record_maker(teacher, run / "cache", RENDER.states)(plan.prompts, keys, PictureSize(64, 64))
 
 
 def test_a_photographs_latent_decodes_to_the_photograph(
@@ -137,7 +139,8 @@ def make_pictures(run: Path, plan: PicturePlan, teacher: Teacher) -> Callable[[P
 
     def run_all(folder: Path) -> None:
         make = picture_record_maker(teacher, run / "cache", RENDER.states)
-        fill(CacheWriter(folder / "cache", plan.recipe), tasks_of({"train": plan.prompts}, 2), 2, make)
+        tasks = tasks_of({"train": plan.prompts}, 2, 2, RenderSizes(PictureSize(64, 64)))
+        fill(CacheWriter(folder / "cache", plan.recipe), tasks, make)
         apply_gate(folder, plan, teacher, None, GateConfig(duplicate=0.2), PicturesConfig(), lambda _ledger: None)
 
     return run_all

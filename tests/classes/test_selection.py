@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.order import Pairs, WeightedOrder
+from shards.stream.order import Pairs, WeightedOrder
 from stages.classes.selection import (
     expected_samples,
     owner_of_record,
