@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from configs.values import PictureSize
 from stages.export.history import RunHistory, metric_tables, model_index_results
 
 OPENRAIL = "creativeml-openrail-m"
@@ -40,11 +41,15 @@ VP_SCHEDULER_NOTE = """\
 Keep the scheduler of this folder, or use any other with `prediction_type: v_prediction` and the same betas.
 The latents are scaled as the teacher's are."""
 
+CLIP_SKIP_NOTE = """\
+Its texts are read with clip skip {layer}: the text encoder of this folder ends {skipped} early, so pass no `clip_skip`.
+The single file holds the whole text encoder, as its readers expect: there set clip skip to {layer} (SD.Next,
+reForge) or CLIP Stop At Layer to {stop} (SwarmUI); in ComfyUI put `CLIPSetLastLayer` with {stop} behind the loader."""
 EXAMPLE_CODE = """```python
 from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained(".")  # this folder, or the place to which it was published
-picture = pipeline({prompt}, num_inference_steps=25, guidance_scale=5.0).images[0]
+picture = pipeline({prompt}, {size}num_inference_steps=25, guidance_scale=5.0).images[0]
 picture.save("picture.png")
 ```"""
 NOT_MEASURED = "Not measured yet: `sollune evaluate RUN`, then `sollune export RUN` again."
@@ -93,7 +98,9 @@ def model_card(facts: Mapping[str, Any], history: RunHistory | None = None) -> s
     prompt = history.prompts[0] if history and history.prompts else DEFAULT_PROMPT
     pictures = history.pictures if history else {}
     sections = {
-        "Use": f"{EXAMPLE_CODE.format(prompt=json.dumps(prompt))}\n\n{scheduler_note}",
+        "Use": "\n\n".join(
+            [_example_code(prompt, facts), *_size_lines(facts), scheduler_note, *_clip_skip_notes(facts)]
+        ),
         "Samples": "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
         "Figures": (metric_tables(history.evaluation) if history else "") or NOT_MEASURED,
         "How it was made": _provenance_section(facts, history),
@@ -108,6 +115,30 @@ def model_card(facts: Mapping[str, Any], history: RunHistory | None = None) -> s
         *(f"## {head}\n\n{text}" for head, text in sections.items() if text),
     ]
     return str(ModelCard(f"---\n{_front_matter(facts, history, is_flow).to_yaml()}\n---\n" + "\n\n".join(body) + "\n"))
+
+
+def _example_code(prompt: str, facts: Mapping[str, Any]) -> str:
+    """The example, with height and width where the size learnt most is not the one that the pipeline takes."""
+    sizes = [PictureSize.parse(size) for size in facts.get("sizes", ())]
+    foreign = sizes and str(sizes[0]) != facts.get("native_size")
+    size = f"height={sizes[0].height}, width={sizes[0].width}, " if foreign else ""
+    return EXAMPLE_CODE.format(prompt=json.dumps(prompt), size=size)
+
+
+def _size_lines(facts: Mapping[str, Any]) -> list[str]:
+    """The sizes, unless they are the teacher's own alone."""
+    sizes = list(facts.get("sizes", ()))
+    if sizes in ([], [facts.get("native_size")]):
+        return []
+    return [f"It learnt pictures of these sizes (width x height), the most frequent first: {', '.join(sizes)}."]
+
+
+def _clip_skip_notes(facts: Mapping[str, Any]) -> list[str]:
+    """What to set in other programs, which count the last layer as 1; nothing without clip skip."""
+    if not (skip := int(facts.get("clip_skip", 0))):
+        return []
+    skipped = f"{skip} layer{'s' * (skip > 1)}"
+    return [CLIP_SKIP_NOTE.format(layer=skip + 1, stop=-(skip + 1), skipped=skipped)]
 
 
 def _front_matter(facts: Mapping[str, Any], history: RunHistory | None, is_flow: bool) -> ModelCardData:
@@ -143,16 +174,32 @@ def _provenance_section(facts: Mapping[str, Any], history: RunHistory | None) ->
 
 
 def _fact_lines(facts: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One line for each fact, nested ones by their path."""
+    """One line for each fact, nested ones by their path; of several in order by their number."""
     rows: list[str] = []
     for key, value in sorted(facts.items()):
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            value = {str(number): item for number, item in enumerate(value, start=1)}
         nested = isinstance(value, Mapping)
         rows += _fact_lines(value, f"{prefix}{key}.") if nested else [f"- {prefix}{key}: `{value}`"]
     return rows
 
 
 def _licence_section(facts: Mapping[str, Any]) -> str:
-    """The weights' licence is the teacher's; never guessed."""
+    """The weights' licence is the teacher's, and that of what was put into it; never guessed."""
+    parts = [_teacher_licence(facts)]
+    if others := _added_parts(facts):
+        parts.append(f"They also hold {' and '.join(others)}, whose licence is not known here: ask its authors first.")
+    return "\n\n".join(parts)
+
+
+def _added_parts(facts: Mapping[str, Any]) -> list[str]:
+    """What was put into the teacher and has other authors."""
+    loras = [f"the LoRA `{lora['name']}`" for lora in facts.get("loras", ())]
+    parts = {"vae": "the autoencoder of", "parts": "parts of"}
+    return loras + [f"{words} `{facts[key]['name']}`" for key, words in parts.items() if key in facts]
+
+
+def _teacher_licence(facts: Mapping[str, Any]) -> str:
     teacher = facts.get("base_model") or facts.get("teacher") or "its teacher"
     if "license" not in facts:
         return f"The weights are under the licence of `{teacher}`, whose folder states none: ask its authors."
