@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numcodecs.zstd import Zstd
 
+from configs.values import PictureSize
 from shards.codec import encode
 from shards.integrity import append_seal
 from shards.manifest import Recipe
@@ -83,14 +84,23 @@ def record(
     kept = States((times * 999).long(), times, *states, torch.arange(state_count) % 2 == 0)
     features = BlockFeatures({block: half(state_count, 3) for block in blocks})
     words = (f"{number:09d}", f"star {number}", f"class/{number % 2}", number, 5.0)
-    return Record(*words, half(2, 3), half(*shape), kept, features)
+    picture = half(*shape)
+    size = PictureSize(8 * shape[2], 8 * shape[1]) if len(shape) == 3 else None
+    return Record(*words, half(2, 3), picture, kept, features, size)
 
 
-def make_cache(folder: Path) -> None:
-    """Two training shards of two records, one of one for validation, and a table."""
+def shape_of(number: int, several_sizes: bool) -> tuple[int, ...]:
+    """The latent's shape of a record of `make_cache`."""
+    return (1, 2, 3) if several_sizes and number in (2, 3) else (1, 2, 2)
+
+
+def make_cache(folder: Path, several_sizes: bool = False) -> None:
+    """Two training shards of two records, of one size or of two, one of one for validation, and a table."""
     writer = CacheWriter(folder, Recipe(identity={"steps": 25, "teacher": {"sha256": "0" * 64}}))
     for split, index, numbers in (("train", 0, (0, 1)), ("train", 1, (2, 3)), ("validation", 0, (100,))):
-        writer.add(split, index, map(record, numbers))  # type: ignore[arg-type]
+        records = [record(number, shape_of(number, several_sizes)) for number in numbers]
+        own_index, size = (0, records[0].size) if several_sizes else (index, None)
+        writer.add(split, own_index, records, size=size)  # type: ignore[arg-type]
     write_table(folder)
 
 
@@ -186,7 +196,7 @@ def manifest_text(tree: Any) -> str:
 MANIFEST = {"schema_version", "recipe", "failures", "shards", "table", "sha256"}
 
 
-def forge_record(rng: Random, number: int) -> tuple[bytes, bytes]:
+def forge_record(rng: Random, number: int, own_shape: tuple[int, ...] = (1, 2, 2)) -> tuple[bytes, bytes]:
     """The two members of a record that is odd in one way, and agrees with itself in every other."""
     way = rng.randrange(6)
     if way == 0:
@@ -194,7 +204,7 @@ def forge_record(rng: Random, number: int) -> tuple[bytes, bytes]:
         return encode(
             record(number, shape, rng.choice((1, 2, 3)), rng.choice((("mid",), ("mid", "up_0"), ("up_0", "mid"))))
         )
-    metadata, tensors = encode(record(number))
+    metadata, tensors = encode(record(number, own_shape))
     if way == 1:
         return damage_bytes(rng, metadata), tensors
     if way == 2:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import forge
+from configs.values import PictureSize
 from shards.manifest import Manifest, Recipe
 from shards.record import Record
 from shards.table import write_table
 from shards.writer import CacheWriter
 from stages.cache.fill import fill, tasks_of
+from stages.cache.sizes import RenderSizes
 from stages.prompts import Prompt
 
 STEPS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
@@ -23,12 +25,13 @@ STEPS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 def fill_small_cache(cache: Path, prompt_count: int = 8) -> None:
     """Fill a cache as cache-teacher does, with records that cost nothing."""
 
-    def make(prompts: Sequence[Prompt], keys: Sequence[str]) -> list[Record]:
+    def make(_prompts: Sequence[Prompt], keys: Sequence[str], _size: PictureSize) -> list[Record]:
         return [forge.record(int(key)) for key in keys]
 
     prompts = [Prompt(f"star {number}", "star", number) for number in range(prompt_count)]
     writer = CacheWriter(cache, Recipe(identity={"steps": 2}))
-    fill(writer, tasks_of({"train": prompts, "validation": prompts[:2]}, 2), 2, make)
+    tasks = tasks_of({"train": prompts, "validation": prompts[:2]}, 2, 2, RenderSizes(PictureSize(64, 64)))
+    fill(writer, tasks, make)
     write_table(cache)
 
 

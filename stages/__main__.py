@@ -16,7 +16,7 @@ RUN_MARKS = ("origin.json", "cache.yaml", "config.yaml", "cache")
 """Each is in a run folder, and in no model folder."""
 MEMORY_HINTS = {
     "cache-teacher": "lower render.batch_size",
-    "distill": "raise train.accumulate, which leaves the batch as it is, or lower train.batch_size",
+    "distill": "raise train.accumulate, which keeps the batch, or lower train.batch_size (train.batch_pixels)",
     "finetune-classes": "raise train.accumulate, which leaves the batch as it is, or lower render.batch_size",
     "evaluate": "lower fidelity.prompts and paired.prompts",
 }
@@ -43,6 +43,7 @@ class Command:
 
 
 COMMANDS = (
+    Command("doctor", "stages.doctor", "argv", "look a teacher over before anything is made with it"),
     Command(
         "cache-teacher", "stages.cache_teacher", "configured", "run the teacher once and store its outputs in shards"
     ),

@@ -187,7 +187,8 @@ def test_a_v_predicting_teacher_is_cached_by_its_own_scheduler_config(tmp_path: 
     shutil.copytree("stages/tiny/model", tmp_path / "v")
     path = tmp_path / "v" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
-    cache_teacher.run(cache_config(tmp_path, "--teacher", str(tmp_path / "v"), "--count", "4"))
+    named = ("--teacher", str(tmp_path / "v"), "--teacher.prediction", "v_prediction")  # its weights predict epsilon
+    cache_teacher.run(cache_config(tmp_path, *named, "--count", "4"))
     assert Manifest.open(tmp_path / "cache").shards_of("train")[0].records == 4
 
 

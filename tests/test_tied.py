@@ -75,7 +75,7 @@ def test_workers_of_a_cache_end_with_a_parent_that_is_killed_while_they_start(tm
     )
     program = (
         "import slow_start, time; from stages.cache import local; from stages.cache.fill import FillJob\n"
-        "workers = local.start_workers(FillJob(slow_start.opened, [], 1), 2); time.sleep(300)"
+        "workers = local.start_workers(FillJob(slow_start.opened, []), 2); time.sleep(300)"
     )
     assert killed_launcher_takes_along(tmp_path, program, 2)
 
