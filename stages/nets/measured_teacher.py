@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,9 +124,10 @@ def _refuse_contradiction(source: TeacherSource, by: str, measured: MeasuredPred
     options = f"--teacher.prediction {measured.prediction_type}"
     if measured.zero_terminal_snr is not None:
         options += f" --teacher.zero-terminal-snr {str(measured.zero_terminal_snr).lower()}"
+    repair = ", or repair its scheduler_config.json" if Path(source.location).is_dir() else ""  # a file has none
     raise Refused(
         f"teacher: {source.location}: its files state {stated}, its network answers as {measured.text} - "
-        f"say {options}, or repair its scheduler_config.json"
+        f"say {options}{repair}"
     )
 
 
