@@ -95,7 +95,7 @@ def test_a_file_without_the_optional_keys_keeps_the_fingerprint_in_existing_cach
     ("text", "reason"),
     [
         ("classes: []", "classes"),
-        ("[1, 2]", "dictionary"),
+        ("[1, 2]", "mapping of keys to values"),
         ("classes: [{name: a, pattern: '*', priority: highest}]", "class 'a': priority"),
         ("classes: [{name: a, pattern: '*', priority: top}, {name: a, pattern: '*', priority: low}]", "listed twice"),
         (

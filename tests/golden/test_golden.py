@@ -74,4 +74,4 @@ def test_an_earlier_cache_takes_no_other_sizes(tmp_path: Path, capsys: pytest.Ca
     shutil.copytree(DATA / "cache", tmp_path / "cache")
     words = ["cache-teacher", *COMMON, "--run", str(tmp_path), "--teacher", str(DATA / "teacher"), *CACHE]
     assert main([*words, "--render.sizes", "[{size: 64x64, share: 1}, {size: 64x96, share: 1}]"]) == 2
-    assert "made by another recipe: render.sizes was absent" in capsys.readouterr().err
+    assert "made by another recipe: render.sizes.0.size was absent" in capsys.readouterr().err
