@@ -1,4 +1,4 @@
-"""A teacher while its parts are put together, and what the user is told of that."""
+"""A teacher while its parts are put together, with the notes about them for the user."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

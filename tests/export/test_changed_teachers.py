@@ -28,9 +28,9 @@ SCALE = 0.5
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A licensed teacher, a LoRA, and another autoencoder under its own licence."""
     folder = tmp_path_factory.mktemp("sources")
-    shutil.copytree(made.TEACHER, folder / "painter")
-    (folder / "painter/README.md").write_text("---\nlicense: mit\n---\nA model.\n")
-    (folder / "painter/LICENSE.txt").write_text("Do as you like.\n")
+    shutil.copytree(made.TEACHER, folder / "drawings")
+    (folder / "drawings/README.md").write_text("---\nlicense: mit\n---\nA model.\n")
+    (folder / "drawings/LICENSE.txt").write_text("Do as you like.\n")
     made.write(made.kohya(made.random_pairs("to_q", "fc1")), folder / "style.safetensors")
     shutil.copytree(made.TEACHER / "vae", folder / "other-vae")
     (folder / "other-vae/README.md").write_text("---\nlicense: agpl-3.0\n---\n")
@@ -46,7 +46,7 @@ def run(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
         source = TeacherSource(
-            location=str(sources / "painter"),
+            location=str(sources / "drawings"),
             vae=str(sources / "other-vae"),
             loras=(LoraFile(file=str(sources / "style.safetensors"), scale=SCALE),),
             clip_skip=1,
@@ -73,14 +73,14 @@ def facts_of(run: Path) -> dict[str, Any]:
 def test_the_export_is_verified_again_and_goes_to_the_originals_format_too(run: Path, tmp_path: Path) -> None:
     assert main([str(run), "--verify"]) == 0
     assert main([str(run), "--to", "pt", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "painter-flow.pt").is_file()
+    assert (tmp_path / "drawings-flow.pt").is_file()
 
 
 def test_it_carries_the_other_autoencoder_and_the_merged_text_encoder(run: Path, sources: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(run / "export/diffusers")
     expected = load_file(sources / "other-vae/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, expected[name]) for name, value in pipeline.vae.state_dict().items())
-    stock = StableDiffusionPipeline.from_pretrained(sources / "painter")
+    stock = StableDiffusionPipeline.from_pretrained(sources / "drawings")
     stock.load_lora_weights(sources, weight_name="style.safetensors")
     stock.fuse_lora(components=["unet", "text_encoder"], lora_scale=SCALE)
     stock.unload_lora_weights()
@@ -88,7 +88,7 @@ def test_it_carries_the_other_autoencoder_and_the_merged_text_encoder(run: Path,
     assert pipeline.text_encoder.config.num_hidden_layers == 2
     for name, value in pipeline.text_encoder.state_dict().items():
         assert float((value - merged[name]).abs().max()) <= 1e-5
-    with safe_open(run / "export/painter-flow.safetensors", "pt") as single:
+    with safe_open(run / "export/drawings-flow.safetensors", "pt") as single:
         prefix = "cond_stage_model.transformer.text_model."
         for name, value in merged.items():
             assert float((single.get_tensor(prefix + name) - value).abs().max()) <= 1e-5
@@ -96,7 +96,7 @@ def test_it_carries_the_other_autoencoder_and_the_merged_text_encoder(run: Path,
 
 def test_it_states_what_the_teacher_was_made_of_and_no_place_of_this_machine(run: Path, sources: Path) -> None:
     facts = facts_of(run)
-    assert facts["teacher"] == "painter"
+    assert facts["teacher"] == "drawings"
     assert facts["clip_skip"] == 1
     (lora,) = facts["loras"]
     assert (lora["name"], lora["scale"], len(lora["sha256"])) == ("style.safetensors", SCALE, 64)
@@ -130,7 +130,7 @@ def test_a_single_files_export_has_no_licence_of_the_folder_that_lent_its_config
     save_file(
         {names[key]: to_ldm(key, value).contiguous() for key, value in held.items()}, tmp_path / "anime.safetensors"
     )
-    source = TeacherSource(location=str(tmp_path / "anime.safetensors"), config=str(sources / "painter"))
+    source = TeacherSource(location=str(tmp_path / "anime.safetensors"), config=str(sources / "drawings"))
     parts = load_components(source, torch.device("cpu"), torch.float32)
     facts = {**parts.name_facts, **parts.change_facts, "tail": "hold", "samples": 64}
     folder = export_diffusers(distilled(parts.folder), parts.folder, tmp_path / "out", facts)
