@@ -3,6 +3,7 @@
 tyro splits the command line and prints `--help`; the values stay strings, which pydantic validates with the files.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, make_dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from configs.schema import SEQUENCES, Option, OptionGroup, metavar, parse_value
+from configs.schema import SEQUENCES, Option, OptionGroup, is_list, metavar, parse_value
 from stages.system.refusal import Refused, did_you_mean
 
 UNSET = ("\0absent",)
@@ -26,7 +27,8 @@ def parse_options(
     """The options of a command line as a nested mapping; `--help` prints each with its current value and exits."""
     all_options = OptionGroup({**COMMON_OPTIONS, **options.entries}, options.description)
     arguments_class = _arguments_class((), all_options, {"config": (), "print_config": "no", **current_values})
-    parsed, unknown = tyro.cli(arguments_class, prog=prog, args=list(argv), return_unknown_args=True)
+    arguments = _join_repeated(argv, options)
+    parsed, unknown = tyro.cli(arguments_class, prog=prog, args=arguments, return_unknown_args=True)
     if unknown:
         raise Refused(_unknown_option_message(unknown, options))
     return _set_values(options, parsed, ())
@@ -35,6 +37,37 @@ def parse_options(
 def option_name(path: Sequence[str]) -> str:
     """The option that sets the key at `path`."""
     return "--" + ".".join(path).replace("_", "-")
+
+
+def _join_repeated(argv: Sequence[str], options: OptionGroup) -> list[str]:
+    """The command line with the values of a list that is given several times behind its first mention.
+
+    tyro takes the last mention alone, and the values of the others would be lost without a word.
+    """
+    groups: list[list[str]] = []
+    for word in argv:
+        if word.startswith("--") or not groups:
+            groups.append([word])
+        else:
+            groups[-1].append(word)
+    names = [group[0].partition("=")[0].replace("_", "-") for group in groups]
+    repeated = {name for name, times in Counter(names).items() if times > 1}.intersection(_list_options(options))
+    first: dict[str, list[str]] = {}
+    for name, group in zip(names, groups, strict=True):
+        if name in repeated:
+            _, equals, value = group[0].partition("=")
+            values = [*([value] if equals else []), *group[1:]]
+            group[:] = [] if name in first else [name]
+            first.setdefault(name, group).extend(values)
+    return [word for group in groups for word in group]
+
+
+def _list_options(options: OptionGroup, path: tuple[str, ...] = ()) -> Iterator[str]:
+    for name, entry in options.entries.items():
+        if isinstance(entry, OptionGroup):
+            yield from _list_options(entry, (*path, name))
+        elif is_list(entry.annotation):
+            yield option_name((*path, name))
 
 
 def _arguments_class(path: tuple[str, ...], options: OptionGroup, current_values: Any) -> Any:

@@ -34,10 +34,22 @@ def metavar(annotation: Any) -> str:
         return "|".join(dict.fromkeys(metavar(argument) for argument in arguments))
     if origin in SEQUENCES:
         inner = [metavar(argument) for argument in arguments if argument is not Ellipsis]
+        if inner and inner[0].startswith("{"):
+            return f"[{inner[0]}, ...]"
         return " ".join(inner if origin is tuple and Ellipsis not in arguments else [*inner, "..."])
     if origin in MAPPINGS:
         return f"NAME={metavar(arguments[1])} ..."
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        return _model_metavar(annotation)
     return METAVARS.get(annotation, str(getattr(annotation, "__name__", "value")).upper())
+
+
+def _model_metavar(model: type[Strict]) -> str:
+    """The text that means a model, if there is one, or else its keys as YAML, those of models in it left out."""
+    fields = {name: field.annotation for name, field in model.model_fields.items()}
+    keys = [f"{name}: {'{...}' if [*models_of(inner)] else metavar(inner)}" for name, inner in fields.items()]
+    text: str = getattr(model, "text_form", "")
+    return text or f"{{{', '.join(keys)}}}"
 
 
 def is_import(*parts: Any) -> bool:
@@ -45,6 +57,12 @@ def is_import(*parts: Any) -> bool:
     # For a type checker ImportString is an alias of Annotated; hence Any.
     import_string: Any = ImportString
     return any(part is import_string or isinstance(part, import_string) for part in parts)
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether a value is a list, of any length."""
+    kinds = [(get_origin(member) or member, get_args(member)) for member in _union_members(annotation)]
+    return any(kind in SEQUENCES and (kind is not tuple or Ellipsis in arguments) for kind, arguments in kinds)
 
 
 def parse_value(tokens: Sequence[str], annotation: Any, option: str) -> Any:

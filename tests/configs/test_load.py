@@ -4,15 +4,20 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pytest
 from pydantic import Field, ImportString, ValidationError, model_validator
 
 from configs.load import load, parse_common_options, resolved_yaml
+from configs.schema import metavar
 from configs.values import Strict
 from stages import cache_teacher
+from stages.cache.sizes import SizeShare
+from stages.evaluate.lora_file import ScaledLora
+from stages.prompts.source import WeightedSource
 from stages.system.refusal import Refused
+from stages.teacher_files.source import LoraFile
 
 
 class Grammar(Strict):
@@ -112,6 +117,23 @@ def test_options_spell_every_kind_of_value() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--train.grids-at 8 --run r --train.grids-at 9", (8, 9)),
+        ("--train.grids-at=8 --train.grids_at 9 10 --run r", (8, 9, 10)),
+        ("--run r --train.grids-at 8 8 --train.grids-at=8", (8, 8, 8)),
+    ],
+)
+def test_a_list_that_is_given_several_times_keeps_every_value(words: str, expected: tuple[int, ...]) -> None:
+    assert load_config(words).train.grids_at == expected
+
+
+def test_of_a_single_value_or_a_pair_that_is_given_twice_the_last_one_counts() -> None:
+    config = load_config("--run r --train.size 4 5 --train.batch-size 2 --train.size 6 7 --train.batch-size 3")
+    assert (config.train.size, config.train.batch_size) == ((6, 7), 3)
+
+
 def test_another_member_of_a_union_replaces_the_earlier_one() -> None:
     assert load_config("--run r --prompts.source text --prompts.file p.txt").prompts == TextFile(file=Path("p.txt"))
 
@@ -168,6 +190,19 @@ def test_an_error_on_the_command_line_is_refused(words: str, expected: str) -> N
     message = refusal_message(f"--run r {words}")
     assert expected in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("annotation", "written"),
+    [
+        (tuple[ScaledLora, ...], "FILE[:SCALE] ..."),
+        (tuple[LoraFile, ...], "FILE ..."),
+        (tuple[SizeShare, ...], "[{size: WIDTHxHEIGHT, share: FLOAT}, ...]"),
+        (tuple[WeightedSource, ...], "[{weight: INT, prompts: {...}}, ...]"),
+    ],
+)
+def test_a_list_of_models_is_written_as_the_command_line_takes_it(annotation: Any, written: str) -> None:
+    assert metavar(annotation) == written
 
 
 def test_a_missing_required_key_is_refused() -> None:
