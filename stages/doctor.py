@@ -115,9 +115,8 @@ def run(config: Config) -> None:
         describe_training(page, parts, device)
     describe_machine(page, device)
     count = len(page.problems)
-    page.add(
-        "result", f"{count} problem{'s' * (count > 1)}, on standard error" if count else "nothing stands against it"
-    )
+    problems = f"{count} problem{'s' * (count > 1)}, on standard error"
+    page.add("result", problems if count else "nothing stands against it")
     print("\n".join(page.lines), flush=True)
     if page.problems:
         raise Refused("\n".join(page.problems))
@@ -134,10 +133,11 @@ def describe_files(page: Page, files: TeacherFolder) -> None:
     source = files.source
     page.add("teacher", files.location + (f", composed in {files.folder}" if files.is_composed else ""))
     loras = [f"{lora.file} times {lora.scale:g}" for lora in source.loras]
+    mix = [f"{one.model} times {one.weight:g}" for one in source.mix]
     page.add(
         "options",
-        f"autoencoder {source.vae or 'its own'}; LoRAs {', '.join(loras) or 'none'}; clip skip {source.clip_skip}; "
-        f"averaged weights {'taken' if source.averaged else 'not asked for'}",
+        f"mix {', '.join(mix) or 'none'}; autoencoder {source.vae or 'its own'}; LoRAs {', '.join(loras) or 'none'}; "
+        f"clip skip {source.clip_skip}; averaged weights {'taken' if source.averaged else 'not taken'}",
     )
     if files.notes:
         page.add("notes", *files.notes[:MAX_NOTES])

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from configs.load import load
-from configs.values import location_argument, path_argument
+from configs.values import Stored, location_argument, path_argument
 from shards import __main__ as shards
 from shards.__main__ import EXIT_DAMAGED
 from shards.journal import JOURNAL_FOLDER, restore_entries
@@ -174,14 +174,23 @@ def _teacher_cache_origin(cache: Path, file: Path, teacher: str | None) -> Cache
 
 def _where_it_lies(named: TeacherSource, recorded: TeacherSource, *, moved: bool) -> TeacherSource:
     """The teacher as it was named, with the recorded absolute path of each of its files that is not there so."""
-    places = {}
+    places: dict[str, Any] = {}
     for name in ("parts_from", "config", "vae", *(() if moved else ("location",))):
         now, then = getattr(named, name), getattr(recorded, name)
         if now and then and not Path(now).exists() and Path(then).exists():
             places[name] = then
-    pairs = zip(named.loras, recorded.loras, strict=False)
-    loras = tuple(then if not Path(now.file).exists() and now.scale == then.scale else now for now, then in pairs)
-    return named.model_copy(update={**places, **({"loras": loras} if len(loras) == len(named.loras) else {})})
+    for name, key in (("loras", "file"), ("mix", "model")):
+        now, then = getattr(named, name), getattr(recorded, name)
+        if len(now) == len(then):
+            places[name] = tuple(_entry_that_lies(*pair, key) for pair in zip(now, then, strict=True))
+    return named.model_copy(update=places)
+
+
+def _entry_that_lies(now: Stored, then: Stored, key: str) -> Stored:
+    """An entry as it was named, or as recorded where its file is not there so and all else is the same."""
+    place = getattr(then, key)
+    same = then == now.model_copy(update={key: place})
+    return then if same and not Path(getattr(now, key)).exists() and Path(place).exists() else now
 
 
 def _recorded_source(cache: Path) -> TeacherSource | None:

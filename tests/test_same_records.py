@@ -17,6 +17,7 @@ from stages.system.refusal import Refused
 from stages.teacher_files.source import TeacherMove, TeacherSource
 from stages.teacher_files.variants import WEIGHT_FILES
 from stages.upkeep import find_origin
+from tests.fine_tunes import fine_tune
 from tests.single_files import MODEL, folder_of, ldm_tensors, part_weights, saved
 
 Capture = pytest.CaptureFixture[str]
@@ -88,6 +89,24 @@ def test_records_are_the_same_and_the_identity_says_the_files(name: str, tmp_pat
     named = [file["path"] for file in manifest.recipe.information["teacher_files"]]  # type: ignore[index,union-attr,call-overload]
     assert named
     assert all(str(path).startswith(words[0]) for path in named)
+
+
+def test_a_mix_of_one_model_of_weight_1_has_the_records_of_that_model_and_is_found_again(
+    tmp_path: Path, reference: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(MODEL, tmp_path / "here/model")
+    monkeypatch.chdir(tmp_path / "here")
+    words = [str(fine_tune(tmp_path / "base", 1)), "--teacher.mix", "[{model: model, weight: 1}]"]
+    manifest = cache(tmp_path / "run", *words)
+    assert shard_hashes(manifest) == shard_hashes(reference)
+    monkeypatch.chdir(tmp_path)
+    (one,) = find_origin(tmp_path / "run/cache").teacher_source().mix
+    assert (one.model, one.weight) == (str(tmp_path / "here/model"), 1.0)
+    origin = Origin.from_manifest(manifest)
+    assert load_run_teacher(origin, CPU, torch.float32).change_facts["mix"][0]["name"] == "model"
+    moved = (tmp_path / "here/model").rename(tmp_path / "moved")
+    there = TeacherMove.model_validate({"mix": [{"model": str(moved), "weight": 1}]})
+    assert load_run_teacher(origin.with_teacher(there), CPU, torch.float32).change_facts["mix"][0]["name"] == "moved"
 
 
 def test_two_workers_make_the_same_cache_of_a_single_file(tmp_path: Path, reference: Manifest) -> None:

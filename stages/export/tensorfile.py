@@ -32,6 +32,9 @@ FACT_KEYS = {
     "samples": "samples_seen",
     "sizes": "sizes",
     "clip_skip": "clip_skip",
+    "mix": "mix",
+    "loras": "loras",
+    "vae": "vae",
 }
 """A fact of `sollune.json` -> its key in the file, behind `sollune.`."""
 

@@ -1,6 +1,6 @@
 """The parts of a Stable Diffusion 1.x model, loaded from a diffusers folder or hub id and checked before use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,11 @@ class Components:
             return {}
         source, hashes = self.files.source, [(file.role, file.sha256) for file in self.files.sources]
         facts: dict[str, Any] = {"teacher_sha256": dict(self.files.digests)}
+        if source.mix:
+            facts["mix"] = [
+                {"name": _shown_place(one.model), "weight": one.weight, "sha256": _mix_sha256(hashes, number)}
+                for number, one in enumerate(source.mix, start=1)
+            ]
         if source.loras:
             sha256 = [value for role, value in hashes if role == "lora"]
             facts["loras"] = [
@@ -127,6 +132,16 @@ def load_components(
     for part in (unet, vae, text_encoder):
         part.to(device)
     return components
+
+
+def _mix_sha256(hashes: Sequence[tuple[str, str]], number: int) -> Any:
+    """sha256 of the file of one model of a mix, or of the files of each of its parts."""
+    by_part: dict[str, list[str]] = {}
+    for role, sha256 in hashes:
+        if (words := role.split(" "))[:2] == ["mix", str(number)]:
+            by_part.setdefault(words[-1] if len(words) > 2 else "", []).append(sha256)
+    single = {part: values[0] if len(values) == 1 else values for part, values in by_part.items()}
+    return single.get("", single)
 
 
 def _shown_place(location: str) -> str:

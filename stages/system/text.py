@@ -3,6 +3,7 @@
 import codecs
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,17 @@ SPECIAL_FILES = {
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
 }  # fmt: skip
 MAX_DIGITS = 1000
+NUMBER = re.compile(r"\s*[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf(?:inity)?|nan)\s*", re.IGNORECASE)
+"""A decimal number as `float` takes it, finite or not."""
+
+
+def split_number(word: str) -> tuple[str, float | None]:
+    """A word NAME:NUMBER in two; the whole word and None where no number follows its last colon.
+
+    Other colons are part of the name. The number need not be finite.
+    """
+    name, colon, number = word.rpartition(":")
+    return (name, float(number)) if colon and NUMBER.fullmatch(number) else (word, None)
 
 
 def split_lines(text: str) -> list[str]:

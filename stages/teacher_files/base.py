@@ -7,7 +7,7 @@ from stages.system.refusal import Refused
 from stages.teacher_files.architecture import check_component_match, check_sd1_architecture
 from stages.teacher_files.assembly import Assembly
 from stages.teacher_files.checkpoint.kinds import Contents, contents_of
-from stages.teacher_files.checkpoint.layout import component_tensors
+from stages.teacher_files.checkpoint.layout import CONFIG_REMEDY, component_tensors
 from stages.teacher_files.folder import COMPONENT_NAMES, MODEL_INDEX, read_json, weight_variants
 from stages.teacher_files.hub import (
     SINGLE_FILE_SUFFIXES,
@@ -32,6 +32,21 @@ def open_base(source: TeacherSource, config_option: str) -> Assembly:
     if place.is_dir():
         return _folder_assembly(source, place)
     return _file_assembly(source, place, config_option)
+
+
+def open_beside(location: str, base: Assembly, word: str, remedy: str) -> Assembly:
+    """The parts of a model of the same kind as `base`, whose configs and parts serve where a single file has none.
+
+    Messages begin with `word`; `remedy` is what to do with a file that does not fit the base. Raises `Refused` as
+    `open_base` does.
+    """
+    place, source = locate(location, word), TeacherSource(location=location)
+    if not place.is_dir():
+        return _file_assembly(source, place, remedy, word, base)
+    made = _folder_assembly(source, place, word)
+    check_sd1_architecture(place)
+    check_component_match(place)
+    return made
 
 
 def locate(location: str, option: str = "teacher") -> Path:
@@ -79,7 +94,7 @@ def _folder_or_its_file(folder: Path) -> Path:
     return folder / candidates[0] if candidates else folder
 
 
-def _folder_assembly(source: TeacherSource, folder: Path) -> Assembly:
+def _folder_assembly(source: TeacherSource, folder: Path, word: str = "teacher") -> Assembly:
     index = read_json(folder / MODEL_INDEX)
     for name, given in (("config", source.config), ("parts_from", source.parts_from), ("averaged", source.averaged)):
         if given:
@@ -88,7 +103,7 @@ def _folder_assembly(source: TeacherSource, folder: Path) -> Assembly:
     notes = []
     if variants := {part: variant for part, variant in weight_variants(folder).items() if variant}:
         taken = ", ".join(f"{variant} of {part}" for part, variant in variants.items())
-        notes.append(f"teacher: {source.location}: plain weights are missing, taken is {taken}")
+        notes.append(f"{word}: {source.location}: plain weights are missing, taken is {taken}")
     stated: dict[str, str | bool] = {}
     if (scheduler := folder / "scheduler" / "scheduler_config.json").is_file():
         config = read_json(scheduler)
@@ -99,30 +114,42 @@ def _folder_assembly(source: TeacherSource, folder: Path) -> Assembly:
     return Assembly(partial(folder_part, folder), folder, index, folder, cards, notes=notes, stated=stated)
 
 
-def _file_assembly(source: TeacherSource, file: Path, config_option: str) -> Assembly:
-    subject = f"teacher: {file}"
+def _file_assembly(
+    source: TeacherSource, file: Path, way_out: str, word: str = "teacher", lender: Assembly | None = None
+) -> Assembly:
+    """The parts of a single file; `lender` has the configs and the parts that it lacks, where no option names them.
+
+    `way_out` is the option that names its configs, or with a lender the remedy of a file that does not fit them.
+    """
+    subject = f"{word}: {file}"
     opened = open_tensor_source(file, subject, FILE_REMEDY)
     contents = contents_of(opened, subject)
     averaged = _takes_averaged(source, contents, subject)
-    lacking = [part for part in PART_WORDS if part != "unet" and part not in contents.groups]
-    needed = [part for part in lacking if part != "vae" or source.vae is None]
-    others = _other_parts_file(source, needed, subject)
-    configs = _configs(source, others, config_option)
+    others = None
+    if lender is None:
+        lacking = [part for part in PART_WORDS if part != "unet" and part not in contents.groups]
+        needed = [part for part in lacking if part != "vae" or source.vae is None]
+        others = _other_parts_file(source, needed, subject)
+    configs = lender.configs if lender else _configs(source, others, way_out)
+    remedy = way_out if lender else CONFIG_REMEDY
 
     def load(component: str) -> Part:
         if component == "unet" or component in contents.groups:
             takes = averaged and component == "unet"
-            return file_part(contents, component, configs, file, subject, averaged=takes)
+            return file_part(contents, component, configs, file, subject, averaged=takes, remedy=remedy)
+        if lender is not None:
+            return lender.part(component)
         if component in PART_WORDS and others is not None:
             return _part_from(others, component, configs)
         return folder_part(configs, component)
 
     made = Assembly(load, configs, read_json(configs / MODEL_INDEX), stated=dict(contents.stated))
     made.add_source("model", file)
-    made.notes += _file_notes(source, contents, opened.foreign, averaged=averaged)
+    made.notes += _file_notes(source, contents, opened.foreign, word, averaged=averaged)
     if others is not None and others.is_file():
         made.add_source("parts", others)
-    read_buffers(contents, made, subject, config_option)
+    table_remedy = way_out if lender else f"name with {way_out} a folder whose scheduler_config.json has it"
+    read_buffers(contents, made, subject, table_remedy)
     return made
 
 
@@ -141,19 +168,19 @@ def _takes_averaged(source: TeacherSource, contents: Contents, subject: str) -> 
     return has_averaged and (source.averaged or not has_plain)
 
 
-def _file_notes(source: TeacherSource, contents: Contents, foreign: tuple[str, ...], *, averaged: bool) -> list[str]:
-    notes = []
+def _file_notes(
+    source: TeacherSource, contents: Contents, foreign: tuple[str, ...], word: str, *, averaged: bool
+) -> list[str]:
+    notes, subject = [], f"{word}: {source.location}"
     if foreign:
         names = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
-        notes.append(
-            f"teacher: {source.location}: holds foreign objects ({names}), which were not read; no code was run"
-        )
+        notes.append(f"{subject}: holds foreign objects ({names}), which were not read; no code was run")
     if averaged and not source.averaged:
-        notes.append(f"teacher: {source.location}: holds averaged weights (model_ema) alone, which are taken")
+        notes.append(f"{subject}: holds averaged weights (model_ema) alone, which are taken")
     elif "averaged" in contents.groups and not averaged:
+        other = " (--teacher.averaged true takes the averaged)" if word == "teacher" else ""
         notes.append(
-            f"teacher: {source.location}: holds averaged weights (model_ema) too; the plain ones are taken, as other "
-            "programs do (--teacher.averaged true takes the averaged)"
+            f"{subject}: holds averaged weights (model_ema) too; the plain ones are taken, as other programs do{other}"
         )
     return notes
 
@@ -192,12 +219,19 @@ def _configs(source: TeacherSource, others: Path | None, config_option: str) -> 
 
 
 def file_part(
-    contents: Contents, component: str, configs: Path, file: Path, subject: str, *, averaged: bool = False
+    contents: Contents,
+    component: str,
+    configs: Path,
+    file: Path,
+    subject: str,
+    *,
+    averaged: bool = False,
+    remedy: str = CONFIG_REMEDY,
 ) -> Part:
     """A component of a single file, with its config from a folder."""
     config = configs / component / "config.json"
     digest = single_file_digest(file, config, "averaged" if averaged else "plain")
-    tensors = component_tensors(contents, component, configs, subject, averaged=averaged)
+    tensors = component_tensors(contents, component, configs, subject, averaged=averaged, remedy=remedy)
     return Part(component, (config,), digest, tensors)
 
 

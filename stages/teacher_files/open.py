@@ -13,6 +13,7 @@ from stages.teacher_files.base import open_base
 from stages.teacher_files.changes import apply_clip_skip, apply_loras, apply_vae
 from stages.teacher_files.compose import SourceFile, compose, is_whole
 from stages.teacher_files.folder import component_digests, component_files, file_digest
+from stages.teacher_files.mix import apply_mix
 from stages.teacher_files.schedule import apply_schedule
 from stages.teacher_files.source import TeacherSource
 from stages.teacher_files.variants import WEIGHT_FILES
@@ -75,7 +76,7 @@ def open_teacher_files(source: TeacherSource, config_option: str = "--teacher.co
     `config_option` is how the user names the configs of a single file. Raises `Refused` for what is no SD-1.x model.
     """
     made = open_base(source, config_option)
-    for apply in (apply_vae, apply_loras, apply_clip_skip, apply_schedule):
+    for apply in (apply_vae, apply_mix, apply_loras, apply_clip_skip, apply_schedule):
         apply(source, made)
     if made.folder is not None and not made.changed:
         return TeacherFolder(source.location, made.folder, source, tuple(made.notes), made.stated)

@@ -25,15 +25,19 @@ def recorded_sources(location: str, path: str | None, source: Mapping[str, Any] 
     return tuple(recorded.at(place) for place in dict.fromkeys([location, *([path] if path else [])]))
 
 
-def find_teacher(sources: Sequence[TeacherSource]) -> TeacherFolder:
+MOVE_OPTION = "--teacher"
+"""The option that says where a teacher lies now that moved."""
+
+
+def find_teacher(sources: Sequence[TeacherSource], option: str = MOVE_OPTION) -> TeacherFolder:
     """A teacher, opened where a model lies, or else from its hub repository.
 
-    Raises `Refused` when it lies in none of the places any more.
+    Raises `Refused` when it lies in none of the places any more; `option` says where it lies now.
     """
-    return open_teacher_files(find_source(sources))
+    return open_teacher_files(find_source(sources, option))
 
 
-def find_source(sources: Sequence[TeacherSource]) -> TeacherSource:
+def find_source(sources: Sequence[TeacherSource], option: str = MOVE_OPTION) -> TeacherSource:
     """The first source at which a model lies, or else a hub repository; raises `Refused` as `find_teacher` does."""
     for source in sources:
         if lies_here(source.location):
@@ -44,7 +48,7 @@ def find_source(sources: Sequence[TeacherSource]) -> TeacherSource:
         gone = " or ".join(repr(source.location) for source in sources)
         raise Refused(
             f"teacher: {gone}: no model lies there any more, and no hub repository that can be reached is called so - "
-            "say where it lies now with --teacher"
+            f"say where it lies now with {option}"
         ) from refusal
     return sources[0]
 

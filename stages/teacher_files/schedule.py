@@ -25,10 +25,10 @@ ROUNDINGS, RELATIVE, ABSOLUTE = 4.0, 1e-4, 1e-6
 """Tolerance of a stored table of a schedule: roundings of its type, or of a product of a thousand numbers."""
 
 
-def read_buffers(contents: Contents, made: Assembly, subject: str, config_option: str) -> None:
+def read_buffers(contents: Contents, made: Assembly, subject: str, remedy: str) -> None:
     """Compare the tables of a file's schedule with the config's: equal ones say nothing, rescaled ones say so.
 
-    Raises `Refused`, beginning with `subject`, for a table of any other schedule.
+    Raises `Refused`, beginning with `subject` and ending with `remedy`, for a table of any other schedule.
     """
     if not contents.buffers:
         return
@@ -43,10 +43,7 @@ def read_buffers(contents: Contents, made: Assembly, subject: str, config_option
                 made.notes.append(f"{subject}: its schedule (alphas_cumprod) {_SNR_TEXT[rescaled]}, which is taken")
             return
     table = f"from {float(alpha_bar[0]):.5f} to {float(alpha_bar[-1]):.5f} in {len(alpha_bar)} steps"
-    raise Refused(
-        f"{subject}: its schedule (alphas_cumprod {table}) is not that of {made.configs} - name with {config_option} a "
-        "folder whose scheduler_config.json has it"
-    )
+    raise Refused(f"{subject}: its schedule (alphas_cumprod {table}) is not that of {made.configs} - {remedy}")
 
 
 _SNR_TEXT = {True: "ends without signal (zero terminal SNR)", False: "keeps some signal at its end"}

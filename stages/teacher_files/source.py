@@ -13,6 +13,8 @@ LOCATION_TEXT = "diffusers folder, hub id (with @revision), or one .safetensors,
 class LoraFile(Strict):
     """One LoRA that is merged into a teacher before it is used; a text alone is its file."""
 
+    text_form: ClassVar[str] = "FILE"
+
     file: Location = Field(description="a .safetensors file with kohya's or diffusers' names")
     scale: float = Field(1.0, description="factor of its difference, as UIs write it behind the name of a LoRA")
 
@@ -20,6 +22,27 @@ class LoraFile(Strict):
     @classmethod
     def _file_alone(cls, value: Any) -> Any:
         return {"file": value} if isinstance(value, str) else value
+
+
+class MixedModel(Strict):
+    """A fine-tune of a teacher, and how much of its difference to the teacher is added."""
+
+    model: Location = Field(description=LOCATION_TEXT)
+    weight: float = Field(description="factor of its difference to the teacher: 1 alone gives the fine-tune itself")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_model_alone(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"should have a weight beside the model - write {{model: {value}, weight: 0.5}}")
+        return value
+
+    @field_validator("weight")
+    @classmethod
+    def _refuse_zero(cls, value: float) -> float:
+        if value == 0:
+            raise ValueError("should be another number than 0, which adds nothing - leave the model out")
+        return value
 
 
 class TeacherMove(Strict):
@@ -35,6 +58,9 @@ class TeacherMove(Strict):
         None, description="folder or hub id with configs and tokenizer of a single file; none takes SD1.5's own"
     )
     vae: Location | None = Field(None, description="folder, hub id or file of another autoencoder")
+    mix: tuple[MixedModel, ...] = Field(
+        (), description="fine-tunes whose differences to the teacher are added to it, weighted, before anything else"
+    )
     loras: tuple[LoraFile, ...] = Field((), description="LoRA files that are merged first, in this order")
     clip_skip: int = Field(
         0, ge=0, description="last layers of the text encoder that are left out, as diffusers counts them: 1 is what "
@@ -78,7 +104,8 @@ class TeacherSource(TeacherMove):
         names = ("location", "parts_from", "config", "vae")
         places = {name: _absolute(value) for name in names if (value := getattr(self, name)) is not None}
         loras = tuple(lora.model_copy(update={"file": _absolute(lora.file)}) for lora in self.loras)
-        return self.model_copy(update={**places, "loras": loras})
+        mix = tuple(one.model_copy(update={"model": _absolute(one.model)}) for one in self.mix)
+        return self.model_copy(update={**places, "loras": loras, "mix": mix})
 
 
 def _absolute(location: str) -> str:

@@ -1,4 +1,4 @@
-"""Exports of a student whose teacher had a LoRA, another autoencoder and clip skip: they carry all of it."""
+"""Exports of a student whose teacher was mixed, had a LoRA, another autoencoder and clip skip carry all of it."""
 
 import json
 import shutil
@@ -17,11 +17,12 @@ from stages.export.diffusers import export_diffusers
 from stages.nets.components import load_components
 from stages.nets.run_folder import WEIGHTS_FILE, Origin
 from stages.teacher_files.ldm_names import ldm_names, to_ldm
-from stages.teacher_files.source import LoraFile, TeacherSource
+from stages.teacher_files.source import LoraFile, MixedModel, TeacherSource
 from tests import lora_files as made
 from tests.export.conftest import distilled
+from tests.fine_tunes import fine_tune
 
-SCALE = 0.5
+SCALE, WEIGHT = 0.5, 0.75
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "drawings/README.md").write_text("---\nlicense: mit\n---\nA model.\n")
     (folder / "drawings/LICENSE.txt").write_text("Do as you like.\n")
     made.write(made.kohya(made.random_pairs("to_q", "fc1")), folder / "style.safetensors")
+    fine_tune(folder / "anime", 1)
     shutil.copytree(made.TEACHER / "vae", folder / "other-vae")
     (folder / "other-vae/README.md").write_text("---\nlicense: agpl-3.0\n---\n")
     (folder / "other-vae/LICENSE").write_text("Another licence.\n")
@@ -48,6 +50,7 @@ def run(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         source = TeacherSource(
             location=str(sources / "drawings"),
             vae=str(sources / "other-vae"),
+            mix=(MixedModel(model=str(sources / "anime"), weight=WEIGHT),),
             loras=(LoraFile(file=str(sources / "style.safetensors"), scale=SCALE),),
             clip_skip=1,
         )
@@ -81,6 +84,10 @@ def test_it_carries_the_other_autoencoder_and_the_merged_text_encoder(run: Path,
     expected = load_file(sources / "other-vae/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, expected[name]) for name, value in pipeline.vae.state_dict().items())
     stock = StableDiffusionPipeline.from_pretrained(sources / "drawings")
+    fine = load_file(sources / "anime/text_encoder/model.safetensors")
+    own = stock.text_encoder.state_dict()
+    tuned = {name: fine.get(name, fine.get(f"text_model.{name}")) for name in own}
+    stock.text_encoder.load_state_dict({name: own[name] + WEIGHT * (tuned[name] - own[name]) for name in own})
     stock.load_lora_weights(sources, weight_name="style.safetensors")
     stock.fuse_lora(components=["unet", "text_encoder"], lora_scale=SCALE)
     stock.unload_lora_weights()
@@ -100,6 +107,11 @@ def test_it_states_what_the_teacher_was_made_of_and_no_place_of_this_machine(run
     assert facts["clip_skip"] == 1
     (lora,) = facts["loras"]
     assert (lora["name"], lora["scale"], len(lora["sha256"])) == ("style.safetensors", SCALE, 64)
+    (mixed,) = facts["mix"]
+    assert (mixed["name"], mixed["weight"], sorted(mixed["sha256"])) == ("anime", WEIGHT, ["text_encoder", "unet"])
+    with safe_open(run / "export/drawings-flow.safetensors", "pt") as single:
+        metadata = single.metadata()
+    assert all(json.loads(metadata[f"sollune.{key}"]) == facts[key] for key in ("mix", "loras", "vae"))
     assert facts["vae"]["name"] == "other-vae"
     assert facts["teacher_sha256"] == Origin.open(run).teacher_sha256
     for file in (run / "export").rglob("*"):
@@ -110,7 +122,10 @@ def test_it_states_what_the_teacher_was_made_of_and_no_place_of_this_machine(run
 def test_the_card_states_the_teachers_licence_and_that_the_others_have_their_own(run: Path) -> None:
     card = (run / "export/diffusers/README.md").read_text()
     assert "license: mit" in card
-    assert "They also hold the LoRA `style.safetensors` and the autoencoder of `other-vae`" in card
+    assert (
+        "They also hold the fine-tune `anime` and the LoRA `style.safetensors` and the autoencoder of `other-vae`"
+        in card
+    )
     assert "- loras.1.scale: `0.5`" in card
     licences = [file.name for file in (run / "export/diffusers").glob("LICENSE*")]
     assert licences == ["LICENSE.txt"]

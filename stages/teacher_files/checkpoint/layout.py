@@ -30,11 +30,18 @@ CONFIG_REMEDY = "name a folder of the same kind of model with --teacher.config"
 
 
 def component_tensors(
-    contents: Contents, component: str, configs: Path, subject: str, *, averaged: bool = False
+    contents: Contents,
+    component: str,
+    configs: Path,
+    subject: str,
+    *,
+    averaged: bool = False,
+    remedy: str = CONFIG_REMEDY,
 ) -> dict[str, LazyTensor]:
     """The tensors of a component of a file, by diffusers' names; `averaged` takes the averaged ones of the UNet.
 
-    Raises `Refused`, beginning with `subject`, where one is unknown, missing, of another shape or no weight.
+    Raises `Refused`, beginning with `subject`, where one is unknown, missing, of another shape or no weight; `remedy`
+    is what to do then.
     """
     expected = expected_shapes(configs, component)
     names = stored_names(contents, component, configs, averaged=averaged)
@@ -46,16 +53,16 @@ def component_tensors(
         if ignored(name):
             continue
         if key not in expected:
-            raise Refused(f"{subject}: {component}: tensor {name} is unknown to {configs} - {CONFIG_REMEDY}")
+            raise Refused(f"{subject}: {component}: tensor {name} is unknown to {configs} - {remedy}")
         if key in found:
             raise Refused(f"{subject}: {component}: {key} comes twice, the second time as {name} - fetch it again")
         found[key] = tensor
     if missing := sorted(expected.keys() - found.keys()):
         count = f"{len(missing)} tensor{'s' * (len(missing) > 1)}"
-        raise Refused(
-            f"{subject}: {component}: {count} missing, such as {missing[0]} - fetch it again, or {CONFIG_REMEDY}"
-        )
-    return {key: _fitting(key, found[key], shape, component, subject, configs) for key, shape in expected.items()}
+        raise Refused(f"{subject}: {component}: {count} missing, such as {missing[0]} - fetch it again, or {remedy}")
+    return {
+        key: _fitting(key, found[key], shape, component, subject, configs, remedy) for key, shape in expected.items()
+    }
 
 
 def stored_names(contents: Contents, component: str, configs: Path, *, averaged: bool = False) -> Callable[[str], str]:
@@ -90,19 +97,19 @@ def _current_name(name: str) -> str:
 
 
 def _fitting(
-    key: str, tensor: StoredTensor, shape: tuple[int, ...], component: str, subject: str, configs: Path
+    key: str, tensor: StoredTensor, shape: tuple[int, ...], component: str, subject: str, configs: Path, remedy: str
 ) -> LazyTensor:
     """The tensor in the shape that is expected; the VAE's attention may be stored as 1x1 convolutions."""
     if DTYPE_NAMES[tensor.dtype] not in FLOAT_TYPES:
         raise Refused(
-            f"{subject}: {component}: tensor {key} is of type {tensor.dtype}, weights are floating - {CONFIG_REMEDY}"
+            f"{subject}: {component}: tensor {key} is of type {tensor.dtype}, weights are floating - {remedy}"
         )
     if tensor.shape == shape:
         return tensor
     if component == "vae" and ".attentions." in key and tensor.shape == (*shape, 1, 1):
         return ChangedTensor(tensor, shape, _without_window)
     raise Refused(
-        f"{subject}: {component}: tensor {key} is {list(tensor.shape)}, {configs} says {list(shape)} - {CONFIG_REMEDY}"
+        f"{subject}: {component}: tensor {key} is {list(tensor.shape)}, {configs} says {list(shape)} - {remedy}"
     )
 
 
