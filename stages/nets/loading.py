@@ -61,7 +61,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 def call_library(subject: str, folder: Path, load: Callable[[], Loaded]) -> Loaded:
     """The result of a library's call, which prints nothing; any error of a broken file becomes a `Refused`."""
     try:
-        with _quiet_libraries():
+        with quiet_libraries():
             return load()
     except (MemoryError, torch.OutOfMemoryError, Refused):
         raise
@@ -95,7 +95,7 @@ def _defect_text(defect: str, names: Sequence[str]) -> str:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Without the libraries' progress bars and warnings: their report is read instead."""
     libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in libraries]

@@ -8,13 +8,13 @@ kernel is that of `mid`.
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from stages.system.refusal import Refused, escape_unprintable
+from stages.system.refusal import Refused, escape_unprintable, format_value
 from stages.teacher_files.checkpoint.stored import TensorFile
 from stages.teacher_files.lora.names import Role, layer_spellings, other_method, other_model, parse_key
 from stages.teacher_files.lora.settings import AdapterSettings, adapter_settings
@@ -66,6 +66,11 @@ class LoraMerge:
     def components(self) -> frozenset[str]:
         """The parts of the model that are changed, which become fp32."""
         return frozenset(key.partition(".")[0] for key in self.pairs)
+
+    def scaled(self, factor: float) -> "LoraMerge":
+        """The same with every difference times a factor."""
+        pairs = {key: [replace(pair, factor=factor * pair.factor) for pair in own] for key, own in self.pairs.items()}
+        return LoraMerge(pairs)
 
     def merged(self, key: str, weight: Tensor) -> Tensor:
         """The weight with its differences, fp32; of a component that is not changed the weight itself."""
@@ -135,9 +140,10 @@ def _refuse_other_content(file: TensorFile) -> None:
     where = f"lora: {file.path}"
     if not file.tensors:
         raise Refused(f"{where}: holds no tensor - {DAMAGE_REMEDY}")
-    if file.metadata.get("sollune.prediction") == "velocity":
+    if prediction := file.metadata.get("sollune.prediction"):
+        student = "flow model" if prediction == "velocity" else f"student that predicts {format_value(prediction)}"
         raise Refused(
-            f"{where}: holds adapters of a flow model, by its metadata, and a teacher predicts no velocity - "
+            f"{where}: holds adapters of a {student}, by its metadata, and a teacher predicts something else - "
             "take a LoRA of the teacher's kind"
         )
     if found := other_method(file.tensors):
