@@ -136,12 +136,13 @@ def lambda_history(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def read_distill_config(run: SavedRun) -> dict[str, Any]:
-    """The section `distill` of a run's config.yaml, as this version names its options."""
+    """The section of a distillation or a conversion in a run's config.yaml, as this version names its options."""
     path = run.folder / "config.yaml"
     try:
-        section: dict[str, Any] = read_yaml(path, str(path), "name a folder such as runs/tiny/distill")["distill"]
+        sections: dict[str, Any] = read_yaml(path, str(path), "name a folder such as runs/tiny/distill")
+        section = sections["convert" if "convert" in sections else "distill"]
         if not isinstance(section, dict):
-            raise TypeError(f"distill is {section!r}")
+            raise TypeError(f"its section is {section!r}")
     except (KeyError, TypeError) as error:
         raise Refused(
             f"{path}: has no distillation ({in_one_line(error)}) - name a folder such as runs/tiny/distill"

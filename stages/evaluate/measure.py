@@ -14,8 +14,13 @@ from torch import Tensor
 from configs.load import config_from_arguments, name_first_argument
 from configs.values import PictureSize, Size, Strict
 from shards.reader import Reader
+from stages.evaluate.exported import verified_export
+from stages.evaluate.lora import LoraInputs, measure_lora, open_measured_loras
+from stages.evaluate.lora_file import ScaledLora
+from stages.evaluate.lora_report import lora_json, print_lora_report, report_paths
 from stages.evaluate.metrics import Fidelity, Scorer, compute_fidelity
-from stages.evaluate.paired import PairedError, PairedInputs, make_reference, paired_error
+from stages.evaluate.paired import PairedError, paired_error, teacher_reference
+from stages.evaluate.recorded_prompts import recorded_prompts
 from stages.evaluate.report import (
     STUDENT,
     STUDENT_AS_NOISE_MODEL,
@@ -31,17 +36,15 @@ from stages.nets.graft import graft_time_embedding
 from stages.nets.run_folder import SavedRun, cache_folder, load_run_teacher, load_student, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
-from stages.prompts import PromptSource, derived_seed, prompts
-from stages.sampling.fields import student_field, teacher_field
+from stages.prompts import PromptSource, prompts
+from stages.sampling.fields import student_field
 from stages.sampling.grids import fixed_noises, make_sheet, save_sheet
 from stages.sampling.sampler import Sampler
 from stages.sampling.single_file import generate_pictures, load_pipeline, use_ddim_scheduler
 from stages.system.atomic import atomic_write
 from stages.system.device import device_of
 from stages.system.disk import refuse_unwritable
-from stages.system.refusal import Refused
 from stages.system.terminal import console
-from stages.teacher_files.folder import read_json
 from stages.train.validation import read_first_states, velocity_errors
 
 GRID_ROWS = 6
@@ -86,13 +89,25 @@ class Config(Strict):
     """Measure a run against its teacher: `sollune evaluate RUN --config FILE`."""
 
     run: Path = Field(description="run folder, such as runs/tiny/distill")
-    prompts: PromptSource = Field(description="where the sentences come from; only its validation share is used")
+    prompts: PromptSource | None = Field(
+        None,
+        description="where the sentences come from, of which the validation share is used; none takes the source of "
+        "the run's cache",
+    )
     seed: int = Field(1, description="seed of prompts and noises")
     scorer: ImportString[Any] | None = Field(
         None, description="function (texts, pictures) -> attribute -> shown or not; none leaves fidelity out"
     )
     fidelity: FidelityConfig = FidelityConfig()
     paired: PairedConfig = PairedConfig()
+    lora: tuple[ScaledLora, ...] = Field(
+        (),
+        description="LoRA files made for the teacher, each FILE or FILE:SCALE: they alone are then measured, on the "
+        "student against the teacher, and stored in RUN/loras",
+    )
+    lora_prompts: int = Field(
+        64, ge=8, description="validation prompts for each LoRA; the first quarter finds the scale that suits it best"
+    )
     velocity_states: int = Field(600, ge=0, description="most held-out states whose velocity is checked; 0 for none")
     gates: Gates = Gates()
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
@@ -125,7 +140,7 @@ def evaluate(config: Config) -> Evaluation:
     """Every measurement of one run; paired and velocity errors also by size where there are several."""
     setup = prepare_evaluation(config)
     if config.scorer:
-        verified_export(setup)
+        verified_export(setup.run, setup.student)
     # Fidelity comes last: it writes its pictures to a file, and nothing may be refused after that.
     paired = {size: measure_paired(setup, config, size) for size in setup.sizes}
     velocity = None
@@ -138,7 +153,7 @@ def evaluate(config: Config) -> Evaluation:
         run=str(config.run),
         samples=setup.run.samples,
         tail=setup.run.origin.tail,
-        settings=config.model_dump(mode="json", exclude={"gates", "run"}),
+        settings=config.model_dump(mode="json", exclude={"gates", "run", "lora", "lora_prompts"}),
         fidelity=measure_fidelity(setup, config.scorer, config) if config.scorer else {},
         paired=paired[setup.main_size],
         velocity=velocity,
@@ -156,7 +171,9 @@ def prepare_evaluation(config: Config) -> EvaluationSetup:
     """Open the run and fix the lists; raises `Refused` for a run that cannot be measured."""
     saved = open_run(config.run)
     parts = load_run_teacher(saved.origin, device_of(config.device), torch.float32)
-    texts = distinct_texts(config.prompts, config.seed, max(config.fidelity.prompts, config.paired.prompts))
+    texts = distinct_texts(
+        config.prompts or recorded_prompts(saved), config.seed, max(config.fidelity.prompts, config.paired.prompts)
+    )
     noise = fixed_noises(config.seed, config.fidelity.prompts, parts.latent_shape()).to(parts.unet.device)
     sizes = [parts.check_size(size, "paired.sizes") for size in config.paired.sizes]
     sizes = sizes or list(saved.origin.learnt_sizes(parts.native_size))
@@ -183,7 +200,7 @@ def measure_fidelity(setup: EvaluationSetup, scorer: Scorer, config: Config) -> 
         return generate_pictures(pipeline, texts, noise, settings.steps, settings.guidance)
 
     folder, device = setup.teacher.components.present_folder(), setup.noise.device
-    teacher, student = load_pipeline(folder, device), load_pipeline(verified_export(setup), device)
+    teacher, student = load_pipeline(folder, device), load_pipeline(verified_export(setup.run, setup.student), device)
     use_ddim_scheduler(teacher, folder)
     pictures = {TEACHER: generate(teacher, settings.prompts), STUDENT: generate(student, settings.prompts)}
     use_ddim_scheduler(student, folder)
@@ -194,30 +211,19 @@ def measure_fidelity(setup: EvaluationSetup, scorer: Scorer, config: Config) -> 
     return {name: compute_fidelity(scorer, setup.texts[: len(shown)], shown) for name, shown in pictures.items()}
 
 
-def verified_export(setup: EvaluationSetup) -> Path:
-    """The run's exported folder; raises `Refused` unless it holds the very weights that are measured."""
-    folder = setup.run.folder / "export" / "diffusers"
-    hint = f"run sollune export {setup.run.folder}"
-    if not folder.is_dir():
-        raise Refused(f"{folder}: not there - {hint}")
-    dtype = getattr(torch, str(read_json(folder / "sollune.json").get("dtype")), torch.float32)
-    exported, expected = load_pipeline(folder, setup.noise.device).unet.state_dict(), setup.student.unet.state_dict()
-    if any(not torch.equal(value.to(dtype), exported[name].to(dtype)) for name, value in expected.items()):
-        raise Refused(f"{folder}: is not the export of {setup.run.weights} - {hint}")
-    return folder
-
-
 def measure_paired(setup: EvaluationSetup, config: Config, size: PictureSize) -> Mapping[str, Sequence[PairedError]]:
     """Paired-noise errors of the student at one size; at the main size also of controls, which must be larger."""
-    paired, count, parts = config.paired, config.paired.prompts, setup.teacher.components
-    cond = setup.teacher.encode_texts(setup.texts[:count])
-    noise, other = (
-        fixed_noises(seed, count, parts.latent_shape(size)).to(cond.device)
-        for seed in (config.seed, derived_seed("other noise", config.seed))
+    paired = config.paired
+    reference = teacher_reference(
+        setup.teacher,
+        setup.texts[: paired.prompts],
+        config.seed,
+        paired.sampler,
+        size,
+        paired.steps,
+        paired.reference_steps,
     )
-    inputs, sampler = PairedInputs(cond, setup.teacher.uncond, noise), paired.sampler.scaled_to(size, parts.native_size)
-    teacher = teacher_field(setup.teacher)
-    reference = make_reference(teacher, inputs, other, sampler, paired.steps, paired.reference_steps)
+    cond = reference.inputs.cond
     measured = {STUDENT: (setup.student, cond)}
     if paired.controls and size == setup.main_size:
         copy, graft = (Student.from_teacher(setup.teacher.components.unet).eval() for _ in range(2))
@@ -231,6 +237,35 @@ def measure_paired(setup: EvaluationSetup, config: Config, size: PictureSize) ->
     }
 
 
+def evaluate_loras(config: Config) -> None:
+    """Measure the LoRAs of `config.lora`, print a report of each, and store them in the run's folder.
+
+    Raises `Refused` before anything is written.
+    """
+    saved = open_run(config.run)
+    reports = report_paths(saved.folder, config.lora)
+    parts = load_run_teacher(saved.origin, device_of(config.device), torch.float32)
+    loras = open_measured_loras(config.lora, parts)
+    student, paired = load_student(saved, parts), config.paired
+    export = verified_export(saved, student)
+    size = paired.sizes[0] if paired.sizes else saved.origin.main_size(parts.native_size)
+    inputs = LoraInputs(
+        Teacher(parts, saved.origin.tail),
+        student,
+        distinct_texts(config.prompts or recorded_prompts(saved), config.seed, config.lora_prompts),
+        config.seed,
+        parts.check_size(size, "paired.sizes"),
+        paired.sampler.model_copy(update={"steps": max(paired.steps)}).scaled_to(size, parts.native_size),
+        paired.reference_steps,
+        export,
+    )
+    measured = [measure_lora(lora, inputs) for lora in loras]
+    for report, measurement in zip(reports, measured, strict=True):
+        print_lora_report(measurement, saved.samples, console())
+        atomic_write(report, lora_json(measurement, saved.samples))
+        print(f"{report}: written")
+
+
 def main(argv: Sequence[str]) -> int:
     """`sollune evaluate RUN --config FILE [options]`; 1 when a gate is missed."""
     usage = "usage: sollune evaluate RUN --config configs/tiny.yaml [options]"
@@ -240,6 +275,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     report = config.run / "evaluation.json"
     device_of(config.device)  # refused before the run is read, which takes longer
+    if config.lora:
+        evaluate_loras(config)
+        return 0
     refuse_unwritable(report)
     evaluation = evaluate(config)
     results = check_gates(evaluation, config.gates)

@@ -115,14 +115,15 @@ def to_json(evaluation: Evaluation, gate_results: Sequence[GateResult]) -> str:
     content = {**asdict(flat), "gates": [asdict(result) for result in gate_results]}
     if velocity:
         del content["velocity"]["velocity_by_size"]
-    return json.dumps(_replace_non_finite(content), indent=1, allow_nan=False) + "\n"
+    return json.dumps(replace_non_finite(content), indent=1, allow_nan=False) + "\n"
 
 
-def _replace_non_finite(value: Any) -> Any:
+def replace_non_finite(value: Any) -> Any:
+    """The same content with null for each number that is not finite."""
     if isinstance(value, Mapping):
-        return {str(key): _replace_non_finite(inner) for key, inner in value.items()}
+        return {str(key): replace_non_finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_replace_non_finite(inner) for inner in value]
+        return [replace_non_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -132,10 +133,10 @@ def print_report(evaluation: Evaluation, gate_results: Sequence[GateResult], con
     gates = [(gate.name, f"{gate.found:.4f}", gate.asked, "PASS" if gate.passed else "FAIL") for gate in gate_results]
     for table in (
         _fidelity_table(evaluation.fidelity),
-        _paired_table(evaluation.paired, f" at {evaluation.size}" if evaluation.by_size else ""),
+        paired_table(evaluation.paired, f" at {evaluation.size}" if evaluation.by_size else ""),
         _paired_by_size_table(evaluation.by_size),
         _velocity_table(evaluation.velocity, evaluation.by_size),
-        _make_table("gates", ["", "measured", "limit", ""], gates),
+        make_table("gates", ["", "measured", "limit", ""], gates),
     ):
         if table.row_count:
             console.print(table)
@@ -145,22 +146,23 @@ def _fidelity_table(fidelity: Mapping[str, Fidelity]) -> Table:
     attributes = next(iter(fidelity.values())).by_attribute if fidelity else ()
     shares = {name: [*metrics.by_attribute.values(), metrics.all_at_once] for name, metrics in fidelity.items()}
     rows = [(n, *(f"{100 * share:.1f}" for share in shares[n]), str(fidelity[n].pictures)) for n in fidelity]
-    return _make_table("pictures that show what their prompts name, %", ["", *attributes, "all", "pictures"], rows)
+    return make_table("pictures that show what their prompts name, %", ["", *attributes, "all", "pictures"], rows)
 
 
-def _paired_table(paired: Mapping[str, Sequence[PairedError]], where: str) -> Table:
+def paired_table(paired: Mapping[str, Sequence[PairedError]], where: str = "") -> Table:
+    """A row for each field and number of steps; `where` ends the title."""
     rows = []
     for name, errors in paired.items():
         for e in errors:
             score = "-" if e.score is None else f"{e.score:.3f}"
             interval = "-" if e.interval is None else f"{e.interval[0]:.3f} to {e.interval[1]:.3f}"
             rows.append((name, f"{e.steps}", f"{e.student:.4f}", f"{e.floor:.4f}", f"{e.ceiling:.4f}", score, interval))
-    return _make_table(f"paired-noise error{where}", ["", "steps", "error", "floor", "ceiling", "score", "95 %"], rows)
+    return make_table(f"paired-noise error{where}", ["", "steps", "error", "floor", "ceiling", "score", "95 %"], rows)
 
 
 def _paired_by_size_table(by_size: Mapping[str, SizeErrors]) -> Table:
     """The student's errors, as above, at each size."""
-    return _paired_table({size: errors.paired for size, errors in by_size.items()}, " of the student by size")
+    return paired_table({size: errors.paired for size, errors in by_size.items()}, " of the student by size")
 
 
 def _velocity_table(velocity: VelocityErrors | None, by_size: Mapping[str, SizeErrors]) -> Table:
@@ -173,10 +175,11 @@ def _velocity_table(velocity: VelocityErrors | None, by_size: Mapping[str, SizeE
     ]
     of_sizes = {size: errors.velocity for size, errors in by_size.items() if errors.velocity is not None}
     rows += [(f"velocity at {size}", f"{error:.4f}", *("" for _ in range(bins))) for size, error in of_sizes.items()]
-    return _make_table("held-out relative squared error", columns, rows)
+    return make_table("held-out relative squared error", columns, rows)
 
 
-def _make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table whose first column names its rows."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")

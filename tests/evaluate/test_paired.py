@@ -8,6 +8,7 @@ from stages.evaluate.paired import (
     make_reference,
     paired_error,
     relative_errors,
+    teacher_reference,
 )
 from stages.nets.teacher import Teacher
 from stages.sampling.fields import teacher_field
@@ -87,3 +88,51 @@ def test_wrong_prompts_are_farther_than_the_right_ones(
     right = paired_error(teacher_field(teacher), reference, 6)
     wrong = paired_error(teacher_field(teacher), reference, 6, cond=task.cond.roll(1, 0))
     assert wrong.student > right.student
+
+
+def reference_of(ceiling: torch.Tensor, floor: torch.Tensor, task: PairedInputs) -> TeacherReference:
+    return TeacherReference(task, Sampler(), torch.zeros(len(ceiling), 3, 4, 5), ceiling, {4: floor})
+
+
+def test_two_fields_are_compared_on_the_same_resampled_pictures(task: PairedInputs) -> None:
+    """One half as wrong as the other on every picture: the ratio has no spread, though single errors have much."""
+    errors = torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 4
+    reference = reference_of(torch.ones(40, dtype=torch.float64), torch.zeros(40, dtype=torch.float64), task)
+    result = reference.compare_fields(errors / 2, errors, 4)
+    assert result.ratio == pytest.approx(0.5)
+    assert result.ratio_interval == pytest.approx((0.5, 0.5))
+    assert result.difference == pytest.approx(-float(errors.mean()) / 2)
+    assert result.difference_interval is not None
+    assert result.difference_interval[0] < result.difference < result.difference_interval[1] < 0
+
+
+def test_a_comparison_turns_round_with_its_fields(task: PairedInputs) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other, floor = torch.rand(3, 30, generator=generator, dtype=torch.float64)
+    reference = reference_of(torch.full((30,), 2.0, dtype=torch.float64), floor, task)
+    there, back = reference.compare_fields(one, other, 4), reference.compare_fields(other, one, 4)
+    scores = [reference.summarise(errors, 4).score for errors in (one, other)]
+    assert scores[0] is not None
+    assert scores[1] is not None
+    assert there.difference == pytest.approx(scores[0] - scores[1])
+    assert there.difference == pytest.approx(-(back.difference or 0))
+    assert there.difference_interval is not None
+    assert back.difference_interval is not None
+    assert there.difference_interval == pytest.approx(tuple(-end for end in reversed(back.difference_interval)))
+    assert there.ratio == pytest.approx(1 / back.ratio)
+
+
+def test_no_difference_of_scores_where_there_is_no_score(task: PairedInputs) -> None:
+    reference = reference_of(torch.full((5,), 0.1), torch.full((5,), 0.2), task)
+    result = reference.compare_fields(torch.full((5,), 0.3), torch.full((5,), 0.6), 4)
+    assert (result.difference, result.difference_interval) == (None, None)
+    assert result.ratio == pytest.approx(0.5)
+
+
+def test_a_longer_list_of_texts_begins_with_the_same_pictures(teacher: Teacher) -> None:
+    texts, size = ["a red star", "a blue ring", "a green moon"], teacher.components.native_size
+    short, long = (
+        teacher_reference(teacher, texts[:n], 7, Sampler(guidance=3.0), size, (2,), reference_steps=3) for n in (2, 3)
+    )
+    torch.testing.assert_close(long.x0[:2], short.x0, rtol=1e-3, atol=1e-3)
+    assert torch.equal(long.inputs.noise[:2], short.inputs.noise)
