@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -33,11 +34,11 @@ from stages.cache.fill import (
     unfinished_tasks,
 )
 from stages.cache.fleet import fill_by_many
-from stages.cache.plan import blank_record, estimate_cost, record_bytes, refuse_small_disk
+from stages.cache.plan import Cost, blank_record, estimate_cost, record_bytes, refuse_small_disk
 from stages.cache.sizes import RenderSizes
 from stages.cache.targets import RenderConfig, make_records, recipe_in, recipe_of
 from stages.nets.components import Components, load_components
-from stages.nets.measured_teacher import load_measured_teacher
+from stages.nets.measured_teacher import MeasuredTeacher, load_measured_teacher
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, PromptSource, Split, prompts, source_identity, source_report
 from stages.system.atomic import atomic_write
@@ -84,16 +85,41 @@ class Config(Strict):
         return self.workers == 1 and self.cluster == HERE
 
 
+@dataclass(frozen=True)
+class CacheJob:
+    """A cache that can be made: settings, teacher and shards; nothing is written yet."""
+
+    config: Config
+    writer: CacheWriter
+    teacher: Teacher
+    all_tasks: Sequence[ShardTask]
+    tasks: Sequence[ShardTask]
+    """Those of `config.shard_range`."""
+
+
 def run(config: Config) -> None:
     """Fill RUN/cache; finished shards are kept, and another recipe is refused."""
+    job = open_job(config)
+    if config.plan:
+        print_cost(job)
+        return
+    make_cache(job)
+
+
+def open_job(config: Config, opened: MeasuredTeacher | None = None) -> CacheJob:
+    """Open prompts, teacher (unless it is given) and folder, and print what is notable about them.
+
+    Raises `Refused` for what cannot be made, and for a folder that holds another cache.
+    """
     refuse_ray_without_library(config.cluster)
     by_split: dict[Split, list[Prompt]] = {
         "train": prompts(config.prompts, config.seed, "train", config.count),
         "validation": prompts(config.prompts, config.seed, "validation", config.validation_count),
     }
-    # Many workers load a teacher each; the one here then gives sizes only, and takes no memory of a GPU.
-    device = device_of(config.device if config.in_process or config.plan else "cpu")
-    opened = load_measured_teacher(config.teacher, device)
+    if opened is None:
+        # Many workers load a teacher each; the one here then gives sizes only, and takes no memory of a GPU.
+        device = device_of(config.device if config.in_process or config.plan else "cpu")
+        opened = load_measured_teacher(config.teacher, device)
     print("\n".join(opened.used.lines))
     config = config.model_copy(update={"teacher": opened.source})  # workers need no measurement
     teacher = make_teacher(config, opened.components)
@@ -108,16 +134,34 @@ def run(config: Config) -> None:
     recipe = recipe_of(teacher, render, source, device_of(config.device), recipe_in(folder))
     writer = CacheWriter(folder, recipe)
     refuse_surplus(writer, all_tasks)
-    if config.plan:
-        print_cost(config, writer, tasks, teacher)
-        return
+    return CacheJob(config, writer, teacher, all_tasks, tasks)
+
+
+def make_cache(job: CacheJob) -> None:
+    """Make the missing shards of a cache, then its table; raises `Refused` where memory or disk are too small."""
+    config = job.config
+    refuse_too_small_machine(job)
+    with interrupt_on(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        made = make_shards(job)
+        finish(config, job.writer, job.all_tasks, made)
+
+
+def refuse_too_small_machine(job: CacheJob) -> None:
+    """Raise `Refused` unless the teacher of each worker fits into memory, and the missing shards on the disk."""
+    config, teacher = job.config, job.teacher
     if config.cluster == HERE and config.workers > 1:
         parts = (teacher.components.unet, teacher.components.vae, teacher.components.text_encoder)
         teacher_bytes = sum(value.nbytes for part in parts for value in part.parameters())
         refuse_too_many("workers", config.workers, teacher_bytes, device_of(config.device))
-    with interrupt_on(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        made = make_shards(config, writer, tasks, teacher)
-        finish(config, writer, all_tasks, made)
+    if not config.no_disk_check:
+        each, to_make = record_bytes_by_size(job), unfinished_tasks(job.writer, job.tasks)
+        refuse_small_disk(job.writer.folder, sum(each[task.size] * len(task.prompts) for task in to_make))
+
+
+def record_bytes_by_size(job: CacheJob) -> dict[PictureSize, int]:
+    """Bytes of a record of each size, in its shard and in the table."""
+    states = job.config.render.states.states_per_prompt
+    return {size: record_bytes(blank_record(job.teacher, states, size)) for size in {task.size for task in job.tasks}}
 
 
 def load_teacher(config: Config, device: torch.device) -> Teacher:
@@ -130,32 +174,35 @@ def make_teacher(config: Config, parts: Components) -> Teacher:
     return Teacher(parts, config.render.tail, getattr(torch, config.dtype), compiled=config.compile)
 
 
-def print_cost(config: Config, writer: CacheWriter, tasks: Sequence[ShardTask], teacher: Teacher) -> None:
+def print_cost(job: CacheJob) -> None:
     """Print the cost of the missing shards; raises `Refused` when the disk cannot hold it."""
-    states = config.render.states
+    cost = cost_of(job)
+    print("\n".join(cost.lines(job.writer.folder)))
+    refuse_small_disk(job.writer.folder, cost.bytes)
+
+
+def cost_of(job: CacheJob) -> Cost:
+    """The cost of the missing shards, measured on the first prompts."""
+    config, states = job.config, job.config.render.states
     capacity = (torch.cuda.device_count() or os.cpu_count() or 1) if config.cluster == HERE else config.workers
     with one_thread():
-        cost = estimate_cost(
-            lambda prompts, keys, size: make_records(teacher, prompts, keys, states, size),
-            unfinished_tasks(writer, tasks),
+        return estimate_cost(
+            lambda prompts, keys, size: make_records(job.teacher, prompts, keys, states, size),
+            unfinished_tasks(job.writer, job.tasks),
             config.workers,
             capacity,
         )
-    print("\n".join(cost.lines(writer.folder)))
-    refuse_small_disk(writer.folder, cost.bytes)
 
 
-def make_shards(config: Config, writer: CacheWriter, tasks: Sequence[ShardTask], teacher: Teacher) -> int:
+def make_shards(job: CacheJob) -> int:
     """Make the missing shards, here or by workers; returns how many were made."""
-    to_make, states = unfinished_tasks(writer, tasks), config.render.states.states_per_prompt
-    each = {size: record_bytes(blank_record(teacher, states, size)) for size in {task.size for task in tasks}}
-    if not config.no_disk_check:
-        refuse_small_disk(writer.folder, sum(each[task.size] * len(task.prompts) for task in to_make))
+    config, writer, tasks = job.config, job.writer, job.tasks
+    each = record_bytes_by_size(job)
     start = worker_starter(config.cluster, config.workers)  # raises `Refused` where they cannot run
-    if to_make:
+    if unfinished_tasks(writer, tasks):
         (writer.folder / COMPLETE_FILE).unlink(missing_ok=True)
     if config.in_process:
-        return fill(writer, tasks, record_maker(config, teacher, each))
+        return fill(writer, tasks, record_maker(config, job.teacher, each))
     open_numbered = partial(open_worker, with_absolute_paths(config), writer.manifest.recipe, each)
     return fill_by_many(writer, FillJob(open_numbered, tasks), each, start)
 

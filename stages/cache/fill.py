@@ -154,7 +154,7 @@ def refuse_surplus(writer: CacheWriter, tasks: Sequence[ShardTask]) -> None:
         if held > wanted:
             raise Refused(
                 f"{writer.folder}: holds {held} {split} prompts, {wanted} are asked for - "
-                f"ask for at least {held}, or choose another run folder (RUN=)"
+                f"ask for at least {held}, or choose another run folder"
             )
 
 

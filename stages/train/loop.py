@@ -104,7 +104,7 @@ def fit(
     # What a step changes, and the checkpoint to resume from
     hooks = hooks or Hooks()
     block_weighter = block_weighter or BlockWeighter(objective.static_lambdas(runtime.device))
-    state = _initial_state(student, objective, config, folder, runtime, block_weighter)
+    state = initial_state(student, objective, config, folder, runtime, block_weighter)
     checkpoints = run_checkpoints(folder, config, objective, identity)
     checkpoint = runtime.on_main(checkpoints.restore, state, resume, hooks.fetch_checkpoint)
     if checkpoint is not None and not runtime.is_main:
@@ -152,8 +152,8 @@ def fit(
         for batch in chain([first] if first is not None else [], stream):
             before, after = state.samples, state.samples + len(batch) * runtime.world
             is_last = after >= config.max_samples
-            saves = is_last or _is_due(before, after, config.checkpoint_every_samples)
-            writes_line = saves or _is_due(before, after, config.journal_every_samples)
+            saves = is_last or is_due(before, after, config.checkpoint_every_samples)
+            writes_line = saves or is_due(before, after, config.journal_every_samples)
             if writes_line and runtime.is_main:
                 updates.record_weights()
             result = step(batch, time.perf_counter() - waiting_since)
@@ -184,7 +184,7 @@ def fit(
     return _finalize_student(state, student)
 
 
-def _initial_state(
+def initial_state(
     student: Student,
     objective: Objective,
     config: TrainConfig,
@@ -223,7 +223,7 @@ def _stop_reason(state: TrainingState, config: TrainConfig, hooks: Hooks) -> str
     return hooks.stop_reason(state.samples)
 
 
-def _is_due(before: int, after: int, every: int) -> bool:
+def is_due(before: int, after: int, every: int) -> bool:
     """Whether this step reached a multiple of `every`."""
     return after // every > before // every
 
