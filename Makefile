@@ -34,6 +34,29 @@ endif
 ifneq ($(if $(word 2,$(CURDIR)),,$(filter $(patsubst %/,%,$(abspath $(RUN)))/%,$(CURDIR)/)),)
 $(error RUN = $(RUN): is the folder of the program, or holds it - name a folder of its own, such as RUN=runs/tiny)
 endif
+# The model and the base run of `convert`; its RUN, unless one is given, is called as the model is.
+TEACHER ?=
+BASE ?=
+ifneq ($(filter convert,$(MAKECMDGOALS)),)
+ifneq ($(call refused,TEACHER,$(filter-out : = $(comma),$(quotes))),)
+$(error TEACHER = $(call given,TEACHER): holds $(call refused,TEACHER,$(filter-out : = $(comma),$(quotes))) - name a folder, a file or a hub id)
+endif
+ifneq ($(words $(TEACHER)),1)
+$(error TEACHER = '$(TEACHER)': should be one word - name the fine-tune, such as TEACHER=models/style.safetensors)
+endif
+ifneq ($(filter -%,$(TEACHER)),)
+$(error TEACHER = $(TEACHER): begins with a dash, as options do - name a folder, a file or a hub id)
+endif
+ifneq ($(call refused,BASE,$(quotes)),)
+$(error BASE = $(call given,BASE): holds $(call refused,BASE,$(quotes)) - name the run folder of its base model, such as BASE=runs/tiny)
+endif
+ifneq ($(words $(BASE)),1)
+$(error BASE = '$(BASE)': should be one word - name the run folder of its base model, such as BASE=runs/tiny)
+endif
+ifneq ($(filter -%,$(BASE)),)
+$(error BASE = $(BASE): begins with a dash, as options do - name a run folder such as BASE=runs/tiny)
+endif
+endif
 ifneq ($(call refused,CONFIG,$(filter-out * ? : = $(comma),$(quotes))),)
 $(error CONFIG = $(call given,CONFIG): holds $(call refused,CONFIG,$(filter-out * ? : = $(comma),$(quotes))) - name YAML files such as CONFIG=configs/tiny.yaml)
 endif
@@ -49,6 +72,9 @@ BIN := .venv/bin
 CACHE := $(RUN)/cache/COMPLETE
 DISTILL := $(RUN)/distill/COMPLETE
 CLASSES := $(RUN)/classes/COMPLETE
+# Only the ending of a file is left out: the dot of a version belongs to the name.
+unended = $(patsubst %.safetensors,%,$(patsubst %.ckpt,%,$(patsubst %.pt,%,$(1))))
+CONVERTED = $(if $(call given,RUN),$(RUN),runs/$(call unended,$(notdir $(patsubst %/,%,$(TEACHER)))))
 
 # Spinning threads and an allocator that returns every big tensor to the kernel cost a third of the time on a CPU, and
 # the embedded networks are so small that a second thread slows them (94 samples/s against 130).
@@ -66,7 +92,7 @@ rest = $(if $(called),:,echo "$(RUN)/$(1) is complete: nothing to do")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv cache-teacher distill finetune-classes test check format clean clean-run FORCE
+.PHONY: help venv cache-teacher distill finetune-classes convert test check format clean clean-run FORCE
 
 help: ## this list
 	@echo "usage: make TARGET [CONFIG='a.yaml b.yaml'] [RUN=runs/name] [ARGS='--option value']"
@@ -82,6 +108,9 @@ distill: $(DISTILL) ## train a velocity model from the cache, export it to RUN/d
 
 finetune-classes: $(CLASSES) ## fine-tune it by class priorities, export it to RUN/classes
 	@$(call rest,classes)
+
+convert: $(STAMP) ## convert a fine-tune: TEACHER=MODEL BASE=RUN, into RUN or runs/MODEL
+	$(BIN)/sollune convert $(TEACHER) --config $(CONFIG) --base $(BASE) --out $(CONVERTED) --workers $(PROCESSES) $(ARGS)
 
 # A command writes COMPLETE last. It is called again when its configuration is newer, or when ARGS are for it;
 # the program then finds what is already there, or says which fields differ.

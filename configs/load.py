@@ -18,7 +18,8 @@ from configs.yaml_text import read_yaml
 from stages.system.refusal import Refused, did_you_mean, format_value
 
 SECTIONS = (
-    "cache_teacher", "distill", "finetune_classes", "evaluate", "sample", "import", "export", "publish", "doctor",
+    "cache_teacher", "distill", "finetune_classes", "convert", "evaluate", "sample", "import", "export", "publish",
+    "doctor",
 )  # fmt: skip
 
 C = TypeVar("C", bound=Strict)
@@ -94,6 +95,8 @@ def first_error(error: ValidationError, model: type[Strict], content: Any) -> tu
     path, value = _key_path(first, content), first["input"]
     if first["type"] == "missing":
         return path, "required - write it there"
+    if first["type"] == "union_tag_invalid":
+        value = first["ctx"]["tag"]
     problem = _problem(first, path, model)
     return path, problem if not path or isinstance(value, Mapping | Strict) else f"{format_value(value)}: {problem}"
 

@@ -14,10 +14,13 @@ from stages.system.terminal import prepare_streams, quiet_libraries
 
 RUN_MARKS = ("origin.json", "cache.yaml", "config.yaml", "cache")
 """Each is in a run folder, and in no model folder."""
+RUN_OPTIONS = {"convert": "--out"}
+"""Command -> the option that names its run folder, if that is not --run."""
 MEMORY_HINTS = {
     "cache-teacher": "lower render.batch_size",
     "distill": "raise train.accumulate, which keeps the batch, or lower train.batch_size (train.batch_pixels)",
     "finetune-classes": "raise train.accumulate, which leaves the batch as it is, or lower render.batch_size",
+    "convert": "raise train.accumulate, which keeps the batch, or lower render.batch_size and the samplers' batch_size",
     "evaluate": "lower fidelity.prompts and paired.prompts",
 }
 """Command -> how to make it use less memory."""
@@ -51,6 +54,7 @@ COMMANDS = (
     Command(
         "finetune-classes", "stages.finetune_classes", "configured", "fine-tune it by class priorities, and export it"
     ),
+    Command("convert", "stages.convert.command", "argv", "convert a fine-tune, from the student of its base model"),
     Command("evaluate", "stages.evaluate.measure", "argv", "measure a run against its teacher"),
     Command("classes", "stages.classes.classes_command", "argv", "show what a class file means, or suggest one"),
     Command("david", "stages.evaluate.david", "argv", "show what David measures in a run's student (show RUN)"),
@@ -120,9 +124,14 @@ def memory_hint(argv: Sequence[str]) -> str:
 
 
 def run_folder(argv: Sequence[str], runs: Sequence[Path]) -> Path | None:
-    """The run folder of a command, if it exists: that of `runs`, the value of --run, or else the first that is one."""
-    named = [*map(str, runs)] or [word.removeprefix("--run=") for word in argv if word.startswith("--run=")]
-    named = named or [value for option, value in pairwise(argv) if option == "--run"]
+    """The run folder that a command writes to, if it exists.
+
+    That of `runs`, or the value of --run (--out of a command that reads one run and writes another), or else the first
+    argument that is a run.
+    """
+    option = RUN_OPTIONS.get(next(iter(argv), ""), "--run")
+    named = [*map(str, runs)] or [word.removeprefix(f"{option}=") for word in argv if word.startswith(f"{option}=")]
+    named = named or [value for word, value in pairwise(argv) if word == option]
     if named:
         return Path(named[-1]) if _exists(Path(named[-1], ".")) else None
     folders = (Path(word) for word in argv if not word.startswith("-"))

@@ -84,6 +84,42 @@ def test_plain_values_are_taken(words: list[str]) -> None:
     assert f"--run {run}" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "out"),
+    [
+        (["TEACHER=models/style.safetensors", "BASE=runs/tiny"], "runs/style"),
+        (["TEACHER=models/style/", "BASE=runs/tiny"], "runs/style"),
+        (["TEACHER=someone/style@v1", "BASE=runs/tiny", "RUN=runs/own"], "runs/own"),
+        (["TEACHER=models/dream_v1.5", "BASE=runs/tiny"], "runs/dream_v1.5"),
+        (["TEACHER=models/dream_v1.5.ckpt", "BASE=runs/tiny"], "runs/dream_v1.5"),
+    ],
+)
+def test_a_conversion_goes_to_a_run_of_its_own(words: list[str], out: str) -> None:
+    done = make("convert", *words)
+    assert done.returncode == 0, done.stderr
+    model = words[0].removeprefix("TEACHER=")
+    assert f"sollune convert {model} --config configs/tiny.yaml --base runs/tiny --out {out}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "TEACHER = ''"),
+        (["TEACHER=models/style"], "BASE = ''"),
+        (["TEACHER=a b", "BASE=runs/tiny"], "TEACHER = 'a b'"),
+        (["TEACHER=a;b", "BASE=runs/tiny"], "TEACHER = a;b: holds ;"),
+        (["TEACHER=-x", "BASE=runs/tiny"], "TEACHER = -x"),
+        (["TEACHER=a", "BASE=$(HOME)"], "BASE = $(HOME): holds"),
+        (["TEACHER=a", "BASE=-x"], "BASE = -x"),
+    ],
+)
+def test_a_conversion_of_no_single_model_and_base_is_refused(words: list[str], named: str) -> None:
+    done = make("convert", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"*** {named}" in done.stderr
+    assert " - name " in done.stderr
+
+
 def test_make_in_another_folder_prints_how(tmp_path: Path) -> None:
     done = make("-f", str(ROOT / "Makefile"), "distill", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")

@@ -12,7 +12,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from configs.values import PictureSize
-from stages.export.history import RunHistory, metric_tables, model_index_results
+from stages.export.history import RunHistory, conversion_table, lora_table, metric_tables, model_index_results
+from stages.export.measured_loras import NOTE as LORA_NOTE
 
 OPENRAIL = "creativeml-openrail-m"
 STABLE_DIFFUSION_1 = {
@@ -29,6 +30,14 @@ FLOW_SUMMARY = """\
 A Stable Diffusion 1.x model that predicts the **velocity** of the straight path
 `x_s = (1 - s) x0 + s eps`, `v = eps - x0`, at the timestep `1000 s`. It was distilled by sollune from a cache of its
 teacher's own predictions."""
+CONVERTED_SUMMARY = """\
+A Stable Diffusion 1.x model that predicts the **velocity** of the straight path
+`x_s = (1 - s) x0 + s eps`, `v = eps - x0`, at the timestep `1000 s`. It was converted by sollune from a fine-tuned
+model: it started from {start} and was trained shortly on a cache of the fine-tune's own predictions."""
+STARTS = {
+    "delta": "the flow student of its base model plus what the fine-tune changed in that model's weights",
+    "graft": "the fine-tune itself, its time embedding re-solved for the time of the path",
+}
 FLOW_SCHEDULER_NOTE = """\
 Keep the scheduler of this folder: UniPC with `use_flow_sigmas`, `prediction_type: flow_prediction` and
 `flow_shift: {flow_shift:g}` (`DPMSolverMultistepScheduler` with the same settings works as well). Most schedulers for
@@ -102,7 +111,10 @@ def model_card(facts: Mapping[str, Any], history: RunHistory | None = None) -> s
             [_example_code(prompt, facts), *_size_lines(facts), scheduler_note, *_clip_skip_notes(facts)]
         ),
         "Samples": "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
-        "Figures": (metric_tables(history.evaluation) if history else "") or NOT_MEASURED,
+        "Figures": _figures(history),
+        "LoRAs made for its teacher": f"{LORA_NOTE}\n\n{lora_table(history.loras)}"
+        if history and history.loras
+        else "",
         "How it was made": _provenance_section(facts, history),
         "Biases, limits, safety": f"{LIMITS_TEXT}\n\n{SD1_LIMITS_TEXT}" if _is_sd1(facts) else LIMITS_TEXT,
         "Licence": _licence_section(facts),
@@ -111,10 +123,23 @@ def model_card(facts: Mapping[str, Any], history: RunHistory | None = None) -> s
     title = facts.get("title", f"{'A velocity model' if is_flow else 'A v-predicting model'} (sollune)")
     body = [
         f"# {title}",
-        FLOW_SUMMARY if is_flow else VP_SUMMARY,
+        _summary(facts, is_flow),
         *(f"## {head}\n\n{text}" for head, text in sections.items() if text),
     ]
     return str(ModelCard(f"---\n{_front_matter(facts, history, is_flow).to_yaml()}\n---\n" + "\n\n".join(body) + "\n"))
+
+
+def _summary(facts: Mapping[str, Any], is_flow: bool) -> str:
+    """What the model is, in a paragraph."""
+    if (start := facts.get("converted_from", {}).get("start")) in STARTS:
+        return CONVERTED_SUMMARY.format(start=STARTS[start])
+    return FLOW_SUMMARY if is_flow else VP_SUMMARY
+
+
+def _figures(history: RunHistory | None) -> str:
+    """The tables of what was measured of this checkpoint."""
+    tables = [metric_tables(history.evaluation), conversion_table(history.conversion)] if history else []
+    return "\n\n".join(filter(None, tables)) or NOT_MEASURED
 
 
 def _example_code(prompt: str, facts: Mapping[str, Any]) -> str:
@@ -194,9 +219,10 @@ def _licence_section(facts: Mapping[str, Any]) -> str:
 
 def _added_parts(facts: Mapping[str, Any]) -> list[str]:
     """What was put into the teacher and has other authors."""
+    mixed = [f"the fine-tune `{one['name']}`" for one in facts.get("mix", ())]
     loras = [f"the LoRA `{lora['name']}`" for lora in facts.get("loras", ())]
     parts = {"vae": "the autoencoder of", "parts": "parts of"}
-    return loras + [f"{words} `{facts[key]['name']}`" for key, words in parts.items() if key in facts]
+    return mixed + loras + [f"{words} `{facts[key]['name']}`" for key, words in parts.items() if key in facts]
 
 
 def _teacher_licence(facts: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ The metrics are rendered as the Markdown tables and the `model-index` of the mod
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,17 @@ from huggingface_hub import EvalResult
 
 from shards.manifest import MANIFEST_FILE, Manifest
 from stages.classes.specification import load_classes
+from stages.export.measured_loras import HEADS, lora_rows, read_measured_loras
 from stages.nets.run_folder import cache_folder, is_run
 from stages.system.refusal import Refused, in_one_line
 
-STUDENT_KEY = "student"
-LOCAL_SETTINGS = {"run", "teacher", "device", "processes", "resume", "hub", "classes"}
+STUDENT_KEY, POLISHED_KEY = "student", "polished"
+CONVERSION_FILE = "convert.json"
+"""The verdict of a conversion, in its run folder."""
+LOCAL_SETTINGS = {
+    "run", "teacher", "device", "processes", "resume", "hub", "classes",
+    "base", "base_teacher", "mix", "out", "plan", "workers", "no_disk_check",
+}  # fmt: skip
 """Settings that mean something on the machine of the run alone."""
 
 
@@ -35,6 +41,10 @@ class RunHistory:
     """What `sollune evaluate` measured of this very checkpoint; empty when nothing was measured."""
     pictures: Mapping[str, Path]
     """Name in the export -> picture of the run."""
+    conversion: Mapping[str, Any] = field(default_factory=dict)
+    """What `sollune convert` measured of this very checkpoint; empty for any other run."""
+    loras: Sequence[Mapping[str, Any]] = ()
+    """What was measured of LoRAs on this very checkpoint."""
 
     @property
     def prompts(self) -> list[str]:
@@ -55,6 +65,8 @@ def read_history(run: Path, samples: int) -> RunHistory | None:
         _read_cache_facts(cache_folder(run)),
         _read_evaluation(run / "evaluation.json", samples),
         _newest_grid(run / "grids", samples),
+        _read_conversion(run / CONVERSION_FILE, samples),
+        read_measured_loras(run / "loras", samples),
     )
 
 
@@ -109,6 +121,20 @@ def _read_evaluation(file: Path, samples: int) -> dict[str, Any]:
         raise Refused(f"{file}: no evaluation of ours ({in_one_line(error)}) - measure again or remove it") from error
 
 
+def _read_conversion(file: Path, samples: int) -> dict[str, Any]:
+    """The verdict of this very checkpoint."""
+    if not file.is_file():
+        return {}
+    try:
+        conversion: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        conversion_table(conversion)
+        return conversion if conversion["samples"] == samples else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Refused(
+            f"{file}: no verdict of ours ({in_one_line(error)}) - remove it and start the run's command again"
+        ) from error
+
+
 def _newest_grid(folder: Path, samples: int) -> dict[str, Path]:
     """The run's newest comparison grid up to `samples`."""
     grids = {int(path.stem): path for path in folder.glob("*.png") if path.stem.isdecimal()}
@@ -126,6 +152,11 @@ def metric_tables(evaluation: Mapping[str, Any]) -> str:
     }
     texts = [table(evaluation[name]) for name, table in tables.items() if evaluation.get(name)]
     return "\n\n".join(filter(None, texts))
+
+
+def lora_table(loras: Sequence[Mapping[str, Any]]) -> str:
+    """The LoRAs that were measured; an empty text where there are none."""
+    return _markdown_table("LoRAs of the teacher on this model", HEADS, lora_rows(loras))
 
 
 def model_index_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
@@ -175,6 +206,39 @@ def _paired_table(paired: Mapping[str, Any]) -> str:
     ]
     heads = ["", "steps", "error", "teacher's own", "unrelated", "score"]
     return _markdown_table("Paired-noise error: the same noise must give the teacher's picture", heads, rows)
+
+
+def conversion_table(conversion: Mapping[str, Any]) -> str:
+    """Paired errors of the polished student, of its possible starts and of the base's student; "" for no conversion.
+
+    Beside each the ratio of the polished student's error to it, with its 95 % interval.
+    """
+    rows = []
+    for model, errors in (conversion.get("errors") or {}).items():
+        ratios = {one["steps"]: one for one in conversion["comparisons"].get(model, ())}
+        for error in errors:
+            ratio = ratios.get(error["steps"], {})
+            rows.append(
+                [
+                    model,
+                    str(error["steps"]),
+                    *(_cell(error[key]) for key in ("student", "floor", "ceiling", "score")),
+                    _interval(error["interval"]),
+                    _cell(ratio.get("ratio")),
+                    _interval(ratio.get("ratio_interval")),
+                ]
+            )
+    heads = ["", "steps", "error", "teacher's own", "unrelated", "score", "95 %", "polished / this", "95 %"]
+    title = (
+        f"Conversion: paired-noise error on {conversion.get('prompts')} prompts at {conversion.get('size')}; base is "
+        "the student of the base model, unchanged; delta that student plus what the fine-tune changed; graft the "
+        "fine-tune with its time embedding re-solved; polished is this model"
+    )
+    return _markdown_table(title, heads, rows)
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def _velocity_table(velocity: Mapping[str, Any]) -> str:

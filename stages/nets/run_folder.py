@@ -1,7 +1,7 @@
 """A run folder of `distill` or `finetune-classes` for its readers: its teacher, its tail policy, its weights."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.values import PictureSize
-from shards.manifest import Manifest
+from shards.manifest import Manifest, Recipe
 from stages.flow.bridge import TailPolicy
 from stages.nets.components import Components, load_components
 from stages.nets.lora import LoraConfig, add_adapters, load_adapters, merge_adapters
 from stages.nets.student import Student, Target, make_vp_bridge
 from stages.system.atomic import atomic_path, atomic_write
 from stages.system.refusal import Refused, in_one_line
-from stages.teacher_files.recorded import absolute_place, changed_parts, find_teacher, recorded_sources
+from stages.teacher_files.recorded import MOVE_OPTION, absolute_place, changed_parts, find_teacher, recorded_sources
 from stages.teacher_files.source import TeacherMove, TeacherSource
 
 ORIGIN_FILE, CHECKPOINTS_FOLDER, WEIGHTS_FILE, COMPLETE_MARK = (
@@ -29,6 +29,8 @@ ORIGIN_FILE, CHECKPOINTS_FOLDER, WEIGHTS_FILE, COMPLETE_MARK = (
     "ema.safetensors",
     "COMPLETE",
 )
+BASE_PLACE = "folder"
+"""The entry of `Origin.base` that means something on one machine alone."""
 BASE_FILE = "base.safetensors"
 """The weights beside which adapters were trained, in the folder of a run whose checkpoints hold those alone."""
 
@@ -54,21 +56,32 @@ class Origin:
     """The `TeacherSource` with absolute paths; None in runs of before, whose teacher was its location alone."""
     sizes: tuple[str, ...] = ()
     """The picture sizes that its training cache holds, that of the largest share first; empty in runs of before."""
+    base: Mapping[str, Any] | None = None
+    """Of a converted fine-tune: the run it was started from, its weights, and the start; None for any other run."""
 
     @classmethod
     def from_manifest(
         cls, manifest: Manifest, teacher: TeacherMove | str | None = None, target: Target = "velocity"
     ) -> "Origin":
         """The origin of a student of this cache; `teacher` is where the teacher lies now, if it moved."""
-        recipe = manifest.recipe
+        # A small share may have drawn no prompt of the training split, and then the student did not learn the size.
+        return cls.from_recipe(manifest.recipe, {str(size) for size in manifest.sizes_of("train")}, teacher, target)
+
+    @classmethod
+    def from_recipe(
+        cls,
+        recipe: Recipe,
+        present: Collection[str],
+        teacher: TeacherMove | str | None = None,
+        target: Target = "velocity",
+    ) -> "Origin":
+        """The same of a cache with this recipe, whose training split has pictures of the sizes `present`."""
         digests: Any = recipe.identity["teacher"]
         render: Any = recipe.identity["render"]
         location = str(recipe.information["teacher_location"])
         path = recipe.information.get("teacher_path")
         source: Any = recipe.information.get("teacher_source")
         shares: Any = render.get("sizes") or ()
-        # A small share may have drawn no prompt of the training split, and then the student did not learn the size.
-        present = {str(size) for size in manifest.sizes_of("train")}
         sizes = tuple(size for one in sorted(shares, key=lambda one: -one["share"]) if (size := one["size"]) in present)
         place, sha256 = str(path) if path else None, recipe.fingerprint()
         origin = cls(location, digests, render["tail"], sha256, target, teacher_path=place, source=source, sizes=sizes)
@@ -128,7 +141,8 @@ class Origin:
         lora = {"lora": self.lora} if self.lora else {}
         native = components.native_size
         sizes = {"native_size": str(native), "sizes": [str(size) for size in self.learnt_sizes(native)]}
-        teacher = {**components.name_facts, **components.change_facts}
+        base = {key: value for key, value in (self.base or {}).items() if key != BASE_PLACE}
+        teacher = {**components.name_facts, **components.change_facts, **({"converted_from": base} if base else {})}
         return {**teacher, "tail": self.tail, **recipe, **lora, "samples": samples, **sizes}
 
     def save(self, folder: Path) -> None:
@@ -173,14 +187,22 @@ def open_run(folder: Path, samples: int | None = None) -> SavedRun:
     return SavedRun(folder, Origin.open(folder), weights[chosen], chosen)
 
 
-def load_run_teacher(origin: Origin, device: torch.device, dtype: torch.dtype) -> Components:
-    """The teacher of a run; raises `Refused` when it is missing or no longer the one that made the cache."""
-    files = find_teacher(origin.teacher_sources())
+def newest_checkpoint(folder: Path) -> int:
+    """The training samples of a run's newest checkpoint; 0 where it has none."""
+    return max(_checkpoint_weights(folder), default=0)
+
+
+def load_run_teacher(origin: Origin, device: torch.device, dtype: torch.dtype, option: str = MOVE_OPTION) -> Components:
+    """The teacher of a run; raises `Refused` when it is missing or no longer the one that made the cache.
+
+    `option` says where a teacher lies that moved.
+    """
+    files = find_teacher(origin.teacher_sources(), option)
     if changed := changed_parts(origin.teacher_sha256, files):
         place = files.location if files.is_composed else files.folder
         raise Refused(
             f"teacher: {place}: {', '.join(changed)} changed since the cache was made - "
-            "put the same model there, say where it lies now with --teacher, or make the cache again"
+            f"put the same model there, say where it lies now with {option}, or make the cache again"
         )
     return load_components(files, device, dtype)
 

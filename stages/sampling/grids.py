@@ -182,11 +182,13 @@ def grid_hook(
     settings: Mapping[str, Any],
     load_baseline: Callable[[], Student] | None = None,
     sizes: Sequence[PictureSize] = (),
+    baseline: Student | None = None,
 ) -> Callable[[int, Student], None]:
     """A function of (samples, student) that writes `<folder>/<samples>.png`, unless the file exists.
 
     A row for each text. Columns, with these titles, for each of `sizes` (none: the teacher's own): the teacher and, if
-    any, a baseline student, both sampled once and with the first sampler; then the student with each sampler.
+    any, a baseline student, both sampled once and with the first sampler; then the student with each sampler. The
+    baseline is loaded for the first grid; one that changes afterwards is given as `baseline` and sampled at once.
     """
     parts, cond, uncond = teacher.components, teacher.encode_texts(texts), teacher.uncond
     native = parts.native_size
@@ -197,12 +199,18 @@ def grid_hook(
     noises = {size: fixed_noises(seed, len(texts), parts.latent_shape(size)).to(cond.device) for size in sizes}
     fixed: dict[PictureSize, list[Tensor]] = {}
 
+    def sample_fixed(size: PictureSize, other: Student | None) -> list[Tensor]:
+        inputs, scaled = (cond, uncond, noises[size]), samplers[0].scaled_to(size, native)
+        columns = [sample_teacher(teacher, *inputs, scaled)]
+        return [*columns, sample_student(other, *inputs, scaled)] if other else columns
+
+    if baseline:
+        fixed.update({size: sample_fixed(size, baseline) for size in sizes})
+
     def sample_columns(size: PictureSize, student: Student) -> list[Tensor]:
         inputs, scaled = (cond, uncond, noises[size]), [one.scaled_to(size, native) for one in samplers]
         if size not in fixed:
-            fixed[size] = [sample_teacher(teacher, *inputs, scaled[0])]
-            if load_baseline:
-                fixed[size].append(sample_student(load_baseline(), *inputs, scaled[0]))
+            fixed[size] = sample_fixed(size, load_baseline() if load_baseline else None)
         return [*fixed[size], *(sample_student(student, *inputs, sampler) for sampler in scaled)]
 
     def save_grid(samples: int, student: Student) -> None:
