@@ -285,9 +285,10 @@ def fault_of_make(words: Sequence[str]) -> str | None:
     for target in named:
         if target in {command.name for command in program.COMMANDS}:
             files = values.get("CONFIG", "configs/tiny.yaml").split()
-            fault = fault_of_sollune(
-                (target, "--config", *files, "--run", "runs/x", *shlex.split(values.get("ARGS", "")))
-            )
+            run = ("--run", "runs/x")
+            if target == "convert":
+                run = (values.get("TEACHER", ""), "--base", values.get("BASE", ""), "--out", "runs/x")
+            fault = fault_of_sollune((target, *run, "--config", *files, *shlex.split(values.get("ARGS", ""))))
             if fault:
                 return fault
     return None
