@@ -232,7 +232,7 @@ def test_a_model_that_does_not_fit_beside_a_good_one_is_refused(name, refused, h
     [
         (float("nan"), ["weight", "finite"]),
         (float("inf"), ["weight", "finite"]),
-        (10**400, ["weight"]),
+        (10**400, ["--teacher.mix", "a number of more than 100 digits"]),
         (0, ["weight", "other number than 0", "leave the model out"]),
         (-0.0, ["weight", "leave the model out"]),
         ("much", ["weight", "much"]),

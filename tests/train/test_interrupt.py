@@ -12,8 +12,9 @@ import pytest
 
 # Prints during its run, as training does, and writes a file after a signal.
 PRINTING = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
 from stages.system.signals import Interruption
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
 with Interruption() as interruption:
     print("begun", flush=True)
     until = time.monotonic() + 20
