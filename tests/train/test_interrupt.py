@@ -12,9 +12,8 @@ import pytest
 
 # Prints during its run, as training does, and writes a file after a signal.
 PRINTING = """
-import pathlib, signal, sys, time
+import pathlib, sys, time
 from stages.system.signals import Interruption
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
 with Interruption() as interruption:
     print("begun", flush=True)
     until = time.monotonic() + 20
@@ -23,6 +22,8 @@ with Interruption() as interruption:
     print("a line of the journal", flush=True)
     pathlib.Path(sys.argv[1]).write_text(str(interruption.signal_number))
 """
+# The tests themselves may run under nohup.
+HANGS_UP = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_a_closed_terminal_leaves_time_for_the_step_and_the_checkpoint(
     tmp_path: Path, terminal: tuple[int, int]
 ) -> None:
     shown, printed = terminal
-    words = ["setsid", "--ctty", sys.executable, "-c", PRINTING, str(tmp_path / "left")]
+    words = ["setsid", "--ctty", sys.executable, "-c", HANGS_UP + PRINTING, str(tmp_path / "left")]
     program = subprocess.Popen(words, stdin=printed, stdout=printed, stderr=printed)
     try:
         os.close(printed)
