@@ -2,19 +2,21 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
+from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.values import PictureSize
-from shards.batch import collate
-from shards.record import Record
-from stages.cache.plan import peak_memory
-from stages.cache.targets import make_records
-from stages.cache_teacher import cost_of
+from shards.batch import Batch, collate
+from stages.cache.fill import ShardTask, unfinished_tasks
+from stages.cache.plan import blank_record, peak_memory
+from stages.cache_teacher import CacheJob, record_bytes_by_size
 from stages.convert.conversion import Conversion
 from stages.convert.results import START_FILE, VERDICT_FILE
 from stages.evaluate.paired import REFERENCE_FACTOR
@@ -24,11 +26,10 @@ from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.system.device import one_thread
 from stages.system.disk import free_bytes
-from stages.system.memory import GIB
+from stages.system.memory import GIB, available_bytes
 from stages.train.block_weighter import BlockWeighter
 from stages.train.loop import initial_state
 from stages.train.objective import Objective
-from stages.train.state import checkpoint_bytes
 from stages.train.step import TrainingStep
 
 BRANCHES = 2
@@ -37,6 +38,11 @@ FORWARD_AND_BACKWARD = 3
 COMPARED_FLOPS = 30e12
 """Operations a second of a device with which the cost is compared."""
 VERDICT_STUDENTS = 4
+WEIGHT_AVERAGE_GRADIENT = 3
+MOMENTS = {"adamw": 2.0, "adamw_8bit": 0.5, "muon": 1.0}
+"""Of an optimizer, in numbers of four bytes for each weight; Muon's own, for all weights."""
+CHECKPOINT_COPIES = 4
+"""Weights, average and two moments."""
 EXPORTED_COPIES = 2
 """The diffusers folder, and the single file beside it."""
 
@@ -72,6 +78,7 @@ class Plan:
     disk: dict[str, int]
     """Bytes that stay, by what they are."""
     folder: Path
+    remark: str = ""
 
     def lines(self) -> list[str]:
         """The plan as text."""
@@ -81,6 +88,7 @@ class Plan:
         on_device = flop / COMPARED_FLOPS / 60
         return [
             *(part.line(self.flop_of_pass) for part in self.parts),
+            *([self.remark] if self.remark else []),
             f"time     {seconds / 60:.1f} minutes, if it stays as busy here as it is now, {self.start_seconds:.0f} s "
             "of them to start",
             f"counted  {flop / 1e12:,.1f} TFLOP, {self.flop_of_pass / 1e9:,.2f} GFLOP a pass: {on_device:,.1f} minutes "
@@ -99,13 +107,11 @@ def print_plan(conversion: Conversion) -> None:
 
 
 def make_plan(conversion: Conversion) -> Plan:
-    """Count the passes of each part, and measure a pass, a training step and the cache's first batch."""
+    """Count the passes of each part; a pass is measured here, and a training step where its memory allows."""
     config, job, teacher = conversion.config, conversion.job, conversion.teacher
-    size = conversion.main_size
-    records = sample_records(conversion, size)
-    cost = cost_of(job)
-    cache_peak = peak_memory()
-    seconds_of_pass, flop_of_pass = measure_pass(teacher, records)
+    size, start = conversion.main_size, time.time() - psutil.Process().create_time()
+    cache = cache_cost(job)
+    seconds_of_pass = pass_seconds(teacher, size, min(config.train.batch_size, config.render.batch_size))
     unet_bytes = sum(value.numel() * 4 for value in teacher.components.unet.parameters())
     sampled_peak = peak_memory() + unet_bytes * (1 if teacher.components.unet.device.type == "cuda" else 2)
 
@@ -113,26 +119,52 @@ def make_plan(conversion: Conversion) -> Plan:
     if not (conversion.folder / START_FILE).exists():
         passes = paired_passes(config.probe.prompts, [config.probe.sampler.steps], 1 + len(config.start_names))
         parts.append(PartCost("probe", passes, passes * seconds_of_pass, sampled_peak))
-    states = config.render.states
-    calls = BRANCHES * (states.steps + states.renoised_states)
-    parts.append(PartCost("cache", cost.prompts * calls, cost.seconds, cache_peak))
-    measured, extra = measure_step(conversion, records), checkpoint_passes(conversion)
-    samples = remaining_samples(conversion)
-    steps = math.ceil(samples / config.train.batch_size)
-    passes = samples * BRANCHES * FORWARD_AND_BACKWARD + extra
-    seconds = steps * measured.seconds + extra * seconds_of_pass
-    parts.append(PartCost("polish", passes, seconds, measured.memory))
+    parts.append(cache)
+    samples, extra = remaining_samples(conversion), checkpoint_passes(conversion)
+    trained = samples * BRANCHES * FORWARD_AND_BACKWARD
+    remark = ""
+    if (needed := step_bytes(conversion)) > (free := free_memory(conversion)):
+        seconds, memory = trained * seconds_of_pass, needed
+        remark = (
+            f"polish   a step takes more than {needed / GIB:.2f} GiB, {free / GIB:.2f} are free: counted, not measured"
+        )
+    else:
+        step = measure_step(conversion, size)
+        seconds, memory = math.ceil(samples / config.train.batch_size) * step.seconds, step.memory
+    parts.append(PartCost("polish", trained + extra, seconds + extra * seconds_of_pass, memory))
     if not (conversion.folder / VERDICT_FILE).exists():
         passes = paired_passes(config.verdict.prompts, config.verdict.steps, VERDICT_STUDENTS)
         parts.append(PartCost("verdict", passes, passes * seconds_of_pass, sampled_peak))
     kept = config.train.keep.last + 1  # the best stays too
+    stored = sum(record_bytes_by_size(job)[task.size] * len(task.prompts) for task in missing_tasks(job))
     return Plan(
         tuple(parts),
-        cost.start_seconds,
-        flop_of_pass,
-        {"cache": cost.bytes, "checkpoints": kept * measured.checkpoint_bytes, "export": exported_bytes(teacher)},
+        start,
+        pass_operations(teacher, size),
+        {"cache": stored, "checkpoints": kept * CHECKPOINT_COPIES * unet_bytes, "export": exported_bytes(teacher)},
         config.out,
+        remark,
     )
+
+
+def missing_tasks(job: CacheJob) -> list[ShardTask]:
+    """The shards of the cache that are not there yet."""
+    return unfinished_tasks(job.writer, job.tasks)
+
+
+def cache_cost(job: CacheJob) -> PartCost:
+    """The cache's cost by its passes, of which one of each picture size is measured in the cache's own precision."""
+    states, passes, seconds = job.config.render.states, 0, 0.0
+    calls = BRANCHES * (states.steps + states.renoised_states)
+    prompts = Counter[PictureSize]()
+    rows: dict[PictureSize, int] = {}
+    for task in missing_tasks(job):
+        prompts[task.size] += len(task.prompts)
+        rows[task.size] = task.batch_size
+    for size, count in prompts.items():
+        passes += count * calls
+        seconds += count * calls * pass_seconds(job.teacher, size, rows[size])
+    return PartCost("cache", passes, seconds, peak_memory())
 
 
 def paired_passes(prompts: int, steps: Sequence[int], students: int) -> int:
@@ -156,30 +188,51 @@ def checkpoint_passes(conversion: Conversion) -> int:
     return BRANCHES * (checkpoints * (validated + shown + gated) + 2 * shown) + reference
 
 
-def sample_records(conversion: Conversion, size: PictureSize) -> list[Record]:
-    """Records of the first prompts of one size, as many as a training step reads."""
-    config, job = conversion.config, conversion.job
-    task = next((one for one in job.all_tasks if one.size == size), job.all_tasks[0])
-    wanted = math.ceil(config.train.rows_of(task.size) / config.render.states.states_per_prompt)
-    prompts = task.prompts[: min(wanted, task.batch_size)]
-    keys = [f"{number:09d}" for number in task.numbers[: len(prompts)]]
-    with one_thread():
-        return make_records(job.teacher, prompts, keys, config.render.states, task.size)
-
-
-def measure_pass(teacher: Teacher, records: Sequence[Record]) -> tuple[float, float]:
-    """Seconds and operations of one pass, of a batch of states under both branches."""
-    batch = collate(records, [0] * len(records)).to(teacher.uncond.device, torch.float32)
+def pass_seconds(teacher: Teacher, size: PictureSize, rows: int) -> float:
+    """The seconds of one latent's pass, in a batch of `rows` states under both branches; the first call warms up."""
+    batch = blank_batch(teacher, size, rows)
+    k, s = teacher.bridge.nearest_state(torch.full([rows], 0.5, device=batch.s.device))
 
     def predict() -> None:
-        teacher.predict(batch.x_s, batch.s, batch.k, batch.cond, teacher.uncond)
+        teacher.predict(batch.x_s, s.float(), k, batch.cond, teacher.uncond)
 
-    predict()
-    seconds = seconds_of(predict)
-    with FlopCounterMode(display=False) as counter:
+    with one_thread():
         predict()
-    passes = BRANCHES * len(records)
-    return seconds / passes, counter.get_total_flops() / passes
+        return seconds_of(predict) / (BRANCHES * rows)
+
+
+def pass_operations(teacher: Teacher, size: PictureSize) -> int:
+    """The multiplications of one latent's pass, each counted with its addition as two.
+
+    Of a network without values: the kernels by which a processor computes attention are not all known to the counter.
+    """
+    parts = teacher.components
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        unet = UNet2DConditionModel.from_config(parts.unet.config)
+        unet(torch.zeros(1, *parts.latent_shape(size)), 500, teacher.uncond.to("meta", torch.float32))
+    return int(counter.get_total_flops())
+
+
+def blank_batch(teacher: Teacher, size: PictureSize, rows: int) -> Batch:
+    """Rows of the shapes that a batch of this size has."""
+    batch = collate([blank_record(teacher, 1, size)] * rows, [0] * rows)
+    return batch.to(teacher.uncond.device, torch.float32)
+
+
+def step_bytes(conversion: Conversion) -> int:
+    """What a training step takes beyond the models that are loaded: all that is kept for each weight.
+
+    The activations come to it.
+    """
+    unet = conversion.teacher.components.unet
+    copies = WEIGHT_AVERAGE_GRADIENT + MOMENTS[conversion.config.train.optimizer.kind]
+    return int(copies * sum(value.numel() * 4 for value in unet.parameters()))
+
+
+def free_memory(conversion: Conversion) -> int:
+    """Bytes that are free on the device of the training."""
+    device = conversion.runtime.device
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
 @dataclass(frozen=True)
@@ -188,11 +241,10 @@ class MeasuredStep:
 
     seconds: float
     memory: int
-    checkpoint_bytes: int
 
 
-def measure_step(conversion: Conversion, records: Sequence[Record]) -> MeasuredStep:
-    """A step on a batch of these records, of a plain copy of the fine-tune; of two the second is timed."""
+def measure_step(conversion: Conversion, size: PictureSize) -> MeasuredStep:
+    """A step on a batch of this size, of a plain copy of the fine-tune; of two the second is timed."""
     config, runtime, teacher = conversion.config, conversion.runtime, conversion.teacher
     student = Student.from_teacher(teacher.components.unet)
     objective = Objective(config.objective.model_copy(update={"block_weight": 0.0}), ())
@@ -200,13 +252,10 @@ def measure_step(conversion: Conversion, records: Sequence[Record]) -> MeasuredS
     state = initial_state(student, objective, config.train, conversion.folder, runtime, weighter)
     state.anomalies.path = None  # nothing is written
     step = TrainingStep(state, objective.to(runtime.device), teacher.uncond, config.train, runtime)
-    rows = config.train.batch_size
-    places = [divmod(i, len(records)) for i in range(rows)]
-    states = config.render.states.states_per_prompt
-    batch = collate([records[j] for _, j in places], [i % states for i, _ in places])
+    batch = blank_batch(teacher, size, config.train.batch_size)
     step(batch, 0.0)
     seconds = seconds_of(lambda: step(batch, 0.0))
-    measured = MeasuredStep(seconds, peak_memory(), checkpoint_bytes(student))
+    measured = MeasuredStep(seconds, peak_memory())
     runtime.release(step.model)
     return measured
 
