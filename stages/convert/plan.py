@@ -126,7 +126,7 @@ def make_plan(conversion: Conversion) -> Plan:
     if (needed := step_bytes(conversion)) > (free := free_memory(conversion)):
         seconds, memory = trained * seconds_of_pass, needed
         remark = (
-            f"polish   a step takes more than {needed / GIB:.2f} GiB, {free / GIB:.2f} are free: counted, not measured"
+            f"polish   a step may take {needed / GIB:.1f} GiB more, {free / GIB:.1f} are free: counted, not measured"
         )
     else:
         step = measure_step(conversion, size)
@@ -220,13 +220,13 @@ def blank_batch(teacher: Teacher, size: PictureSize, rows: int) -> Batch:
 
 
 def step_bytes(conversion: Conversion) -> int:
-    """What a training step takes beyond the models that are loaded: all that is kept for each weight.
+    """What a training step takes beyond the models that are loaded: what is kept for each weight, and as much again.
 
-    The activations come to it.
+    The activations depend on batch and size, and a system that runs out of memory ends any process.
     """
     unet = conversion.teacher.components.unet
     copies = WEIGHT_AVERAGE_GRADIENT + MOMENTS[conversion.config.train.optimizer.kind]
-    return int(copies * sum(value.numel() * 4 for value in unet.parameters()))
+    return int(2 * copies * sum(value.numel() * 4 for value in unet.parameters()))
 
 
 def free_memory(conversion: Conversion) -> int:

@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 
 from stages import __main__ as program
 from stages.cache.targets import StatesConfig, make_records
+from stages.convert import plan
 from stages.convert.plan import BRANCHES, paired_passes, remaining_samples
 from stages.convert.starts import Models, make_start, probe_starts
 from stages.convert.verdict import measure_verdict
@@ -88,3 +89,16 @@ def test_a_plan_counts_what_is_left_of_the_polish(tmp_path: Path) -> None:
         (checkpoint / "ema.safetensors").touch()
         counted.append(remaining_samples(left))  # type: ignore[arg-type]
     assert counted == [20, 12, 4, 0]
+
+
+def test_a_step_that_may_not_fit_the_memory_is_counted_and_not_tried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(plan, "measure_step", lambda *_: pytest.fail("a step was tried"))
+    words = ["convert", str(GOLDEN / "teacher"), "--base", str(GOLDEN), "--out", str(tmp_path / "out"), *SMALL]
+    assert program.main([*words, "--plan"]) == 0
+    polish = [line for line in capsys.readouterr().out.splitlines() if line.startswith("polish")]
+    assert len(polish) == 2
+    assert "counted, not measured" in polish[1]
+    assert int(polish[0].split()[1].replace(",", "")) > 20 * BRANCHES * 3
