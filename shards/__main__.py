@@ -80,6 +80,9 @@ def record_lines(record: "Record") -> Iterator[str]:
     for i, (k, s, on_trajectory) in enumerate(zip(states.k, states.s, states.trajectory, strict=True)):
         yield f"state {i:<10}k {int(k):>3}  s {float(s):.6f}  {'trajectory' if on_trajectory else 'fresh noise'}"
 
+    if record.landings is not None:
+        yield from (f"landing {i:<8}s {s:.6f}" for i, s in enumerate(record.landings.s.tolist()))
+
 
 def stats(args: argparse.Namespace) -> None:
     """Print how much there is, at which times, of which classes, and how fast the velocities are."""

@@ -1,42 +1,35 @@
-"""Rows for training, one state of one record each, from a split held in memory or read state by state from its shards.
+"""Batches: rows for training, one state of one record each."""
 
-A source of rows has `gather(records, state_indices)`: row i is state `state_indices[i]` of record number `records[i]`.
-"""
-
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from configs.values import PictureSize
-from shards.archive import RecordSpan, Shard
-from shards.integrity import Damaged
-from shards.opened import OpenShards
 from shards.record import (
     FEATURES,
     LATENTS,
-    PER_PROMPT,
+    NOT_PER_STATE,
+    PER_LANDING,
     ROW_FIELDS,
     STATE_FIELDS,
     Record,
     RecordHeader,
-    RecordLayout,
     tensors_of,
 )
-from shards.stream.order import Indices
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 PREFETCH_PER_WORKER = 2
-LATENT_FIELDS = tuple(STATE_FIELDS[name] for name in LATENTS)
+LATENT_FIELDS = (*(STATE_FIELDS[name] for name in LATENTS), "landing_x")
+TRAJECTORY_FIELDS = ("landing_x", "landing_s", "guidance_scale", "trajectory")
+"""The fields of a batch that are there only where its landings are."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +54,14 @@ class Batch:
     """the group under which the journal reports each row; None where it reports all rows together"""
     size: PictureSize | None = None
     """of the pictures, in pixels; None where the cache does not tell it"""
+    landing_x: Float[Tensor, "b m+1 c h w"] | None = None
+    """the record's landings, and x0 as the last one; None, as what follows, unless the rows were read with landings"""
+    landing_s: Float[Tensor, "b m+1"] | None = None
+    """float32; the last one is 0"""
+    guidance_scale: Float[Tensor, " b"] | None = None
+    """float32; of the sampling that gave the trajectory"""
+    trajectory: Bool[Tensor, " b"] | None = None
+    """whether the row's own state lies on the trajectory"""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -70,7 +71,7 @@ class Batch:
         return self._map(lambda _, values: values[selection])
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Batch":
-        """The same rows on a device; s stays float32, because a time does not survive half precision."""
+        """The same rows on a device; times stay float32, because a time does not survive half precision."""
 
         def moved(name: str, values: Any) -> Any:
             if not isinstance(values, Tensor):
@@ -92,14 +93,23 @@ class Batch:
         )
 
 
-def collate(records: Sequence[Record], state_indices: Sequence[int]) -> Batch:
-    """Row i is state `state_indices[i]` of `records[i]`, which have pictures of one size."""
+class Labels(NamedTuple):
+    """What a record has beside its tensors."""
+
+    key: str
+    text: str
+    class_name: str
+    guidance_scale: float
+
+
+def collate(records: Sequence[Record], state_indices: Sequence[int], *, landings: bool = False) -> Batch:
+    """Row i is state `state_indices[i]` of `records[i]`, which have pictures of one size; `landings`: with theirs."""
     rows = list(zip([tensors_of(record) for record in records], state_indices, strict=True))
-    return _batch(
+    return batch_of(
         records,
         {
-            name: torch.stack([tensors[name] if name in PER_PROMPT else tensors[name][i] for tensors, i in rows])
-            for name in _row_names(records[0].features.by_block)
+            name: torch.stack([tensors[name] if name in NOT_PER_STATE else tensors[name][i] for tensors, i in rows])
+            for name in row_names(records[0].features.by_block, landings)
         },
         torch.tensor(list(state_indices), dtype=torch.int64),
         records[0].size,
@@ -109,15 +119,20 @@ def collate(records: Sequence[Record], state_indices: Sequence[int]) -> Batch:
 def concatenate(batches: Sequence[Batch]) -> Batch:
     """The rows of all batches, one after the other; they must have the same size and blocks, and all groups or none.
 
-    Raises `ValueError` for batches of different sizes.
+    Raises `ValueError` for batches of different sizes, and where some have landings and others not.
     """
     if len(sizes := {batch.size for batch in batches}) > 1:
         raise ValueError(f"batches of {len(sizes)} sizes: {', '.join(map(str, sizes))}")
+
+    if len({batch.landing_x is None for batch in batches}) > 1:
+        raise ValueError("batches with landings and without")
 
     def joined(values: list[Any]) -> Any:
         return torch.cat(values) if isinstance(values[0], Tensor) else tuple(chain.from_iterable(values))
 
     names = {field.name for field in fields(Batch)} - {"features", "own_guidance", "group", "size"}
+    if batches[0].landing_x is None:
+        names -= {*TRAJECTORY_FIELDS}
     own = [torch.zeros(len(batch)) if batch.own_guidance is None else batch.own_guidance for batch in batches]
     return Batch(
         **{name: joined([getattr(batch, name) for batch in batches]) for name in names},
@@ -128,133 +143,13 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     )
 
 
-MAX_CACHED_HEADERS = 1 << 16
-"""Records whose texts and layouts stay in memory: some 50 MB."""
-MAX_GAP_BYTES = 16 << 10
-"""To read over this much costs less than a second read."""
-DISCARD_BUFFER = memoryview(bytearray(MAX_GAP_BYTES))
+def row_names(blocks: Iterable[str], landings: bool) -> tuple[str, ...]:
+    """The stored tensors that a row of a batch has, or, for landings, is made of."""
+    more = (*PER_LANDING, "x0", "trajectory") if landings else ()
+    return ("cond", *ROW_FIELDS, *(f"{FEATURES}{block}" for block in blocks), *more)
 
 
-class StreamedRows:
-    """Each state is read from its shard straight into its row of the batch; only headers are kept in memory."""
-
-    def __init__(self, shards: OpenShards, locate: Callable[[int], tuple[Shard, RecordSpan]], pinned: bool) -> None:
-        """`locate` says where record number n lies; `pinned` rows can be copied to a GPU while it computes."""
-        self._shards, self._locate, self._pinned = shards, locate, pinned
-        self._header = lru_cache(maxsize=MAX_CACHED_HEADERS)(lambda number: shards.header(*locate(number)))
-
-    def gather(self, records: Indices, state_indices: Indices) -> Batch:
-        """Row i is state `state_indices[i]` of record number `records[i]`."""
-        headers = [self._header(number) for number in records.tolist()]
-        indices = state_indices.tolist()
-        names = tuple(name for name in _row_names(headers[0].blocks) if name not in ("s", "k"))  # those are in headers
-        tensors, bytes_of = {}, {}
-        for name in names:
-            _, shape, dtype, _ = headers[0].layout.tensors[name]
-            tensors[name] = torch.empty(len(headers), *shape, dtype=dtype, pin_memory=self._pinned)
-            bytes_of[name] = memoryview(tensors[name].view(torch.uint8).numpy().data).cast("B")
-        for row, (number, header, index) in enumerate(zip(records.tolist(), headers, indices, strict=True)):
-            shard, span = self._locate(number)
-            for first, size, pieces in plan_reads(header.layout, names, index):
-                buffers = [
-                    bytes_of[name][row * length : (row + 1) * length] if name else DISCARD_BUFFER[:length]
-                    for name, length in pieces
-                ]
-                self._shards.read_into(shard, span.st_offset + first, buffers, size)
-        rows = list(zip(headers, indices, strict=True))
-        tensors["s"] = torch.tensor([header.s[index] for header, index in rows], dtype=torch.float32)
-        tensors["k"] = torch.tensor([header.k[index] for header, index in rows], dtype=torch.int64)
-        return _batch(headers, tensors, torch.from_numpy(state_indices), headers[0].size)
-
-
-@lru_cache(maxsize=1024)
-def plan_reads(
-    layout: RecordLayout, names: tuple[str, ...], state_index: int
-) -> list[tuple[int, int, list[tuple[str, int]]]]:
-    """(first byte, bytes, pieces) of every read that one state takes; a piece without a name fills a small gap."""
-    spans = []
-    for name in names:
-        offset, _, _, row_bytes = layout.tensors[name]
-        spans.append((offset + (0 if name in PER_PROMPT else state_index * row_bytes), row_bytes, name))
-    reads: list[tuple[int, int, list[tuple[str, int]]]] = []
-    for first, size, name in sorted(spans):
-        start, length, pieces = reads[-1] if reads else (0, 0, [])
-        gap = first - start - length
-        if reads and 0 <= gap <= MAX_GAP_BYTES:
-            pieces += [("", gap), (name, size)] if gap else [(name, size)]
-            reads[-1] = (start, length + gap + size, pieces)
-        else:
-            reads.append((first, size, [(name, size)]))
-    return reads
-
-
-class Labels(NamedTuple):
-    """The texts of a record."""
-
-    key: str
-    text: str
-    class_name: str
-
-
-class InMemoryRows:
-    """The records of one size of a split in memory, one tensor for each field, so that a batch is a selection."""
-
-    def __init__(
-        self, records: Iterable[Record], starts: Indices, pinned: bool, max_bytes: int, first: int = 0
-    ) -> None:
-        """`starts` is the first row of each record, and after the last one the number of all rows.
-
-        `first` is the number of the first of these records in the split.
-        Raises `Damaged` when the first record is so large that as many of them would not fit into `max_bytes`, which
-        the shards take.
-        """
-        self._starts, self._pinned, self._first = torch.from_numpy(starts), pinned, first
-        self._size: PictureSize | None = None
-        self._labels: list[Labels] = []
-        self._columns: dict[str, Tensor] = {}
-        for number, record in enumerate(records):
-            tensors = tensors_of(record)
-            if number == 0:
-                self._size = record.size
-                self._allocate(record, len(starts) - 1, int(starts[-1]), max_bytes)
-            self._labels.append(Labels(record.key, record.text, record.class_name))
-            rows = slice(int(starts[number]), int(starts[number + 1]))
-            for name, column in self._columns.items():
-                column[number if name in PER_PROMPT else rows] = tensors[name]
-
-    def _allocate(self, example: Record, records: int, rows: int, max_bytes: int) -> None:
-        tensors, needed = tensors_of(example), 0
-        shapes = dict[str, tuple[int, ...]]()
-        for name in _row_names(example.features.by_block):
-            shape = tensors[name].shape
-            shapes[name] = (records, *shape) if name in PER_PROMPT else (rows, *shape[1:])
-            needed += math.prod(shapes[name]) * tensors[name].itemsize
-        if needed > max_bytes:
-            raise Damaged(
-                f"record {example.key}: {rows} rows like its own would take {needed:,} bytes, all shards have "
-                f"{max_bytes:,} - run sollune shards verify on its cache"
-            )
-        self._columns = {name: torch.empty(shape, dtype=tensors[name].dtype) for name, shape in shapes.items()}
-
-    def gather(self, records: Indices, state_indices: Indices) -> Batch:
-        """Row i is state `state_indices[i]` of record number `records[i]`."""
-        records = records - self._first
-        numbers, indices = torch.from_numpy(records), torch.from_numpy(state_indices)
-        rows = self._starts[numbers] + indices
-        tensors = {}
-        for name, column in self._columns.items():
-            selection = numbers if name in PER_PROMPT else rows
-            out = torch.empty(len(rows), *column.shape[1:], dtype=column.dtype, pin_memory=self._pinned)
-            tensors[name] = torch.index_select(column, 0, selection, out=out)
-        return _batch([self._labels[number] for number in records.tolist()], tensors, indices, self._size)
-
-
-def _row_names(blocks: Iterable[str]) -> tuple[str, ...]:
-    """The stored tensors that a row of a batch has."""
-    return ("cond", *ROW_FIELDS, *(f"{FEATURES}{block}" for block in blocks))
-
-
-def _batch(
+def batch_of(
     records: Sequence[Record | RecordHeader | Labels],
     tensors: Mapping[str, Tensor],
     state_index: Int[Tensor, " b"],
@@ -270,7 +165,23 @@ def _batch(
         features={name.removeprefix(FEATURES): tensors[name] for name in tensors if name.startswith(FEATURES)},
         state_index=state_index,
         size=size,
+        **(_trajectory_fields(records, tensors) if "landing_x" in tensors else {}),
     )
+
+
+def _trajectory_fields(
+    records: Sequence[Record | RecordHeader | Labels], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """`TRAJECTORY_FIELDS` of a batch: the landings with x0 behind them, in pinned memory where they are."""
+    landings, x0, s = tensors["landing_x"], tensors["x0"][:, None], tensors["landing_s"]
+    shape, pinned = (len(landings), landings.shape[1] + 1, *landings.shape[2:]), landings.is_pinned()
+    out = torch.empty(shape, dtype=landings.dtype, pin_memory=pinned)
+    return {
+        "landing_x": torch.cat([landings, x0], dim=1, out=out),
+        "landing_s": torch.cat([s, torch.zeros_like(s[:, :1])], dim=1),
+        "guidance_scale": torch.tensor([record.guidance_scale for record in records], dtype=torch.float32),
+        "trajectory": tensors["trajectory"],
+    }
 
 
 def map_ahead(make: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:

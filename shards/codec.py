@@ -19,11 +19,13 @@ from configs.values import PictureSize
 from shards.integrity import Damaged
 from shards.record import (
     FEATURES,
-    PER_PROMPT,
+    LANDINGS_SCHEMA,
+    NOT_PER_STATE,
     PER_STATE,
     SCHEMAS,
     STATE_FIELDS,
     BlockFeatures,
+    Landings,
     Record,
     States,
     header_span,
@@ -47,6 +49,8 @@ JSON_TYPES = {
 }
 SIZE_TYPES = {"height": int, "width": int}
 """What schema 2 adds to them: the picture's size in pixels."""
+LANDING_TYPES = {"landings": int}
+"""What schema 3 adds: the number of landings."""
 MAX_PIXELS = 99_999
 """The largest side of a picture, which a size's text allows."""
 MAX_BLOCKS = 256
@@ -75,6 +79,8 @@ def encode(record: Record) -> tuple[bytes, bytes]:
     }
     if record.size is not None:
         metadata |= {"height": record.size.height, "width": record.size.width}
+    if record.landings is not None:
+        metadata |= {"landings": len(record.landings)}
     text = json.dumps(metadata, sort_keys=True, allow_nan=False).encode()
     if fault := _metadata_fault(metadata):
         raise ValueError(f"record {record.key}: {fault}")
@@ -95,7 +101,7 @@ def decode(json_bytes: bytes, st_bytes: bytes | bytearray | memoryview) -> Recor
     metadata = decode_metadata(json_bytes)
     blocks, size = metadata["blocks"], size_in(metadata)
     try:
-        tensors = _decode_tensors(st_bytes, tuple(blocks), metadata["draws"])
+        tensors = _decode_tensors(st_bytes, tuple(blocks), metadata["draws"], landings_in(metadata))
         if size is not None:
             pixels_per_latent(size, tensors["x0"].shape)
     except ValueError as error:
@@ -107,6 +113,7 @@ def decode(json_bytes: bytes, st_bytes: bytes | bytearray | memoryview) -> Recor
         states=States(**{field: tensors[name] for name, field in STATE_FIELDS.items()}),
         features=BlockFeatures({block: tensors[f"{FEATURES}{block}"] for block in blocks}),
         size=size,
+        landings=Landings(tensors["landing_s"], tensors["landing_x"]) if landings_in(metadata) else None,
     )
 
 
@@ -132,17 +139,23 @@ def decode_metadata(json_bytes: bytes) -> dict[str, Any]:
 
 def schemas_text() -> str:
     """The schemas that are read, for a refusal of another."""
-    return " and ".join(map(str, SCHEMAS))
+    return f"{', '.join(map(str, SCHEMAS[:-1]))} and {SCHEMAS[-1]}"
 
 
 def json_types(schema: int) -> dict[str, type]:
     """Name and type of each field of KEY.json."""
-    return dict(sorted({**JSON_TYPES, **(SIZE_TYPES if schema > 1 else {})}.items()))
+    sizes, landings = SIZE_TYPES if schema > 1 else {}, LANDING_TYPES if schema >= LANDINGS_SCHEMA else {}
+    return dict(sorted({**JSON_TYPES, **sizes, **landings}.items()))
 
 
 def size_in(metadata: Mapping[str, Any]) -> PictureSize | None:
     """The size that a record's JSON tells; None in schema 1."""
     return PictureSize(metadata["width"], metadata["height"]) if "width" in metadata else None
+
+
+def landings_in(metadata: Mapping[str, Any]) -> int:
+    """The number of landings that a record's JSON tells; 0 in schemas that have none."""
+    return int(metadata.get("landings", 0))
 
 
 def _metadata_fault(metadata: dict[str, Any]) -> str | None:
@@ -153,6 +166,8 @@ def _metadata_fault(metadata: dict[str, Any]) -> str | None:
         return "has a picture size that cannot be"
     if not KEY_PATTERN.fullmatch(metadata["key"]) or not 0 <= metadata["seed"] < 2**63 or metadata["draws"] < 1:
         return "has a key, seed or number of states that cannot be"
+    if metadata.get("landings", 1) < 1:
+        return "has a number of landings that cannot be"
     if not math.isfinite(metadata["guidance_scale"]):
         return "has a guidance_scale that is no number"
     # JSON can spell surrogates, which cannot be printed.
@@ -167,11 +182,11 @@ def _metadata_fault(metadata: dict[str, Any]) -> str | None:
 
 
 def _decode_tensors(
-    content: bytes | bytearray | memoryview, blocks: tuple[str, ...], state_count: int
+    content: bytes | bytearray | memoryview, blocks: tuple[str, ...], state_count: int, landings: int
 ) -> dict[str, Tensor]:
     """Every tensor of a KEY.safetensors, as a view of its bytes, so that a record takes its own size once."""
     first, last = header_span(content, len(content))
-    layout = parse_layout(bytes(content[first:last]), blocks)
+    layout = parse_layout(bytes(content[first:last]), blocks, landings)
     if layout.bytes != len(content):
         raise ValueError(f"its tensors end at byte {layout.bytes} of {len(content)}")
     if layout.states != state_count:
@@ -179,7 +194,7 @@ def _decode_tensors(
     buffer = bytearray(content) if memoryview(content).readonly else content
     tensors = {}
     for name, (offset, row_shape, dtype, _) in layout.tensors.items():
-        shape = row_shape if name in PER_PROMPT else (layout.states, *row_shape)
+        shape = row_shape if name in NOT_PER_STATE else (layout.states, *row_shape)
         tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
     if int(tensors["trajectory"].view(torch.uint8).max()) > 1:
         raise ValueError("trajectory holds what is neither true nor false")
@@ -192,13 +207,18 @@ def _check_record(record: Record, tensors: dict[str, Tensor]) -> None:
     if not 0 <= record.seed < 2**63:
         raise ValueError(f"record {record.key}: seed {record.seed} does not fit into 63 bits")
     for name, values in tensors.items():
-        dtype = PER_PROMPT.get(name) or PER_STATE.get(name, torch.float16)
+        dtype = NOT_PER_STATE.get(name) or PER_STATE.get(name, torch.float16)
         if values.dtype != dtype:
             raise ValueError(f"record {record.key}: {name} is {values.dtype}, is stored as {dtype}")
         if not 1 <= values.dim() <= 4 or not values.numel():
             raise ValueError(f"record {record.key}: {name} has shape {list(values.shape)}")
-        if name not in PER_PROMPT and len(values) != len(record.states):
+        if name not in NOT_PER_STATE and len(values) != len(record.states):
             raise ValueError(f"record {record.key}: {name} has {len(values)} states, s has {len(record.states)}")
+    if record.landings is not None:
+        expected = (len(record.landings), *record.x0.shape)
+        if record.landings.s.dim() != 1 or record.landings.x.shape != expected:
+            shape = list(record.landings.x.shape)
+            raise ValueError(f"record {record.key}: landing_x has shape {shape}, should have {list(expected)}")
     if record.size is not None:
         try:
             pixels_per_latent(record.size, record.x0.shape)

@@ -135,12 +135,12 @@ def restore_entries(cache: Path, manifest: Manifest) -> list[Path]:
     return list(missing)
 
 
-def schema_in_journal(cache: Path) -> int | None:
-    """The schema of the shards in a journal, for a cache without a manifest; None when there is no entry."""
+def is_of_schema_1(cache: Path) -> bool:
+    """Whether the shards in a journal tell no size, for a cache without a manifest; not where there is no entry."""
     for path in sorted((cache / JOURNAL_FOLDER).glob("*.json")):
         if isinstance(entry := _read_entry(cache, f"{JOURNAL_FOLDER}/{path.name}"), JournalEntry):
-            return 1 if entry.shard.size is None else 2
-    return None
+            return entry.shard.size is None
+    return False
 
 
 def broken_entries(cache: Path) -> Iterator[str]:

@@ -12,7 +12,7 @@ from configs.values import PictureSize, Stored
 from shards.archive import Failure, Shard, TableEntry
 from shards.codec import schemas_text
 from shards.integrity import Damaged, Fault, append_seal, read_at_most, repair_hint, seal_fault
-from shards.record import SCHEMA, SCHEMAS, Split
+from shards.record import LANDINGS_SCHEMA, SCHEMA, SCHEMAS, Split
 from stages.system.atomic import atomic_write
 from stages.system.refusal import Refused
 
@@ -218,6 +218,14 @@ class Manifest(Stored):
             changes = "; ".join(differences(self.recipe, recipe))
             raise Refused(
                 f"{cache}: made by another recipe: {changes} - choose another run folder (RUN=), or remove this one"
+            )
+
+    def refuse_without_landings(self, folder: Path) -> None:
+        """Raise `Refused` unless the records of this cache have landings."""
+        if self.schema_version != LANDINGS_SCHEMA:
+            raise Refused(
+                f"{folder}: schema {self.schema_version}, whose records have no landings, and windows need them "
+                f"(schema {LANDINGS_SCHEMA}) - make the cache in a new run folder with --render.states.windows 4"
             )
 
     def faults(self, folder: Path) -> Iterator[Fault]:

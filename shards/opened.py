@@ -13,7 +13,7 @@ import platform
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
@@ -21,10 +21,20 @@ from typing import Any, NamedTuple
 
 from configs.values import PictureSize
 from shards.archive import RecordSpan, Shard
-from shards.codec import decode, decode_metadata, size_in
+from shards.codec import decode, decode_metadata, landings_in, size_in
 from shards.integrity import Damaged, open_plain_file
 from shards.manifest import fault_message
-from shards.record import LATENTS, Record, RecordHeader, RecordLayout, header_span, parse_layout, pixels_per_latent
+from shards.record import (
+    LANDINGS_SCHEMA,
+    SCHEMA,
+    Record,
+    RecordHeader,
+    RecordLayout,
+    header_span,
+    is_latent,
+    parse_layout,
+    pixels_per_latent,
+)
 from shards.stream.order import WINDOW
 from stages.system.atomic import atomic_write
 from stages.system.refusal import Refused
@@ -107,16 +117,27 @@ class ShardHandle:
 
 
 def comparable_shape(name: str, shape: tuple[int, ...], size: PictureSize | None) -> tuple[int, ...]:
-    """What the shape of a record's tensor has in common in all sizes of pictures: channels and pixels for a latent."""
-    return shape if size is None or name not in ("x0", *LATENTS) else (shape[0], pixels_per_latent(size, shape))
+    """What the shape of a record's tensor has in common in all sizes of pictures: of latents all but their sides.
+
+    In the place of the sides it has the pixels that one of their places spans.
+    """
+    return (*shape[:-2], pixels_per_latent(size, shape[-3:])) if size is not None and is_latent(name) else shape
+
+
+def landings_text(layout: RecordLayout) -> str:
+    """How many landings a record has, for a refusal."""
+    return f"{layout.tensors['landing_s'].shape[0]} landings" if "landing_s" in layout.tensors else "no landings"
 
 
 class OpenShards:
     """The shards used last; one that changes is checked again before its next record. Threads may share it."""
 
-    def __init__(self, folder: Path, sizes: int = 1) -> None:
-        """`sizes` is the number of picture sizes that are read in turn: each has a window of shards of its own."""
-        self.folder, self._sizes = folder, sizes
+    def __init__(self, folder: Path, sizes: int = 1, schema: int = SCHEMA) -> None:
+        """`sizes` is the number of picture sizes that are read in turn: each has a window of shards of its own.
+
+        `schema` is that of the manifest, and so of all records.
+        """
+        self.folder, self._schema, self._sizes = folder, schema, sizes
         self._max_open = max(MAX_OPEN_FILES, 2 * WINDOW * min(sizes, MAX_OPEN_WINDOWS))
         self._handles: OrderedDict[str, ShardHandle] = OrderedDict()
         self._verified: dict[str, FileIdentity] = {}
@@ -133,9 +154,14 @@ class OpenShards:
         with self._named_damage(shard, span):
             record = decode(metadata, tensors)
             begin, end = header_span(tensors, span.st_size)
-            layout = parse_layout(tensors[begin:end].tobytes(), tuple(record.features.by_block))
+            landings = 0 if record.landings is None else len(record.landings)
+            layout = parse_layout(tensors[begin:end].tobytes(), tuple(record.features.by_block), landings)
             self._check_consistency(shard, record.key, layout, record.size)
         return record
+
+    def records(self, shards: Iterable[Shard]) -> Iterator[Record]:
+        """Every record of these shards, in their order."""
+        return (self.record(shard, span) for shard in shards for span in shard.offsets)
 
     def header(self, shard: Shard, span: RecordSpan) -> RecordHeader:
         """A record without its large tensors, checked as strictly as a whole one."""
@@ -148,7 +174,7 @@ class OpenShards:
         if end > len(start):
             start = self._read_bytes(shard, span.st_offset, end)
         with self._named_damage(shard, span):
-            layout = parse_layout(start[begin:end], tuple(metadata["blocks"]))
+            layout = parse_layout(start[begin:end], tuple(metadata["blocks"]), landings_in(metadata))
             if (layout.bytes, layout.states) != (span.st_size, metadata["draws"]):
                 raise ValueError(
                     f"{layout.states} states in {layout.bytes} bytes, it says {metadata['draws']} in {span.st_size}"
@@ -181,6 +207,8 @@ class OpenShards:
             raise ValueError(f"record {key} has {layout.states} states, manifest says {shard.states_per_record}")
         if size != shard.size:
             raise ValueError(f"record {key} has size {size}, manifest says {shard.size}")
+        if ("landing_x" in layout.tensors) != (self._schema == LANDINGS_SCHEMA):
+            raise ValueError(f"record {key} has {landings_text(layout)}, in a cache of schema {self._schema}")
         shapes = [(name, comparable_shape(name, tensor.shape, size)) for name, tensor in layout.tensors.items()]
         if self._shapes is None:
             self._shapes = shapes

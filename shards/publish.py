@@ -15,7 +15,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, try_to_load_from_cache
 from shards.codec import json_types
 from shards.manifest import Manifest
 from shards.reader import Reader
-from shards.record import LATENTS, PER_PROMPT, SPLITS, Record, Split, tensors_of
+from shards.record import PER_LANDING, PER_PROMPT, SPLITS, Record, Split, is_latent, tensors_of
 from shards.stats import ranked
 from stages.system.atomic import atomic_write
 from stages.system.refusal import Refused
@@ -43,8 +43,11 @@ MEANINGS = {
     "text": "the prompt",
     "width": "of the picture in pixels",
     "height": "of the picture in pixels",
+    "landings": "m, the number of landings",
     "cond": "last hidden state of the teacher's text encoder",
     "x0": "the picture: scaled latent at the end of the teacher's guided sampling",
+    "landing_s": "times of the landings: 1, then the inner ends of the windows of few-step sampling; falling",
+    "landing_x": "landings: the noise, then the guided trajectory at those times; where the last window ends lies x0",
     "k": "the teacher's timestep; its last one for the whole tail beyond it",
     "s": "path time, 1 is noise",
     "x_t": "the state: on the teacher's guided trajectory, or (1 - s) x0 + s eps; rounded first, velocities are at it",
@@ -63,7 +66,7 @@ cache for distilling it into a flow-matching model on the path `x_s = (1 - s) x0
 
 ## Fields
 
-Each record is two members of a tar, `KEY.json` and `KEY.safetensors`. K is {states_per_record}.
+Each record is two members of a tar, `KEY.json` and `KEY.safetensors`. K is {states_per_record}{landings}.
 
 {fields}
 
@@ -167,6 +170,7 @@ def dataset_card(reader: Reader, license_id: str, name: str) -> DatasetCard:
         records=records,
         states=sum(shard.draws for shard in manifest.shards),
         states_per_record=len(record.states),
+        landings="" if record.landings is None else f", m is {len(record.landings)}",
         splits="\n".join(_splits(manifest)),
         fields="\n".join(_fields(record, len(manifest.sizes_of()) > 1)),
         pattern=brace_pattern(manifest, splits[0]),
@@ -227,10 +231,11 @@ def _fields(record: Record, several_sizes: bool) -> Iterator[str]:
     for name, kind in json_types(record.schema).items():
         yield f"| json | `{name}` | {kind.__name__} | | {MEANINGS[name]} |"
     for name, values in tensors_of(record).items():
-        shape = [*map(str, values.shape if name in PER_PROMPT else values.shape[1:])]
-        if several_sizes and name in ("x0", *LATENTS):
-            shape[1:] = ["h", "w"]
-        sizes = shape if name in PER_PROMPT else ["K", *shape]
+        shape = [*map(str, values.shape[name not in PER_PROMPT :])]
+        if several_sizes and is_latent(name):
+            shape[-2:] = ["h", "w"]
+        rows = [] if name in PER_PROMPT else ["m"] if name in PER_LANDING else ["K"]
+        sizes = [*rows, *shape]
         meaning = MEANINGS.get(name, "spatial mean of the block's last resnet, conditional branch")
         dtype = str(values.dtype).removeprefix("torch.")
         yield f"| safetensors | `{name}` | {dtype} | {' x '.join(sizes)} | {meaning} |"

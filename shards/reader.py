@@ -14,11 +14,12 @@ from jaxtyping import Bool
 
 from configs.values import PictureSize
 from shards.archive import RecordSpan, Shard
-from shards.batch import Batch, InMemoryRows, StreamedRows, map_ahead
+from shards.batch import Batch, map_ahead
 from shards.integrity import repair_hint
 from shards.manifest import Manifest, fault_message, find_cache
 from shards.opened import OpenShards
 from shards.record import Record, RecordHeader, Split
+from shards.rows import InMemoryRows, StreamedRows
 from shards.stream.order import Indices, Order, Pairs, ShuffledOrder, classes_of_pairs
 from shards.stream.schedule import Block, SizedOrder, SizeSchedule, grouped_by_size, seed_of_size
 from shards.stream.view import View
@@ -52,17 +53,18 @@ class Reader:
         memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
         batch_pixels: int | None = None,
         unstated_size: PictureSize | None = None,
+        landings: bool = False,
     ) -> None:
         """`folder` is a cache or a run folder; `batch_size` counts the rows of one rank, of every size.
 
         With `batch_pixels` a batch of all ranks together has as many rows as this number of pixels holds, at least one.
         `unstated_size` is the size of the pictures of a cache of schema 1, which does not tell it.
-
+        With `landings` a batch has `TRAJECTORY_FIELDS` too.
         Only the samples of `view` are in the stream, and with `keys` only those of these records. With `class_weights`
         it samples classes by weight (`WeightedOrder`), else it shuffles all samples in each epoch (`ShuffledOrder`).
         A split of up to `memory_budget_bytes` is held in memory. `workers` threads read ahead, 0 for none; by
         default as many as the processors make useful.
-        Raises `Refused` when a shard is missing or cut; its content is checked when it is first read.
+        Raises `Refused` where landings or a shard are missing, or one is cut; its content is checked when first read.
         """
         if not 0 <= rank < world or min(batch_size, batch_pixels or 1) < 1 or (workers or 0) < 0:
             raise ValueError(f"rank {rank} of {world}, batch_size {batch_size}, workers {workers}")
@@ -75,10 +77,13 @@ class Reader:
         for shard in self.shards:
             if fault := shard.size_fault(self.folder):
                 raise Refused(fault_message(self.folder, shard, fault))
-        self._batch_pixels, self._unstated_size = batch_pixels, unstated_size
+        self._batch_pixels, self._unstated_size, self._landings = batch_pixels, unstated_size, landings
+        if landings:
+            self.manifest.refuse_without_landings(self.folder)
         self.view, self._keys, self._weights = view or View(), keys, class_weights
         chosen = [shard for shard in self.shards if self.view.size in (None, self._size_of(shard))]
-        self._open_shards = OpenShards(self.folder, len({shard.size for shard in chosen}) or 1)
+        several = len({one.size for one in chosen}) or 1
+        self._open_shards = OpenShards(self.folder, several, self.manifest.schema_version)
         self._fits_memory = sum(shard.bytes for shard in chosen) <= memory_budget_bytes
         useful = 0 if self._fits_memory else min(MAX_WORKERS, len(os.sched_getaffinity(0)))
         self.workers = useful if workers is None else workers
@@ -218,9 +223,10 @@ class Reader:
         Raises `ValueError` for a start inside a batch, unless there is one size, whose batches may begin anywhere.
         """
         blocks = self.schedule.blocks(start_sample)
-        return self.read_places((self._own_samples(block) for block in blocks), order)
+        return self.read_places((self.own_samples(block) for block in blocks), order)
 
-    def _own_samples(self, block: Block) -> Indices:
+    def own_samples(self, block: Block) -> Indices:
+        """The samples of a block of the schedule that are this rank's, in the order of its rows."""
         return np.arange(block.first + (self.rank - block.first) % self.world, block.first + block.rows, self.world)
 
     def read_places(self, places: Iterable[Indices], order: Order | None = None) -> Iterator[Batch]:
@@ -257,18 +263,15 @@ class Reader:
 
     def records(self, split: Split | None = None) -> Iterator[Record]:
         """Every record of a split (default: this reader's), in the order of its shards."""
-        for shard in self.manifest.shards_of(split or self.split):
-            for span in shard.offsets:
-                yield self._open_shards.record(shard, span)
+        return self._open_shards.records(self.manifest.shards_of(split or self.split))
 
     def record(self, key: str, split: Split | None = None) -> Record:
         """The record with this key in a split (default: this reader's)."""
         shards = self.manifest.shards_of(split or self.split)
-        for shard in shards:
-            if shard.first_key <= key <= shard.last_key:
-                for span in shard.offsets:
-                    if self._open_shards.header(shard, span).key == key:
-                        return self._open_shards.record(shard, span)
+        spans = ((one, span) for one in shards if one.first_key <= key <= one.last_key for span in one.offsets)
+        for shard, span in spans:
+            if self._open_shards.header(shard, span).key == key:
+                return self._open_shards.record(shard, span)
         known = f"{shards[0].first_key} to {shards[-1].last_key}" if shards else "none"
         raise Refused(f"{self.folder}: no record {key} in split {split or self.split} - keys are {known}")
 
@@ -278,16 +281,15 @@ class Reader:
 
     def _locate(self, number: int) -> tuple[Shard, RecordSpan]:
         at = int(np.searchsorted(self._first_records, number, side="right")) - 1
-        shard = self.shards[at]
-        return shard, shard.offsets[number - int(self._first_records[at])]
+        return self.shards[at], self.shards[at].offsets[number - int(self._first_records[at])]
 
     @cached_property
     def _rows(self) -> Mapping[PictureSize | None, InMemoryRows | StreamedRows]:
         """The rows of each size of the stream."""
         pinned = torch.cuda.is_available()
         if not self._fits_memory:
-            streamed = StreamedRows(self._open_shards, self._locate, pinned)
-            return dict.fromkeys(self._all_sizes(), streamed)
+            rows = StreamedRows(self._open_shards, self._locate, pinned, self._landings)
+            return dict.fromkeys(self._all_sizes(), rows)
         return {size: self._load(size, pinned) for size in self.sizes}
 
     def _load(self, size: PictureSize | None, pinned: bool) -> InMemoryRows:
@@ -295,5 +297,5 @@ class Reader:
         shards = [self.shards[number] for number in numbers]  # one after the other, since their names are sorted
         first, last = int(self._first_records[numbers[0]]), int(self._first_records[numbers[-1] + 1])
         starts = self.pairs.starts[first : last + 1]
-        records = (self._open_shards.record(shard, span) for shard in shards for span in shard.offsets)
-        return InMemoryRows(records, starts - starts[0], pinned, sum(shard.bytes for shard in shards), first)
+        records, bytes_of_all = self._open_shards.records(shards), sum(shard.bytes for shard in shards)
+        return InMemoryRows(records, starts - starts[0], pinned, bytes_of_all, first, self._landings)

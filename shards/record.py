@@ -18,8 +18,11 @@ from torch import Tensor
 
 from configs.values import PictureSize
 
-SCHEMA, SCHEMAS = 2, (1, 2)
-"""What is written for a new cache, and all that are read; records of schema 1 do not tell the size of their picture."""
+SCHEMA, LANDINGS_SCHEMA, SCHEMAS = 2, 3, (1, 2, 3)
+"""What is written for a new cache, without landings and with them, and all that are read.
+
+Records of schema 1 do not tell the size of their picture.
+"""
 BLOCKS = ("down_0", "down_1", "down_2", "down_3", "mid", "up_0", "up_1", "up_2", "up_3")
 
 Split = Literal["train", "validation"]
@@ -57,6 +60,22 @@ class BlockFeatures:
 
 
 @dataclass(frozen=True)
+class Landings:
+    """The values of one guided trajectory at m times: where it starts, and where windows of few-step sampling end.
+
+    The last window ends at s = 0, in the record's x0.
+    """
+
+    s: Float[Tensor, " m"]
+    """float32, falling from 1; the same in every record of a cache"""
+    x: Float[Tensor, "m c h w"]
+    """float16; the first is the noise"""
+
+    def __len__(self) -> int:
+        return len(self.s)
+
+
+@dataclass(frozen=True)
 class Record:
     """One prompt: its text, its picture, and K states."""
 
@@ -72,14 +91,21 @@ class Record:
     features: BlockFeatures
     size: PictureSize | None = None
     """of the picture, in pixels; None in schema 1"""
+    landings: Landings | None = None
+    """None in schemas 1 and 2"""
 
     @property
     def schema(self) -> int:
         """The schema in which this record is stored."""
+        if self.landings is not None:
+            return LANDINGS_SCHEMA
         return 1 if self.size is None else 2
 
 
 PER_PROMPT = {"cond": torch.float16, "x0": torch.float16}
+PER_LANDING = {"landing_s": torch.float32, "landing_x": torch.float16}
+NOT_PER_STATE = PER_PROMPT | PER_LANDING
+"""The tensors that a record has once, whatever the number of its states."""
 PER_STATE = {
     "k": torch.int64,
     "s": torch.float32,
@@ -108,6 +134,8 @@ HEADER_LENGTH = struct.Struct("<Q")
 def tensors_of(record: Record) -> dict[str, Tensor]:
     """Every tensor of a record by its stored name, in the order of the schema."""
     tensors = {name: getattr(record, name) for name in PER_PROMPT}
+    if record.landings is not None:
+        tensors |= {"landing_s": record.landings.s, "landing_x": record.landings.x}
     tensors |= {name: getattr(record.states, field) for name, field in STATE_FIELDS.items()}
     return tensors | {f"{FEATURES}{block}": values for block, values in record.features.by_block.items()}
 
@@ -123,7 +151,7 @@ class TensorLayout(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RecordLayout:
-    """The tensors of one header by name; those of a state have `states` rows, those of the prompt one."""
+    """The tensors of one header by name; those of a state have `states` rows, the others one."""
 
     tensors: Mapping[str, TensorLayout]
     states: int
@@ -143,6 +171,11 @@ class RecordHeader:
     s: tuple[float, ...]
     layout: RecordLayout
     size: PictureSize | None
+
+
+def is_latent(name: str) -> bool:
+    """Whether the last sides of a stored tensor are those of the picture's latents."""
+    return name in ("x0", "landing_x", *LATENTS)
 
 
 def pixels_per_latent(size: PictureSize, latent: Sequence[int]) -> int:
@@ -167,9 +200,10 @@ def header_span(start: bytes | bytearray | memoryview, size: int) -> tuple[int, 
 
 
 @lru_cache(maxsize=256)
-def parse_layout(header: bytes, blocks: tuple[str, ...]) -> RecordLayout:
-    """The layout of a safetensors header; raises `ValueError` when it is not the one of a record with these blocks."""
-    dtypes = {**PER_PROMPT, **PER_STATE, **{f"{FEATURES}{block}": torch.float16 for block in blocks}}
+def parse_layout(header: bytes, blocks: tuple[str, ...], landings: int = 0) -> RecordLayout:
+    """The layout of the header of a record with these blocks and so many landings; raises `ValueError` for another."""
+    of_prompt = NOT_PER_STATE if landings else PER_PROMPT
+    dtypes = {**of_prompt, **PER_STATE, **{f"{FEATURES}{block}": torch.float16 for block in blocks}}
     shapes = _parse_shapes(header, dtypes)
     states = shapes["k"][0]
     tensors, entries, at, first = dict[str, TensorLayout](), dict[str, Any](), 0, HEADER_LENGTH.size + len(header)
@@ -177,7 +211,7 @@ def parse_layout(header: bytes, blocks: tuple[str, ...]) -> RecordLayout:
         shape = shapes[name]
         end = at + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": SAFETENSORS_TYPES[dtype], "shape": shape, "data_offsets": [at, end]}
-        if name not in PER_PROMPT:
+        if name not in of_prompt:
             if shape[0] != states:
                 raise ValueError(f"{name} has {shape[0]} states, k has {states}")
             shape = shape[1:]
@@ -185,6 +219,8 @@ def parse_layout(header: bytes, blocks: tuple[str, ...]) -> RecordLayout:
         at = end
     if any(tensors[name].shape != tensors["x0"].shape for name in LATENTS):
         raise ValueError("its states are not of the picture's shape")
+    if landings and (shapes["landing_s"], shapes["landing_x"]) != ([landings], [landings, *shapes["x0"]]):
+        raise ValueError(f"its landings have shapes {shapes['landing_s']} and {shapes['landing_x']}, not {landings}")
     if any(tensors[name].shape for name in ("k", "s", "trajectory")):
         raise ValueError("it has more than one step, time or kind a state")
     text = json.dumps(entries, separators=(",", ":")).encode()

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from shards.reader import Reader
-from shards.record import FEATURES, SPLITS, Record, tensors_of
+from shards.record import FEATURES, PER_LANDING, SPLITS, Record, tensors_of
 from stages.system.refusal import escape_unprintable
 
 
@@ -82,8 +82,14 @@ class CacheStats:
         )
         self.classes[record.class_name] += 1
         for name, values in tensors_of(record).items():
-            part = "features" if name.startswith(FEATURES) else SMALL if name in SMALL.split(", ") else name
-            self.bytes_of[part] += values.nbytes
+            self.bytes_of[_part(name)] += values.nbytes
+
+
+def _part(name: str) -> str:
+    """The part of a record in whose sum a tensor's bytes are."""
+    if name in PER_LANDING:
+        return "landings"
+    return "features" if name.startswith(FEATURES) else SMALL if name in SMALL.split(", ") else name
 
 
 def collect_stats(reader: Reader) -> CacheStats:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from shards.archive import TableEntry, sha256_of
+from shards.archive import Shard, TableEntry, sha256_of
 from shards.integrity import Damaged, repair_hint
 from shards.manifest import Manifest, find_cache
 from shards.reader import Reader
@@ -262,3 +262,29 @@ class Table:
             if fault:
                 raise Damaged(f"{path}: {fault} - {repair_hint(self._folder)}")
         self._verified_columns.add(name)
+
+
+class ShardTableRows:
+    """The rows of the table that belong to one shard; each column is read once, when it is first needed."""
+
+    def __init__(self, table: Table, first: int, shard: Shard) -> None:
+        self.table, self._split = table, shard.split
+        self._column = cache(lambda name: table.column(name, slice(first, first + shard.draws)))
+
+    def mismatch(self, record: Record, number: int) -> str | None:
+        """How the rows of record `number` of the shard differ from it."""
+        blocks = tuple(record.features.by_block)
+        if record.class_name not in self.table.class_names:
+            return f"class {record.class_name} is not in the table"
+        if blocks != self.table.blocks:
+            return f"has blocks {', '.join(blocks)}, the table has {', '.join(self.table.blocks)}"
+        rows = slice(number * len(record.states), (number + 1) * len(record.states))
+        expected = table_rows(record, self._split, self.table.class_names.index(record.class_name))
+        for name, values in expected.items():
+            try:
+                stored = self._column(name)[rows]
+            except (Refused, KeyError) as error:
+                return f"the table has no {name}: {error}"
+            if stored.dtype != values.dtype or not np.array_equal(stored, values):
+                return f"the table has another {name}"
+        return None

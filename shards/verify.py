@@ -2,12 +2,10 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import cache
 from itertools import count, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 
 from configs.values import PictureSize
@@ -17,8 +15,8 @@ from shards.integrity import Damaged, Fault, read_at_most
 from shards.journal import broken_entries, journal_faults
 from shards.manifest import MANIFEST_FILE, Manifest
 from shards.opened import comparable_shape
-from shards.record import LATENTS, PER_PROMPT, SPLITS, Record, Split, tensors_of
-from shards.table import Table, table_rows
+from shards.record import NOT_PER_STATE, SPLITS, Record, Split, is_latent, tensors_of
+from shards.table import ShardTableRows, Table
 from shards.table_check import TABLE_FOLDER as TABLE
 from shards.writer import shard_file
 from stages.system.disk import refuse_write_errors
@@ -44,7 +42,7 @@ def inspect(folder: Path, manifest: Manifest) -> Iterator[Fault]:
             table = Table.open(folder)
         except Refused as refusal:
             yield Fault(TABLE, str(refusal))
-    consistency, first = RecordConsistency(), 0
+    consistency, first = RecordConsistency(manifest.schema_version), 0
     unread = {shard.split for shard in manifest.shards if shard.size_in_name is None}
     for split in SPLITS:
         for shard in manifest.shards_of(split):
@@ -125,9 +123,12 @@ def _prompt_count_faults(folder: Path, manifest: Manifest) -> Iterator[Fault]:
 
 
 class RecordConsistency:
-    """Whether all records of a cache have the same blocks and, but for their size, shapes, and none comes twice."""
+    """Whether all records have the schema of their cache, the same blocks, landings at the same times and, but for
+    their size, the same shapes, and none comes twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, schema: int) -> None:
+        self._schema = schema
+        self._landing_times: tuple[str, list[float]] | None = None
         self._first_shapes: tuple[str, Shapes] | None = None
         self._keys: dict[tuple[int, str], str] = {}
         self._files: dict[str, list[str]] = {}  # key -> the shards of both splits that have it
@@ -135,20 +136,29 @@ class RecordConsistency:
     def mismatch(self, record: Record, file: str) -> str | None:
         """How this record does not fit to those before it."""
         key = f"{record.key} of {file}"
+        if record.schema != self._schema:
+            return f"is of schema {record.schema}, the cache of schema {self._schema}"
         shapes = {
-            name: comparable_shape(name, tuple(values.shape if name in PER_PROMPT else values.shape[1:]), record.size)
+            name: comparable_shape(
+                name, tuple(values.shape if name in NOT_PER_STATE else values.shape[1:]), record.size
+            )
             for name, values in tensors_of(record).items()
         }
         first_key, expected = self._first_shapes = self._first_shapes or (key, shapes)
         if list(expected.items()) != list(shapes.items()):
             differs = [n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n)]
             name = min(differs, default="blocks")
-            is_latent = record.size is not None and name in ("x0", *LATENTS)
+            latent = record.size is not None and is_latent(name)
             now, first = (
-                f"{shape[0]} channels of {shape[1]} pixels a place" if shape and is_latent else f"shape {shape}"
+                f"{shape[-2]} channels of {shape[-1]} pixels a place" if shape and latent else f"shape {shape}"
                 for shape in (shapes.get(name), expected.get(name))
             )
             return f"{name} has {now}, record {first_key} has {first}"
+        if record.landings is not None:
+            times = record.landings.s.tolist()
+            first_key, first_times = self._landing_times = self._landing_times or (key, times)
+            if times != first_times:
+                return f"has landings at {times}, record {first_key} has them at {first_times}"
         self._files.setdefault(record.key, []).append(file)
         twin = self._keys.setdefault((record.seed, record.text), key)
         return None if twin == key else f"has the text and the seed of record {twin}: the same record twice"
@@ -173,32 +183,6 @@ class RecordConsistency:
                 reason = f"has key {after}, and no shard has {int(key) + 1:09d} ({missing} keys are in none)"
                 yield Fault(files[after][0], reason, after)
                 return
-
-
-class ShardTableRows:
-    """The rows of the table that belong to one shard; each column is read once, when it is first needed."""
-
-    def __init__(self, table: Table, first: int, shard: Shard) -> None:
-        self.table, self._split = table, shard.split
-        self._column = cache(lambda name: table.column(name, slice(first, first + shard.draws)))
-
-    def mismatch(self, record: Record, number: int) -> str | None:
-        """How the rows of record `number` of the shard differ from it."""
-        blocks = tuple(record.features.by_block)
-        if record.class_name not in self.table.class_names:
-            return f"class {record.class_name} is not in the table"
-        if blocks != self.table.blocks:
-            return f"has blocks {', '.join(blocks)}, the table has {', '.join(self.table.blocks)}"
-        rows = slice(number * len(record.states), (number + 1) * len(record.states))
-        expected = table_rows(record, self._split, self.table.class_names.index(record.class_name))
-        for name, values in expected.items():
-            try:
-                stored = self._column(name)[rows]
-            except (Refused, KeyError) as error:
-                return f"the table has no {name}: {error}"
-            if stored.dtype != values.dtype or not np.array_equal(stored, values):
-                return f"the table has another {name}"
-        return None
 
 
 def _record_faults(
@@ -248,6 +232,10 @@ def _record_fault(record: Record, shard: Shard, last_key: str, tar_key: str) -> 
         return f"{', '.join(bad)}: not finite"
     if not bool(((states.s >= 0) & (states.s <= 1)).all()) or int(states.k.min()) < 0:
         return "a time lies outside 0 to 1"
+    if record.landings is not None:
+        times = record.landings.s
+        if float(times[0]) != 1 or float(times[-1]) <= 0 or bool((times.diff() >= 0).any()):
+            return f"its landings lie at {times.tolist()}, which should fall from 1 and end above 0"
     return None
 
 

@@ -10,9 +10,9 @@ from webdataset import TarWriter
 from configs.values import PictureSize
 from shards.archive import Failure, Shard, record_spans, sha256_of
 from shards.codec import encode
-from shards.journal import JournalEntry, ShardJournal, schema_in_journal
+from shards.journal import JournalEntry, ShardJournal, is_of_schema_1
 from shards.manifest import MANIFEST_FILE, Manifest, Recipe
-from shards.record import Record, Split
+from shards.record import LANDINGS_SCHEMA, Record, Split
 from stages.system.atomic import PARTIAL_SUFFIX, atomic_path, is_abandoned
 from stages.system.disk import refuse_unwritable
 from stages.system.refusal import Refused
@@ -70,7 +70,7 @@ def write_shard(
 
 def _write_tar(path: Path, records: Iterable[Record]) -> tuple[dict[str, int], PictureSize | None]:
     """Write the records; returns key -> number of states of each, in order, and the size of their pictures."""
-    written, last_key, size = dict[str, int](), "", None
+    written, last_key, size, landings = dict[str, int](), "", None, None
     with open(path, "wb") as stream, TarWriter(stream, user=TAR_OWNER, group=TAR_OWNER, mtime=0, encoder=False) as tar:
         for record in records:
             if record.key <= last_key:
@@ -80,9 +80,12 @@ def _write_tar(path: Path, records: Iterable[Record]) -> tuple[dict[str, int], P
                 raise ValueError(f"{path.name}: {record.key} has {count} states, others have {written[last_key]}")
             if written and record.size != size:
                 raise ValueError(f"{path.name}: {record.key} has size {record.size}, others have {size}")
+            times = None if record.landings is None else record.landings.s.tolist()
+            if written and times != landings:
+                raise ValueError(f"{path.name}: {record.key} has landings at {times}, others have them at {landings}")
             json_bytes, st_bytes = encode(record)
             tar.write({"__key__": record.key, "json": json_bytes, "safetensors": st_bytes})
-            written[record.key], last_key, size = count, record.key, record.size
+            written[record.key], last_key, size, landings = count, record.key, record.size, times
     return written, size
 
 
@@ -101,7 +104,7 @@ class CacheWriter:
             self.manifest.check_recipe(recipe, folder)
             recipe = recipe.in_schema(self.manifest.schema_version)
         else:
-            recipe = recipe.in_schema(schema_in_journal(folder) or recipe.schema_version)
+            recipe = recipe.in_schema(1 if is_of_schema_1(folder) else recipe.schema_version)
             self.manifest = Manifest(schema_version=recipe.schema_version, recipe=recipe)
         before = self.manifest
         self._journal = ShardJournal(folder, recipe.fingerprint())
@@ -168,7 +171,8 @@ class CacheWriter:
         """Write a shard and then enter it into the manifest.
 
         `size` is given where the cache has several sizes: shards are then numbered for each size, and named by it.
-        In a cache of schema 1 the records are stored without their size.
+        In a cache of schema 1 the records are stored without their size. Raises `ValueError` for a record with landings
+        in a cache without them, or the other way round.
         `failures` are (key, reason) of prompts that gave no record; it is read after the records, which may fill it.
         An older shard of that name is removed from the manifest before the new file takes its place, so that a process
         killed in between leaves a shard to be made, and never a manifest that contradicts the files.
@@ -181,9 +185,7 @@ class CacheWriter:
             if self._find_shard(split, index, size) not in (None, shard):
                 self.forget(split, index, size)
 
-        if self.manifest.schema_version == 1:
-            records = (replace(record, size=None) for record in records)
-        shard = write_shard(self.folder, split, index, records, forget_older, failures, size)
+        shard = write_shard(self.folder, split, index, map(self._in_schema, records), forget_older, failures, size)
         self.enter(shard, failures)
         return shard
 
@@ -205,6 +207,13 @@ class CacheWriter:
             self.refresh()
             if self.manifest is written:
                 return
+
+    def _in_schema(self, record: Record) -> Record:
+        """The record as it is stored in this cache."""
+        schema = self.manifest.schema_version
+        if (record.landings is not None) != (schema == LANDINGS_SCHEMA):
+            raise ValueError(f"record {record.key} is of schema {record.schema}, its cache of schema {schema}")
+        return replace(record, size=None) if schema == 1 else record
 
     def _find_shard(self, split: Split, index: int, size: PictureSize | None) -> Shard | None:
         file = shard_file(split, index, size)

@@ -36,7 +36,7 @@ from stages.cache.fill import (
 from stages.cache.fleet import fill_by_many
 from stages.cache.plan import Cost, blank_record, estimate_cost, record_bytes, refuse_small_disk
 from stages.cache.sizes import RenderSizes
-from stages.cache.targets import RenderConfig, make_records, recipe_in, recipe_of
+from stages.cache.targets import RenderConfig, make_records, recipe_in, recipe_of, refuse_other_windows
 from stages.nets.components import Components, load_components
 from stages.nets.measured_teacher import MeasuredTeacher, load_measured_teacher
 from stages.nets.teacher import Teacher
@@ -121,7 +121,10 @@ def open_job(config: Config, opened: MeasuredTeacher | None = None) -> CacheJob:
         device = device_of(config.device if config.in_process or config.plan else "cpu")
         opened = load_measured_teacher(config.teacher, device)
     print("\n".join(opened.used.lines))
-    config = config.model_copy(update={"teacher": opened.source})  # workers need no measurement
+    folder = config.run / "cache"
+    existing = recipe_in(folder)
+    # Workers need no measurement, and nothing that follows from what is there already.
+    config = config.model_copy(update={"teacher": opened.source, "render": config.render.with_windows(existing)})
     teacher = make_teacher(config, opened.components)
     render = config.render
     sizes = RenderSizes.checked(render.sizes, teacher.components.latents)
@@ -130,8 +133,10 @@ def open_job(config: Config, opened: MeasuredTeacher | None = None) -> CacheJob:
     report = source_report(config.prompts, [*by_split["train"], *by_split["validation"]], teacher.components.tokenizer)
     print("\n".join(report.lines()))
 
-    source, folder = source_identity(config.prompts, config.seed), config.run / "cache"
-    recipe = recipe_of(teacher, render, source, device_of(config.device), recipe_in(folder))
+    source = source_identity(config.prompts, config.seed)
+    recipe = recipe_of(teacher, render, source, device_of(config.device), existing)
+    if existing is not None:
+        refuse_other_windows(folder, existing, recipe)
     writer = CacheWriter(folder, recipe)
     refuse_surplus(writer, all_tasks)
     return CacheJob(config, writer, teacher, all_tasks, tasks)
@@ -160,8 +165,9 @@ def refuse_too_small_machine(job: CacheJob) -> None:
 
 def record_bytes_by_size(job: CacheJob) -> dict[PictureSize, int]:
     """Bytes of a record of each size, in its shard and in the table."""
-    states = job.config.render.states.states_per_prompt
-    return {size: record_bytes(blank_record(job.teacher, states, size)) for size in {task.size for task in job.tasks}}
+    states = job.config.render.states
+    sizes, count = {task.size for task in job.tasks}, states.states_per_prompt
+    return {size: record_bytes(blank_record(job.teacher, count, size, states.windows)) for size in sizes}
 
 
 def load_teacher(config: Config, device: torch.device) -> Teacher:

@@ -253,13 +253,13 @@ def describe_cache(
     page: Page, config: Config, teacher: Teacher, sizes: RenderSizes, seconds: dict[PictureSize, float]
 ) -> None:
     """Disk and time of a cache of `PROMPTS` prompts; more than the free disk is a problem."""
-    states, listed = config.render.states, sizes.listed
+    states, listed = config.render.with_windows(None).states, sizes.listed
     shares = [float(share) for share in normalized_shares(sizes.sizes)] or [1.0]
-    bytes_of = {size: record_bytes(blank_record(teacher, states.states_per_prompt, size)) for size in listed}
+    blank = partial(blank_record, teacher, states.states_per_prompt, windows=states.windows)
+    bytes_of = {size: record_bytes(blank(size)) for size in listed}
     whole = sum(PROMPTS * share * bytes_of[size] for share, size in zip(shares, listed, strict=True))
-    calls = states.steps + states.renoised_states
+    free, calls = free_bytes(config.run), states.steps + states.renoised_states
     hours = sum(PROMPTS * share * calls * seconds[size] for share, size in zip(shares, listed, strict=True)) / 3600
-    free = free_bytes(config.run)
     page.add(
         "cache",
         f"{whole / GIB:.2f} GiB and about {hours:.2f} hours here for {PROMPTS:,} prompts of {states.states_per_prompt} "

@@ -14,7 +14,7 @@ from configs.values import PictureSize, Strict
 from shards.manifest import Manifest, Recipe
 from shards.reader import Reader
 from stages.cache.sizes import RenderSizes
-from stages.cache.targets import RenderConfig, recipe_in, recipe_of, training_shares
+from stages.cache.targets import RenderConfig, recipe_in, recipe_of, refuse_windows, training_shares
 from stages.classes.class_cache import class_tasks, fill_class_cache, make_mixture, open_class_cache
 from stages.classes.exam import ExamConfig, exam_prompts, save_table, show_table
 from stages.classes.gate import GateConfig, apply_gate, select_scorer, summary_line
@@ -41,6 +41,7 @@ from stages.nets.run_folder import Origin, load_run_teacher, load_student, open_
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import PromptSource
+from stages.sampling.few_steps import refuse_few_steps
 from stages.system.atomic import atomic_write
 from stages.system.device import device_of
 from stages.system.disk import file_sha256
@@ -92,9 +93,10 @@ class Config(Strict):
     processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
 
     @model_validator(mode="after")
-    def _check_scorer_and_guidance(self) -> "Config":
+    def _check_scorer_and_rendering(self) -> "Config":
         if self.stop is not None and self.stop.most_lost is not None and self.scorer is None:
             raise ValueError("stop.most_lost counts right pictures - name a scorer, or set it to null")
+        refuse_windows(self.render.states)
         self.pictures.refuse_low_guidance(self.render.states.guidance_min)
         return self
 
@@ -124,6 +126,7 @@ def finetune(config: Config, runtime: Runtime) -> None:
     cache, folder, device = config.run / "cache", config.run / "classes", runtime.device
     runtime.on_main(refuse_claimed, folder, CLAIM_PURPOSE)
     saved = open_run(config.run / "distill")
+    refuse_few_steps(saved, "the training of classes")
     origin = saved.origin.with_teacher(config.teacher).with_lora(config.lora)
     teacher = Teacher(load_run_teacher(origin, device, torch.float32), origin.tail)
     classes, class_file = load_classes(config.classes), config.classes.read_bytes()

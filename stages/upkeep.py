@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from configs.load import load
 from configs.values import Stored, location_argument, path_argument
+from configs.yaml_text import read_yaml
 from shards import __main__ as shards
 from shards.__main__ import EXIT_DAMAGED
 from shards.journal import JOURNAL_FOLDER, restore_entries
@@ -163,13 +164,23 @@ def find_origin(cache: Path, teacher: str | None = None) -> CacheOrigin:
 def _teacher_cache_origin(cache: Path, file: Path, teacher: str | None) -> CacheOrigin:
     from stages import cache_teacher
 
-    argv = ["--run", str(cache.parent), *(["--teacher", teacher] if teacher else [])]
+    argv = ["--run", str(cache.parent), *(["--teacher", teacher] if teacher else []), *_windows_of(file)]
     config = load(cache_teacher.Config, "cache_teacher", [file], argv)
     recorded = _recorded_source(cache) if (cache / MANIFEST_FILE).exists() else None
     if recorded:
         config = config.model_copy(update={"teacher": _where_it_lies(config.teacher, recorded, moved=bool(teacher))})
     others = [] if teacher or recorded is None else [config.teacher.at(recorded.location)]
     return CacheOrigin([config.teacher, *others], partial(cache_teacher.run, config))
+
+
+def _windows_of(file: Path) -> list[str]:
+    """The option for the windows of a cache whose settings do not name them: they are of a version that had none."""
+    content: Any = read_yaml(file, str(file), "it tells how the cache beside it was made")
+    for name in ("cache_teacher", "render", "states", "windows"):
+        if not isinstance(content, dict) or name not in content:
+            return ["--render.states.windows", "0"]
+        content = content[name]
+    return []
 
 
 def _where_it_lies(named: TeacherSource, recorded: TeacherSource, *, moved: bool) -> TeacherSource:
@@ -226,12 +237,12 @@ def restore_journal(cache: Path) -> list[Path]:
 
 def audit_cache(args: argparse.Namespace, device: torch.device) -> int:
     """Run the cache's teacher again on a sample of records; the exit code is 1 when its outputs differ."""
-    from stages.cache.audit import audit_record, error_table, load_recorded_teacher, mismatch_line, sample  # diffusers
+    from stages.cache import audit  # loads diffusers
 
     cache: Path = find_cache(args.folder)
     manifest = Manifest.open(cache)
     source = teacher_of(cache, args.teacher)
-    location, teacher = source.location, load_recorded_teacher(manifest, source, device)
+    location, teacher = source.location, audit.load_recorded_teacher(manifest, source, device)
     changed = list(other_parts(manifest, teacher))
     if changed:
         problem = f"{', '.join(changed)} is not what the recipe names"
@@ -241,16 +252,16 @@ def audit_cache(args: argparse.Namespace, device: torch.device) -> int:
 
     # A recipe without a device is of a version that made caches on the CPU, where nothing rounds to TF32.
     rough = device.type == "cuda" or manifest.recipe.information.get("device", "cpu") != "cpu"
-    samples = sample(cache, manifest, args.sample, args.seed)
-    audits = [audit_record(teacher, record, file, rough) for file, record in samples]
+    samples, states = audit.sample(cache, manifest, args.sample, args.seed), audit.recorded_states(manifest)
+    audits = [audit.audit_record(teacher, record, file, rough, states) for file, record in samples]
     records = sum(shard.records for shard in manifest.shards)
     head = f"audit of {len(audits)} of {records} records, {teacher.precision} on {device}"
-    print("\n".join([f"{head}; largest errors of tolerances:", *error_table(audits)]))
+    print("\n".join([f"{head}; largest errors of tolerances:", *audit.error_table(audits)]))
     if rough:
         print("convolutions of a GPU round to TF32: a single tensor that is 1 % off may stay below such tolerances")
-    bad = [audit for audit in audits if audit.worst().error_ratio > 1]
-    for audit in bad:
-        line = mismatch_line(cache, audit)
+    bad = [one for one in audits if one.worst().error_ratio > 1]
+    for one in bad:
+        line = audit.mismatch_line(cache, one)
         print(f"sollune: {line} - {AUDIT_HINT}; a broken kernel here or there does it too", file=sys.stderr)
     if bad or changed:
         return EXIT_DAMAGED

@@ -13,16 +13,21 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from pydantic import ValidationError
 from torch import Tensor
 
 from configs.values import PictureSize
 from shards.codec import max_relative_error, rms
 from shards.manifest import Manifest
 from shards.opened import OpenShards
-from shards.record import Record
+from shards.record import LANDINGS_SCHEMA, Record
+from stages.cache.landings import landing_times
+from stages.cache.targets import StatesConfig, draw_randomness
 from stages.flow.bridge import Bridge
+from stages.flow.solver import apply_guidance
 from stages.nets.components import load_components
 from stages.nets.teacher import Teacher, needs_full_precision, precision_text
+from stages.prompts import Prompt
 from stages.system.refusal import Refused
 from stages.teacher_files.source import TeacherSource
 
@@ -34,6 +39,10 @@ ROUNDINGS = 128
 Measured on the embedded teacher: 25 in float32 (another batch size); against float32, 23 where convolutions round to
 TF32 and 30 in float16. A deeper network has more of it, hence four times as many.
 """
+LANDING_ROUNDINGS = 8
+"""Of half precision: a landing is computed again from the stored velocities of the state before it, under guidance."""
+SAME_TIME = 1e-6
+"""Largest distance of a stored time from the same one in float64; the steps of a teacher are a thousand times apart."""
 SINGLE, HALF = 2.0**-24, 2.0**-11
 """Largest relative errors of one rounding. TF32, to which convolutions of a GPU round, has as many digits as half."""
 
@@ -72,7 +81,7 @@ class RecordAudit:
 
 def sample(folder: Path, manifest: Manifest, count: int, seed: int) -> Iterator[tuple[str, Record]]:
     """A uniform sample of `count` records of a cache, in the order of the shards; with each its shard's file."""
-    opened = OpenShards(folder)
+    opened = OpenShards(folder, schema=manifest.schema_version)
     places = [(shard, place) for shard in manifest.shards for place in shard.offsets]
     for number in sorted(random.Random(seed).sample(range(len(places)), min(count, len(places)))):
         shard, place = places[number]
@@ -94,10 +103,26 @@ def load_recorded_teacher(manifest: Manifest, source: TeacherSource | str, devic
     return Teacher(parts, tail, known[precision])
 
 
-def audit_record(teacher: Teacher, record: Record, file: str, tf32: bool) -> RecordAudit:
+def recorded_states(manifest: Manifest) -> StatesConfig | None:
+    """The settings of the states of a cache with landings; None of one without, which needs none for its audit."""
+    if manifest.schema_version != LANDINGS_SCHEMA:
+        return None
+    recipe: Any = manifest.recipe.identity
+    try:
+        return StatesConfig.model_validate(recipe["render"]["states"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise Refused(
+            f"the recipe tells no states to audit landings by ({error!r:.80}) - make the cache anew"
+        ) from error
+
+
+def audit_record(
+    teacher: Teacher, record: Record, file: str, tf32: bool, config: StatesConfig | None = None
+) -> RecordAudit:
     """Both velocities, the features and the conditioning of one record; raises `Refused` for other shapes.
 
-    `tf32`: whether the cache was made on a GPU, or is audited on one, whose convolutions round to TF32.
+    `tf32`: whether the cache was made on a GPU, or is audited on one, whose convolutions round to TF32. `config`: by
+    which the record was made; without it landings are left out.
     """
     _check_shapes(teacher, record)
     states, device = record.states, teacher.components.unet.device
@@ -130,7 +155,37 @@ def audit_record(teacher: Teacher, record: Record, file: str, tf32: bool) -> Rec
     encoded = teacher.encode_texts([record.text]).float()
     error = float(_error(record.cond[None], encoded, rms(encoded)))
     size = record.size or teacher.components.native_size
-    return RecordAudit(file, record.key, size, [*comparisons, Comparison("cond", None, error, ROUNDINGS * SINGLE)])
+    comparisons.append(Comparison("cond", None, error, ROUNDINGS * SINGLE))
+    if config is not None:
+        comparisons += landing_comparisons(teacher.bridge, record, config)
+    return RecordAudit(file, record.key, size, comparisons)
+
+
+def landing_comparisons(bridge: Bridge, record: Record, config: StatesConfig) -> list[Comparison]:
+    """The times of the landings, the noise, and each landing whose line begins at a state that is stored.
+
+    The others could be had only by sampling again, where differences of rounding grow from step to step.
+    """
+    times = landing_times(config.windows).float() if config.windows else torch.empty(0)
+    if record.landings is None or not torch.equal(record.landings.s, times):
+        return [Comparison("landings", 1.0, math.inf, 0.0)]
+    states, x = record.states, record.landings.x
+    channels, height, width = record.x0.shape
+    prompt = Prompt(record.text, record.class_name, record.seed)
+    choice = draw_randomness(prompt, config, (channels, height, width))
+    error = _error(x[:1], choice.noise[None], rms(choice.noise[None]))
+    comparisons = [Comparison("landings", 1.0, float(error), ROUNDINGS * SINGLE)]
+    grid = bridge.nearest_state(choice.times)[1].float()
+    v_cond, v_uncond = states.v_cond.float(), states.v_uncond.float()
+    for end, landing in list(zip(times.tolist(), x, strict=True))[1:]:
+        before = grid[(grid >= end).sum() - 1]
+        for row in (states.trajectory & ((states.s - before).abs() < SAME_TIME)).nonzero()[:1, 0].tolist():
+            w, step = record.guidance_scale, float(states.s[row]) - end
+            now = states.x_s[row].float() - step * apply_guidance(v_cond[row], v_uncond[row], w)
+            moved = step * (w * rms(v_cond[row, None]) + abs(w - 1) * rms(v_uncond[row, None]))
+            error = _error(landing[None], now[None], rms(now[None]) + moved)
+            comparisons.append(Comparison("landings", end, float(error), LANDING_ROUNDINGS * HALF))
+    return comparisons
 
 
 def _error(stored: Tensor, now: Tensor, size: Tensor) -> Float[Tensor, " n"]:
@@ -161,8 +216,9 @@ def mismatch_line(cache: Path, audit: RecordAudit) -> str:
 
 def error_table(audits: Sequence[RecordAudit]) -> Iterator[str]:
     """Errors against tolerances, for each bin of s, and for each size where there are several."""
-    names = ("v_cond", "v_uncond", "features")
     compared = [comparison for audit in audits for comparison in audit.comparisons]
+    names = ["v_cond", "v_uncond", "features"]
+    names += ["landings"] * any(comparison.quantity == "landings" for comparison in compared)
     yield f"{'s':<12}{'states':>8}" + "".join(f"{name:>22}" for name in names)
     for i in range(AUDIT_BINS):
         here = [one for one in compared if one.s is not None and min(int(one.s * AUDIT_BINS), AUDIT_BINS - 1) == i]

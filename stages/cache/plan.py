@@ -12,8 +12,9 @@ import torch
 
 from configs.values import PictureSize
 from shards.codec import encode
-from shards.record import BlockFeatures, Record, States
+from shards.record import BlockFeatures, Landings, Record, States
 from stages.cache.fill import RecordMaker, ShardTask, count_prompts
+from stages.cache.landings import landing_times
 from stages.nets.features import feature_widths
 from stages.nets.teacher import Teacher
 from stages.system.disk import free_bytes
@@ -89,7 +90,7 @@ def record_bytes(record: Record) -> int:
     return members + len(record.states) * row
 
 
-def blank_record(teacher: Teacher, state_count: int, size: PictureSize) -> Record:
+def blank_record(teacher: Teacher, state_count: int, size: PictureSize, windows: int | None = None) -> Record:
     """A record of the shapes that this teacher gives at a size, for `record_bytes`."""
     parts, latent = teacher.components, teacher.components.latent_shape(size)
     cond = torch.zeros(parts.tokenizer.model_max_length, parts.unet.config["cross_attention_dim"]).half()
@@ -97,7 +98,12 @@ def blank_record(teacher: Teacher, state_count: int, size: PictureSize) -> Recor
     k, kept = torch.zeros(state_count, dtype=torch.int64), torch.zeros(state_count, dtype=torch.bool)
     features = {block: torch.zeros(state_count, width).half() for block, width in feature_widths(parts.unet).items()}
     stacked = States(k, torch.zeros(state_count), states, states, states, kept)
-    return Record("0" * 9, " " * 80, "class/name", 0, 0.0, cond, states[0], stacked, BlockFeatures(features), size)
+    landings = None
+    if windows:
+        times = landing_times(windows).float()
+        landings = Landings(times, states[:1].repeat(len(times), 1, 1, 1))
+    head = ("0" * 9, " " * 80, "class/name", 0, 0.0)
+    return Record(*head, cond, states[0], stacked, BlockFeatures(features), size, landings)
 
 
 def estimate_cost(make: RecordMaker, tasks: Sequence[ShardTask], workers: int, capacity: int) -> Cost:

@@ -1,29 +1,27 @@
 """Prompts -> records: states of the teacher's own guided sampling, and of renoised pictures, with its predictions."""
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field, JsonValue, field_validator, model_validator
 from torch import Tensor
 
 from configs.values import PictureSize, Strict
-from shards.manifest import MANIFEST_FILE, Manifest, Recipe
-from shards.record import BlockFeatures, Record, States
+from shards.manifest import MANIFEST_FILE, Manifest, Recipe, differences
+from shards.record import LANDINGS_SCHEMA, SCHEMA, Record
+from stages.cache.landings import stack_landings
 from stages.cache.sizes import RenderSizes, SizeShare, refuse_repeated_sizes
+from stages.cache.teacher_states import ConditionedTeacher, PromptRandomness, stack_states
 from stages.flow.bridge import TailPolicy
-from stages.flow.path import interpolate, per_sample
-from stages.flow.solver import apply_guidance
 from stages.flow.timesteps import TimestepDensity
 from stages.nets.features import HOOK_POINT, feature_widths
-from stages.nets.student import Prediction
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, derived_seed
+from stages.system.refusal import Refused
 from stages.teacher_files.open import open_teacher_files
 from stages.teacher_files.recorded import absolute_place, identity_as_recorded
 from stages.teacher_files.source import TeacherSource
@@ -40,11 +38,24 @@ class StatesConfig(Strict):
     trajectory_states: int = Field(4, ge=1, description="states kept of each sampling, stratified over its times")
     renoised_states: int = Field(2, ge=0, description="states made by adding fresh noise to the finished picture")
     density: TimestepDensity = Field(TimestepDensity(), description="times of the renoised states")
+    windows: Literal[0, 1, 2, 4, 8] | None = Field(
+        None,
+        description="windows of few-step sampling at whose ends the trajectory is stored too (its landings), for as "
+        "many steps and coarser ones; 0 stores none; none: those that the cache has already, and 4 for a new one of "
+        "cache-teacher",
+    )
 
     @property
     def states_per_prompt(self) -> int:
         """States kept of each prompt."""
         return self.trajectory_states + self.renoised_states
+
+    @field_validator("windows", mode="before")
+    @classmethod
+    def _refuse_truth_value(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which equals 0 or 1
+            raise ValueError("should be 0, 1, 2, 4 or 8")
+        return value
 
     @model_validator(mode="after")
     def _ordered(self) -> "StatesConfig":
@@ -53,6 +64,19 @@ class StatesConfig(Strict):
         if self.trajectory_states > self.steps:
             raise ValueError(f"trajectory_states {self.trajectory_states} is more than steps {self.steps}")
         return self
+
+
+WINDOWS = 4
+"""Those of a new cache of `cache-teacher`, from which students of few steps may be made."""
+
+
+def refuse_windows(states: StatesConfig) -> None:
+    """Raise `ValueError` where landings are to be stored of pictures that may come from elsewhere than the teacher."""
+    if states.windows:
+        raise ValueError(
+            f"render.states.windows = {states.windows}, but records of classes hold no landings: a photograph lies on "
+            "no trajectory of the teacher - leave it 0; those of RUN/cache serve few steps"
+        )
 
 
 class RenderConfig(Strict):
@@ -78,9 +102,21 @@ class RenderConfig(Strict):
     def _check_sizes(cls, sizes: tuple[SizeShare, ...]) -> tuple[SizeShare, ...]:
         return tuple(refuse_repeated_sizes(sizes))
 
+    def with_windows(self, existing: Recipe | None) -> "RenderConfig":
+        """The same with a number of windows: that of the cache that is there, if nobody chose one."""
+        if self.states.windows is not None:
+            return self
+        windows = windows_in(existing) if existing else WINDOWS
+        return self.model_copy(update={"states": self.states.model_copy(update={"windows": windows})})
+
     def identity(self, sizes: RenderSizes) -> dict[str, JsonValue]:
-        """These settings as a recipe holds them; without sizes where there is none but the teacher's own."""
-        settings = self.model_dump(mode="json", exclude={"sizes"})
+        """These settings as a recipe holds them.
+
+        Without sizes where there is none but the teacher's own, and without windows where there are none, so that the
+        recipes of earlier versions are the same.
+        """
+        without: dict[str, Any] = {"sizes": True} if self.states.windows else {"sizes": True, "states": {"windows"}}
+        settings = self.model_dump(mode="json", exclude=without)
         return {**settings, "sizes": sizes.identity()} if sizes.sizes else settings
 
 
@@ -94,6 +130,24 @@ def sizes_in(recipe: Recipe) -> tuple[SizeShare, ...]:
     render: Any = recipe.identity.get("render")
     listed = render.get("sizes", ()) if isinstance(render, dict) else ()
     return tuple(SizeShare.model_validate(one) for one in listed)
+
+
+def windows_in(recipe: Recipe) -> int:
+    """The windows at whose ends the records of a recipe have landings; 0 where they have none."""
+    render: Any = recipe.identity.get("render")
+    states: Any = render.get("states") if isinstance(render, dict) else None
+    windows = states.get("windows", 0) if isinstance(states, dict) else 0
+    return windows if type(windows) is int else 0
+
+
+def refuse_other_windows(cache: Path, existing: Recipe, recipe: Recipe) -> None:
+    """Raise `Refused` where a cache differs from `recipe` in the number of windows alone."""
+    if [change.split()[0] for change in differences(existing, recipe)] == ["render.states.windows"]:
+        then, now = windows_in(existing), windows_in(recipe)
+        raise Refused(
+            f"{cache}: render.states.windows is {now}, its records were made with {then} - go on with it by "
+            f"--render.states.windows {then} (make: in ARGS), or choose another run folder (RUN=)"
+        )
 
 
 def training_shares(manifest: Manifest) -> tuple[SizeShare, ...]:
@@ -117,6 +171,7 @@ def recipe_of(
     files = parts.files or open_teacher_files(TeacherSource(location=parts.location))
     device = device or parts.unet.device  # its name is recorded because another processor rounds otherwise
     return Recipe(
+        schema_version=LANDINGS_SCHEMA if config.states.windows else SCHEMA,
         identity={
             "teacher": dict(identity_as_recorded(existing.identity.get("teacher") if existing else None, files)),
             "prompts": dict(source),
@@ -135,18 +190,6 @@ def recipe_of(
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         },
     )
-
-
-@dataclass(frozen=True)
-class PromptRandomness:
-    """Every random choice of one prompt, sampled on the CPU from its own seed: no batch or device changes it."""
-
-    guidance_scale: float
-    times: Float[Tensor, " n"]
-    noise: Float[Tensor, "c h w"]
-    kept_steps: Int[Tensor, " m"]
-    renoised_times: Float[Tensor, " r"]
-    renoised_noise: Float[Tensor, "r c h w"]
 
 
 def draw_randomness(prompt: Prompt, config: StatesConfig, latent_shape: tuple[int, int, int]) -> PromptRandomness:
@@ -187,13 +230,15 @@ def make_records(
     trajectory, x0 = batch.sample_guided(noise, known_times.view_as(times), scale)
     x0 = x0.half()
     renoised = batch.renoise(x0.float(), chosen)
+    landings = stack_landings(trajectory, scale, config.windows)
 
     records = []
     for row, (key, prompt, choice) in enumerate(zip(keys, prompts, chosen, strict=True)):
         kept = [trajectory[i] for i in choice.kept_steps.tolist()]
         states, features = stack_states(kept, renoised, row)
         head = (key, prompt.text, prompt.class_name, prompt.seed, choice.guidance_scale)
-        records.append(Record(*head, batch.cond[row].cpu(), x0[row].cpu(), states, features, size))
+        own = landings[row] if landings else None
+        records.append(Record(*head, batch.cond[row].cpu(), x0[row].cpu(), states, features, size, own))
     return records
 
 
@@ -221,75 +266,3 @@ def records_from_pictures(
         head = (key, prompt.text, prompt.class_name, prompt.seed, 1.0)
         records.append(Record(*head, batch.cond[row].cpu(), x0[row].cpu(), *stack_states([], renoised, row), size))
     return records
-
-
-@dataclass(frozen=True)
-class TeacherState:
-    """One state of each of b prompts, and the teacher's prediction there."""
-
-    k: Int[Tensor, " b"]
-    s: Float[Tensor, " b"]
-    x_s: Float[Tensor, "b c h w"]
-    prediction: Prediction
-
-
-class ConditionedTeacher:
-    """The teacher under the conditioning of one batch of prompts."""
-
-    def __init__(self, teacher: Teacher, prompts: Sequence[Prompt]) -> None:
-        self.teacher = teacher
-        self.cond = teacher.encode_texts([prompt.text for prompt in prompts]).half()
-        self.uncond = teacher.uncond.half()
-
-    def evaluate(self, x: Float[Tensor, "b c h w"], s: Float[Tensor, " b"]) -> TeacherState:
-        """The prediction at the teacher's nearest time; x is rounded to its stored precision **before** that."""
-        k, known = self.teacher.bridge.nearest_state(s)
-        s_stored, x_stored = known.float(), x.half().float()
-        return TeacherState(k, s_stored, x_stored, self.teacher.predict(x_stored, s_stored, k, self.cond, self.uncond))
-
-    def sample_guided(
-        self, noise: Float[Tensor, "b c h w"], times: Float[Tensor, "n b"], scale: Float[Tensor, " b"]
-    ) -> tuple[list[TeacherState], Float[Tensor, "b c h w"]]:
-        """The teacher's own guided sampling: every state on the way, and x0.
-
-        Euler's method on the bridged velocity, between the teacher's own states, is DDIM.
-        """
-        x, trajectory = noise, []
-        grid = torch.cat([times, torch.zeros_like(times[:1])])
-        for s, s_next in pairwise(grid):
-            state = self.evaluate(x, s)
-            v = apply_guidance(state.prediction.v_cond, state.prediction.v_uncond, scale)
-            x = state.x_s + per_sample(s_next - state.s, v) * v
-            trajectory.append(state)
-        return trajectory, x
-
-    def renoise(self, x0: Float[Tensor, "b c h w"], chosen: Sequence[PromptRandomness]) -> list[TeacherState]:
-        """The finished pictures under each of their fresh noises, at the teacher's nearest times."""
-        times = torch.stack([choice.renoised_times for choice in chosen], dim=1).to(x0.device)
-        noises = torch.stack([choice.renoised_noise for choice in chosen], dim=1).to(x0.device)
-        states = []
-        for s, eps in zip(times, noises, strict=True):
-            _, known = self.teacher.bridge.nearest_state(s)
-            states.append(self.evaluate(interpolate(x0, eps, known), known))
-        return states
-
-
-def stack_states(
-    trajectory: Sequence[TeacherState], renoised: Sequence[TeacherState], row: int
-) -> tuple[States, BlockFeatures]:
-    """One prompt's states as they are stored: fp16, on the CPU."""
-    states = [*trajectory, *renoised]
-
-    def stack(values: Iterable[Tensor]) -> Tensor:
-        return torch.stack([value[row] for value in values]).cpu()
-
-    stacked = States(
-        k=stack(state.k for state in states),
-        s=stack(state.s for state in states),
-        x_s=stack(state.x_s for state in states).half(),
-        v_cond=stack(state.prediction.v_cond for state in states).half(),
-        v_uncond=stack(state.prediction.v_uncond for state in states).half(),
-        trajectory=torch.arange(len(states)) < len(trajectory),
-    )
-    blocks = states[0].prediction.features
-    return stacked, BlockFeatures({b: stack(state.prediction.features[b] for state in states).half() for b in blocks})

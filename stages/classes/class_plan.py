@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +17,7 @@ from rich.table import Table
 from configs.values import Strict
 from shards.manifest import Manifest
 from stages.cache.sizes import RenderSizes
-from stages.cache.targets import RenderConfig, training_shares
+from stages.cache.targets import RenderConfig, refuse_windows, training_shares
 from stages.classes.cached import records_by_class
 from stages.classes.mixture import DEFAULT_PRIOR_SHARE, split_batch_size
 from stages.classes.photographs import crop_lines, hidden_file_lines, list_photographs
@@ -58,6 +58,11 @@ class Config(Strict):
     pictures: PicturesConfig = Field(PicturesConfig(), description="where the pictures come from")
     prior_share: float = Field(DEFAULT_PRIOR_SHARE, gt=0, lt=1, description="share of RUN/cache in each batch")
     train: TrainConfig = Field(TrainConfig(), description="how long the training is")
+
+    @model_validator(mode="after")
+    def _check_windows(self) -> "Config":
+        refuse_windows(self.render.states)
+        return self
 
     def folder(self, part: str) -> Path | None:
         """A cache of the run, if there is one."""

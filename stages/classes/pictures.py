@@ -201,10 +201,13 @@ def recipe_differences(cache: Path, recipe: Recipe) -> list[str]:
 
 
 def _comparable_recipe(recipe: Recipe) -> Recipe:
-    render = recipe.identity["render"]
+    render: Any = recipe.identity["render"]
     identity: dict[str, JsonValue] = {name: value for name, value in recipe.identity.items() if name != "prompts"}
     if isinstance(render, dict):
-        identity["render"] = {name: value for name, value in render.items() if name not in BATCHING_FIELDS}
+        kept = {name: value for name, value in render.items() if name not in BATCHING_FIELDS}
+        if isinstance(states := render.get("states"), dict):  # landings change nothing else, and are left behind
+            kept["states"] = {name: value for name, value in states.items() if name != "windows"}
+        identity["render"] = kept
     return Recipe(schema_version=recipe.schema_version, identity=identity)
 
 
@@ -269,8 +272,8 @@ def picture_record_maker(teacher: Teacher, cache: Path, config: StatesConfig, fi
 
 
 def _reused_record(reader: Reader, prompt: Prompt, key: str, size: PictureSize) -> Record:
-    """A record of the distillation cache under a new key; early versions did not store its size."""
+    """A record of the distillation cache under a new key, without landings; early versions did not store its size."""
     record = reader.record_at(prompt.record_number) if isinstance(prompt, CachedPrompt) else None
     if record is None or record.text != prompt.text:
         raise Refused(f"{reader.folder}: changed while it was read - start the command again")
-    return replace(record, key=key, size=size)
+    return replace(record, key=key, size=size, landings=None)

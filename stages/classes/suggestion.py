@@ -22,6 +22,7 @@ from stages.evaluate.metrics import refuse_blind_scorer
 from stages.nets.run_folder import cache_folder, load_run_teacher, load_student, open_run
 from stages.nets.teacher import Teacher
 from stages.prompts import PromptSource
+from stages.sampling.few_steps import refuse_few_steps
 from stages.sampling.sampler import Sampler
 from stages.system.atomic import atomic_write
 from stages.system.device import device_of
@@ -79,6 +80,7 @@ def refuse_existing(out: Path) -> None:
 def measure_classes(config: Config) -> list[ClassDifficulty]:
     """All classes of the run's cache, the hardest first."""
     saved = open_run(config.run)
+    refuse_few_steps(saved, "a suggestion of classes")
     cache = cache_folder(saved.folder)
     classes = group_by_level(records_by_class(cache), config.level)
     if len(classes) < 2:

@@ -56,8 +56,9 @@ class PolishRender(Strict):
 
     def under(self, tail: TailPolicy, sizes: Sequence[SizeShare]) -> RenderConfig:
         """The same for a cache under a tail policy and with these sizes."""
-        own = {name: getattr(self, name) for name in ("states", "records_per_shard", "batch_size")}
-        return RenderConfig(tail=tail, sizes=tuple(sizes), **own)
+        own = {name: getattr(self, name) for name in ("records_per_shard", "batch_size")}
+        states = self.states.model_copy(update={"windows": self.states.windows or 0})
+        return RenderConfig(tail=tail, sizes=tuple(sizes), states=states, **own)
 
 
 class ProbeConfig(Strict):

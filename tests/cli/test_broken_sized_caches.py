@@ -55,8 +55,12 @@ def other_pixels_a_place(cache: Path) -> None:
 
 CACHES: dict[str, tuple[Break, list[str]]] = {
     "a later schema": (
+        in_manifest('"schema_version": 2', '"schema_version": 4'),
+        ["manifest.json", "schema_version 4", "reads 1, 2 and 3"],
+    ),
+    "a schema of landings that are not there": (
         in_manifest('"schema_version": 2', '"schema_version": 3'),
-        ["manifest.json", "schema_version 3", "reads 1 and 2"],
+        [FIRST, "has no landings, in a cache of schema 3", "repair"],
     ),
     "a schema that is true": (
         in_manifest('"schema_version": 2', '"schema_version": true'),

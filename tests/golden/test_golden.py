@@ -13,6 +13,8 @@ from stages.__main__ import main
 from tests.golden.make import CACHE, COMMON, DAVID, TRAIN
 
 DATA = Path("tests/golden/data")
+SCHEMA_2 = Path("tests/golden/schema_2")
+"""A cache of two sizes by the same teacher, made at dd9b603, before records had landings."""
 
 
 @pytest.fixture
@@ -30,9 +32,9 @@ def lines(folder: Path) -> dict[int, dict[str, object]]:
     return {line["samples"]: line for line in journal if "kind" not in line}
 
 
-@pytest.mark.parametrize("folder", ["cache", "classes/cache"])
-def test_an_earlier_cache_is_whole(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["shards", "verify", str(DATA / folder)]) == 0
+@pytest.mark.parametrize("folder", [DATA / "cache", DATA / "classes/cache", SCHEMA_2])
+def test_an_earlier_cache_is_whole(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shards", "verify", str(folder)]) == 0
     assert capsys.readouterr().out.endswith("ok\n")
 
 
@@ -73,5 +75,53 @@ def test_an_earlier_cache_grows_in_the_schema_that_it_has(tmp_path: Path, sizes:
 def test_an_earlier_cache_takes_no_other_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(DATA / "cache", tmp_path / "cache")
     words = ["cache-teacher", *COMMON, "--run", str(tmp_path), "--teacher", str(DATA / "teacher"), *CACHE]
-    assert main([*words, "--render.sizes", "[{size: 64x64, share: 1}, {size: 64x96, share: 1}]"]) == 2
+    sizes = ["--render.sizes", "[{size: 64x64, share: 1}, {size: 64x96, share: 1}]"]
+    assert main([*words, *sizes]) == 2
     assert "made by another recipe: render.sizes.0.size was absent" in capsys.readouterr().err
+
+
+SIZED = ["--render.records-per-shard", "4", "--render.states.steps", "4"]
+SIZED += ["--render.sizes", "[{size: 64x64, share: 1}, {size: 64x96, share: 1}]"]
+
+
+def test_a_cache_of_schema_2_grows_without_landings_and_keeps_its_recipe(tmp_path: Path) -> None:
+    shutil.copytree(SCHEMA_2 / "cache", tmp_path / "cache")
+    before = Manifest.open(tmp_path / "cache")
+    words = ["cache-teacher", *COMMON, "--run", str(tmp_path), "--teacher", str(DATA / "teacher"), *SIZED]
+    assert main([*words, "--count", "9", "--validation-count", "1"]) == 0
+    after = Manifest.open(tmp_path / "cache")
+    assert after.schema_version == before.schema_version == 2
+    assert after.recipe.fingerprint() == before.recipe.fingerprint()
+    assert sum(shard.records for shard in after.shards_of("train")) == 9
+    assert main(["shards", "verify", str(tmp_path)]) == 0
+
+
+def test_a_cache_of_schema_2_is_repaired_by_the_settings_that_lie_beside_it(tmp_path: Path) -> None:
+    """They name no windows, of which there were none."""
+    shutil.copytree(SCHEMA_2, tmp_path / "run")
+    shard = tmp_path / "run" / "cache" / "data" / "train-64x64-000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-2000])
+    assert main(["shards", "repair", str(tmp_path / "run"), "--teacher", str(DATA / "teacher")]) == 0
+    again = Manifest.open(tmp_path / "run" / "cache")
+    assert (again.schema_version, again.recipe.fingerprint()) == (
+        2,
+        Manifest.open(SCHEMA_2 / "cache").recipe.fingerprint(),
+    )
+    assert len(shard.read_bytes()) == len(whole)
+
+
+def test_an_earlier_cache_goes_on_without_landings_and_takes_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for data, more in ((DATA, CACHE), (SCHEMA_2, [*SIZED, "--count", "4", "--validation-count", "1"])):
+        run = tmp_path / data.name
+        shutil.copytree(data / "cache", run / "cache")
+        before = Manifest.open(run / "cache").recipe
+        words = ["cache-teacher", *COMMON, "--run", str(run), "--teacher", str(DATA / "teacher"), *more]
+        assert main(words) == 0
+        assert Manifest.open(run / "cache").recipe.fingerprint() == before.fingerprint()
+        assert main([*words, "--render.states.windows", "4"]) == 2
+        message = capsys.readouterr().err
+        assert f"{run / 'cache'}: render.states.windows is 4, its records were made with 0 - " in message
+        assert "--render.states.windows 0" in message

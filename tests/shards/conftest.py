@@ -1,6 +1,6 @@
 """Small records that are a function of their number, and caches made of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 
 from configs.values import PictureSize
 from shards.manifest import Recipe
-from shards.record import BlockFeatures, Record, States
+from shards.record import LANDINGS_SCHEMA, BlockFeatures, Landings, Record, States
 from shards.writer import CacheWriter
 
 C, H, W, K = 3, 4, 5, 2
@@ -99,6 +99,33 @@ def make_sized_record(number: int, size: PictureSize, state_count: int = K) -> R
     }
     x0 = torch.randn(shape, generator=generator).half()
     return replace(record, x0=x0, states=replace(record.states, **states), size=size)
+
+
+TIMES = (1.0, 0.75, 0.5, 0.25)
+"""Of the landings of the records below."""
+
+
+def with_landings(record: Record, times: Sequence[float] = TIMES) -> Record:
+    """The same record with landings at these times, whose values are a function of its number."""
+    generator = torch.Generator().manual_seed(10**7 + int(record.key))
+    x = torch.randn(len(times), *record.x0.shape, generator=generator).half()
+    return replace(record, landings=Landings(torch.tensor(times), x))
+
+
+def fill_landed_cache(folder: Path, several_sizes: bool = False) -> Path:
+    """A cache of schema 3: the records of `fill_cache`, or six of two sizes, with landings."""
+    writer = CacheWriter(folder, make_small_recipe().in_schema(LANDINGS_SCHEMA))
+    if several_sizes:
+        for size, numbers in ((SIZES[0], (0, 2, 4)), (SIZES[1], (1, 3, 5))):
+            writer.add("train", 0, (with_landings(make_sized_record(n, size)) for n in numbers), size=size)
+        return folder
+    for split, index, numbers in (
+        ("train", 0, range(4)),
+        ("train", 1, range(4, 7)),
+        ("validation", 0, range(100, 102)),
+    ):
+        writer.add(split, index, (with_landings(make_numbered_record(number)) for number in numbers))
+    return folder
 
 
 def size_of_number(number: int) -> PictureSize:

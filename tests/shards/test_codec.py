@@ -131,8 +131,8 @@ def test_features_of_another_number_of_states_are_not_written(make_record):
 
 def test_another_schema_is_refused(make_record):
     json_bytes, st_bytes = encode(make_record(0))
-    for other in (b"3", b"0", b"true", b"2.0", b'"2"', b"null"):
-        with pytest.raises(Refused, match=r"record '000000000': schema .*, this program reads 1 and 2"):
+    for other in (b"4", b"0", b"true", b"2.0", b'"2"', b"null"):
+        with pytest.raises(Refused, match=r"record '000000000': schema .*, this program reads 1, 2 and 3"):
             decode(json_bytes.replace(b'"schema_version": 2', b'"schema_version": ' + other), st_bytes)
 
 

@@ -49,9 +49,9 @@ def test_a_missing_manifest_is_refused(tmp_path):
     ("text", "words"),
     [
         ("{", "not good JSON"),
-        ("[]", "schema_version None, this program reads 1 and 2"),
-        ('{"schema_version": 3}', "schema_version 3, this program reads 1 and 2"),
-        ('{"schema_version": true}', "schema_version True, this program reads 1 and 2"),
+        ("[]", "schema_version None, this program reads 1, 2 and 3"),
+        ('{"schema_version": 4}', "schema_version 4, this program reads 1, 2 and 3"),
+        ('{"schema_version": true}', "schema_version True, this program reads 1, 2 and 3"),
         ('{"schema_version": 1}', "recipe: Field required"),
         ('{"schema_version": 1, "recipe": {"identity": {}}, "extra": 1}', "extra: Extra inputs"),
     ],
