@@ -16,6 +16,7 @@ from configs.values import PictureSize
 from shards.manifest import Manifest, Recipe
 from stages.flow.bridge import TailPolicy
 from stages.nets.components import Components, load_components
+from stages.nets.guidance import embed_guidance
 from stages.nets.lora import LoraConfig, add_adapters, load_adapters, merge_adapters
 from stages.nets.student import Student, Target, make_vp_bridge
 from stages.system.atomic import atomic_path, atomic_write
@@ -23,12 +24,10 @@ from stages.system.refusal import Refused, in_one_line
 from stages.teacher_files.recorded import MOVE_OPTION, absolute_place, changed_parts, find_teacher, recorded_sources
 from stages.teacher_files.source import TeacherMove, TeacherSource
 
-ORIGIN_FILE, CHECKPOINTS_FOLDER, WEIGHTS_FILE, COMPLETE_MARK = (
-    "origin.json",
-    "checkpoints",
-    "ema.safetensors",
-    "COMPLETE",
-)
+ORIGIN_FILE, COMPLETE_MARK = "origin.json", "COMPLETE"
+CHECKPOINTS_FOLDER, WEIGHTS_FILE = "checkpoints", "ema.safetensors"
+FAST_FOLDER = "fast"
+"""Holds the runs of students of few steps, by their windows."""
 BASE_PLACE = "folder"
 """The entry of `Origin.base` that means something on one machine alone."""
 BASE_FILE = "base.safetensors"
@@ -58,6 +57,14 @@ class Origin:
     """The picture sizes that its training cache holds, that of the largest share first; empty in runs of before."""
     base: Mapping[str, Any] | None = None
     """Of a converted fine-tune: the run it was started from, its weights, and the start; None for any other run."""
+    windows: int | None = None
+    """The steps that the student samples in, with the guidance scale as its input; None for any other run."""
+    guidance_range: tuple[float, float] | None = None
+    """The least and the greatest guidance scale that such a student learnt; None for any other run."""
+
+    def __post_init__(self) -> None:
+        if (self.windows is None) != (self.guidance_range is None) or (self.windows is not None and self.windows < 1):
+            raise ValueError(f"windows {self.windows} and guidance_range {self.guidance_range}: both or none")
 
     @classmethod
     def from_manifest(
@@ -94,7 +101,7 @@ class Origin:
         try:
             origin = cls(**json.loads(path.read_text(encoding="utf-8")))
             origin = replace(origin, sizes=tuple(str(PictureSize.parse(size)) for size in origin.sizes))
-            TypeAdapter(cls).validate_python(asdict(origin))
+            origin = TypeAdapter(cls).validate_python(asdict(origin))
             if origin.lora is not None:
                 LoraConfig.model_validate(origin.lora)
             return origin
@@ -143,7 +150,8 @@ class Origin:
         sizes = {"native_size": str(native), "sizes": [str(size) for size in self.learnt_sizes(native)]}
         base = {key: value for key, value in (self.base or {}).items() if key != BASE_PLACE}
         teacher = {**components.name_facts, **components.change_facts, **({"converted_from": base} if base else {})}
-        return {**teacher, "tail": self.tail, **recipe, **lora, "samples": samples, **sizes}
+        fast = {"windows": self.windows, "guidance_range": self.guidance_range} if self.windows else {}
+        return {**teacher, "tail": self.tail, **recipe, **lora, "samples": samples, **sizes, **fast}
 
     def save(self, folder: Path) -> None:
         """Write it into a run folder."""
@@ -167,8 +175,9 @@ def is_run(folder: Path) -> bool:
 
 
 def cache_folder(run_folder: Path) -> Path:
-    """The cache that a run was distilled from, beside the run folder."""
-    return run_folder.parent / "cache"
+    """The cache that a run was distilled from, beside the run folder, or beside that of all numbers of windows."""
+    is_fast = run_folder.parent.name == FAST_FOLDER and run_folder.name.isdecimal()
+    return (run_folder.parents[1] if is_fast else run_folder.parent) / "cache"
 
 
 def open_run(folder: Path, samples: int | None = None) -> SavedRun:
@@ -218,7 +227,8 @@ def load_student(run: SavedRun, components: Components) -> Student:
 def load_with_adapters(run: SavedRun, components: Components) -> Student:
     """The same with its adapters, if it has any, not merged."""
     origin, base = run.origin, run.folder / BASE_FILE
-    student = Student.from_teacher(components.unet, make_vp_bridge(origin.target, components.schedule, origin.tail))
+    unet = components.unet if origin.windows is None else embed_guidance(components.unet)
+    student = Student.from_teacher(unet, make_vp_bridge(origin.target, components.schedule, origin.tail))
     if origin.lora is not None:
         _load_weights(base, student, _load_unet, "start the run's command again, it writes it")
         student = add_adapters(student, LoraConfig.model_validate(origin.lora))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stages.flow.bridge import Bridge, TailPolicy
 from stages.flow.schedule import NoiseSchedule
 from stages.nets.features import FeatureTap, copy_without_hooks, last_resnets
+from stages.nets.guidance import embeds_guidance, guidance_embedding, train_slow_columns
 
 Target: TypeAlias = Literal["velocity", "vp_v"]
 """What the network predicts: the velocity of the linear path, or v on the teacher's own."""
@@ -48,7 +49,15 @@ class Student(nn.Module):
     @classmethod
     def from_teacher(cls, unet: UNet2DConditionModel, vp_bridge: Bridge | None = None) -> "Student":
         """A trainable copy in fp32; the teacher stays as it is."""
-        return cls(copy_without_hooks(unet).requires_grad_(True), vp_bridge)
+        student = cls(copy_without_hooks(unet).requires_grad_(True), vp_bridge)
+        if student.embeds_guidance:
+            train_slow_columns(student.unet)
+        return student
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network takes the guidance scale as an input and predicts the guided velocity at once."""
+        return embeds_guidance(self.unet)
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -70,13 +79,18 @@ class Student(nn.Module):
             self.unet.compile()
 
     def velocity(
-        self, x: Float[Tensor, "b c h w"], s: Float[Tensor, " b"], cond: Float[Tensor, "b l d"]
+        self,
+        x: Float[Tensor, "b c h w"],
+        s: Float[Tensor, " b"],
+        cond: Float[Tensor, "b l d"],
+        guidance: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """v = dx/ds at the state (x, s)."""
+        """v = dx/ds at the state (x, s); guided by the scales `guidance` exactly where the network embeds them."""
+        assert (guidance is not None) == self.embeds_guidance
         if self.vp_bridge is None:
-            return self._network_output(x, TIME_SCALE * s, cond)
+            return self._network_output(x, TIME_SCALE * s, cond, guidance)
         k = self.vp_bridge.k_of_s(s)
-        output = self._network_output(self.vp_bridge.teacher_input(x, s), k, cond)
+        output = self._network_output(self.vp_bridge.teacher_input(x, s), k, cond, guidance)
         return self.vp_bridge.velocity(x.float(), s, k, output)
 
     def forward(
@@ -85,15 +99,29 @@ class Student(nn.Module):
         s: Float[Tensor, " b"],
         cond: Float[Tensor, "b l d"],
         uncond: Float[Tensor, "1 l d"],
+        guidance: Float[Tensor, " b"] | None = None,
     ) -> Prediction:
-        """Both branches in one pass."""
+        """Both branches in one pass; of a network that embeds guidance its one branch twice, without features."""
+        if guidance is not None:
+            velocity = self.velocity(x, s, cond, guidance)
+            self.feature_tap.pop_features(slice(0, len(x)))
+            return Prediction(velocity, velocity, {})
         both = torch.cat([cond, uncond.expand_as(cond)])
         v_cond, v_uncond = self.velocity(x.repeat(2, 1, 1, 1), s.repeat(2), both).chunk(2)
         return Prediction(v_cond, v_uncond, self.feature_tap.pop_features(slice(0, len(x))))
 
     def _network_output(
-        self, network_input: Float[Tensor, "b c h w"], timestep: Float[Tensor, " b"], cond: Float[Tensor, "b l d"]
+        self,
+        network_input: Float[Tensor, "b c h w"],
+        timestep: Float[Tensor, " b"],
+        cond: Float[Tensor, "b l d"],
+        guidance: Float[Tensor, " b"] | None,
     ) -> Float[Tensor, "b c h w"]:
         dtype = self.unet.dtype
-        output: Tensor = self.unet(network_input.to(dtype), timestep.to(torch.float32), cond.to(dtype)).sample
+        inputs = network_input.to(dtype), timestep.to(torch.float32), cond.to(dtype)
+        if guidance is None:
+            output: Tensor = self.unet(*inputs).sample
+        else:
+            embedding = guidance_embedding(guidance, self.unet.config.time_cond_proj_dim)
+            output = self.unet(*inputs, timestep_cond=embedding.to(dtype)).sample
         return output.float()
