@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from diffusers import DDIMScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from stages.teacher_files.folder import read_json
 
@@ -27,6 +27,23 @@ def flow_scheduler(flow_shift: float = 1.0) -> UniPCMultistepScheduler:
         flow_shift=flow_shift,
         solver_order=1,
         final_sigmas_type="zero",
+        steps_offset=1,
+    )
+
+
+def window_scheduler() -> DPMSolverMultistepScheduler:
+    """The stock scheduler of a student of few steps: order 1 is Euler's method, on the ends of as many windows.
+
+    UniPC would correct each step, also at order 1, and begin at s = 1. See `flow_scheduler` for `steps_offset`.
+    `lambda_min_clipped` does not enter the flow grid; its default is minus infinity, which is no JSON.
+    """
+    return DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=1.0,
+        solver_order=1,
+        final_sigmas_type="zero",
+        lambda_min_clipped=-100.0,
         steps_offset=1,
     )
 

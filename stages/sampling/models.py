@@ -16,6 +16,7 @@ from stages.nets.run_folder import is_run, load_run_teacher, load_student, open_
 from stages.nets.scheduler import vp_scheduler
 from stages.nets.student import Student, make_vp_bridge
 from stages.nets.teacher import Teacher
+from stages.sampling.few_steps import FewSteps, check_few_steps, few_steps_of, few_steps_of_run
 from stages.sampling.fields import TwoBranchField, student_field, teacher_field
 from stages.sampling.single_file import load_pipeline, load_single_file, read_single_file, scheduler_shift
 from stages.system.device import device_of
@@ -69,7 +70,8 @@ def load_model(
 def _load_run(folder: Path, device: torch.device, checkpoint: int | None) -> LoadedModel:
     run = open_run(folder, checkpoint)
     parts = load_run_teacher(run.origin, device, torch.float32)
-    return _from_components(parts, run.origin.tail, {"checkpoint": run.samples}, load_student(run, parts))
+    student = load_student(run, parts)
+    return _from_components(parts, run.origin.tail, {"checkpoint": run.samples}, student, few_steps_of_run(run))
 
 
 def _load_folder(folder: Path, device: torch.device) -> LoadedModel:
@@ -85,9 +87,11 @@ def _load_folder(folder: Path, device: torch.device) -> LoadedModel:
         student = Student(parts.unet, make_vp_bridge("vp_v", parts.schedule, tail)).eval()
         return _from_components(parts, tail, metadata, student)
     if scheduler.get("prediction_type") == "flow_prediction":
-        check_sd1_architecture(folder)
+        few_steps = few_steps_of(facts, str(folder / FACTS_FILE))
+        check_sd1_architecture(folder, guidance_input=few_steps is not None)
         shift = scheduler_shift(scheduler, folder)
-        return _from_pipeline(load_pipeline(folder, device), shift, metadata)
+        check_few_steps(str(folder), few_steps, shift, read_json(folder / "unet" / "config.json"))
+        return _from_pipeline(load_pipeline(folder, device), shift, metadata, few_steps)
     return _from_components(load_components(str(folder), device, torch.float32), "hold", metadata)
 
 
@@ -110,7 +114,8 @@ def _load_file(path: Path, device: torch.device, config_from: str | None) -> Loa
     pipeline = load_single_file(file, configs, device)
     metadata = {key: value for key, value in file.metadata.items() if key == "modelspec.hash_sha256"}
     if shift is not None:
-        return _from_pipeline(pipeline, shift, metadata)
+        check_few_steps(str(path), file.few_steps, shift, pipeline.unet.config)
+        return _from_pipeline(pipeline, shift, metadata, file.few_steps)
     return _from_components(Components.from_pipeline(pipeline, str(path), configs), "hold", metadata)
 
 
@@ -151,16 +156,22 @@ def _find_model(location: str, *, configs_alone: bool = False) -> Path:
 
 
 def _from_components(
-    parts: Components, tail: TailPolicy, metadata: Mapping[str, Any], student: Student | None = None
+    parts: Components,
+    tail: TailPolicy,
+    metadata: Mapping[str, Any],
+    student: Student | None = None,
+    few_steps: FewSteps | None = None,
 ) -> LoadedModel:
     """The teacher, or its student."""
     teacher, steps = Teacher(parts, tail), vp_scheduler(parts.folder)
-    field = student_field(student, steps) if student else teacher_field(teacher, steps)
+    field = student_field(student, steps, *(few_steps or ())) if student else teacher_field(teacher, steps)
     encode, decode = teacher.encode_texts, teacher.decode_latents
     return LoadedModel(field, encode, decode, parts.latents, metadata, tokenizer=parts.tokenizer)
 
 
-def _from_pipeline(pipeline: StableDiffusionPipeline, shift: float, metadata: Mapping[str, Any]) -> LoadedModel:
+def _from_pipeline(
+    pipeline: StableDiffusionPipeline, shift: float, metadata: Mapping[str, Any], few_steps: FewSteps | None
+) -> LoadedModel:
     @torch.inference_mode()
     def encode(texts: Sequence[str]) -> Tensor:
         cond: Tensor = pipeline.encode_prompt(list(texts), pipeline.device, 1, False)[0]
@@ -172,5 +183,5 @@ def _from_pipeline(pipeline: StableDiffusionPipeline, shift: float, metadata: Ma
         return (decoded / 2 + 0.5).clamp(0, 1)
 
     latents = LatentGeometry.from_configs(pipeline.unet.config, pipeline.vae.config)
-    field = student_field(Student(pipeline.unet))
+    field = student_field(Student(pipeline.unet), None, *(few_steps or ()))
     return LoadedModel(field, encode, decode, latents, metadata, shift, pipeline.tokenizer)

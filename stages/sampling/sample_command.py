@@ -9,9 +9,10 @@ from pydantic import Field
 from configs.load import load, parse_common_options, resolved_yaml
 from configs.values import Location, Size, Strict
 from stages.prompts import FileSource, omission_lines, truncation_lines
+from stages.sampling.fields import DEFAULT_GUIDANCE
 from stages.sampling.grids import fixed_noise, make_sheet, save_sheet
 from stages.sampling.models import LoadedModel, load_model
-from stages.sampling.sampler import MAX_SAMPLER_STEPS, sample_latents
+from stages.sampling.sampler import DEFAULT_STEPS, MAX_SAMPLER_STEPS, check_shift, check_steps, sample_latents
 from stages.sampling.solvers import SOLVERS, SolverName, describe_solvers, supported_solvers
 from stages.system.disk import refuse_unwritable
 from stages.system.refusal import Refused, first_invalid_character, format_value, invalid_character_reason
@@ -34,8 +35,18 @@ class Config(Strict):
         (0, 1, 2, 3), min_length=1, description="a column each; a seed is the same noise for every sentence and model"
     )
     solver: SolverName = Field("euler", description=describe_solvers(SOLVERS))
-    steps: int = Field(25, ge=1, le=MAX_SAMPLER_STEPS, description="steps from noise to data")
-    guidance: float = Field(5.0, ge=0, description="guidance scale w; 1 is the conditional branch alone")
+    steps: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_SAMPLER_STEPS,
+        description=f"steps from noise to data; none: {DEFAULT_STEPS}, or those that a student of few was trained for",
+    )
+    guidance: float | None = Field(
+        None,
+        ge=0,
+        description=f"guidance scale w; 1 is the conditional branch alone; none: {DEFAULT_GUIDANCE:g}, or the nearest "
+        "that a student of few steps learnt",
+    )
     shift: float | None = Field(
         None, gt=0, description="shift S of the time grid, above 1 leans to noise; none takes the model's own"
     )
@@ -77,6 +88,9 @@ def run(config: Config) -> str:
     refuse_unwritable(config.out)
     model = load_model(config.run, config.device, config.checkpoint, config.config_from)
     resolved = _resolve_config(config, texts, model)
+    steps, guidance = resolved.steps, resolved.guidance
+    assert steps is not None
+    assert guidance is not None
     for line in truncation_lines(model.tokenizer, [(format_value(text), text) for text in (*texts, config.negative)]):
         print(line)
     shape = model.latents.latent_shape(resolved.size)
@@ -88,13 +102,13 @@ def run(config: Config) -> str:
         cond.repeat_interleave(count, dim=0),
         uncond,
         noise.repeat(len(texts), 1, 1, 1).to(cond.device),
-        SOLVERS[resolved.solver].make(model.field, resolved.steps, resolved.shift or 1.0),
-        config.guidance,
+        SOLVERS[resolved.solver].make(model.field, steps, resolved.shift or 1.0),
+        guidance,
         batch_size,
     )
     if not latents.isfinite().all():
         shift = "" if resolved.shift is None else f", --shift {resolved.shift:g}"
-        raise Refused(f"--guidance {config.guidance:g}{shift}: the pictures are not finite - take smaller numbers")
+        raise Refused(f"--guidance {guidance:g}{shift}: the pictures are not finite - take smaller numbers")
     pictures = torch.cat([model.decode(rows).cpu() for rows in latents.split(batch_size)])
     columns = [pictures[i::count] for i in range(count)]
     metadata = {"sample": resolved.model_dump(mode="json", exclude={"out", "device"}), "model": dict(model.metadata)}
@@ -125,16 +139,27 @@ def _read_sentences(config: Config) -> list[str]:
 def _resolve_config(config: Config, texts: Sequence[str], model: LoadedModel) -> Config:
     """The settings with nothing left to the model or to another file; raises `Refused` for what the model excludes."""
     solver = SOLVERS[config.solver]
-    if not solver.supports(model.field):
+    if obstacle := solver.obstacle(model.field):
         others = " or ".join(supported_solvers(model.field))
-        raise Refused(f"--solver {config.solver}: {config.run}: {solver.unsupported_reason} - use {others}")
+        raise Refused(f"--solver {config.solver}: {config.run}: {obstacle} - use {others}")
     if not solver.uses_shift and config.shift is not None:
         raise Refused(
             f"--shift {config.shift:g}: {config.solver} walks the teacher's own steps - leave it out, or use euler"
         )
+    steps = check_steps(model.field, config.steps, "--steps")
+    if config.shift is not None:
+        check_shift(model.field, config.shift, "--shift")
+    guidance = model.field.default_guidance if config.guidance is None else config.guidance
+    model.field.check_guidance(guidance, "--guidance")
+    if config.negative and model.field.guided is not None:
+        raise Refused(
+            f"--negative {format_value(config.negative)}: {config.run} has the guidance in its one branch, where "
+            "negative sentences do nothing - leave it out"
+        )
     size = model.latents.check_size(config.size or model.latents.native_size, "--size")
     shift = model.shift if config.shift is None and solver.uses_shift else config.shift
     resolved = {"texts": tuple(texts), "prompts": None, "shift": shift, "size": size}
+    resolved |= {"steps": steps, "guidance": guidance}
     return config.model_copy(update={**resolved, "checkpoint": model.metadata.get("checkpoint")})
 
 

@@ -6,12 +6,21 @@ from pydantic import Field
 from torch import Tensor
 
 from configs.values import PictureSize, Strict
-from stages.flow.solver import VelocityField, apply_guidance
+from stages.flow.solver import VelocityField
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
-from stages.sampling.fields import TwoBranchField, student_field, teacher_field
-from stages.sampling.solvers import SHIFTABLE, SOLVERS, OdeSolver, ShiftableSolverName, describe_solvers
+from stages.sampling.fields import DEFAULT_GUIDANCE, TwoBranchField, student_field, teacher_field
+from stages.sampling.solvers import (
+    SHIFTABLE,
+    SOLVERS,
+    OdeSolver,
+    ShiftableSolverName,
+    describe_solvers,
+    supported_solvers,
+)
+from stages.system.refusal import Refused
 
+DEFAULT_STEPS = 25
 MAX_SAMPLER_STEPS = 10_000
 """Beyond it nothing changes but the time."""
 
@@ -20,8 +29,8 @@ class Sampler(Strict):
     """How latents are sampled from a field: the settings of the ODE solver."""
 
     solver: ShiftableSolverName = Field("euler", description=describe_solvers(SHIFTABLE))
-    steps: int = Field(25, ge=1, le=MAX_SAMPLER_STEPS, description="steps from noise to data")
-    guidance: float = Field(5.0, ge=0, description="guidance scale w; 1 is the conditional branch alone")
+    steps: int = Field(DEFAULT_STEPS, ge=1, le=MAX_SAMPLER_STEPS, description="steps from noise to data")
+    guidance: float = Field(DEFAULT_GUIDANCE, ge=0, description="guidance scale w; 1 is the conditional branch alone")
     shift: float = Field(1.0, gt=0, description="shift S of the time grid, a pure number; above 1 leans to noise")
     batch_size: int = Field(
         64, ge=1, description="pictures of the model's own size that are sampled together; fewer of larger ones"
@@ -45,9 +54,38 @@ class Sampler(Strict):
         uncond: Float[Tensor, "1 l d"],
         noise: Float[Tensor, "b c h w"],
     ) -> Float[Tensor, "b c h w"]:
-        """Latents at s = 0 of each row of noise, in fp32."""
-        solve = SOLVERS[self.solver].make(field, self.steps, self.shift)
+        """Latents at s = 0 of each row of noise, in fp32; raises `Refused` as `steps_for` does."""
+        solve = SOLVERS[self.solver].make(field, self.steps_for(field), self.shift)
         return sample_latents(field, cond, uncond, noise, solve, self.guidance, self.batch_size)
+
+    def steps_for(self, field: TwoBranchField) -> int:
+        """The number of steps; raises `Refused` for settings that the field's model excludes.
+
+        A student of few steps takes its own where they are left at their default.
+        """
+        if obstacle := SOLVERS[self.solver].obstacle(field):
+            raise Refused(f"sampler.solver {self.solver}: {obstacle} - use {' or '.join(supported_solvers(field))}")
+        field.check_guidance(self.guidance, "sampler.guidance")
+        check_shift(field, self.shift, "sampler.shift")
+        return check_steps(field, None if self.steps == DEFAULT_STEPS else self.steps, "sampler.steps")
+
+
+def check_steps(field: TwoBranchField, steps: int | None, option: str) -> int:
+    """The number of steps; by default `DEFAULT_STEPS`, or those that a student of few steps was trained for.
+
+    Raises `Refused` for any other number with such a student.
+    """
+    if field.windows is None:
+        return DEFAULT_STEPS if steps is None else steps
+    if steps not in (None, field.windows):
+        raise Refused(f"{option} {steps}: this student samples in {field.windows} - leave it out, or take that")
+    return field.windows
+
+
+def check_shift(field: TwoBranchField, shift: float, option: str) -> None:
+    """Raise `Refused` for a shift that moves the windows of a student of few steps."""
+    if field.windows is not None and shift != 1:
+        raise Refused(f"{option} {shift:g}: this student steps along windows of its own, at shift 1 - leave it out")
 
 
 @torch.inference_mode()
@@ -68,12 +106,21 @@ def sample_latents(
 
 
 def _guided_velocity(field: TwoBranchField, cond: Tensor, uncond: Tensor, guidance: float) -> VelocityField:
-    return lambda x, s: apply_guidance(*field.branches(x, s, cond, uncond), guidance)
+    return lambda x, s: field.velocity(x, s, cond, uncond, guidance)
 
 
-def sample_student(student: Student, cond: Tensor, uncond: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
-    """The student's latents of each row of noise; shapes as in `Sampler.sample`."""
-    return sampler.sample(student_field(student), cond, uncond, noise)
+def sample_student(
+    student: Student,
+    cond: Tensor,
+    uncond: Tensor,
+    noise: Tensor,
+    sampler: Sampler,
+    windows: int | None = None,
+    guidance_range: tuple[float, float] | None = None,
+) -> Tensor:
+    """The student's latents of each row of noise; shapes as in `Sampler.sample`, the last two as in `student_field`."""
+    field = student_field(student, windows=windows, guidance_range=guidance_range)
+    return sampler.sample(field, cond, uncond, noise)
 
 
 def sample_teacher(teacher: Teacher, cond: Tensor, uncond: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:

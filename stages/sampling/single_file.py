@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stages.nets.loading import call_library, load_component, load_tokenizer, non_finite_reason
 from stages.nets.student import TIME_SCALE
+from stages.sampling.few_steps import FewSteps, folded_few_steps
 from stages.system.refusal import Refused
 from stages.system.text import plain_file_bytes
 from stages.teacher_files.architecture import MAX_LAYERS, check_component_match, check_sd1_architecture
@@ -105,6 +106,11 @@ class SingleFile:
         return int(value)
 
     @property
+    def few_steps(self) -> FewSteps | None:
+        """The steps and the one guidance scale of a student of few steps, as an export states them."""
+        return folded_few_steps(self.metadata, str(self.path)) if self.is_sollune_export else None
+
+    @property
     def is_sollune_export(self) -> bool:
         """Whether `sollune export` wrote it."""
         return "sollune.prediction" in self.metadata
@@ -176,7 +182,7 @@ def load_single_file(file: SingleFile, configs: Path, device: torch.device) -> S
 
     Raises `Refused` unless every tensor of every component is there, in the size that `configs` say.
     """
-    check_sd1_architecture(configs)
+    check_sd1_architecture(configs, guidance_input=True)
     check_component_match(configs)
     tokenizer = load_tokenizer(configs)
     try:
@@ -188,14 +194,13 @@ def load_single_file(file: SingleFile, configs: Path, device: torch.device) -> S
         with TemporaryDirectory(prefix="sollune-") as folder:
             link = Path(folder) / "model.safetensors"  # the library takes this ending alone
             link.symlink_to(file.path.resolve())
+            source: dict[str, Any] = {"config": str(configs), "local_files_only": True}
+            if read_json(configs / "unet" / "config.json").get("time_cond_proj_dim") is not None:
+                # In this layout the guidance scale is no input of the network: it is folded into the weights.
+                plain = {**source, "subfolder": "unet", "time_cond_proj_dim": None}
+                others["unet"] = UNet2DConditionModel.from_single_file(str(link), dtype=torch.float32, **plain)
             pipeline = StableDiffusionPipeline.from_single_file(
-                str(link),
-                config=str(configs),
-                local_files_only=True,
-                dtype=torch.float32,
-                feature_extractor=None,
-                tokenizer=tokenizer,
-                **others,
+                str(link), dtype=torch.float32, feature_extractor=None, tokenizer=tokenizer, **source, **others
             ).to(device)
     except NotImplementedError as error:  # raised by torch for a tensor without values
         raise Refused(f"{file.path}: lacks tensors that {configs} ask for - export or fetch it again") from error

@@ -12,6 +12,7 @@ from torch import Tensor
 from stages.flow import solver
 from stages.flow.bridge import Bridge
 from stages.flow.solver import VelocityField, expand_time
+from stages.flow.windows import window_ends
 from stages.nets.scheduler import flow_scheduler
 from stages.nets.student import TIME_SCALE
 from stages.sampling.fields import TwoBranchField
@@ -57,15 +58,23 @@ class Solver:
     description: str
     make: Callable[[TwoBranchField, int, float], OdeSolver]
     """(field, steps, shift of the time grid) -> the solver."""
-    supports: Callable[[TwoBranchField], bool] = lambda field: True
-    unsupported_reason: str = ""
+    obstacle: Callable[[TwoBranchField], str] = lambda field: ""
+    """Why it cannot sample a field; empty where it can."""
     uses_shift: bool = True
     """Whether its times are a grid of s, which a shift moves; those of DDIM are the teacher's own."""
 
 
 def _on_grid(solve: Callable[..., Tensor]) -> Callable[[TwoBranchField, int, float], OdeSolver]:
-    """A solver of `stages.flow.solver` on the uniform grid, moved to where the field can be evaluated."""
-    return lambda field, steps, shift: partial(solve, grid=field.snap_grid(solver.uniform_grid(steps, shift)))
+    """A solver of `stages.flow.solver` on the grid of the field."""
+    return lambda field, steps, shift: partial(solve, grid=_time_grid(field, steps, shift))
+
+
+def _time_grid(field: TwoBranchField, steps: int, shift: float) -> Tensor:
+    """The ends of the field's windows, or else the uniform grid, moved to where the field can be evaluated."""
+    if field.windows is None:
+        return field.snap_grid(solver.uniform_grid(steps, shift))
+    assert (steps, shift) == (field.windows, 1.0), "a student of few steps has one grid"
+    return window_ends(field.windows)
 
 
 def _make_unipc(_field: TwoBranchField, steps: int, shift: float) -> OdeSolver:
@@ -78,13 +87,21 @@ def _make_ddim(field: TwoBranchField, steps: int, _shift: float) -> OdeSolver:
     return partial(ddim, steps=steps, bridge=bridge, scheduler=scheduler)
 
 
-_STUDENTS_ONLY = (lambda field: field.continuous_time), "a teacher answers at its own steps only"
-_DDIM_ONLY = (lambda field: field.ddim_steps is not None), "a model that answers with velocity has no discrete steps"
+def _of_students(field: TwoBranchField) -> str:
+    if field.windows is not None:
+        return "a student of few steps was trained for those of euler"
+    return "" if field.continuous_time else "a teacher answers at its own steps only"
+
+
+def _of_vp_models(field: TwoBranchField) -> str:
+    return "" if field.ddim_steps is not None else "a model that answers with velocity has no discrete steps"
+
+
 SOLVERS = {
     "euler": Solver("one call a step", _on_grid(solver.euler)),
-    "heun": Solver("of order 2, two calls a step (students)", _on_grid(solver.heun), *_STUDENTS_ONLY),
-    "unipc": Solver("as stock diffusers samples an export (students)", _make_unipc, *_STUDENTS_ONLY),
-    "ddim": Solver("as stock diffusers samples teachers and v-prediction", _make_ddim, *_DDIM_ONLY, uses_shift=False),
+    "heun": Solver("of order 2, two calls a step (students)", _on_grid(solver.heun), _of_students),
+    "unipc": Solver("as stock diffusers samples an export (students)", _make_unipc, _of_students),
+    "ddim": Solver("as stock diffusers samples teachers and v-prediction", _make_ddim, _of_vp_models, uses_shift=False),
 }
 """Name -> solver. The choices of every option come from here, and so do their descriptions."""
 SHIFTABLE = tuple(name for name, row in SOLVERS.items() if row.uses_shift)
@@ -104,4 +121,4 @@ def describe_solvers(names: Iterable[str]) -> str:
 
 def supported_solvers(field: TwoBranchField) -> tuple[str, ...]:
     """The names of the solvers that this field's model allows."""
-    return tuple(name for name, row in SOLVERS.items() if row.supports(field))
+    return tuple(name for name, row in SOLVERS.items() if not row.obstacle(field))

@@ -39,6 +39,10 @@ def _are_four_widths(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(WIDTH.accepts, value))
 
 
+def _is_even_width(value: Any) -> bool:
+    return WIDTH.accepts(value) and value % 2 == 0 and value > 2
+
+
 def _is_scale(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
@@ -107,15 +111,25 @@ TEXT_ENCODER_REQUIRED: Mapping[str, ConfigRule] = {
 }
 
 
-def check_sd1_architecture(folder: Path) -> None:
-    """Raise `Refused` unless the folder holds a text-to-image model with the nine blocks of SD1.x."""
+GUIDANCE_INPUT: Mapping[str, ConfigRule] = {"time_cond_proj_dim": ConfigRule(_is_even_width, "an even whole number")}
+"""Of a student that takes the guidance scale as an input; its embedding has pairs of columns."""
+
+
+def check_sd1_architecture(folder: Path, *, guidance_input: bool = False) -> None:
+    """Raise `Refused` unless the folder holds a text-to-image model with the nine blocks of SD1.x.
+
+    With `guidance_input` its UNet may take the guidance scale, as students of few steps do.
+    """
     index = read_json(folder / "model_index.json")
     for name, expected in COMPONENT_CLASS_NAMES.items():
         entry = index.get(name)
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
         if kind != expected:
             raise Refused(f"teacher: {folder}: {name} is {kind}, not {expected} - only SD-1.x models can be converted")
-    _check_config(folder / "unet", read_json(folder / "unet" / "config.json"), UNET_REQUIRED, UNET_OPTIONAL)
+    unet = read_json(folder / "unet" / "config.json")
+    takes_guidance = guidance_input and unet.get("time_cond_proj_dim") is not None
+    optional = {**UNET_OPTIONAL, **(GUIDANCE_INPUT if takes_guidance else {})}
+    _check_config(folder / "unet", unet, UNET_REQUIRED, optional)
 
 
 def check_component_match(folder: Path) -> None:
