@@ -67,11 +67,26 @@ ifneq ($(missing),)
 $(error CONFIG = $(CONFIG): there is no $(missing) - name YAML files such as CONFIG=configs/tiny.yaml)
 endif
 
+# The numbers of windows of `distill-fast`, each student from the one before.
+WINDOWS ?= 4
+ifneq ($(filter distill-fast,$(MAKECMDGOALS)),)
+ifneq ($(or $(call refused,WINDOWS,$(quotes)),$(if $(strip $(WINDOWS)),,none)),)
+$(error WINDOWS = '$(call given,WINDOWS)': holds $(or $(call refused,WINDOWS,$(quotes)),no number) - take some of 8 4 2 1, such as WINDOWS='4 2 1')
+endif
+ifneq ($(strip $(WINDOWS)),$(filter $(WINDOWS),8 4 2 1))
+$(error WINDOWS = '$(call given,WINDOWS)': should be numbers of steps that fall by divisors - take some of 8 4 2 1, such as WINDOWS='4 2 1')
+endif
+endif
+
 STAMP := .venv/.stamp
 BIN := .venv/bin
 CACHE := $(RUN)/cache/COMPLETE
 DISTILL := $(RUN)/distill/COMPLETE
 CLASSES := $(RUN)/classes/COMPLETE
+# In one line, whatever blanks they were given with; the last is made last, and one before it may be missing alone.
+STEPS := $(filter $(WINDOWS),8 4 2 1)
+STUDENTS := $(STEPS:%=$(RUN)/fast/%/COMPLETE)
+FAST := $(lastword $(STUDENTS))
 # Only the ending of a file is left out: the dot of a version belongs to the name.
 unended = $(patsubst %.safetensors,%,$(patsubst %.ckpt,%,$(patsubst %.pt,%,$(1))))
 CONVERTED = $(if $(call given,RUN),$(RUN),runs/$(call unended,$(notdir $(patsubst %/,%,$(TEACHER)))))
@@ -92,7 +107,7 @@ rest = $(if $(called),:,echo "$(RUN)/$(1) is complete: nothing to do")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv cache-teacher distill finetune-classes convert test check format clean clean-run FORCE
+.PHONY: help venv cache-teacher distill distill-fast finetune-classes convert test check format clean clean-run FORCE
 
 help: ## this list
 	@echo "usage: make TARGET [CONFIG='a.yaml b.yaml'] [RUN=runs/name] [ARGS='--option value']"
@@ -105,6 +120,9 @@ cache-teacher: $(CACHE) ## run the teacher once, keep what it predicts in RUN/ca
 
 distill: $(DISTILL) ## train a velocity model from the cache, export it to RUN/distill
 	@$(call rest,distill)
+
+distill-fast: $(FAST) ## train it on for few steps, WINDOWS='4 2 1', export each to RUN/fast/WINDOWS
+	@$(call rest,fast)
 
 finetune-classes: $(CLASSES) ## fine-tune it by class priorities, export it to RUN/classes
 	@$(call rest,classes)
@@ -120,6 +138,10 @@ $(CACHE): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter cache-teacher,$(MAKE
 
 $(DISTILL): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter distill,$(MAKECMDGOALS))),FORCE) | $(STAMP) $(CACHE)
 	$(call command,distill,--processes $(PROCESSES))
+	@touch -c $@
+
+$(FAST): $(wildcard $(CONFIG)) $(if $(or $(and $(ARGS),$(filter distill-fast,$(MAKECMDGOALS))),$(filter-out $(wildcard $(STUDENTS)),$(STUDENTS))),FORCE) | $(STAMP) $(DISTILL)
+	$(eval called := yes)$(BIN)/sollune distill --config $(CONFIG) --run $(RUN) --windows $(STEPS) --processes $(PROCESSES) $(if $(filter distill-fast,$(MAKECMDGOALS)),$(ARGS))
 	@touch -c $@
 
 $(CLASSES): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter finetune-classes,$(MAKECMDGOALS))),FORCE) | $(STAMP) $(DISTILL)

@@ -1,7 +1,7 @@
 """Loads one section of YAML files, laid over each other, and the command line on top -> one frozen object."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -79,14 +79,20 @@ def load(config_type: type[C], section: str, files: Sequence[Path], argv: Sequen
     layers.append(Layer("command line", parse_options(options, argv, _merge_layers(layers, options), prog)))
     values = _merge_layers(layers, options)
     try:
-        return config_type.model_validate(values)
+        config = config_type.model_validate(values)
     except ValidationError as error:
         raise Refused(_validation_message(error, config_type, section, values, layers)) from error
+    # A file may hold the settings of several uses; an option is meant for this one.
+    for key, way_out in config.unused_keys().items():
+        if key in layers[-1].values:
+            raise Refused(f"{_first_option(layers[-1].values, key)}: has no effect here - {way_out}")
+    return config
 
 
-def resolved_yaml(config: Strict, section: str) -> str:
-    """The whole configuration as YAML that `--config` reads back."""
-    return yaml.safe_dump({section: config.model_dump(mode="json")}, sort_keys=False, allow_unicode=True, width=120)
+def resolved_yaml(config: Strict, section: str, without: Collection[str] = ()) -> str:
+    """The whole configuration, but for keys that it is `without`, as YAML that `--config` reads back."""
+    content = {section: config.model_dump(mode="json", exclude=set(without))}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
 
 
 def first_error(error: ValidationError, model: type[Strict], content: Any) -> tuple[KeyPath, str]:
@@ -99,6 +105,15 @@ def first_error(error: ValidationError, model: type[Strict], content: Any) -> tu
         value = first["ctx"]["tag"]
     problem = _problem(first, path, model)
     return path, problem if not path or isinstance(value, Mapping | Strict) else f"{format_value(value)}: {problem}"
+
+
+def _first_option(values: Mapping[str, Any], key: str) -> str:
+    """The first option of a command line that sets something of a key."""
+    path, value = [key], values[key]
+    while isinstance(value, Mapping) and value:
+        name, value = next(iter(value.items()))
+        path.append(name)
+    return option_name(path)
 
 
 def _read_section(file: Path, section: str) -> dict[str, Any]:

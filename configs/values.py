@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,6 +101,10 @@ class Strict(Stored):
     """A model of what users write: finite floats, integers of 64 bits, text without controls, `~` in paths expanded."""
 
     model_config = ConfigDict(allow_inf_nan=False)
+
+    def unused_keys(self) -> Mapping[str, str]:
+        """Keys that these settings make without effect, each with the way out; an option that sets one is refused."""
+        return {}
 
     @field_validator("*")
     @classmethod

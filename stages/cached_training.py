@@ -60,11 +60,19 @@ class TrainingData:
 
     @classmethod
     def open(
-        cls, cache: Path, train: TrainConfig, runtime: Runtime, native: PictureSize, view: View | None = None
+        cls,
+        cache: Path,
+        train: TrainConfig,
+        runtime: Runtime,
+        native: PictureSize,
+        view: View | None = None,
+        *,
+        landings: bool = False,
     ) -> "TrainingData":
         """Open a cache whose teacher is of the size `native`; raises `Refused` for one that is not whole.
 
-        So it does for batches that cannot be split among processes and micro-batches.
+        So it does for batches that cannot be split among processes and micro-batches. With `landings` the rows have
+        those of their records, and a cache without them is refused.
         """
         reader = Reader(
             cache,
@@ -76,9 +84,10 @@ class TrainingData:
             rank=runtime.rank,
             world=runtime.world,
             unstated_size=native,
+            landings=landings,
         )
         refuse_uneven_batches(train, runtime, _known(reader))
-        held_out = Reader(cache, "validation", train.seed, unstated_size=native)
+        held_out = Reader(cache, "validation", train.seed, unstated_size=native, landings=landings)
         return cls(cache, reader, held_out, reader.schedule.boundary(train.max_samples))
 
     @property

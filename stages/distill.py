@@ -1,5 +1,6 @@
 """`sollune distill`: train a velocity model on the teacher's cached predictions."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from shards.stream.view import View
 from stages.cached_training import CachedTraining, TrainingData
 from stages.export import export_all, export_paths
 from stages.export.existing import refuse_occupied
+from stages.fast.config import FastConfig, windows_error
+from stages.fast.phase import fast_folder, train_fast
 from stages.hub.uploader import HubConfig, make_uploader
 from stages.nets.graft import graft_time_embedding
 from stages.nets.run_folder import Origin, load_run_teacher
@@ -40,9 +43,22 @@ from stages.train.setup import (
 )
 from stages.train.validation import ValidationConfig
 
+UNUSED_WITH_WINDOWS = {
+    "graft": "the start is a student already, leave it out",
+    "train": "with --windows the training is --fast.train",
+    "objective": "with --windows the loss has one term, leave it out",
+    "david": "with --windows no block is assessed, leave it out",
+    "validation": "with --windows the states are --fast.validation-states",
+    "hub": "with --windows the repository is --fast.hub",
+}
+"""Settings that the training for few steps does not use, each with the way out."""
+
 
 class Config(Strict):
-    """Distil RUN/cache into a velocity model; checkpoints, journal, grids and export go to RUN/distill."""
+    """Distil RUN/cache into a velocity model; checkpoints, journal, grids and export go to RUN/distill.
+
+    With windows, the student of RUN/distill is trained on for few steps instead, into RUN/fast/<windows>.
+    """
 
     run: Path = Field(description="run folder; reads RUN/cache, writes RUN/distill")
     teacher: TeacherMove | None = Field(
@@ -62,6 +78,12 @@ class Config(Strict):
     david: DavidConfig = Field(DavidConfig(), description="the assessor of the blocks, and its influence on the loss")
     validation: ValidationConfig = Field(ValidationConfig(), description="states measured at each checkpoint")
     grid: GridConfig = Field(GridConfig(), description="comparison grid generated at each checkpoint")
+    windows: tuple[int, ...] = Field(
+        (),
+        description="numbers of steps of the students that are trained from the finished RUN/distill, one after the "
+        "other, such as 4 2 1; none distils",
+    )
+    fast: FastConfig = Field(FastConfig(), description="that training for few steps; train and the like are not used")
     hub: HubConfig = Field(HubConfig(), description="where the run is uploaded to")
     resume: Resume = Field("auto", description="auto: from the newest whole checkpoint; never: refuse a run's folder")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
@@ -73,20 +95,51 @@ class Config(Strict):
             raise ValueError("graft is for target velocity: a vp_v student takes the teacher's own steps")
         return self
 
+    @model_validator(mode="after")
+    def _check_windows(self) -> "Config":
+        if error := windows_error(self.windows):
+            raise ValueError(error)
+        if self.windows and self.target != "velocity":
+            raise ValueError(f"windows are for target velocity, and target is {self.target} - leave one of them out")
+        if len(self.windows) > 1 and self.fast.hub.repo:
+            raise ValueError(
+                f"fast.hub.repo {self.fast.hub.repo} is for one run, and windows are {len(self.windows)} - name one "
+                "number of windows, or leave the repository out and publish each run afterwards"
+            )
+        return self
+
+    def unused_keys(self) -> Mapping[str, str]:
+        """Those of the training that this command does not do."""
+        return UNUSED_WITH_WINDOWS if self.windows else {"fast": "it is for few steps, add --windows such as 4 2 1"}
+
+    @property
+    def used_train(self) -> TrainConfig:
+        """The settings of the training that this command does."""
+        return self.fast.train if self.windows else self.train
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The run folders that it writes."""
+        return tuple(fast_folder(self.run, number) for number in self.windows) or (self.run / "distill",)
+
 
 def run(config: Config) -> None:
     """Train from the last checkpoint on, then export, in `processes` processes; finished work is not repeated."""
     if config.processes == 1 or is_launched():
-        runtime = Runtime(device_of(config.device), config.train.precision)
+        runtime = Runtime(device_of(config.device), config.used_train.precision)
         with runtime.report_refusal_once():
-            distill(config, runtime)
+            if config.windows:
+                train_fast(config, resolved_yaml(config, "distill", config.unused_keys()), runtime)
+            else:
+                distill(config, runtime)
         return
-    refuse_claimed(config.run / "distill", CLAIM_PURPOSE)
+    for folder in config.folders:
+        refuse_claimed(folder, CLAIM_PURPOSE)
     origin = Origin.from_manifest(Manifest.open(config.run / "cache"), config.teacher)
     teacher = find_teacher(origin.teacher_sources()).folder
     cache = config.run / "cache"
     sizes = [config.view.size] if config.view.size else training_sizes(cache, teacher)
-    refuse_launch(config.train, config.processes, device_of(config.device), teacher, cache, sizes=sizes)
+    refuse_launch(config.used_train, config.processes, device_of(config.device), teacher, cache, sizes=sizes)
     launch(config, "distill", config.processes)
 
 

@@ -129,3 +129,41 @@ def test_make_in_another_folder_prints_how(tmp_path: Path) -> None:
 
 def test_an_unknown_target_is_makes_own_to_refuse() -> None:
     assert "No rule to make target 'nosuch'" in make("nosuch").stderr
+
+
+@pytest.mark.parametrize(
+    ("windows", "taken"), [("4", "4"), ("4 2 1", "4 2 1"), ("8 1", "8 1"), (" 4\t2 ", "4 2"), ("4\n2", "4 2")]
+)
+def test_windows_that_fall_by_divisors_are_taken_in_one_line(windows: str, taken: str, tmp_path: Path) -> None:
+    done = make("distill-fast", f"WINDOWS={windows}", f"RUN={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert f" --run {tmp_path} --windows {taken} --processes" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "windows", ["", " ", "3", "16", "0", "-1", "04", "4.0", "four", "4 4", "2 4", "4,2", "*", "%", "4;ls", "$(HOME)"]
+)
+def test_other_windows_are_refused(windows: str, tmp_path: Path) -> None:
+    done = make("distill-fast", f"WINDOWS={windows}", f"RUN={tmp_path}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"*** WINDOWS = '{windows.strip()}'" in done.stderr.replace("' '", "''")
+    assert " - take some of 8 4 2 1, such as WINDOWS='4 2 1'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("finished", "windows", "is_called"),
+    [
+        (["2"], "2", False),
+        (["4", "2"], "4 2", False),
+        (["2"], "4 2", True),
+        (["4"], "4 2", True),
+        (["4", "1"], "4 2 1", True),
+    ],
+)
+def test_a_student_that_is_missing_is_made(finished: list[str], windows: str, is_called: bool, tmp_path: Path) -> None:
+    for folder in ("cache", "distill", *(f"fast/{number}" for number in finished)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "COMPLETE").touch()
+    done = make("distill-fast", f"WINDOWS={windows}", f"RUN={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert ("--windows" in done.stdout) == is_called

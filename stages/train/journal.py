@@ -29,6 +29,8 @@ from stages.train.trackers import EMPTY_MAPPING, TrackingConfig, flatten, make_t
 JOURNAL_FILE = "journal.jsonl"
 JOURNAL_BINS = 10
 SECONDS_NAMES = ("data_wait_seconds", "bookkeeping_seconds")
+TERMS_OF_TWO_BRANCHES = ("guidance", "block_term", "guidance_by_s", "blocks_by_s")
+"""What the line of a student with one branch, guided already, leaves out: these are no terms of its loss."""
 BY_S_NAMES = ("flow_by_s", "guidance_by_s", "blocks_by_s")
 
 
@@ -134,6 +136,7 @@ class Journal:
 
     All processes of a run add their steps and write lines together; only the main one writes and shows anything.
     `run_config` is passed to the trackers; `groups` and `sizes` are those of the samples, see `Window`.
+    Without `two_branches` a line leaves out what one branch has not.
     """
 
     def __init__(
@@ -147,7 +150,9 @@ class Journal:
         run_config: Mapping[str, Any] = EMPTY_MAPPING,
         groups: Sequence[str] = (),
         sizes: Sequence[PictureSize] = (),
+        two_branches: bool = True,
     ) -> None:
+        self._left_out = () if two_branches else TERMS_OF_TWO_BRANCHES
         self.path, self.blocks, self.runtime = folder / JOURNAL_FILE, tuple(blocks), runtime
         self.window = Window(groups, sizes)
         if runtime.is_main:
@@ -199,8 +204,9 @@ class Journal:
         start, own = time.perf_counter(), self.window.sums()
         sums = dict(zip(own, self.runtime.all_reduce_sum(list(own.values())), strict=True))
         if self.runtime.is_main:
+            means = self.window.journal_line(samples, self.blocks, sums)
             line = {
-                **self.window.journal_line(samples, self.blocks, sums),
+                **{name: value for name, value in means.items() if name not in self._left_out},
                 "memory_gib": memory_gib(self.runtime.device),
                 "paused_seconds": self._paused_seconds,
                 **extra_metrics,

@@ -20,10 +20,17 @@ SPARKLINE_BARS, ASCII_SPARKLINE_BARS = "▁▂▃▄▅▆▇█", "_.,:-=+#"
 REFRESH_SECONDS = 2.0
 TREND_LENGTH, MAX_WARNINGS = 48, 3
 LOSS_NAMES = ("loss", "flow", "guidance", "block_term", "grad_norm")
+"""Those that a line has."""
 BLOCK_FORMATS = ("{:.4g}", "{:.3f}", "{:.1e}")
 """Of a block's error, lambda and update ratio."""
 BY_S_LABELS = {"flow_by_s": "flow", "guidance_by_s": "guidance", "blocks_by_s": "blocks"}
-VALIDATION_LABELS = {"held_out": "held out", "seen": "seen", "seen_new_noise": "seen, new noise"}
+VALIDATION_LABELS = {
+    "held_out": "held out",
+    "seen": "seen",
+    "seen_new_noise": "seen, new noise",
+    "landing": "landing",
+    "end": "end of all steps",
+}
 
 
 class RunDisplay:
@@ -67,7 +74,7 @@ class LogDisplay(RunDisplay):
         samples = line["samples"]
         parts = [
             f"samples={samples} of={self._remaining_time.max_samples}",
-            *(f"{name}={line[name]:.4g}" for name in LOSS_NAMES),
+            *(f"{name}={line[name]:.4g}" for name in LOSS_NAMES if name in line),
             f"lr={line['learning_rate']:.3g} rate={line['samples_per_second']:.1f}/s",
             f"wait={window_share(line, 'data_wait_seconds')} memory={line['memory_gib']:.2f}GiB",
             f"left={self._remaining_time.format(samples)}",
@@ -171,7 +178,8 @@ class Dashboard(RunDisplay):
 
     def _metrics_table(self, line: Mapping[str, Any]) -> Table:
         table = Table.grid(padding=(0, 3))
-        table.add_row(*(_label_value(name.replace("_", " "), f"{line[name]:.4g}") for name in LOSS_NAMES))
+        losses = [name for name in LOSS_NAMES if name in line]
+        table.add_row(*(_label_value(name.replace("_", " "), f"{line[name]:.4g}") for name in losses))
         table.add_row(
             _label_value("rate", f"{line['learning_rate']:.2e}"),
             _label_value("data wait", window_share(line, "data_wait_seconds")),
@@ -230,6 +238,8 @@ def _by_s_table(line: Mapping[str, Any], bars: str) -> Table:
     """A row for each part of the loss: a sparkline over s, and the largest value."""
     table = _table("error by s", "0 .. 1", ">largest")
     for key, name in BY_S_LABELS.items():
+        if key not in line:
+            continue
         largest = max((value for value in line[key] if value is not None), default=0.0)
         table.add_row(name, Text(sparkline(line[key], bars), style="cyan"), f"{largest:.4g}")
     return table
@@ -240,7 +250,7 @@ def _validation_table(samples: int, metrics: Mapping[str, Any], bars: str) -> Ta
     table = _table(f"validation after {samples:,}", ">error", "s 0 .. 1")
     for key, name in VALIDATION_LABELS.items():
         if key in metrics:
-            by_s = sparkline(metrics[f"{key}_by_s"], bars)
+            by_s = sparkline(metrics.get(f"{key}_by_s", ()), bars)
             table.add_row(name, f"{metrics[key]:.4f}", Text(by_s, style="cyan"))
     if "cache_gap" in metrics:
         table.add_row("cache gap", f"{metrics['cache_gap']:+.4f}")

@@ -145,6 +145,7 @@ def fit(
             run_config,
             groups,
             sizes if len(sizes) > 1 else (),
+            two_branches=not student.embeds_guidance,
         ) as journal,
         Interruption(runtime.is_main) as interruption,
     ):

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -30,13 +30,15 @@ from stages.train.runtime import Precision, Runtime
 from stages.train.state import checkpoint_bytes
 from stages.train.trackers import TrackingConfig, refuse_missing_trackers
 
-BATCH_PIXELS_OPTION = "train.batch_pixels"
 MAX_TRIES = 10_000
 """Numbers of pixels that are tried for one that works; more are far beyond any card."""
 
 
 class TrainConfig(Strict):
     """How long, how fast and how often; one sample is one state with both guidance branches."""
+
+    section: ClassVar[str] = "train"
+    """Where a command has these settings, for messages."""
 
     max_samples: int = Field(
         48_000, ge=1, description="samples after which training is over, counted from its beginning"
@@ -125,7 +127,7 @@ def refuse_start(
     """
     refuse_uneven_batches(config, runtime, sizes)
     build_optimizer(config.optimizer, trainable_parameters(student))
-    refuse_missing_trackers(config.tracking)
+    refuse_missing_trackers(config.tracking, config.section)
     checkpoints = run_checkpoints(folder, config, objective, identity)
     checkpoints.refuse_other_runs(resume, unknown_keys)
     checkpoints.refuse_small_disk(checkpoint_bytes(student))
@@ -147,21 +149,25 @@ def batch_split_error(
     accumulate: int,
     batch_pixels: int | None = None,
     sizes: Sequence[PictureSize] = (),
+    section: str = TrainConfig.section,
 ) -> str | None:
-    """Why the batches cannot be split among so many processes and micro-batches; None when they can."""
+    """Why the batches cannot be split among so many processes and micro-batches; None when they can.
+
+    `section` is where the command has these settings.
+    """
     parts = world * accumulate
-    among = f"among {world} processes x train.accumulate = {accumulate} micro-batches"
+    among = f"among {world} processes x {section}.accumulate = {accumulate} micro-batches"
     if batch_pixels is None:
         if batch_size % parts == 0:
             return None
-        return f"train.batch_size = {batch_size}: does not divide {among} - choose a multiple of {parts}"
+        return f"{section}.batch_size = {batch_size}: does not divide {among} - choose a multiple of {parts}"
     rows = batch_rows(sizes, batch_size, batch_pixels)
     if not any(number % parts for number in rows.values()):
         return None
     larger = next_batch_pixels(sizes, batch_pixels, parts)
-    way_out = f"take {larger}" if larger else f"lower train.accumulate, now {accumulate}"
+    way_out = f"take {larger}" if larger else f"lower {section}.accumulate, now {accumulate}"
     return (
-        f"{BATCH_PIXELS_OPTION} = {batch_pixels}: gives {rows_text(rows)}, and each of these numbers should divide "
+        f"{section}.batch_pixels = {batch_pixels}: gives {rows_text(rows)}, and each of these numbers should divide "
         f"{among} - {way_out}"
     )
 
@@ -187,8 +193,14 @@ def rows_text(rows: Mapping[PictureSize, int]) -> str:
 
 def refuse_uneven_batches(config: TrainConfig, runtime: Runtime, sizes: Sequence[PictureSize] = ()) -> None:
     """Raise `Refused` unless each micro-batch of each process gets as many rows of every batch of these sizes."""
-    if error := batch_split_error(config.batch_size, runtime.world, config.accumulate, config.batch_pixels, sizes):
+    if error := _split_error(config, runtime.world, sizes):
         raise runtime.refusal(error)
+
+
+def _split_error(config: TrainConfig, world: int, sizes: Sequence[PictureSize]) -> str | None:
+    return batch_split_error(
+        config.batch_size, world, config.accumulate, config.batch_pixels, sizes, section=config.section
+    )
 
 
 def claim_on_main(folder: Path, runtime: Runtime) -> AbstractContextManager[None]:
@@ -221,7 +233,7 @@ def refuse_launch(
 
     `sizes` are those of the batches, as far as they are known.
     """
-    if error := batch_split_error(train.batch_size, processes, train.accumulate, train.batch_pixels, sizes):
+    if error := _split_error(train, processes, sizes):
         raise Refused(f"processes = {processes}: {error}, or other processes")
     if device.type == "cuda" and processes > torch.cuda.device_count():
         raise Refused(f"processes = {processes}: there are {torch.cuda.device_count()} GPUs - one process for each")

@@ -128,7 +128,9 @@ class TrainingStep:
     ) -> tuple[Losses, Sequence[Tensor], Sequence[Tensor]]:
         """A micro-batch's losses, after its gradient is added; the assessor's observations and the gradient norms."""
         state, rows, samples = self.state, chunk.batch, self.state.samples
-        output: Prediction = self.model(rows.x_s, rows.s + chunk.time_jitter, rows.cond, self.uncond)
+        # The scale is an input of the network where the rows have one: as a reader with landings gives them.
+        guidance = () if rows.guidance_scale is None else (rows.guidance_scale,)
+        output: Prediction = self.model(rows.x_s, rows.s + chunk.time_jitter, rows.cond, self.uncond, *guidance)
         with torch.no_grad():
             weight = state.block_weighter.importance_weight(rows)
             observations = state.block_weighter.observe(rows, output, weight)

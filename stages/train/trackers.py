@@ -140,11 +140,11 @@ class Trackers:
         return [failure for tracker in self._trackers if (failure := tracker.close())]
 
 
-def refuse_missing_trackers(config: TrackingConfig) -> None:
-    """Raise `Refused` for a tracker that is not installed."""
+def refuse_missing_trackers(config: TrackingConfig, section: str = "train") -> None:
+    """Raise `Refused` for a tracker that is not installed; `section` is where the command has its training."""
     for name in config.to:
         if find_spec(name) is None:
-            raise Refused(f"train.tracking.to: {name} is not installed - pip install {name}, or leave it out")
+            raise Refused(f"{section}.tracking.to: {name} is not installed - pip install {name}, or leave it out")
 
 
 def make_trackers(

@@ -22,8 +22,12 @@ def test_a_card_changes_how_a_step_is_computed_and_nothing_else(section: str, ca
         load(CONFIGS[section], section, files, REQUIRED.get(section, [])) for files in ([BASE], [BASE, card])
     )
     assert laid_over.train.model_dump(exclude=HOW) == alone.train.model_dump(exclude=HOW)
-    assert laid_over.model_dump(exclude={"train"}) == alone.model_dump(exclude={"train"})
     assert laid_over.train.batch_size % laid_over.train.accumulate == 0
+    if section == "distill":
+        assert laid_over.fast.train.model_dump(exclude=HOW) == alone.fast.train.model_dump(exclude=HOW)
+        assert laid_over.fast.train.model_dump(include=HOW) == laid_over.train.model_dump(include=HOW)
+        laid_over, alone = (one.model_copy(update={"fast": None}) for one in (laid_over, alone))
+    assert laid_over.model_dump(exclude={"train"}) == alone.model_dump(exclude={"train"})
 
 
 def test_there_are_cards_of_three_sizes() -> None:

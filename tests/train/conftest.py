@@ -23,6 +23,8 @@ BLOCKS = ("mid", "up_3")
 class Toy(nn.Module):
     """A small student: one convolution, conditioned on time and prompt."""
 
+    embeds_guidance = False
+
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)

@@ -171,3 +171,16 @@ def test_the_dashboard_has_a_row_for_each_class_with_its_loss_and_its_exam():
     assert ["[rings]", "1"] in rows
     assert ["(prior)", "0.25"] in rows
     assert ["(outside)", "0.875"] in rows
+
+
+def test_a_line_without_the_terms_of_a_second_branch_is_shown() -> None:
+    left_out = ("guidance", "block_term", "guidance_by_s", "blocks_by_s")
+    line = {key: value for key, value in LINE.items() if key not in left_out} | {"blocks": {}, "lambdas": {}}
+    for console, make in ((terminal(), lambda c: Dashboard("run", 0, 64, c)), (log(), lambda c: LogDisplay(0, 64, c))):
+        display = make(console)
+        display.show_line(line, ())
+        display.close()
+        text = output_of(console)
+        assert "grad" in text
+        assert "guidance" not in text
+        assert "block_term" not in text.replace("block term", "block_term")
