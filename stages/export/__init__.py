@@ -11,6 +11,7 @@ from configs.load import config_from_arguments, name_first_argument
 from stages.export.comfyui import WORKFLOW_FILE
 from stages.export.diffusers import export_diffusers
 from stages.export.existing import refuse_occupied, remove_stale_files, verify_export
+from stages.export.folds import folds_of
 from stages.export.history import class_facts, read_history
 from stages.export.ldm import export_ldm, refuse_other_predictions
 from stages.export.lora import export_lora, lora_files, verify_lora
@@ -19,15 +20,16 @@ from stages.export.tensorfile import single_file_name
 from stages.export.verify_export import DEFAULT_OPTIONS, DTYPES, ExportOptions
 from stages.nets.run_folder import Origin, load_run_teacher, load_student, open_run
 from stages.nets.student import Student
+from stages.sampling.few_steps import few_steps_of, few_steps_of_run
 from stages.system.ownership import claim_folder
 from stages.system.refusal import Refused
 
 __all__ = ["export_all", "export_lora", "export_paths"]
 
-FOLDER_ONLY_OPTIONS = ("verify", "flow_shift", "name", "single_file", "unet_only")
+FOLDER_ONLY_OPTIONS = ("verify", "flow_shift", "name", "single_file", "unet_only", "fold")
 USAGE = (
     "usage: sollune export RUN [--checkpoint N] [--out DIR] [--dtype float16|float32|both] [--flow-shift S] "
-    "[--name NAME] [--single-file true|false] [--unet-only] [--to folder|pt] [--verify]"
+    "[--name NAME] [--single-file true|false] [--unet-only] [--fold W ...] [--to folder|pt] [--verify]"
 )
 
 
@@ -64,6 +66,8 @@ def run(config: Config) -> tuple[Path, ...]:
         refuse_other_predictions(saved.origin.target)
     if config.unet_only and config.single_file is False:
         raise Refused("export: --unet-only needs the single file, which --single-file false leaves out - choose one")
+    few_steps = few_steps_of_run(saved)
+    folds_of(config, few_steps)
     components = load_run_teacher(saved.origin, torch.device("cpu"), torch.float32)
     out, facts = config.out or saved.folder / "export", saved.origin.export_facts(components, saved.samples)
     if config.to == "pt":
@@ -72,7 +76,7 @@ def run(config: Config) -> tuple[Path, ...]:
     student, teacher_folder = load_student(saved, components), components.folder
     del components  # 4.3 GB at SD-1.x's size
     if config.verify:
-        return verify_export(out, student, teacher_folder) + verify_lora(saved, out)
+        return verify_export(out, student, teacher_folder, few_steps) + verify_lora(saved, out)
     facts = {**class_facts(saved.folder), **facts}
     with claim_folder(out, "export into"):
         refuse_occupied(out, lora_files(facts, config.name) if saved.origin.lora else ())
@@ -94,13 +98,17 @@ def export_all(
     student in `out` are removed, and that is printed. Raises `Refused` before anything is written where a file that is
     not ours, or was changed since, would be lost.
     """
-    run = run or out.parent
+    run, folds = run or out.parent, folds_of(options, few_steps_of(facts, "export"))
     facts = {**class_facts(run), **facts}
     single = student.vp_bridge is None if options.single_file is None else options.single_file
     refuse_occupied(out, single_file_paths(facts, options) if single else ())
     history = read_history(run, int(facts.get("samples", 0)))
     folder = export_diffusers(student, teacher_folder, out, facts, options, history)
-    written = (folder, export_ldm(folder, options.name, unet_only=options.unet_only)) if single else (folder,)
+    files = [
+        export_ldm(folder, options.name, unet_only=options.unet_only, fold=fold, with_workflow=fold == folds[0])
+        for fold in (folds if single else ())
+    ]
+    written = (folder, *files)
     for stale in remove_stale_files(out):
         print(f"{stale}: removed, it was of an earlier student")
     return written
@@ -108,7 +116,9 @@ def export_all(
 
 def single_file_paths(facts: Mapping[str, Any], options: ExportOptions) -> tuple[Path, ...]:
     """What is written beside the diffusers folder for a student that predicts velocity."""
-    return Path(single_file_name(facts, options.name, options.unet_only)), Path(WORKFLOW_FILE)
+    folds = folds_of(options, few_steps_of(facts, "export"))
+    files = [Path(single_file_name(facts, options.name, options.unet_only, fold)) for fold in folds]
+    return (*files, Path(WORKFLOW_FILE))
 
 
 def export_paths(origin: Origin, facts: Mapping[str, Any]) -> tuple[Path, ...]:

@@ -13,7 +13,11 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from configs.values import PictureSize
 from stages.export.history import RunHistory, conversion_table, lora_table, metric_tables, model_index_results
+from stages.export.landings import landing_table
 from stages.export.measured_loras import NOTE as LORA_NOTE
+from stages.flow.windows import window_ends
+from stages.sampling.few_steps import few_steps_of
+from stages.sampling.fields import DEFAULT_GUIDANCE
 
 OPENRAIL = "creativeml-openrail-m"
 STABLE_DIFFUSION_1 = {
@@ -34,6 +38,25 @@ CONVERTED_SUMMARY = """\
 A Stable Diffusion 1.x model that predicts the **velocity** of the straight path
 `x_s = (1 - s) x0 + s eps`, `v = eps - x0`, at the timestep `1000 s`. It was converted by sollune from a fine-tuned
 model: it started from {start} and was trained shortly on a cache of the fine-tune's own predictions."""
+FEW_STEPS_SUMMARY = """\
+A Stable Diffusion 1.x model that makes a picture in **{steps}**. Each step leads from one time of the straight path
+`x_s = (1 - s) x0 + s eps` to the next: the network predicts `(x_s - x_b) / (s - b)` at the timestep `1000 s`, where
+`x_b` is the state at the step's end `b` on its teacher's own guided trajectory. It was trained by sollune on the
+landings of such trajectories in a cache.
+
+The guidance scale, {low:g} to {high:g}, is an input of the network: a step is one call, and **negative prompts do
+nothing**."""
+FEW_STEPS_NOTE = """\
+Take `num_inference_steps={windows}` and no other number, with a guidance scale from {low:g} to {high:g}. Keep the
+scheduler of this folder: `DPMSolverMultistepScheduler` of order 1 with `use_flow_sigmas`, `prediction_type:
+flow_prediction` and `flow_shift: 1`, which takes Euler's steps at the times of the training. The latents are scaled as
+the teacher's are.
+
+A single file `*-{windows}step-w*-flow.safetensors` has one guidance scale, that in its name, within its weights: sample
+it with `guidance_scale=1` in diffusers, cfg 1 elsewhere. In diffusers open its UNet by
+`UNet2DConditionModel.from_single_file(FILE, config=FOLDER, subfolder="unet", time_cond_proj_dim=None)`, and give it to
+`StableDiffusionPipeline.from_single_file(FILE, config=FOLDER, unet=UNET)`, where `FOLDER` is this one. For ComfyUI a
+workflow lies beside the file: euler at the times {times}."""
 STARTS = {
     "delta": "the flow student of its base model plus what the fine-tune changed in that model's weights",
     "graft": "the fine-tune itself, its time embedding re-solved for the time of the path",
@@ -58,7 +81,7 @@ EXAMPLE_CODE = """```python
 from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained(".")  # this folder, or the place to which it was published
-picture = pipeline({prompt}, {size}num_inference_steps=25, guidance_scale=5.0).images[0]
+picture = pipeline({prompt}, {size}num_inference_steps={steps}, guidance_scale={guidance}).images[0]
 picture.save("picture.png")
 ```"""
 NOT_MEASURED = "Not measured yet: `sollune evaluate RUN`, then `sollune export RUN` again."
@@ -103,12 +126,11 @@ def model_card(facts: Mapping[str, Any], history: RunHistory | None = None) -> s
     used where they are there.
     """
     is_flow = facts.get("prediction") != "v_prediction"
-    scheduler_note = (FLOW_SCHEDULER_NOTE if is_flow else VP_SCHEDULER_NOTE).format(**{"flow_shift": 1.0, **facts})
     prompt = history.prompts[0] if history and history.prompts else DEFAULT_PROMPT
     pictures = history.pictures if history else {}
     sections = {
         "Use": "\n\n".join(
-            [_example_code(prompt, facts), *_size_lines(facts), scheduler_note, *_clip_skip_notes(facts)]
+            [_example_code(prompt, facts), *_size_lines(facts), *_scheduler_notes(facts), *_clip_skip_notes(facts)]
         ),
         "Samples": "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
         "Figures": _figures(history),
@@ -131,14 +153,37 @@ def model_card(facts: Mapping[str, Any], history: RunHistory | None = None) -> s
 
 def _summary(facts: Mapping[str, Any], is_flow: bool) -> str:
     """What the model is, in a paragraph."""
+    if few_steps := few_steps_of(facts, "card"):
+        low, high = few_steps.guidance_range
+        steps = f"{few_steps.windows} step{'s' * (few_steps.windows > 1)}"
+        return FEW_STEPS_SUMMARY.format(steps=steps, low=low, high=high)
     if (start := facts.get("converted_from", {}).get("start")) in STARTS:
         return CONVERTED_SUMMARY.format(start=STARTS[start])
     return FLOW_SUMMARY if is_flow else VP_SUMMARY
 
 
+def _scheduler_notes(facts: Mapping[str, Any]) -> list[str]:
+    """How other programs sample it."""
+    few_steps = few_steps_of(facts, "card")
+    if few_steps is None:
+        is_flow = facts.get("prediction") != "v_prediction"
+        return [(FLOW_SCHEDULER_NOTE if is_flow else VP_SCHEDULER_NOTE).format(**{"flow_shift": 1.0, **facts})]
+    windows, (low, high) = few_steps
+    times = ", ".join(f"{end:.9g}" for end in window_ends(windows).tolist())
+    return [FEW_STEPS_NOTE.format(windows=windows, low=low, high=high, times=times)]
+
+
 def _figures(history: RunHistory | None) -> str:
     """The tables of what was measured of this checkpoint."""
-    tables = [metric_tables(history.evaluation), conversion_table(history.conversion)] if history else []
+    tables = (
+        [
+            landing_table(history.landings),
+            metric_tables(history.evaluation),
+            conversion_table(history.conversion),
+        ]
+        if history
+        else []
+    )
     return "\n\n".join(filter(None, tables)) or NOT_MEASURED
 
 
@@ -147,7 +192,10 @@ def _example_code(prompt: str, facts: Mapping[str, Any]) -> str:
     sizes = [PictureSize.parse(size) for size in facts.get("sizes", ())]
     foreign = sizes and str(sizes[0]) != facts.get("native_size")
     size = f"height={sizes[0].height}, width={sizes[0].width}, " if foreign else ""
-    return EXAMPLE_CODE.format(prompt=json.dumps(prompt), size=size)
+    steps, scale = 25, DEFAULT_GUIDANCE
+    if few_steps := few_steps_of(facts, "card"):
+        steps, scale = few_steps.windows, few_steps.default_guidance
+    return EXAMPLE_CODE.format(prompt=json.dumps(prompt), size=size, steps=steps, guidance=scale)
 
 
 def _size_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -204,8 +252,10 @@ def _fact_lines(facts: Mapping[str, Any], prefix: str = "") -> list[str]:
     for key, value in sorted(facts.items()):
         if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
             value = {str(number): item for number, item in enumerate(value, start=1)}
-        nested = isinstance(value, Mapping)
-        rows += _fact_lines(value, f"{prefix}{key}.") if nested else [f"- {prefix}{key}: `{value}`"]
+        if isinstance(value, Mapping):
+            rows += _fact_lines(value, f"{prefix}{key}.")
+        else:
+            rows.append(f"- {prefix}{key}: `{list(value) if isinstance(value, tuple) else value}`")
     return rows
 
 

@@ -13,6 +13,8 @@ from stages.system.refusal import Refused
 
 EXPORT_REMEDY = "export the run again"
 PROBE_TIMES = (0.1, 0.5, 0.9)
+PROBE_GUIDANCE = (3.0, 5.0, 8.0)
+"""Guidance scales at these times, for networks that take one."""
 PROBE_LATENT_SIDE, PROBE_TOKENS = 8, 8
 """A latent of 8 x 8 and 8 tokens: the smallest that can be halved three times; a network of SD-1.x's size takes less
 than a second."""
@@ -42,8 +44,15 @@ def check_equal(subject: str, found: Mapping[str, Tensor], expected: Mapping[str
 
 
 def check_trained(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
-    """Training moves every tensor: one that equals the teacher's in fp32 was not trained."""
-    same = [name for name, value in student.items() if torch.equal(value.detach().cpu().float(), teacher[name].float())]
+    """Training moves every tensor: one that equals the teacher's in fp32 was not trained.
+
+    What the teacher has not, the projection of the guidance scale, begins at zero.
+    """
+    same = [
+        name
+        for name, value in student.items()
+        if torch.equal(value.detach().cpu().float(), teacher.get(name, torch.zeros_like(value)).cpu().float())
+    ]
     if same:
         raise Refused(
             f"export: {len(same)} of {len(student)} tensors are still the teacher's ({same[0]} is the first) - "
@@ -56,8 +65,8 @@ def check_not_teacher(subject: str, found: Mapping[str, Tensor], teacher: Mappin
 
     Rounding may hide how far a single tensor moved, never how far all of them did.
     """
-    if found.keys() == teacher.keys() and all(
-        torch.equal(value, teacher[name].to(value.dtype)) for name, value in found.items()
+    if found.keys() >= teacher.keys() and all(
+        torch.equal(found[name], value.to(found[name].dtype)) for name, value in teacher.items()
     ):
         raise Refused(f"{subject}: these are the teacher's weights under the student's name - {EXPORT_REMEDY}")
 
@@ -94,7 +103,8 @@ def probe_velocities(student: Student) -> Tensor:
     x = torch.randn(count, config["in_channels"], side, side, generator=generator)
     cond = torch.randn(count, PROBE_TOKENS, config["cross_attention_dim"], generator=generator)
     s = torch.tensor(PROBE_TIMES, dtype=torch.float64)
-    return student.velocity(x.to(device), s.to(device), cond.to(device)).cpu()
+    guidance = torch.tensor(PROBE_GUIDANCE, device=device) if student.embeds_guidance else None
+    return student.velocity(x.to(device), s.to(device), cond.to(device), guidance).cpu()
 
 
 def check_velocities(subject: str, found: Student, expected: Student, dtype: torch.dtype) -> None:

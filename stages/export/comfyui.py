@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.values import PictureSize
+from stages.flow.windows import window_ends
 
 WORKFLOW_FILE = "workflow-comfyui.json"
 GRAPH_HASH_KEY = "sollune_sha256"
@@ -28,7 +29,7 @@ class Node:
     size: tuple[int, int]
     inputs: Inputs
     outputs: tuple[str, ...]
-    widgets: tuple[str | int | float, ...]
+    widgets: tuple[str | int | float | bool, ...]
 
     def to_json(self, number: int, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """The node in the workflow's format, its outputs not linked yet."""
@@ -48,14 +49,23 @@ class Node:
 
 
 def workflow_json(
-    file: str, shift: float, size: PictureSize, base_checkpoint: str | None = None, *, clip_skip: int = 0
+    file: str,
+    shift: float,
+    size: PictureSize,
+    base_checkpoint: str | None = None,
+    *,
+    clip_skip: int = 0,
+    windows: int | None = None,
 ) -> str:
     """The workflow as JSON; `file` is the single file's name, `size` that of the pictures.
 
     With a `base_checkpoint` the file holds a UNet alone; text encoder and VAE come from the checkpoint of that name.
-    `clip_skip` is how many last layers of the text encoder are left out.
+    `clip_skip` is how many last layers of the text encoder are left out. `windows` are the steps of a student of few,
+    whose guidance is in its weights.
     """
     nodes = _graph_nodes(file, shift, size, base_checkpoint, clip_skip)
+    if windows is not None:
+        nodes = _step_along_windows(nodes, windows)
     links: list[list[Any]] = []
     boxes = []
     for number, node in enumerate(nodes, start=1):
@@ -127,4 +137,26 @@ def _graph_nodes(file: str, shift: float, size: PictureSize, base_checkpoint: st
         Node("SaveImage", (1240, 220), (320, 320), {"images": (7, "IMAGE")}, (), ("sollune",)),
         *([unet] if base_checkpoint else []),
         *([last_layer] if clip_skip else []),
+    ]
+
+
+def _step_along_windows(nodes: list[Node], windows: int) -> list[Node]:
+    """The graph with euler on the ends of the windows, which no scheduler of ComfyUI has, at cfg 1.
+
+    With cfg 1 ComfyUI does not evaluate the negative sentence. It begins at the first end times the noise, a part in a
+    thousand less than stock diffusers.
+    """
+    sigmas = ", ".join(f"{end:.9g}" for end in window_ends(windows).tolist())
+    (place,) = (place for place, node in enumerate(nodes) if node.type == "KSampler")
+    sampler = nodes[place]
+    inputs = {**sampler.inputs, "sampler": (len(nodes) + 1, "SAMPLER"), "sigmas": (len(nodes) + 2, "SIGMAS")}
+    custom = Node(
+        "SamplerCustom", sampler.position, sampler.size, inputs, ("LATENT", "LATENT"), (True, 0, "fixed", 1.0)
+    )
+    return [
+        *nodes[:place],
+        custom,
+        *nodes[place + 1 :],
+        Node("KSamplerSelect", (860, 420), (320, 60), {}, ("SAMPLER",), ("euler",)),
+        Node("ManualSigmas", (860, 540), (320, 60), {}, ("SIGMAS",), (sigmas,)),
     ]

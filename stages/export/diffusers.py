@@ -90,7 +90,11 @@ def _write_variant(folder: Path, content: ExportContent, variant: str, dtype: to
     """Every component in one type; files other than weights are the same for each variant."""
     teacher = content.teacher_folder
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(teacher, subfolder="unet"))
+        config = UNet2DConditionModel.load_config(teacher, subfolder="unet")
+        guidance_input = {"time_cond_proj_dim": content.student.unet.config.time_cond_proj_dim}
+        unet = UNet2DConditionModel.from_config(
+            {**config, **(guidance_input if content.student.embeds_guidance else {})}
+        )
     weights = content.unet_tensors(dtype)
     if unet.state_dict().keys() != weights.keys():
         raise Refused(f"export: the student's tensors are not those of {teacher}/unet - name its own teacher")

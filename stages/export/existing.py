@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stages.export import tensorfile
+from stages.export.checks import EXPORT_REMEDY
 from stages.export.comfyui import WORKFLOW_FILE
 from stages.export.folder import (
     FACTS_FILE,
@@ -16,6 +17,8 @@ from stages.export.folder import (
 from stages.export.ldm import open_export, verify_single_file
 from stages.export.verify_export import HALF_VARIANT, ExportContent, ExportOptions, verify_folder
 from stages.nets.student import Student
+from stages.sampling.few_steps import FewSteps, few_steps_of, folded_few_steps
+from stages.system.refusal import Refused
 from stages.teacher_files.folder import read_json
 
 
@@ -29,13 +32,20 @@ def refuse_occupied(out: Path, files: Iterable[Path] = ()) -> None:
         refuse_foreign_file(out / file)
 
 
-def verify_export(out: Path, student: Student, teacher_folder: Path) -> tuple[Path, ...]:
+def verify_export(
+    out: Path, student: Student, teacher_folder: Path, few_steps: FewSteps | None = None
+) -> tuple[Path, ...]:
     """Check `<out>/diffusers` and our single files beside it again; returns what was verified.
 
-    The expected type and shift are read from the export. Raises `Refused` as exporting does.
+    The expected type and shift are read from the export; `few_steps` are those of the student's run. Raises `Refused`
+    as exporting does.
     """
     folder = out / "diffusers"
     facts = read_facts(folder)
+    if (stated := few_steps_of(facts, str(folder / FACTS_FILE))) != few_steps:
+        raise Refused(
+            f"{folder / FACTS_FILE}: states {_describe(stated)}, its run {_describe(few_steps)} - {EXPORT_REMEDY}"
+        )
     dtype = "both" if HALF_VARIANT in facts.get("variants", ()) else facts["dtype"]
     options = ExportOptions(dtype=dtype, flow_shift=facts.get("flow_shift", 1.0))
     verify_folder(folder, ExportContent(student, teacher_folder, options))
@@ -74,9 +84,17 @@ def _own_single_files(out: Path) -> dict[Path, dict[str, str]]:
 def _verify_single_file(file: Path, header: dict[str, str], folder: Path) -> None:
     """Against the folder; its name and whether it holds the UNet alone are its own choice."""
     unet_only = file.name.endswith("-unet-flow.safetensors")
-    content = open_export(folder, unet_only)
-    name = header.get("modelspec.title", "").removesuffix(" flow (sollune)").removesuffix(" UNet")
+    folded = folded_few_steps(header, str(file))
+    fold = folded.guidance_range[0] if folded else None
+    content = open_export(folder, unet_only, fold)
+    name = header.get("modelspec.title", "").removesuffix(tensorfile.title_suffix(content.facts, unet_only, fold))
     expected = content.metadata(name)
     if tensorfile.HEADER_HASH_KEY not in header:  # as in files of early versions
         del expected[tensorfile.HEADER_HASH_KEY]
     verify_single_file(file, content, expected, file.name)
+
+
+def _describe(few_steps: FewSteps | None) -> str:
+    if few_steps is None:
+        return "no windows"
+    return f"{few_steps.windows} windows of guidance {few_steps.guidance_range[0]:g} to {few_steps.guidance_range[1]:g}"

@@ -15,9 +15,12 @@ from huggingface_hub import EvalResult
 
 from shards.manifest import MANIFEST_FILE, Manifest
 from stages.classes.specification import load_classes
+from stages.export.landings import read_landing_errors
 from stages.export.measured_loras import HEADS, lora_rows, read_measured_loras
+from stages.export.tables import format_cell, markdown_table
 from stages.nets.run_folder import cache_folder, is_run
 from stages.system.refusal import Refused, in_one_line
+from stages.train.journal import JOURNAL_FILE
 
 STUDENT_KEY, POLISHED_KEY = "student", "polished"
 CONVERSION_FILE = "convert.json"
@@ -45,6 +48,8 @@ class RunHistory:
     """What `sollune convert` measured of this very checkpoint; empty for any other run."""
     loras: Sequence[Mapping[str, Any]] = ()
     """What was measured of LoRAs on this very checkpoint."""
+    landings: Mapping[str, Any] = field(default_factory=dict)
+    """What the training of few steps measured of this very checkpoint; empty for any other run."""
 
     @property
     def prompts(self) -> list[str]:
@@ -67,6 +72,7 @@ def read_history(run: Path, samples: int) -> RunHistory | None:
         _newest_grid(run / "grids", samples),
         _read_conversion(run / CONVERSION_FILE, samples),
         read_measured_loras(run / "loras", samples),
+        read_landing_errors(run / JOURNAL_FILE, samples),
     )
 
 
@@ -82,6 +88,13 @@ def _read_settings(file: Path) -> dict[str, Any]:
     try:
         sections = yaml.safe_load(file.read_text(encoding="utf-8"))
         (settings,) = sections.values()
+        # Those of the training for few steps stand beside those of the distillation, whichever was done.
+        settings = dict(settings.items())
+        few_steps = settings.pop("fast", None) or {}
+        if settings.get("windows"):
+            settings["fast"] = {key: value for key, value in few_steps.items() if key not in {*LOCAL_SETTINGS, "start"}}
+        else:
+            settings.pop("windows", None)
         return {key: _without_local_paths(value) for key, value in settings.items() if key not in LOCAL_SETTINGS}
     except (yaml.YAMLError, OSError, ValueError, AttributeError, RecursionError) as error:
         reason = in_one_line(error)
@@ -156,7 +169,7 @@ def metric_tables(evaluation: Mapping[str, Any]) -> str:
 
 def lora_table(loras: Sequence[Mapping[str, Any]]) -> str:
     """The LoRAs that were measured; an empty text where there are none."""
-    return _markdown_table("LoRAs of the teacher on this model", HEADS, lora_rows(loras))
+    return markdown_table("LoRAs of the teacher on this model", HEADS, lora_rows(loras))
 
 
 def model_index_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
@@ -194,18 +207,18 @@ def _fidelity_table(fidelity: Mapping[str, Any]) -> str:
     for model, metrics in fidelity.items():
         shares = (*metrics["by_attribute"].values(), metrics["all_at_once"])
         rows.append([model, *(f"{100 * share:.1f}" for share in shares), str(metrics["pictures"])])
-    return _markdown_table("Pictures that show what the prompt states, %", ["", *attributes, "all", "pictures"], rows)
+    return markdown_table("Pictures that show what the prompt states, %", ["", *attributes, "all", "pictures"], rows)
 
 
 def _paired_table(paired: Mapping[str, Any]) -> str:
     """The student's endpoint error from the same noise: score 0 is as good as the teacher, 1 unrelated."""
     rows = [
-        [model, str(error["steps"]), *(_cell(error[key]) for key in ("student", "floor", "ceiling", "score"))]
+        [model, str(error["steps"]), *(format_cell(error[key]) for key in ("student", "floor", "ceiling", "score"))]
         for model, errors in paired.items()
         for error in errors
     ]
     heads = ["", "steps", "error", "teacher's own", "unrelated", "score"]
-    return _markdown_table("Paired-noise error: the same noise must give the teacher's picture", heads, rows)
+    return markdown_table("Paired-noise error: the same noise must give the teacher's picture", heads, rows)
 
 
 def conversion_table(conversion: Mapping[str, Any]) -> str:
@@ -222,9 +235,9 @@ def conversion_table(conversion: Mapping[str, Any]) -> str:
                 [
                     model,
                     str(error["steps"]),
-                    *(_cell(error[key]) for key in ("student", "floor", "ceiling", "score")),
+                    *(format_cell(error[key]) for key in ("student", "floor", "ceiling", "score")),
                     _interval(error["interval"]),
-                    _cell(ratio.get("ratio")),
+                    format_cell(ratio.get("ratio")),
                     _interval(ratio.get("ratio_interval")),
                 ]
             )
@@ -234,7 +247,7 @@ def conversion_table(conversion: Mapping[str, Any]) -> str:
         "the student of the base model, unchanged; delta that student plus what the fine-tune changed; graft the "
         "fine-tune with its time embedding re-solved; polished is this model"
     )
-    return _markdown_table(title, heads, rows)
+    return markdown_table(title, heads, rows)
 
 
 def _interval(interval: Sequence[float] | None) -> str:
@@ -245,10 +258,10 @@ def _velocity_table(velocity: Mapping[str, Any]) -> str:
     bins = len(velocity["velocity"]["by_bin"])
     heads = ["", "all", *(f"s {i / bins:.1f}-{(i + 1) / bins:.1f}" for i in range(bins))]
     rows = [
-        [name, *map(_cell, (error["overall"], *error["by_bin"]))]
+        [name, *map(format_cell, (error["overall"], *error["by_bin"]))]
         for name, error in (("velocity", velocity["velocity"]), ("guidance difference", velocity["guidance"]))
     ]
-    return _markdown_table(f"Relative squared error at {velocity['states']} held-out states", heads, rows)
+    return markdown_table(f"Relative squared error at {velocity['states']} held-out states", heads, rows)
 
 
 def _size_table(by_size: Mapping[str, Any]) -> str:
@@ -257,16 +270,6 @@ def _size_table(by_size: Mapping[str, Any]) -> str:
     rows = []
     for size, errors in by_size.items():
         scores = {error["steps"]: error["score"] for error in errors["paired"]}
-        rows.append([size, *(_cell(scores.get(n)) for n in steps), _cell(errors["velocity"])])
+        rows.append([size, *(format_cell(scores.get(n)) for n in steps), format_cell(errors["velocity"])])
     heads = ["size", *(f"score at {n} steps" for n in steps), "velocity error"]
-    return _markdown_table("The student at each picture size (width x height)", heads, rows)
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _markdown_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The table; an empty text without rows."""
-    lines = [f"**{title}**", "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) if rows else ""
+    return markdown_table("The student at each picture size (width x height)", heads, rows)

@@ -12,10 +12,12 @@ from torch import Tensor
 from configs.values import PictureSize
 from stages.export import checks, tensorfile
 from stages.export.comfyui import WORKFLOW_FILE, workflow_json
-from stages.export.folder import learnt_sizes, read_facts, read_header, refuse_foreign_file
+from stages.export.folder import FACTS_FILE, learnt_sizes, read_facts, read_header, refuse_foreign_file
+from stages.export.folds import fold_tensors
 from stages.export.tensorfile import single_file_metadata, single_file_name, teacher_name
 from stages.export.verify_export import HALF_VARIANT, SKIPPED_LAYERS_FILE, WEIGHT_STEMS, read_tensors, weight_file
 from stages.nets.latents import LatentGeometry
+from stages.sampling.few_steps import FewSteps, check_few_steps, few_steps_of
 from stages.system.atomic import atomic_path, atomic_write
 from stages.system.refusal import Refused
 from stages.teacher_files.architecture import check_sd1_architecture
@@ -42,6 +44,9 @@ class ExportFolder:
     native_size: PictureSize
     """The size of the pictures for which the teacher was made."""
     unet_only: bool
+    few_steps: FewSteps | None = None
+    fold: float | None = None
+    """The guidance scale that is folded into the tensors of a student of few steps."""
 
     @property
     def sizes(self) -> tuple[PictureSize, ...]:
@@ -57,21 +62,36 @@ class ExportFolder:
         digest = tensorfile.hash_tensors(self.ldm_tensors())
         # Programs take it for the model's standard size, whose area they keep at other aspects.
         resolution = self.native_size if self.native_size in self.sizes else self.sizes[0]
-        return tensorfile.with_header_hash(single_file_metadata(self.facts, resolution, digest, name, self.unet_only))
+        return tensorfile.with_header_hash(
+            single_file_metadata(self.facts, resolution, digest, name, self.unet_only, self.fold)
+        )
 
 
-def export_ldm(folder: Path, name: str | None = None, *, unet_only: bool = False) -> Path:
+def export_ldm(
+    folder: Path,
+    name: str | None = None,
+    *,
+    unet_only: bool = False,
+    fold: float | None = None,
+    with_workflow: bool = True,
+) -> Path:
     """Write `<name>-flow.safetensors` and a ComfyUI workflow beside an exported diffusers folder; returns the file.
+
+    `fold` is the guidance scale of a student of few steps, which is folded into the weights and stands in the name.
 
     The default name is the teacher's. The tensors are the folder's, of the fp16 variant where it has one. The file
     appears whole and verified or not at all. Raises `Refused` for a folder that is no velocity model of ours, for a
     tensor that no SD-1.x model has, for a file that fails a check of `checks`, and for a full disk.
     """
-    content = open_export(folder, unet_only)
-    file, workflow = folder.parent / single_file_name(content.facts, name, unet_only), folder.parent / WORKFLOW_FILE
+    content = open_export(folder, unet_only, fold)
+    file, workflow = (
+        folder.parent / single_file_name(content.facts, name, unet_only, fold),
+        folder.parent / WORKFLOW_FILE,
+    )
     header = content.metadata(name)
     refuse_foreign_file(file)
-    refuse_foreign_file(workflow)
+    if with_workflow:
+        refuse_foreign_file(workflow)
     with atomic_path(file) as temporary:
         readable = temporary.with_suffix(".safetensors")  # stock diffusers goes by the ending
         try:
@@ -80,20 +100,34 @@ def export_ldm(folder: Path, name: str | None = None, *, unet_only: bool = False
             readable.replace(temporary)
         finally:
             readable.unlink(missing_ok=True)
+    if not with_workflow:
+        return file
     base_checkpoint = f"{teacher_name(content.facts)}.safetensors" if unet_only else None
     facts = content.facts
     graph = workflow_json(
-        file.name, facts["flow_shift"], content.sizes[0], base_checkpoint, clip_skip=facts.get("clip_skip", 0)
+        file.name,
+        facts["flow_shift"],
+        content.sizes[0],
+        base_checkpoint,
+        clip_skip=facts.get("clip_skip", 0),
+        windows=content.few_steps and content.few_steps.windows,
     )
     atomic_write(workflow, graph)
     return file
 
 
-def open_export(folder: Path, unet_only: bool = False) -> ExportFolder:
-    """Read the folder, whole or its UNet alone; raises `Refused` when it is not a velocity model of ours."""
+def open_export(folder: Path, unet_only: bool = False, fold: float | None = None) -> ExportFolder:
+    """Read the folder, whole or its UNet alone; raises `Refused` when it is not a velocity model of ours.
+
+    With `fold` its UNet is that of one guidance scale.
+    """
     facts = read_facts(folder)
     refuse_other_predictions(facts["prediction"])
-    check_sd1_architecture(folder)
+    few_steps = few_steps_of(facts, str(folder / FACTS_FILE))
+    if (few_steps is None) != (fold is None):
+        state = "takes a guidance scale" if few_steps else "takes no guidance scale"
+        raise Refused(f"{folder}: the student {state}, its single file does not - {checks.EXPORT_REMEDY}")
+    check_sd1_architecture(folder, guidance_input=few_steps is not None)
     unet, vae = (read_json(folder / component / "config.json") for component in ("unet", "vae"))
     variant = HALF_VARIANT if HALF_VARIANT in facts.get("variants", ()) else ""
     dtype = torch.float16 if variant else getattr(torch, facts["dtype"])
@@ -105,9 +139,12 @@ def open_export(folder: Path, unet_only: bool = False) -> ExportFolder:
     if not unet_only:
         tensors |= _skipped_layers(folder, facts, dtype)
     checks.check_values(str(folder), tensors, dtype)
+    if fold is not None:
+        check_few_steps(str(folder), few_steps, facts["flow_shift"], unet)
+        tensors = fold_tensors(tensors, unet, fold, dtype)
     names = ldm_names(tensors, unet["layers_per_block"], len(vae["block_out_channels"]))
     native_size = LatentGeometry.from_configs(unet, vae).native_size
-    return ExportFolder(folder, facts, variant, dtype, tensors, names, native_size, unet_only)
+    return ExportFolder(folder, facts, variant, dtype, tensors, names, native_size, unet_only, few_steps, fold)
 
 
 def _skipped_layers(folder: Path, facts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -157,7 +194,9 @@ def _verify_in_stock_diffusers(file: Path, content: ExportFolder, display_name: 
 
     One pipeline is held at a time: at SD-1.x's size each takes 4.3 GB.
     """
-    expected = sample_latents(_load_pipeline(content))
+    steps, guidance = (content.few_steps.windows, content.fold) if content.few_steps else (STEPS, GUIDANCE)
+    assert guidance is not None
+    expected = sample_latents(_load_pipeline(content), steps, guidance)
     pipeline = _open_single_file(file, content)
     for component in ("unet",) if content.unet_only else WEIGHT_STEMS:
         for key, value in getattr(pipeline, component).state_dict().items():
@@ -165,8 +204,11 @@ def _verify_in_stock_diffusers(file: Path, content: ExportFolder, display_name: 
             if stored is None or not torch.equal(value, stored.float()):
                 message = f"{display_name}: stock diffusers reads another {component}.{key}"
                 raise Refused(f"{message} - {checks.EXPORT_REMEDY}")
-    error = checks.relative_error(sample_latents(pipeline), expected)
-    most = STEPS * GUIDANCE * checks.rounding_tolerance(len(content.tensors), torch.float32)
+    found = sample_latents(pipeline, steps, GUIDANCE if content.fold is None else 1.0)
+    error = checks.relative_error(found, expected)
+    # The folded bias is rounded to the type of the file.
+    dtype = torch.float32 if content.fold is None else content.dtype
+    most = steps * guidance * checks.rounding_tolerance(len(content.tensors), dtype)
     if not error <= most:
         raise Refused(
             f"{display_name}: stock diffusers samples latents {error:.1e} away from the folder's, rounding explains "
@@ -175,10 +217,14 @@ def _verify_in_stock_diffusers(file: Path, content: ExportFolder, display_name: 
 
 
 def _open_single_file(file: Path, content: ExportFolder) -> StableDiffusionPipeline:
-    options = {"config": str(content.path), "local_files_only": True}
-    if not content.unet_only:
+    options: dict[str, Any] = {"config": str(content.path), "local_files_only": True}
+    if not content.unet_only and content.fold is None:
         return StableDiffusionPipeline.from_single_file(file, **options)
-    return _load_pipeline(content, unet=UNet2DConditionModel.from_single_file(file, subfolder="unet", **options))
+    plain = {} if content.fold is None else {"time_cond_proj_dim": None}
+    unet = UNet2DConditionModel.from_single_file(file, subfolder="unet", **options, **plain)
+    if content.unet_only:
+        return _load_pipeline(content, unet=unet)
+    return StableDiffusionPipeline.from_single_file(file, unet=unet, **options)
 
 
 def _load_pipeline(content: ExportFolder, **components: UNet2DConditionModel) -> StableDiffusionPipeline:
@@ -187,7 +233,7 @@ def _load_pipeline(content: ExportFolder, **components: UNet2DConditionModel) ->
     return StableDiffusionPipeline.from_pretrained(content.path, variant=variant, dtype=torch.float32, **components)
 
 
-def sample_latents(pipeline: StableDiffusionPipeline) -> Tensor:
+def sample_latents(pipeline: StableDiffusionPipeline, steps: int = STEPS, guidance: float = GUIDANCE) -> Tensor:
     """Small latents after a few steps from the same noise, [1, c, 8, 8]."""
     pipeline.set_progress_bar_config(disable=True)
     side, channels = checks.PROBE_LATENT_SIDE, pipeline.unet.config.in_channels
@@ -196,8 +242,8 @@ def sample_latents(pipeline: StableDiffusionPipeline) -> Tensor:
         "a red star",
         height=pixels,
         width=pixels,
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
         latents=torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0)),
         output_type="latent",
     ).images

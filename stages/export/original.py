@@ -24,6 +24,11 @@ def export_original(run: SavedRun, components: Components, out: Path, dtype: tor
     optimizer's moments belong to the weights before averaging, and training resumes from a run's own checkpoints.
     Raises `Refused` for a student that equals its teacher, and for weights that are not finite in `dtype`.
     """
+    if run.origin.windows is not None:
+        raise Refused(
+            f"export: --to pt: {run.folder} takes the guidance scale as an input, for which that layout has no place - "
+            "leave it out"
+        )
     state = load_student(run, components).unet.state_dict()
     student = {f"unet.{name}": value.detach().cpu().to(dtype).contiguous() for name, value in state.items()}
     cfg = original_cfg(run, components)

@@ -32,6 +32,8 @@ FACT_KEYS = {
     "samples": "samples_seen",
     "sizes": "sizes",
     "clip_skip": "clip_skip",
+    "windows": "windows",
+    "guidance_range": "guidance_range",
     "mix": "mix",
     "loras": "loras",
     "vae": "vae",
@@ -110,10 +112,25 @@ def model_name(facts: Mapping[str, Any]) -> str:
     return f"{teacher_name(facts)}-classes" if "classes" in facts else teacher_name(facts)
 
 
-def single_file_name(facts: Mapping[str, Any], name: str | None, unet_only: bool) -> str:
-    """The single file's name, which must hold `flow`: SD.Next goes by it."""
+def scale_text(scale: float) -> str:
+    """A guidance scale in names and metadata: 5, 7.5."""
+    return f"{scale:.12g}"
+
+
+def single_file_name(facts: Mapping[str, Any], name: str | None, unet_only: bool, fold: float | None = None) -> str:
+    """The single file's name, which must hold `flow`: SD.Next goes by it.
+
+    `fold` is the guidance scale in the weights of a student of few steps.
+    """
     stem = (name or model_name(facts)).removesuffix("-flow")
-    return f"{stem}{'-unet' if unet_only else ''}-flow.safetensors"
+    few = "" if fold is None else f"-{facts['windows']}step-w{scale_text(fold)}"
+    return f"{stem}{few}{'-unet' if unet_only else ''}-flow.safetensors"
+
+
+def title_suffix(facts: Mapping[str, Any], unet_only: bool, fold: float | None = None) -> str:
+    """What stands behind the model's name in the title of its single file."""
+    few = "" if fold is None else f" {facts['windows']} steps w {scale_text(fold)}"
+    return f"{few}{' UNet' if unet_only else ''} flow (sollune)"
 
 
 def single_file_metadata(
@@ -122,8 +139,11 @@ def single_file_metadata(
     tensor_hash: str,
     name: str | None = None,
     unet_only: bool = False,
+    fold: float | None = None,
 ) -> dict[str, str]:
     """ModelSpec 1.0.1 for other programs, `sollune.*` for ours; `resolution` is the standard size of the pictures.
+
+    `fold` is the guidance scale in the weights of a student of few steps.
 
     `sd3` is the one word for a velocity that a program acts on: SwarmUI then samples on the straight path. No date and
     no author: the same export gives the same bytes (formats.md 4.1).
@@ -134,24 +154,27 @@ def single_file_metadata(
         if layer > 1
         else ""
     )
+    few = "" if fold is None else f" Steps {facts['windows']}, cfg 1: the guidance is in the weights."
     behind = "UNETLoader" if unet_only else "the loader"
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-v1",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": f"{name or model_name(facts)} {'UNet ' if unet_only else ''}flow (sollune)",
+        "modelspec.title": f"{name or model_name(facts)}{title_suffix(facts, unet_only, fold)}",
         "modelspec.resolution": str(resolution),
-        "modelspec.description": "A Stable Diffusion 1.x model that answers with the velocity of the straight path.",
+        "modelspec.description": "A Stable Diffusion 1.x model that answers with the velocity of the straight path."
+        + ("" if fold is None else f" For {facts['windows']} steps, guidance {scale_text(fold)} within the weights."),
         "modelspec.hash_sha256": tensor_hash,
         "modelspec.prediction_type": "sd3",
         "modelspec.usage_hint": (
             f"Rectified flow: in ComfyUI put ModelSamplingSD3 with shift {facts['flow_shift']:g} behind {behind}; "
-            f"in SwarmUI set Sigma Shift to {facts['flow_shift']:g}. Sampler euler, scheduler simple.{skip}"
+            f"in SwarmUI set Sigma Shift to {facts['flow_shift']:g}. Sampler euler, scheduler simple.{few}{skip}"
         ),
         **({"modelspec.encoder_layer": str(layer)} if layer > 1 else {}),
         **({"modelspec.license": str(facts["license"])} if "license" in facts else {}),
         **{f"sollune.{key}": _metadata_text(facts[fact]) for fact, key in FACT_KEYS.items() if fact in facts},
+        **({} if fold is None else {"sollune.guidance": scale_text(fold)}),
     }
 
 

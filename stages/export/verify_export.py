@@ -20,8 +20,9 @@ from configs.values import Strict
 from stages.export import checks
 from stages.export.tensorfile import tensor_bytes
 from stages.nets.loading import load_component
-from stages.nets.scheduler import flow_scheduler, vp_scheduler
+from stages.nets.scheduler import flow_scheduler, vp_scheduler, window_scheduler
 from stages.nets.student import Student
+from stages.sampling.fields import DEFAULT_GUIDANCE
 from stages.system.refusal import Refused
 from stages.teacher_files.folder import read_json
 from stages.teacher_files.parts import SKIPPED_FILE
@@ -65,6 +66,11 @@ class ExportOptions(Strict):
     unet_only: bool = Field(
         False, description="let the single file hold the UNet alone, as NAME-unet-flow.safetensors for UNETLoader"
     )
+    fold: tuple[float, ...] = Field(
+        (),
+        description="guidance scales of a student of few steps, each of which gets a single file with that scale in "
+        f"its weights; none takes {DEFAULT_GUIDANCE:g}, or the nearest that the student learnt",
+    )
 
 
 DEFAULT_OPTIONS = ExportOptions()
@@ -87,6 +93,8 @@ class ExportContent:
     @property
     def scheduler(self) -> SchedulerMixin:
         """The scheduler that samples what the student predicts."""
+        if self.student.embeds_guidance:
+            return window_scheduler()
         if self.student.vp_bridge is None:
             return flow_scheduler(self.options.flow_shift)
         return vp_scheduler(self.teacher_folder)

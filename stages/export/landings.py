@@ -1,0 +1,51 @@
+"""What the training of few steps measured of a checkpoint, for the model card: the journal's validation."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.export.tables import format_cell, markdown_table
+
+LANDING_KEYS = {"landing", "landing_by_s", "end"}
+"""Of a validation of few steps; that of a distillation has others."""
+
+
+def read_landing_errors(journal: Path, samples: int) -> dict[str, Any]:
+    """The newest validation of the checkpoint at `samples`; empty where the journal has none of few steps."""
+    if not journal.is_file():
+        return {}
+    newest: dict[str, Any] = {}
+    for text in journal.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue  # cut by a kill: the journal's own readers leave such a line out too
+        if isinstance(line, dict) and line.get("samples") == samples and line.keys() >= LANDING_KEYS:
+            newest = line if _is_measurement(line) else newest
+    return newest
+
+
+def landing_table(errors: Mapping[str, Any]) -> str:
+    """The errors on held-out records; an empty text where there are none."""
+    if not errors:
+        return ""
+    by_window = list(reversed(errors["landing_by_s"]))
+    heads = ["", "all", *(f"step {number}" for number in range(1, len(by_window) + 1))]
+    rows = [
+        ["landing of a single step", *map(format_cell, (errors["landing"], *by_window))],
+        ["end of all steps", format_cell(errors["end"]), *("" for _ in by_window)],
+    ]
+    return markdown_table("Relative squared errors on held-out records, each at its own guidance scale", heads, rows)
+
+
+def _is_measurement(line: Mapping[str, Any]) -> bool:
+    """Whether its values are numbers: the journal may have been edited."""
+    by_window = line["landing_by_s"]
+    values: Sequence[Any] = by_window if isinstance(by_window, list) else [""]
+    overall = (line["landing"], line["end"])
+    return all(_is_number(value) for value in overall) and all(value is None or _is_number(value) for value in values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
