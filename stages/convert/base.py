@@ -11,6 +11,7 @@ from stages.cache.targets import training_shares
 from stages.convert.config import Config
 from stages.convert.mix import mixed_teacher
 from stages.nets.run_folder import COMPLETE_MARK, SavedRun, cache_folder, is_run, open_run
+from stages.sampling.few_steps import refuse_few_steps
 from stages.system.refusal import Refused
 from stages.teacher_files.recorded import find_source
 from stages.teacher_files.source import TeacherMove, TeacherSource
@@ -32,6 +33,7 @@ def open_base(folder: Path, teacher: TeacherMove | None = None) -> SavedRun:
             f"base: {saved.folder}: its student predicts {saved.origin.target}, and only one that predicts velocity "
             "can be converted from - name another base run"
         )
+    refuse_few_steps(saved, "a conversion")
     if not (saved.folder / COMPLETE_MARK).is_file():
         print(f"base: {saved.folder}: has not ended, its checkpoint after {saved.samples} samples is taken")
     return replace(saved, origin=saved.origin.with_teacher(teacher))

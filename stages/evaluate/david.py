@@ -23,6 +23,7 @@ from stages.nets.graft import graft_time_embedding
 from stages.nets.run_folder import SavedRun, cache_folder, load_run_teacher, load_student, open_run
 from stages.nets.student import Student, make_vp_bridge
 from stages.nets.teacher import Teacher
+from stages.sampling.few_steps import refuse_few_steps
 from stages.system.atomic import atomic_path
 from stages.system.disk import refuse_unwritable
 from stages.system.refusal import Parser, Refused, in_one_line
@@ -217,5 +218,6 @@ def main(argv: Sequence[str]) -> int:
     if options.states < 1:
         raise Refused(f"--states {options.states}: should be 1 or more")
     run = open_run(options.run, options.checkpoint)
+    refuse_few_steps(run, "David")
     print(show(run, options.out or run.folder / "david" / "seen.png", options.states))
     return 0

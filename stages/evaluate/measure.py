@@ -1,6 +1,5 @@
 """The command `sollune evaluate`: fidelity, paired-noise and velocity errors of a student against its teacher."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from pydantic import Field, ImportString, model_validator
+from pydantic import Field, ImportString
 from torch import Tensor
 
 from configs.load import config_from_arguments, name_first_argument
-from configs.values import PictureSize, Size, Strict
+from configs.values import PictureSize, Strict
 from shards.reader import Reader
 from stages.evaluate.exported import verified_export
 from stages.evaluate.lora import LoraInputs, measure_lora, open_measured_loras
@@ -32,14 +31,15 @@ from stages.evaluate.report import (
     print_report,
     to_json,
 )
+from stages.evaluate.settings import FidelityConfig, PairedConfig
 from stages.nets.graft import graft_time_embedding
 from stages.nets.run_folder import SavedRun, cache_folder, load_run_teacher, load_student, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import PromptSource, prompts
-from stages.sampling.fields import student_field
+from stages.sampling.few_steps import few_steps_of_run, refuse_few_steps
+from stages.sampling.fields import TwoBranchField, student_field
 from stages.sampling.grids import fixed_noises, make_sheet, save_sheet
-from stages.sampling.sampler import Sampler
 from stages.sampling.single_file import generate_pictures, load_pipeline, use_ddim_scheduler
 from stages.system.atomic import atomic_write
 from stages.system.device import device_of
@@ -48,41 +48,9 @@ from stages.system.terminal import console
 from stages.train.validation import read_first_states, velocity_errors
 
 GRID_ROWS = 6
-
-
-class FidelityConfig(Strict):
-    """Do pictures show what their prompts name? Both models through stock diffusers."""
-
-    prompts: int = Field(500, ge=1, description="validation prompts")
-    control_prompts: int = Field(100, ge=1, description="of these, prompts for the student sampled as a noise model")
-    steps: int = Field(25, ge=1, description="steps: DDIM for the teacher, the exported scheduler for the student")
-    guidance: float = Field(5.0, ge=0, description="guidance scale w")
-
-
-class PairedConfig(Strict):
-    """The paired-noise error: fields compared by our own solver."""
-
-    prompts: int = Field(
-        256, ge=2, description="validation prompts, the first ones; few pictures carry most of the error"
-    )
-    steps: tuple[int, ...] = Field((4, 8, 25), min_length=1, description="numbers of steps that are compared")
-    reference_steps: int = Field(50, ge=1, description="steps of the teacher's reference")
-    sampler: Sampler = Field(Sampler(guidance=3.0), description="solver, guidance and shift; its steps are not used")
-    controls: bool = Field(
-        True, description="measure the undistilled graft, the undistilled copy and wrong prompts too"
-    )
-    sizes: tuple[Size, ...] = Field(
-        (),
-        description="picture sizes, such as 512x768, each with noises, floor and ceiling of its own; none takes those "
-        "that the run learnt. Controls and gates are for the native one, or else the first",
-    )
-
-    @model_validator(mode="after")
-    def _refuse_repeated_sizes(self) -> "PairedConfig":
-        repeated = [str(size) for size, times in Counter(self.sizes).items() if times > 1]
-        if repeated:
-            raise ValueError(f"sizes: {repeated[0]} stands there more than once - name each size once")
-        return self
+FEW_STEPS_NOTE = """\
+{run}: paired errors are measured at its {steps} steps alone; velocity errors are left out, because its velocity is that
+of whole windows, not of the teacher's branches"""
 
 
 class Config(Strict):
@@ -130,6 +98,11 @@ class EvaluationSetup:
     """The cache's validation split, where states of it are measured."""
 
     @property
+    def field(self) -> TwoBranchField:
+        """The student as it is sampled."""
+        return student_field(self.student, None, *(few_steps_of_run(self.run) or ()))
+
+    @property
     def main_size(self) -> PictureSize:
         """The size of the controls and the gates: the model's own, or the first where that is not measured."""
         native = self.teacher.components.native_size
@@ -138,8 +111,14 @@ class EvaluationSetup:
 
 def evaluate(config: Config) -> Evaluation:
     """Every measurement of one run; paired and velocity errors also by size where there are several."""
+    if (windows := open_run(config.run).origin.windows) is not None:
+        print(FEW_STEPS_NOTE.format(run=config.run, steps=windows))
+        paired_settings = config.paired.model_copy(update={"steps": (windows,)})
+        config = config.model_copy(update={"velocity_states": 0, "paired": paired_settings})
     setup = prepare_evaluation(config)
+    config.paired.sampler.model_copy(update={"steps": config.paired.steps[0]}).steps_for(setup.field)
     if config.scorer:
+        setup.field.check_guidance(config.fidelity.guidance, "fidelity.guidance")
         verified_export(setup.run, setup.student)
     # Fidelity comes last: it writes its pictures to a file, and nothing may be refused after that.
     paired = {size: measure_paired(setup, config, size) for size in setup.sizes}
@@ -195,14 +174,18 @@ def measure_fidelity(setup: EvaluationSetup, scorer: Scorer, config: Config) -> 
     """Teacher by DDIM, student by its exported folder, and the student sampled as the noise model that it is not."""
     settings = config.fidelity
 
-    def generate(pipeline: StableDiffusionPipeline, count: int) -> Tensor:
+    def generate(pipeline: StableDiffusionPipeline, count: int, steps: int = settings.steps) -> Tensor:
         texts, noise = setup.texts[:count], setup.noise[:count]
-        return generate_pictures(pipeline, texts, noise, settings.steps, settings.guidance)
+        return generate_pictures(pipeline, texts, noise, steps, settings.guidance)
 
     folder, device = setup.teacher.components.present_folder(), setup.noise.device
     teacher, student = load_pipeline(folder, device), load_pipeline(verified_export(setup.run, setup.student), device)
     use_ddim_scheduler(teacher, folder)
-    pictures = {TEACHER: generate(teacher, settings.prompts), STUDENT: generate(student, settings.prompts)}
+    student_steps = setup.run.origin.windows or settings.steps
+    pictures = {
+        TEACHER: generate(teacher, settings.prompts),
+        STUDENT: generate(student, settings.prompts, student_steps),
+    }
     use_ddim_scheduler(student, folder)
     pictures[STUDENT_AS_NOISE_MODEL] = generate(student, min(settings.control_prompts, settings.prompts))
     rows = min(GRID_ROWS, len(pictures[STUDENT_AS_NOISE_MODEL]))
@@ -224,16 +207,16 @@ def measure_paired(setup: EvaluationSetup, config: Config, size: PictureSize) ->
         paired.reference_steps,
     )
     cond = reference.inputs.cond
-    measured = {STUDENT: (setup.student, cond)}
+    measured = {STUDENT: (setup.field, cond)}
     if paired.controls and size == setup.main_size:
         copy, graft = (Student.from_teacher(setup.teacher.components.unet).eval() for _ in range(2))
         graft_time_embedding(graft.unet, setup.teacher.bridge)
-        measured["undistilled graft"] = (graft, cond)
-        measured["undistilled copy"] = (copy, cond)
-        measured["wrong prompts"] = (setup.student, cond.roll(1, 0))
+        measured["undistilled graft"] = (student_field(graft), cond)
+        measured["undistilled copy"] = (student_field(copy), cond)
+        measured["wrong prompts"] = (setup.field, cond.roll(1, 0))
     return {
-        name: [paired_error(student_field(model), reference, n, prompts_cond) for n in paired.steps]
-        for name, (model, prompts_cond) in measured.items()
+        name: [paired_error(field, reference, n, prompts_cond) for n in paired.steps]
+        for name, (field, prompts_cond) in measured.items()
     }
 
 
@@ -243,6 +226,7 @@ def evaluate_loras(config: Config) -> None:
     Raises `Refused` before anything is written.
     """
     saved = open_run(config.run)
+    refuse_few_steps(saved, "the measurement of LoRAs")
     reports = report_paths(saved.folder, config.lora)
     parts = load_run_teacher(saved.origin, device_of(config.device), torch.float32)
     loras = open_measured_loras(config.lora, parts)

@@ -30,9 +30,6 @@ TEXTS = ["a small red star at the left", "a large blue ring"]
 NOISE = fixed_noises(0, 2, (4, 8, 8))
 STEPS, GUIDANCE = 5, 3.0
 
-# diffusers 0.42 hands numpy a tensor that does not know numpy 2's `copy`.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def folder(run_folder: Path) -> Path:
