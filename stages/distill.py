@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.load import resolved_yaml
 from configs.values import Strict
@@ -88,6 +89,13 @@ class Config(Strict):
     resume: Resume = Field("auto", description="auto: from the newest whole checkpoint; never: refuse a run's folder")
     device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
     processes: int = Field(1, ge=1, description="processes that share each batch: one for each GPU, or core of a CPU")
+
+    @field_validator("windows", mode="before")
+    @classmethod
+    def _refuse_truth(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and any(isinstance(number, bool) for number in value):
+            raise ValueError("should be numbers of steps such as 4 2 1, not true or false")
+        return value
 
     @model_validator(mode="after")
     def _check_graft_target(self) -> "Config":

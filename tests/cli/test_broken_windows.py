@@ -165,3 +165,12 @@ def test_what_few_steps_cannot_do_is_refused_before_anything_is_written(
     broken, words, named = TABLE[name]
     broken(own)
     refused(command(own, *words), *named)
+
+
+@pytest.mark.parametrize("value", ["4", "'4 2 1'", "[true]", "[4, false]", "[2.5]", "{a: 4}", "[[4]]", "[1e1]", "null"])
+def test_windows_of_a_file_that_are_no_list_of_numbers_are_refused_with_the_file(
+    value: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(f"distill: {{windows: {value}}}\n")
+    refused(["distill", *CONFIG, str(file), "--run", str(tmp_path / "run")], "own.yaml", "windows", "should be")
