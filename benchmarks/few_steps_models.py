@@ -19,7 +19,15 @@ from torch import Tensor
 
 from stages.evaluate.paired import PairedInputs
 from stages.evaluate.recorded_prompts import recorded_prompts
-from stages.nets.run_folder import COMPLETE_MARK, SavedRun, is_run, load_run_teacher, load_student, open_run
+from stages.nets.run_folder import (
+    COMPLETE_MARK,
+    FAST_FOLDER,
+    SavedRun,
+    is_run,
+    load_run_teacher,
+    load_student,
+    open_run,
+)
 from stages.nets.teacher import Teacher
 from stages.prompts import PromptSource, derived_seed, split_of
 from stages.sampling.fields import TwoBranchField, student_field, teacher_field
@@ -35,7 +43,6 @@ CPU = torch.device("cpu")
 BATCH = 50
 MAX_PROMPTS_READ = 1000
 """For each sentence that is wanted, most prompts of a source that are looked through for distinct ones."""
-FAST_FOLDER = "fast"
 
 
 @dataclass(frozen=True)
