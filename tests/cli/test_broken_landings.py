@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from shards.integrity import append_seal
 from shards.manifest import Manifest
 from shards.writer import CacheWriter
 from stages.__main__ import main
+from tests.cli.test_broken_sized_caches import in_manifest
 from tests.shards.conftest import fill_landed_cache, make_numbered_record, make_small_recipe, with_landings
 
 GOLDEN = Path("tests/golden")
@@ -73,17 +73,6 @@ def test_an_older_cache_is_not_continued_with_landings(name: str, tmp_path: Path
     shutil.copytree(cache, tmp_path / "cache")
     start = ["cache-teacher", "--config", "configs/tiny.yaml", "--teacher", str(GOLDEN / "data" / "teacher")]
     refused([*start, "--run", str(tmp_path), *words], str(tmp_path / "cache"), *named)
-
-
-def in_manifest(old: str, new: str) -> Break:
-    """The manifest with one word changed in all its places, and a good seal."""
-
-    def broken(cache: Path) -> None:
-        body = (cache / "manifest.json").read_text().rpartition('"sha256"')[0]
-        assert old in body
-        (cache / "manifest.json").write_text(append_seal(body.replace(old, new)))
-
-    return broken
 
 
 def fewer_landings(cache: Path) -> None:
