@@ -1,7 +1,7 @@
 """Batches: rows for training, one state of one record each."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 PREFETCH_PER_WORKER = 2
 LATENT_FIELDS = (*(STATE_FIELDS[name] for name in LATENTS), "landing_x")
 TRAJECTORY_FIELDS = ("landing_x", "landing_s", "guidance_scale", "trajectory")
-"""The fields of a batch that are there only where its landings are."""
+"""The fields of a batch that are there only where it was read with landings."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Batch:
     size: PictureSize | None = None
     """of the pictures, in pixels; None where the cache does not tell it"""
     landing_x: Float[Tensor, "b m+1 c h w"] | None = None
-    """the record's landings, and x0 as the last one; None, as what follows, unless the rows were read with landings"""
+    """the record's landings (m, none in older schemas), and x0 as the last one; None, as what follows, unless the rows
+    were read with landings"""
     landing_s: Float[Tensor, "b m+1"] | None = None
     """float32; the last one is 0"""
     guidance_scale: Float[Tensor, " b"] | None = None
@@ -109,7 +110,7 @@ def collate(records: Sequence[Record], state_indices: Sequence[int], *, landings
         records,
         {
             name: torch.stack([tensors[name] if name in NOT_PER_STATE else tensors[name][i] for tensors, i in rows])
-            for name in row_names(records[0].features.by_block, landings)
+            for name in row_names(records[0].features.by_block, landings, tensors_of(records[0]))
         },
         torch.tensor(list(state_indices), dtype=torch.int64),
         records[0].size,
@@ -143,9 +144,9 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     )
 
 
-def row_names(blocks: Iterable[str], landings: bool) -> tuple[str, ...]:
-    """The stored tensors that a row of a batch has, or, for landings, is made of."""
-    more = (*PER_LANDING, "x0", "trajectory") if landings else ()
+def row_names(blocks: Iterable[str], landings: bool, stored: Container[str]) -> tuple[str, ...]:
+    """The `stored` tensors that a row of a batch has, or, for landings, is made of."""
+    more = (*(name for name in PER_LANDING if name in stored), "x0", "trajectory") if landings else ()
     return ("cond", *ROW_FIELDS, *(f"{FEATURES}{block}" for block in blocks), *more)
 
 
@@ -165,7 +166,7 @@ def batch_of(
         features={name.removeprefix(FEATURES): tensors[name] for name in tensors if name.startswith(FEATURES)},
         state_index=state_index,
         size=size,
-        **(_trajectory_fields(records, tensors) if "landing_x" in tensors else {}),
+        **(_trajectory_fields(records, tensors) if "x0" in tensors else {}),
     )
 
 
@@ -173,12 +174,13 @@ def _trajectory_fields(
     records: Sequence[Record | RecordHeader | Labels], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """`TRAJECTORY_FIELDS` of a batch: the landings with x0 behind them, in pinned memory where they are."""
-    landings, x0, s = tensors["landing_x"], tensors["x0"][:, None], tensors["landing_s"]
-    shape, pinned = (len(landings), landings.shape[1] + 1, *landings.shape[2:]), landings.is_pinned()
-    out = torch.empty(shape, dtype=landings.dtype, pin_memory=pinned)
+    x0 = tensors["x0"][:, None]
+    landings, s = tensors.get("landing_x", x0[:, :0]), tensors.get("landing_s", torch.zeros(len(x0), 0))
+    shape = len(landings), landings.shape[1] + 1, *landings.shape[2:]
+    out = torch.empty(shape, dtype=x0.dtype, pin_memory=x0.is_pinned())
     return {
         "landing_x": torch.cat([landings, x0], dim=1, out=out),
-        "landing_s": torch.cat([s, torch.zeros_like(s[:, :1])], dim=1),
+        "landing_s": torch.cat([s, torch.zeros(len(s), 1)], dim=1),
         "guidance_scale": torch.tensor([record.guidance_scale for record in records], dtype=torch.float32),
         "trajectory": tensors["trajectory"],
     }

@@ -225,7 +225,8 @@ class Manifest(Stored):
         if self.schema_version != LANDINGS_SCHEMA:
             raise Refused(
                 f"{folder}: schema {self.schema_version}, whose records have no landings, and windows need them "
-                f"(schema {LANDINGS_SCHEMA}) - make the cache in a new run folder with --render.states.windows 4"
+                f"(schema {LANDINGS_SCHEMA}) - make the cache in a new run folder with --render.states.windows 4, "
+                "or train by the identity alone with --fast.identity-share 1"
             )
 
     def faults(self, folder: Path) -> Iterator[Fault]:

@@ -59,12 +59,12 @@ class Reader:
 
         With `batch_pixels` a batch of all ranks together has as many rows as this number of pixels holds, at least one.
         `unstated_size` is the size of the pictures of a cache of schema 1, which does not tell it.
-        With `landings` a batch has `TRAJECTORY_FIELDS` too.
+        With `landings` a batch has `TRAJECTORY_FIELDS` too; of a cache without any, x0 is the one landing.
         Only the samples of `view` are in the stream, and with `keys` only those of these records. With `class_weights`
         it samples classes by weight (`WeightedOrder`), else it shuffles all samples in each epoch (`ShuffledOrder`).
         A split of up to `memory_budget_bytes` is held in memory. `workers` threads read ahead, 0 for none; by
         default as many as the processors make useful.
-        Raises `Refused` where landings or a shard are missing, or one is cut; its content is checked when first read.
+        Raises `Refused` where a shard is missing or cut; its content is checked when first read.
         """
         if not 0 <= rank < world or min(batch_size, batch_pixels or 1) < 1 or (workers or 0) < 0:
             raise ValueError(f"rank {rank} of {world}, batch_size {batch_size}, workers {workers}")
@@ -78,8 +78,6 @@ class Reader:
             if fault := shard.size_fault(self.folder):
                 raise Refused(fault_message(self.folder, shard, fault))
         self._batch_pixels, self._unstated_size, self._landings = batch_pixels, unstated_size, landings
-        if landings:
-            self.manifest.refuse_without_landings(self.folder)
         self.view, self._keys, self._weights = view or View(), keys, class_weights
         chosen = [shard for shard in self.shards if self.view.size in (None, self._size_of(shard))]
         several = len({one.size for one in chosen}) or 1

@@ -43,8 +43,9 @@ class StreamedRows:
         """Row i is state `state_indices[i]` of record number `records[i]`."""
         headers = [self._header(number) for number in records.tolist()]
         indices = state_indices.tolist()
+        stored = headers[0].layout.tensors
         # Those left out are in headers.
-        names = tuple(name for name in row_names(headers[0].blocks, self._landings) if name not in ("s", "k"))
+        names = tuple(name for name in row_names(headers[0].blocks, self._landings, stored) if name not in ("s", "k"))
         tensors, bytes_of = {}, {}
         for name in names:
             _, shape, dtype, _ = headers[0].layout.tensors[name]
@@ -121,7 +122,7 @@ class InMemoryRows:
     def _allocate(self, example: Record, records: int, rows: int, max_bytes: int) -> None:
         tensors, needed = tensors_of(example), 0
         shapes = dict[str, tuple[int, ...]]()
-        for name in row_names(example.features.by_block, self._landings):
+        for name in row_names(example.features.by_block, self._landings, tensors):
             shape = tensors[name].shape
             shapes[name] = (records, *shape) if name in NOT_PER_STATE else (rows, *shape[1:])
             needed += math.prod(shapes[name]) * tensors[name].itemsize

@@ -72,7 +72,7 @@ class TrainingData:
         """Open a cache whose teacher is of the size `native`; raises `Refused` for one that is not whole.
 
         So it does for batches that cannot be split among processes and micro-batches. With `landings` the rows have
-        those of their records, and a cache without them is refused.
+        those of their records.
         """
         reader = Reader(
             cache,

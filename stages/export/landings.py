@@ -7,8 +7,8 @@ from typing import Any
 
 from stages.export.tables import format_cell, markdown_table
 
-LANDING_KEYS = {"landing", "landing_by_s", "end"}
-"""Of a validation of few steps; that of a distillation has others."""
+LANDING_KEYS = {"landing", "landing_by_s"}
+"""Of a validation of few steps; that of a distillation has others. `end` is there where the cache has landings."""
 
 
 def read_landing_errors(journal: Path, samples: int) -> dict[str, Any]:
@@ -34,8 +34,9 @@ def landing_table(errors: Mapping[str, Any]) -> str:
     heads = ["", "all", *(f"step {number}" for number in range(1, len(by_window) + 1))]
     rows = [
         ["landing of a single step", *map(format_cell, (errors["landing"], *by_window))],
-        ["end of all steps", format_cell(errors["end"]), *("" for _ in by_window)],
     ]
+    if "end" in errors:
+        rows.append(["end of all steps", format_cell(errors["end"]), *("" for _ in by_window)])
     return markdown_table("Relative squared errors on held-out records, each at its own guidance scale", heads, rows)
 
 
@@ -43,7 +44,7 @@ def _is_measurement(line: Mapping[str, Any]) -> bool:
     """Whether its values are numbers: the journal may have been edited."""
     by_window = line["landing_by_s"]
     values: Sequence[Any] = by_window if isinstance(by_window, list) else [""]
-    overall = (line["landing"], line["end"])
+    overall = (line["landing"], line.get("end", 0))
     return all(_is_number(value) for value in overall) and all(value is None or _is_number(value) for value in values)
 
 

@@ -35,7 +35,14 @@ class FastConfig(Strict):
         ge=0,
         le=1,
         description="share of the rows on a trajectory that begin at a window instead of at their own state; rows of "
-        "renoised states always do",
+        "renoised states do but for identity_share",
+    )
+    identity_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the rows of renoised states that keep their own state and learn by the identity "
+        "u = v - (s - b) du/ds (MeanFlow) instead of a landing; a cache without landings takes 1 alone",
     )
     validation_states: int = Field(160, ge=0, description="held-out states measured at each checkpoint; 0 for none")
     hub: HubConfig = Field(HubConfig(), description="where the run of one number of windows is uploaded to")

@@ -16,7 +16,8 @@ from stages.export import export_all, export_paths
 from stages.export.existing import refuse_occupied
 from stages.fast.config import POSSIBLE_WINDOWS, FastConfig
 from stages.fast.grids import Column, window_grid_hook
-from stages.fast.rows import WindowRows
+from stages.fast.identity import identity_targets
+from stages.fast.rows import RowShares, WindowRows
 from stages.fast.validation import WindowValidation
 from stages.hub.uploader import make_uploader, with_upload_hooks
 from stages.nets.guidance import embed_guidance
@@ -127,6 +128,8 @@ class Phase:
         teacher = Teacher(load_run_teacher(origin, runtime.device, torch.float32), origin.tail)
         native = teacher.components.native_size
         data = TrainingData.open(cache, train, runtime, native, settings.view, landings=True)
+        if settings.fast.identity_share < 1:
+            manifest.refuse_without_landings(cache)
         refuse_windows(settings.windows, data)
         states: Any = manifest.recipe.identity["render"]
         low, high = (float(states["states"][name]) for name in ("guidance_min", "guidance_max"))
@@ -143,9 +146,10 @@ class Phase:
         settings, runtime, teacher, data = self.settings, self.runtime, self.teacher, self.data
         fast, folder, origin = settings.fast, fast_folder(settings.run, windows), self._origin_of(windows)
         start = open_start(self._start_of(windows))
+        shares = RowShares(fast.landing_share, fast.identity_share)
         student, identity = self._starting_student(start), self._identity(windows, start)
         validation = WindowValidation(
-            data.held_out, windows, fast.validation_states, fast.landing_share, runtime.device
+            data.held_out, windows, fast.validation_states, RowShares(fast.landing_share), runtime.device
         )
         hooks = Hooks(
             on_start=partial(save_settings, self.settings_text, origin, folder),
@@ -160,7 +164,7 @@ class Phase:
             student = fit(
                 student,
                 self.objective,
-                WindowRows(data.reader, windows, fast.landing_share, fast.train.seed).batches,
+                WindowRows(data.reader, windows, shares, fast.train.seed).batches,
                 teacher.uncond,
                 fast.train,
                 folder,
@@ -171,6 +175,7 @@ class Phase:
                 last_sample=data.last_sample,
                 sizes=data.sizes,
                 resume=settings.resume,
+                targets=partial(identity_targets, windows=windows) if fast.identity_share else None,
             )
             runtime.on_main(export_student, origin, teacher, student, folder, data.last_sample)
             uploader.send_export(folder / "export")
@@ -197,6 +202,7 @@ class Phase:
             "windows": windows,
             "start": self.runtime.on_main(file_sha256, start.weights) if start else NOT_TRAINED,
             "landing_share": fast.landing_share,
+            **({"identity_share": fast.identity_share} if fast.identity_share else {}),
             "view": view.model_dump(mode="json", exclude=None if view.size else {"size"}),
         }
 
@@ -271,7 +277,7 @@ def refuse_windows(windows: Sequence[int], data: TrainingData) -> None:
     landings = data.reader.batch(np.arange(1)).landing_s
     assert landings is not None
     most = landings.shape[1] - 1
-    if wrong := [number for number in windows if most % number]:
+    if most and (wrong := [number for number in windows if most % number]):
         possible = " ".join(str(number) for number in POSSIBLE_WINDOWS if most % number == 0)
         raise Refused(
             f"windows {wrong[0]}: {data.cache} holds the landings of {most} windows - take one of {possible}, or make "

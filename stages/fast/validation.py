@@ -15,7 +15,7 @@ from configs.values import PictureSize
 from shards.batch import Batch
 from shards.reader import Reader
 from stages.evaluate.paired import relative_errors
-from stages.fast.rows import landing_ends, window_batch
+from stages.fast.rows import RowShares, landing_ends, window_batch
 from stages.flow.solver import euler
 from stages.flow.windows import window_ends, window_of
 from stages.nets.student import Student
@@ -28,11 +28,12 @@ class WindowResult:
     """Errors of a student of few steps on records that no training saw."""
 
     landing: float
-    """sum |u - u*|^2 / sum |u*|^2 over all states"""
+    """sum |u - u*|^2 / sum |u*|^2 over all states whose landing is known"""
     landing_by_s: tuple[float | None, ...]
     """that of each window, that of the data first; None for one without a state"""
-    end: float
-    """paired error of all steps from the stored noise, at the record's own guidance scale: `relative_errors`"""
+    end: float | None
+    """paired error of all steps from the stored noise, at the record's own guidance scale: `relative_errors`; None
+    where the cache has no landings, of which the noise is one"""
     seconds: float
 
     @property
@@ -43,12 +44,13 @@ class WindowResult:
     @property
     def score(self) -> float:
         """The best checkpoint has the least."""
-        return self.end
+        return self.landing if self.end is None else self.end
 
     def metrics(self) -> dict[str, Any]:
         """Content of the journal's line."""
         by_s = list(self.landing_by_s)
-        return {"landing": self.landing, "landing_by_s": by_s, "end": self.end, "seconds": self.seconds}
+        end = {} if self.end is None else {"end": self.end}
+        return {"landing": self.landing, "landing_by_s": by_s, **end, "seconds": self.seconds}
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,10 @@ class Ends:
 class WindowValidation:
     """Fixed held-out states, the same for every checkpoint, and for every process that resumes a run."""
 
-    def __init__(self, held_out: Reader, windows: int, states: int, landing_share: float, device: torch.device) -> None:
-        """`landing_share` is that of the training, so that its states are distributed like those."""
+    def __init__(self, held_out: Reader, windows: int, states: int, shares: RowShares, device: torch.device) -> None:
+        """`shares` are those of the training, so that its states are distributed like those."""
         self._reader, self._windows, self._states = held_out, windows, states
-        self._share, self._device = landing_share, device
+        self._shares, self._device = shares, device
 
     @cached_property
     def _stored(self) -> tuple[Batch, ...]:
@@ -79,7 +81,7 @@ class WindowValidation:
         numbers, rows = count(), []
         for batch in self._stored:
             samples = torch.tensor([next(numbers) for _ in range(len(batch))])
-            rows.append(window_batch(batch, samples, self._windows, self._share, 0))
+            rows.append(window_batch(batch, samples, self._windows, self._shares, 0))
         return tuple(rows)
 
     @cached_property
@@ -101,16 +103,20 @@ class WindowValidation:
         start, ends = time.perf_counter(), window_ends(self._windows)
         error, target = torch.zeros(2, self._windows, dtype=torch.float64)
         for batch in self._rows:
-            window = window_of(batch.s, ends)
+            lands = batch.trajectory
+            assert lands is not None
+            window = window_of(batch.s, ends)[lands]
             there = batch.to(self._device, torch.float32)
-            u = student.velocity(there.x_s, there.s, there.cond, there.guidance_scale).cpu()
-            error.index_add_(0, window, (u - batch.v_cond).square().flatten(1).sum(1, dtype=torch.float64))
-            target.index_add_(0, window, batch.v_cond.square().flatten(1).sum(1, dtype=torch.float64))
+            u = student.velocity(there.x_s, there.s, there.cond, there.guidance_scale).cpu()[lands]
+            landing = batch.v_cond[lands]
+            error.index_add_(0, window, (u - landing).square().flatten(1).sum(1, dtype=torch.float64))
+            target.index_add_(0, window, landing.square().flatten(1).sum(1, dtype=torch.float64))
         by_window = [float(e / t) if t > 0 else None for e, t in zip(error, target, strict=True)]
-        end_errors = torch.cat([self._end_errors(student, of_size) for of_size in self._ends])
+        end_errors = [self._end_errors(student, of_size) for of_size in self._ends]
+        end = float(torch.cat(end_errors).mean()) if end_errors else None
         seconds = time.perf_counter() - start
         overall, by_s = float(error.sum() / target.sum()), tuple(reversed(by_window))
-        return WindowResult(overall, by_s, float(end_errors.mean()), seconds)
+        return WindowResult(overall, by_s, end, seconds)
 
     def _end_errors(self, student: Student, ends: Ends) -> Float[Tensor, " b"]:
         """The error of each picture."""
@@ -133,7 +139,9 @@ def _distinct_ends(batches: Sequence[Batch]) -> Iterator[Ends]:
     by_size: dict[PictureSize | None, list[Ends]] = {}
     for batch in batches:
         assert batch.guidance_scale is not None
-        noise, x0 = landing_ends(batch)
+        if (known := landing_ends(batch)) is None:
+            continue
+        noise, x0 = known
         for row, key in enumerate(batch.keys):
             if key not in seen:
                 one = slice(row, row + 1)

@@ -32,7 +32,7 @@ from stages.train.setup import (
     trainable_parameters,
 )
 from stages.train.state import Anomalies, TrainingState
-from stages.train.step import TrainingStep
+from stages.train.step import Targets, TrainingStep
 
 Batches: TypeAlias = Callable[[int], Iterator[Batch]]
 """This process's rows of each batch from this sample on; they depend on the sample number alone."""
@@ -93,6 +93,7 @@ def fit(
     groups: Sequence[str] = (),
     sizes: Sequence[PictureSize] = (),
     resume: Resume = "auto",
+    targets: Targets | None = None,
 ) -> Student:
     """Train the student up to `max_samples`, or to a hook's `stop_reason`, and return it with its averaged weights.
 
@@ -131,7 +132,7 @@ def fit(
         runtime.print_on_main(_resume_message(checkpoint, state, config, samples_per_epoch, first.keys[0]))
 
     # The steps
-    step = TrainingStep(state, objective.to(runtime.device), uncond.to(runtime.device), config, runtime)
+    step = TrainingStep(state, objective.to(runtime.device), uncond.to(runtime.device), config, runtime, targets)
     updates = UpdateRatios(trainable_parameters(student))
     run_config = checkpoints.identity
     with (

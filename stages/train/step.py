@@ -1,16 +1,17 @@
 """One step of training: forward, loss, backward, update, average."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeAlias, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from shards.batch import Batch
-from stages.nets.student import TIME_SCALE, Prediction
+from stages.nets.student import TIME_SCALE, Prediction, Student
 from stages.prompts import derived_seed
 from stages.train.ema import decay
 from stages.train.losses import Losses, StepResult
@@ -21,6 +22,8 @@ from stages.train.setup import TrainConfig
 from stages.train.state import TrainingState
 
 MAX_NAMED_KEYS = 8
+Targets: TypeAlias = Callable[[Student, Batch], Batch]
+"""The rows with those targets that depend on the present student, which gets no gradient from them."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class TrainingStep:
         uncond: Float[Tensor, "1 l d"],
         config: TrainConfig,
         runtime: Runtime,
+        targets: Targets | None = None,
     ) -> None:
+        self.targets = targets
         self.state, self.objective, self.uncond, self.config = state, objective, uncond, config
         self.runtime, self.model = runtime, runtime.prepare(state.student)
         self.parameters = [parameter for parameter in state.student.parameters() if parameter.requires_grad]
@@ -128,6 +133,8 @@ class TrainingStep:
     ) -> tuple[Losses, Sequence[Tensor], Sequence[Tensor]]:
         """A micro-batch's losses, after its gradient is added; the assessor's observations and the gradient norms."""
         state, rows, samples = self.state, chunk.batch, self.state.samples
+        if self.targets is not None:
+            rows = self.targets(cast(Student, state.student), rows)
         # The scale is an input of the network where the rows have one: as a reader with landings gives them.
         guidance = () if rows.guidance_scale is None else (rows.guidance_scale,)
         output: Prediction = self.model(rows.x_s, rows.s + chunk.time_jitter, rows.cond, self.uncond, *guidance)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shards.batch import Batch
-from stages.fast.rows import NEAR, landing_ends, window_batch
+from stages.fast.rows import NEAR, RowShares, landing_ends, window_batch
 from stages.flow.path import per_sample
 from stages.flow.windows import FIRST_TIME, window_ends, window_of
 
@@ -53,7 +53,7 @@ SAMPLES = torch.arange(len(TIMES)) + 7
 @pytest.mark.parametrize("windows", [1, 2, 4])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_one_euler_step_of_the_target_lands_at_the_end_of_the_window(windows: int, share: float) -> None:
-    rows, ends = window_batch(make_batch(), SAMPLES, windows, share, 0), window_ends(windows)
+    rows, ends = window_batch(make_batch(), SAMPLES, windows, RowShares(share), 0), window_ends(windows)
     end = ends[window_of(rows.s, ends) + 1].float()
     far = rows.s - end >= NEAR
     landed = rows.x_s + per_sample(end - rows.s, rows.x_s) * rows.v_cond
@@ -65,17 +65,17 @@ def test_one_euler_step_of_the_target_lands_at_the_end_of_the_window(windows: in
 
 def test_rows_on_the_trajectory_keep_their_states_but_for_a_share_and_others_take_landings() -> None:
     batch = make_batch([0.4] * 400)
-    kept = window_batch(batch, torch.arange(400), 4, 0.25, 0).s == batch.s
+    kept = window_batch(batch, torch.arange(400), 4, RowShares(0.25), 0).s == batch.s
     assert not kept[-1]
     assert 0.68 < float(kept.double().mean()) < 0.82
-    assert int((window_batch(batch, torch.arange(400), 4, 0.0, 0).s == batch.s).sum()) == 399
-    begun = window_batch(batch, torch.arange(400), 4, 1.0, 0).s
+    assert int((window_batch(batch, torch.arange(400), 4, RowShares(0.0), 0).s == batch.s).sum()) == 399
+    begun = window_batch(batch, torch.arange(400), 4, RowShares(1.0), 0).s
     assert set(begun.tolist()) == set(ENDS[:-1].float().tolist())
     assert 60 < int((begun == begun.max()).sum()) < 140, "each window begins as often"
 
 
 def test_a_landing_is_a_state_of_the_trajectory_and_the_first_is_the_noise() -> None:
-    rows = window_batch(make_batch(), SAMPLES, 4, 1.0, 0)
+    rows = window_batch(make_batch(), SAMPLES, 4, RowShares(1.0), 0)
     expected = torch.cat([trajectory(row, rows.s[row : row + 1]) for row in range(len(rows))])
     torch.testing.assert_close(rows.x_s.double(), expected, atol=1e-6, rtol=1e-6)
     assert float(rows.s.max()) == pytest.approx(FIRST_TIME)
@@ -85,14 +85,14 @@ def test_a_landing_is_a_state_of_the_trajectory_and_the_first_is_the_noise() -> 
 
 
 def test_no_state_is_later_than_where_stock_samplers_begin() -> None:
-    rows = window_batch(make_batch(), SAMPLES, 4, 0.0, 0)
+    rows = window_batch(make_batch(), SAMPLES, 4, RowShares(0.0), 0)
     assert float(rows.s.max()) == pytest.approx(FIRST_TIME)
     assert torch.equal(rows.x_s[-3:-1], make_batch().x_s[-3:-1].float())
 
 
 def test_close_to_the_end_of_its_window_a_state_has_the_guided_velocity_there() -> None:
     batch = make_batch([0.253, 0.252, 0.001, 0.4])
-    rows = window_batch(batch, torch.arange(4), 4, 0.0, 0)
+    rows = window_batch(batch, torch.arange(4), 4, RowShares(0.0), 0)
     w = per_sample(batch.guidance_scale, batch.v_cond)
     guided = batch.v_uncond + w * (batch.v_cond - batch.v_uncond)
     torch.testing.assert_close(rows.v_cond[:3], guided[:3])
@@ -100,19 +100,19 @@ def test_close_to_the_end_of_its_window_a_state_has_the_guided_velocity_there() 
 
 def test_a_row_is_a_function_of_its_sample_number_and_the_seed_alone() -> None:
     batch = make_batch()
-    whole = window_batch(batch, SAMPLES, 4, 0.5, 0)
-    half = window_batch(batch.rows(slice(1, None, 2)), SAMPLES[1::2], 4, 0.5, 0)
+    whole = window_batch(batch, SAMPLES, 4, RowShares(0.5), 0)
+    half = window_batch(batch.rows(slice(1, None, 2)), SAMPLES[1::2], 4, RowShares(0.5), 0)
     assert torch.equal(half.x_s, whole.x_s[1::2])
     assert torch.equal(half.v_cond, whole.v_cond[1::2])
-    assert not torch.equal(window_batch(batch, SAMPLES, 4, 0.5, 1).s, whole.s)
-    assert not torch.equal(window_batch(batch, SAMPLES + 64, 4, 0.5, 0).s, whole.s)
+    assert not torch.equal(window_batch(batch, SAMPLES, 4, RowShares(0.5), 1).s, whole.s)
+    assert not torch.equal(window_batch(batch, SAMPLES + 64, 4, RowShares(0.5), 0).s, whole.s)
 
 
 def test_half_precision_loses_little_of_a_target() -> None:
-    batch, exact = make_batch(), window_batch(make_batch(), SAMPLES, 4, 0.5, 0)
+    batch, exact = make_batch(), window_batch(make_batch(), SAMPLES, 4, RowShares(0.5), 0)
     assert batch.landing_x is not None
     half = replace(batch, x_s=batch.x_s.half(), landing_x=batch.landing_x.half())
-    rows = window_batch(half, SAMPLES, 4, 0.5, 0)
+    rows = window_batch(half, SAMPLES, 4, RowShares(0.5), 0)
     assert rows.x_s.dtype == rows.v_cond.dtype == torch.float32
     error = (rows.v_cond - exact.v_cond).square().mean() / exact.v_cond.square().mean()
     assert float(error) < 1e-4

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shards.batch import Batch
 from shards.reader import Reader
-from stages.fast.rows import WindowRows
+from stages.fast.rows import RowShares, WindowRows
 from stages.fast.validation import WindowValidation
 from stages.nets.components import load_components
 from stages.nets.guidance import embed_guidance
@@ -43,7 +43,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(cache: Path, rank: int = 0, world: int = 1, windows: int = 2) -> WindowRows:
     reader = Reader(cache, "train", 0, 4 // world, rank=rank, world=world, landings=True)
-    return WindowRows(reader, windows, 0.5, 0)
+    return WindowRows(reader, windows, RowShares(0.5), 0)
 
 
 def train(cache: Path, folder: Path, until: int | None = None, changes: Mapping[str, Any] | None = None) -> Student:
@@ -128,7 +128,7 @@ class Exact(torch.nn.Module):
 
 def test_a_student_that_lands_has_no_error_and_one_that_stands_still_the_whole(cache: Path) -> None:
     reader = Reader(cache, "validation", 0, landings=True)
-    validation = WindowValidation(reader, 2, 12, 1.0, CPU)
+    validation = WindowValidation(reader, 2, 12, RowShares(1.0), CPU)
     exact: Any = Exact(validation)
     still: Any = Exact(validation)
     still.known = {}
@@ -139,4 +139,4 @@ def test_a_student_that_lands_has_no_error_and_one_that_stands_still_the_whole(c
     assert stood.landing == pytest.approx(1)
     assert len(landed.landing_by_s) == 2
     assert stood.end > 0.5
-    assert WindowValidation(reader, 2, 0, 1.0, CPU)(exact) is None
+    assert WindowValidation(reader, 2, 0, RowShares(1.0), CPU)(exact) is None

@@ -217,12 +217,25 @@ def test_rows_with_landings_are_selected_moved_and_joined_with_the_others(landed
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 0])
-def test_a_cache_without_landings_is_refused_by_its_schema(plain: Path, budget: int) -> None:
+def test_the_picture_is_the_one_landing_of_a_cache_of_an_earlier_schema(plain: Path, budget: int) -> None:
+    for cache in (plain, Path("tests/golden/data/cache")):
+        reader = Reader(cache, landings=True, memory_budget_bytes=budget, batch_size=6)
+        batch = next(reader.batches(0))
+        assert batch.landing_x is not None
+        assert batch.landing_s is not None
+        assert batch.landing_s.tolist() == [[0.0]] * 6
+        records = {record.key: record for record in reader.records()}
+        for row, key in enumerate(batch.keys):
+            assert torch.equal(batch.landing_x[row, 0], records[key].x0)
+
+
+def test_a_cache_without_landings_is_refused_by_its_schema(plain: Path) -> None:
     words = rf"{plain}: schema 2, .* no landings, .* - .*render\.states\.windows 4"
     with pytest.raises(Refused, match=words):
-        Reader(plain, landings=True, memory_budget_bytes=budget)
-    with pytest.raises(Refused, match="schema 1"):
-        Reader(Path("tests/golden/data/cache"), landings=True)
+        Manifest.open(plain).refuse_without_landings(plain)
+    golden = Path("tests/golden/data/cache")
+    with pytest.raises(Refused, match=r"schema 1.*--fast\.identity-share 1"):
+        Manifest.open(golden).refuse_without_landings(golden)
 
 
 def test_a_lost_manifest_comes_back_from_the_journal_in_its_schema(landed: Path, tmp_path: Path) -> None:
