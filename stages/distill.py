@@ -95,7 +95,7 @@ class Config(Strict):
     def _refuse_truth(cls, value: Any) -> Any:
         if isinstance(value, list | tuple) and any(isinstance(number, bool) for number in value):
             raise ValueError("should be numbers of steps such as 4 2 1, not true or false")
-        return value
+        return [value] if type(value) is int else value
 
     @model_validator(mode="after")
     def _check_graft_target(self) -> "Config":

@@ -166,4 +166,5 @@ def _resolve_config(config: Config, texts: Sequence[str], model: LoadedModel) ->
 def _describe(config: Config) -> str:
     model = config.run if config.checkpoint is None else f"{config.run} at {config.checkpoint} samples"
     shift = "" if config.shift is None else f", shift {config.shift:g}"
-    return f"{model} ({config.size}, {config.solver}, {config.steps} steps, guidance {config.guidance:g}{shift})"
+    steps = "1 step" if config.steps == 1 else f"{config.steps} steps"
+    return f"{model} ({config.size}, {config.solver}, {steps}, guidance {config.guidance:g}{shift})"

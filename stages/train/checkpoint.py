@@ -66,8 +66,9 @@ class Checkpoints:
     a checkpoint with another identity is refused.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: KeepConfig) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: KeepConfig, section: str = "train") -> None:
+        """`section` is where the command has the settings that the identity calls `train`."""
+        self.folder, self.keep, self._section = folder, keep, section
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.store = CheckpointStore(folder)
 
@@ -174,7 +175,11 @@ class Checkpoints:
 
     def _refuse_other_identity(self, folder: Path, meta: CheckpointMeta, unknown_keys: Collection[str] = ()) -> None:
         then, now = (
-            {key: value for key, value in identity.items() if key not in unknown_keys}
+            {
+                self._section if key == "train" else key: value
+                for key, value in identity.items()
+                if key not in unknown_keys
+            }
             for identity in (translate_stored(meta.identity), self.identity)
         )
         if changed := identity_differences(then, now):

@@ -107,7 +107,7 @@ def run_checkpoints(
     absent = {"batch_pixels"} if config.batch_pixels is None else set[str]()
     train = config.model_dump(mode="json", exclude=NON_IDENTITY_FIELDS | ARITHMETIC_FIELDS | absent)
     identity = {**identity, "train": train, "objective": objective.config.model_dump(mode="json")}
-    return Checkpoints(folder / "checkpoints", identity, config.keep)
+    return Checkpoints(folder / "checkpoints", identity, config.keep, config.section)
 
 
 def refuse_start(
