@@ -67,14 +67,23 @@ def parse_common_options(argv: Sequence[str]) -> CommonOptions:
     return CommonOptions(tuple(path_argument(str(file)) for file in known.config), known.print_config, tuple(rest))
 
 
-def load(config_type: type[C], section: str, files: Sequence[Path], argv: Sequence[str], prog: str | None = None) -> C:
+def load(
+    config_type: type[C],
+    section: str,
+    files: Sequence[Path],
+    argv: Sequence[str],
+    prog: str | None = None,
+    overlays: Sequence[Layer] = (),
+) -> C:
     """The section `section` of `files`, later over earlier, with the options of `argv` on top, validated as a whole.
 
+    `overlays` lie between the files and the options.
     Raises `Refused`, one line for each error: its source, the key's full path, the value, what would be valid.
     """
     options = option_group_of(config_type, config_type.__doc__ or "")
     layers = [Layer("default", defaults_of(config_type))]
     layers += [Layer(str(file), _read_section(file, section)) for file in files]
+    layers += overlays
     prog = prog or f"sollune {section.replace('_', '-')}"
     layers.append(Layer("command line", parse_options(options, argv, _merge_layers(layers, options), prog)))
     values = _merge_layers(layers, options)

@@ -27,7 +27,7 @@ from shards.record import (
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 PREFETCH_PER_WORKER = 2
-LATENT_FIELDS = (*(STATE_FIELDS[name] for name in LATENTS), "landing_x")
+LATENT_FIELDS = (*(STATE_FIELDS[name] for name in LATENTS), "landing_x", "x0")
 TRAJECTORY_FIELDS = ("landing_x", "landing_s", "guidance_scale", "trajectory")
 """The fields of a batch that are there only where it was read with landings."""
 
@@ -63,6 +63,8 @@ class Batch:
     """float32; of the sampling that gave the trajectory"""
     trajectory: Bool[Tensor, " b"] | None = None
     """whether the row's own state lies on the trajectory"""
+    x0: Float[Tensor, "b c h w"] | None = None
+    """the record's picture; None unless the rows were read with it, and without landings, which hold it"""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -103,14 +105,19 @@ class Labels(NamedTuple):
     guidance_scale: float
 
 
-def collate(records: Sequence[Record], state_indices: Sequence[int], *, landings: bool = False) -> Batch:
-    """Row i is state `state_indices[i]` of `records[i]`, which have pictures of one size; `landings`: with theirs."""
+def collate(
+    records: Sequence[Record], state_indices: Sequence[int], *, landings: bool = False, x0: bool = False
+) -> Batch:
+    """Row i is state `state_indices[i]` of `records[i]`, which have pictures of one size.
+
+    `landings` and `x0`: with theirs.
+    """
     rows = list(zip([tensors_of(record) for record in records], state_indices, strict=True))
     return batch_of(
         records,
         {
             name: torch.stack([tensors[name] if name in NOT_PER_STATE else tensors[name][i] for tensors, i in rows])
-            for name in row_names(records[0].features.by_block, landings, tensors_of(records[0]))
+            for name in row_names(records[0].features.by_block, landings, x0, tensors_of(records[0]))
         },
         torch.tensor(list(state_indices), dtype=torch.int64),
         records[0].size,
@@ -134,6 +141,8 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     names = {field.name for field in fields(Batch)} - {"features", "own_guidance", "group", "size"}
     if batches[0].landing_x is None:
         names -= {*TRAJECTORY_FIELDS}
+    if any(batch.x0 is None for batch in batches):
+        names -= {"x0"}
     own = [torch.zeros(len(batch)) if batch.own_guidance is None else batch.own_guidance for batch in batches]
     return Batch(
         **{name: joined([getattr(batch, name) for batch in batches]) for name in names},
@@ -144,9 +153,10 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     )
 
 
-def row_names(blocks: Iterable[str], landings: bool, stored: Container[str]) -> tuple[str, ...]:
+def row_names(blocks: Iterable[str], landings: bool, x0: bool, stored: Container[str]) -> tuple[str, ...]:
     """The `stored` tensors that a row of a batch has, or, for landings, is made of."""
-    more = (*(name for name in PER_LANDING if name in stored), "x0", "trajectory") if landings else ()
+    of_trajectory = (*(name for name in PER_LANDING if name in stored), "x0", "trajectory")
+    more = of_trajectory if landings else ("x0",) if x0 else ()
     return ("cond", *ROW_FIELDS, *(f"{FEATURES}{block}" for block in blocks), *more)
 
 
@@ -166,7 +176,7 @@ def batch_of(
         features={name.removeprefix(FEATURES): tensors[name] for name in tensors if name.startswith(FEATURES)},
         state_index=state_index,
         size=size,
-        **(_trajectory_fields(records, tensors) if "x0" in tensors else {}),
+        **(_trajectory_fields(records, tensors) if "trajectory" in tensors else {"x0": tensors.get("x0")}),
     )
 
 

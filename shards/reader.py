@@ -54,12 +54,14 @@ class Reader:
         batch_pixels: int | None = None,
         unstated_size: PictureSize | None = None,
         landings: bool = False,
+        x0: bool = False,
     ) -> None:
         """`folder` is a cache or a run folder; `batch_size` counts the rows of one rank, of every size.
 
         With `batch_pixels` a batch of all ranks together has as many rows as this number of pixels holds, at least one.
         `unstated_size` is the size of the pictures of a cache of schema 1, which does not tell it.
-        With `landings` a batch has `TRAJECTORY_FIELDS` too; of a cache without any, x0 is the one landing.
+        With `landings` a batch has `TRAJECTORY_FIELDS` too; of a cache without any, x0 is the one landing. With `x0` it
+        has the pictures.
         Only the samples of `view` are in the stream, and with `keys` only those of these records. With `class_weights`
         it samples classes by weight (`WeightedOrder`), else it shuffles all samples in each epoch (`ShuffledOrder`).
         A split of up to `memory_budget_bytes` is held in memory. `workers` threads read ahead, 0 for none; by
@@ -77,7 +79,7 @@ class Reader:
         for shard in self.shards:
             if fault := shard.size_fault(self.folder):
                 raise Refused(fault_message(self.folder, shard, fault))
-        self._batch_pixels, self._unstated_size, self._landings = batch_pixels, unstated_size, landings
+        self._batch_pixels, self._unstated_size, self._landings, self._x0 = batch_pixels, unstated_size, landings, x0
         self.view, self._keys, self._weights = view or View(), keys, class_weights
         chosen = [shard for shard in self.shards if self.view.size in (None, self._size_of(shard))]
         several = len({one.size for one in chosen}) or 1
@@ -286,7 +288,7 @@ class Reader:
         """The rows of each size of the stream."""
         pinned = torch.cuda.is_available()
         if not self._fits_memory:
-            rows = StreamedRows(self._open_shards, self._locate, pinned, self._landings)
+            rows = StreamedRows(self._open_shards, self._locate, pinned, self._landings, self._x0)
             return dict.fromkeys(self._all_sizes(), rows)
         return {size: self._load(size, pinned) for size in self.sizes}
 
@@ -296,4 +298,4 @@ class Reader:
         first, last = int(self._first_records[numbers[0]]), int(self._first_records[numbers[-1] + 1])
         starts = self.pairs.starts[first : last + 1]
         records, bytes_of_all = self._open_shards.records(shards), sum(shard.bytes for shard in shards)
-        return InMemoryRows(records, starts - starts[0], pinned, bytes_of_all, first, self._landings)
+        return InMemoryRows(records, starts - starts[0], pinned, bytes_of_all, first, self._landings, self._x0)

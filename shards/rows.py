@@ -34,18 +34,20 @@ class StreamedRows:
         locate: Callable[[int], tuple[Shard, RecordSpan]],
         pinned: bool,
         landings: bool = False,
+        x0: bool = False,
     ) -> None:
         """`locate` says where record number n lies; `pinned` rows can be copied to a GPU while it computes."""
-        self._shards, self._locate, self._pinned, self._landings = shards, locate, pinned, landings
+        self._shards, self._locate, self._pinned = shards, locate, pinned
+        self._landings, self._x0 = landings, x0
         self._header = lru_cache(maxsize=MAX_CACHED_HEADERS)(lambda number: shards.header(*locate(number)))
 
     def gather(self, records: Indices, state_indices: Indices) -> Batch:
         """Row i is state `state_indices[i]` of record number `records[i]`."""
         headers = [self._header(number) for number in records.tolist()]
         indices = state_indices.tolist()
-        stored = headers[0].layout.tensors
         # Those left out are in headers.
-        names = tuple(name for name in row_names(headers[0].blocks, self._landings, stored) if name not in ("s", "k"))
+        wanted = row_names(headers[0].blocks, self._landings, self._x0, headers[0].layout.tensors)
+        names = tuple(name for name in wanted if name not in ("s", "k"))
         tensors, bytes_of = {}, {}
         for name in names:
             _, shape, dtype, _ = headers[0].layout.tensors[name]
@@ -97,6 +99,7 @@ class InMemoryRows:
         max_bytes: int,
         first: int = 0,
         landings: bool = False,
+        x0: bool = False,
     ) -> None:
         """`starts` is the first row of each record, and after the last one the number of all rows.
 
@@ -105,7 +108,7 @@ class InMemoryRows:
         the shards take.
         """
         self._starts, self._pinned, self._first = torch.from_numpy(starts), pinned, first
-        self._landings = landings
+        self._landings, self._x0 = landings, x0
         self._size: PictureSize | None = None
         self._labels: list[Labels] = []
         self._columns: dict[str, Tensor] = {}
@@ -122,7 +125,7 @@ class InMemoryRows:
     def _allocate(self, example: Record, records: int, rows: int, max_bytes: int) -> None:
         tensors, needed = tensors_of(example), 0
         shapes = dict[str, tuple[int, ...]]()
-        for name in row_names(example.features.by_block, self._landings, tensors):
+        for name in row_names(example.features.by_block, self._landings, self._x0, tensors):
             shape = tensors[name].shape
             shapes[name] = (records, *shape) if name in NOT_PER_STATE else (rows, *shape[1:])
             needed += math.prod(shapes[name]) * tensors[name].itemsize

@@ -1,6 +1,6 @@
 """A student's training on the training split of a cache, as `distill` and `convert` run it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,15 @@ class TrainingSettings(Protocol):
 
 
 @dataclass(frozen=True)
+class Alteration:
+    """What an experiment changes of a training beyond its settings; its name is part of the run's identity."""
+
+    name: str
+    alter_reader: Callable[[Reader, Teacher], Reader]
+    """of the rows that are trained on; held-out rows stay as they are"""
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """Both splits of a cache, opened for this process's rows."""
 
@@ -68,11 +77,12 @@ class TrainingData:
         view: View | None = None,
         *,
         landings: bool = False,
+        x0: bool = False,
     ) -> "TrainingData":
         """Open a cache whose teacher is of the size `native`; raises `Refused` for one that is not whole.
 
         So it does for batches that cannot be split among processes and micro-batches. With `landings` the rows have
-        those of their records.
+        those of their records, with `x0` their pictures.
         """
         reader = Reader(
             cache,
@@ -85,6 +95,7 @@ class TrainingData:
             world=runtime.world,
             unstated_size=native,
             landings=landings,
+            x0=x0,
         )
         refuse_uneven_batches(train, runtime, _known(reader))
         held_out = Reader(cache, "validation", train.seed, unstated_size=native, landings=landings)

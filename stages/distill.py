@@ -13,7 +13,7 @@ from configs.load import resolved_yaml
 from configs.values import Strict
 from shards.manifest import Manifest
 from shards.stream.view import View
-from stages.cached_training import CachedTraining, TrainingData
+from stages.cached_training import Alteration, CachedTraining, TrainingData
 from stages.export import export_all, export_paths
 from stages.export.existing import refuse_occupied
 from stages.fast.config import FastConfig, windows_error
@@ -22,6 +22,7 @@ from stages.hub.uploader import HubConfig, make_uploader
 from stages.nets.graft import graft_time_embedding
 from stages.nets.run_folder import Origin, load_run_teacher
 from stages.nets.student import Student, Target, make_vp_bridge
+from stages.nets.student_shape import StudentConfig, cost_text
 from stages.nets.teacher import Teacher
 from stages.sampling.grids import GridConfig, comparison_grid_hook
 from stages.system.atomic import atomic_write
@@ -46,6 +47,7 @@ from stages.train.validation import ValidationConfig
 
 UNUSED_WITH_WINDOWS = {
     "graft": "the start is a student already, leave it out",
+    "student": "the start is a student already, and keeps its layers, leave it out",
     "train": "with --windows the training is --fast.train",
     "objective": "with --windows the loss has one term, leave it out",
     "david": "with --windows no block is assessed, leave it out",
@@ -70,8 +72,11 @@ class Config(Strict):
         description="velocity: of the straight path, time input 1000 s; vp_v: v-prediction on the teacher's path, as "
         "in the original experiment (exported for DDIM and related schedulers)",
     )
-    graft: bool = Field(
-        True, description="start from the closed-form graft of the time embedding; for target velocity alone"
+    student: StudentConfig = Field(StudentConfig(), description="the layers of the student, and its first weights")
+    graft: bool | None = Field(
+        None,
+        description="start from the closed-form graft of the time embedding; none does, for target velocity and the "
+        "teacher's weights",
     )
     view: View = Field(View(), description="which samples of the cache are trained on; all by default")
     train: TrainConfig = Field(TrainConfig(), description="how long, how fast, how often")
@@ -100,7 +105,14 @@ class Config(Strict):
     @model_validator(mode="after")
     def _check_graft_target(self) -> "Config":
         if self.graft and self.target != "velocity":
-            raise ValueError("graft is for target velocity: a vp_v student takes the teacher's own steps")
+            raise ValueError(
+                "graft is for target velocity: a vp_v student takes the teacher's own steps - leave it out"
+            )
+        if self.graft and self.student.scratch:
+            raise ValueError(
+                "graft true and student.scratch true: random weights have no time embedding of the teacher to graft - "
+                "leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -126,6 +138,11 @@ class Config(Strict):
         return self.fast.train if self.windows else self.train
 
     @property
+    def is_grafted(self) -> bool:
+        """Whether the student starts from the graft."""
+        return self.student.grafts(self.graft, self.target)
+
+    @property
     def folders(self) -> tuple[Path, ...]:
         """The run folders that it writes."""
         return tuple(fast_folder(self.run, number) for number in self.windows) or (self.run / "distill",)
@@ -147,12 +164,16 @@ def run(config: Config) -> None:
     teacher = find_teacher(origin.teacher_sources()).folder
     cache = config.run / "cache"
     sizes = [config.view.size] if config.view.size else training_sizes(cache, teacher)
-    refuse_launch(config.used_train, config.processes, device_of(config.device), teacher, cache, sizes=sizes)
+    device, prune = device_of(config.device), config.student.prune
+    refuse_launch(config.used_train, config.processes, device, teacher, cache, sizes=sizes, prune=prune)
     launch(config, "distill", config.processes)
 
 
-def distill(config: Config, runtime: Runtime) -> None:
-    """The work of each process: refuse what cannot be done, then train and export."""
+def distill(config: Config, runtime: Runtime, alteration: Alteration | None = None) -> None:
+    """The work of each process: refuse what cannot be done, then train and export.
+
+    An experiment may have an `alteration`; the product has none.
+    """
     cache, folder, device = config.run / "cache", config.run / "distill", runtime.device
     refuse_uneven_batches(config.train, runtime)
     runtime.on_main(refuse_claimed, folder, CLAIM_PURPOSE)
@@ -160,25 +181,34 @@ def distill(config: Config, runtime: Runtime) -> None:
     origin = Origin.from_manifest(manifest, config.teacher, config.target)
     if config.view.size:
         origin = replace(origin, sizes=(str(config.view.size),))
+    origin = replace(origin, prune=config.student.prune, scratch=config.student.scratch)
     teacher = Teacher(load_run_teacher(origin, device, torch.float32), origin.tail)
     native = teacher.components.native_size
-    data = TrainingData.open(cache, config.train, runtime, native, config.view)
+    data = TrainingData.open(cache, config.train, runtime, native, config.view, x0=config.objective.needs_x0)
     exported = export_paths(origin, origin.export_facts(teacher.components, 0))
     runtime.on_main(refuse_occupied, folder / "export", exported)
 
     schedule = teacher.components.schedule
-    student = Student.from_teacher(teacher.components.unet, make_vp_bridge(config.target, schedule, origin.tail))
-    error = graft_time_embedding(student.unet, teacher.bridge) if config.graft else None
+    bridge, shape = make_vp_bridge(config.target, schedule, origin.tail), config.student
+    student = shape.make(teacher.components.unet, bridge, config.train.seed)
+    error = graft_time_embedding(student.unet, teacher.bridge) if config.is_grafted else None
+    start = "random weights" if shape.scratch else "a plain copy"
     runtime.print_on_main(
-        f"student: time embedding grafted, relative error {error:.3f}" if config.graft else "student: a plain copy"
+        f"student: time embedding grafted, relative error {error:.3f}" if config.is_grafted else f"student: {start}"
     )
+    if shape.prune != "none":
+        runtime.print_on_main(f"student: pruned ({shape.prune}): {cost_text(teacher.components.unet, student.unet)}")
     identity = {
         "recipe": manifest.recipe.fingerprint(),
         "target": config.target,
-        "graft": config.graft,
+        "graft": config.is_grafted,
+        **shape.identity(),
         "view": config.view.model_dump(mode="json", exclude=None if config.view.size else {"size"}),
         "david": config.david.model_dump(mode="json"),
     }
+    if alteration is not None:
+        data = replace(data, reader=alteration.alter_reader(data.reader, teacher))
+        identity["alteration"] = alteration.name
     training = CachedTraining.prepare(data, config, folder, student, identity, runtime)
     hooks = Hooks(
         on_start=partial(save_settings, config, origin),

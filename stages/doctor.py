@@ -37,7 +37,7 @@ from stages.teacher_files.folder import component_files
 from stages.teacher_files.open import TeacherFolder
 from stages.teacher_files.source import TeacherSource
 from stages.teacher_files.variants import WEIGHT_FILES
-from stages.train.setup import BYTES_OF_GRADIENT_AND_AVERAGE, BYTES_OF_MOMENTS, BYTES_OF_TEACHER_AND_STUDENT
+from stages.train.setup import BYTES_OF_GRADIENT_AND_AVERAGE, BYTES_OF_MOMENTS, BYTES_OF_WEIGHTS
 
 USAGE = "usage: sollune doctor TEACHER [--teacher.* ...] [--render.sizes ...] [--out PAGE.png], or --help"
 PROMPTS = 1000
@@ -276,7 +276,7 @@ def describe_cache(
 def describe_training(page: Page, parts: Components, device: torch.device) -> None:
     """Memory of a training's weights and optimizer; more than there is, with the smallest of them, is a problem."""
     count = sum(value.numel() for value in parts.unet.parameters())
-    fixed = BYTES_OF_TEACHER_AND_STUDENT + BYTES_OF_GRADIENT_AND_AVERAGE
+    fixed = 2 * BYTES_OF_WEIGHTS + BYTES_OF_GRADIENT_AND_AVERAGE
     needs = {kind: count * (fixed + moments) for kind, moments in BYTES_OF_MOMENTS.items()}
     frozen = sum(value.nbytes for part in (parts.vae, parts.text_encoder) for value in part.parameters())
     held = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else available_bytes()

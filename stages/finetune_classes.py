@@ -96,6 +96,11 @@ class Config(Strict):
     def _check_scorer_and_rendering(self) -> "Config":
         if self.stop is not None and self.stop.most_lost is not None and self.scorer is None:
             raise ValueError("stop.most_lost counts right pictures - name a scorer, or set it to null")
+        if self.objective.needs_x0:
+            raise ValueError(
+                "objective.velocity_target data is for distill: here pictures.painted and pictures.reused say which "
+                "pictures are targets - leave it out"
+            )
         refuse_windows(self.render.states)
         self.pictures.refuse_low_guidance(self.render.states.guidance_min)
         return self

@@ -66,12 +66,12 @@ class RunAssessor:
         return torch.stack(of_blocks).mean(0)
 
 
-def load_run_assessor(run: SavedRun, device: torch.device, steps: int) -> RunAssessor | None:
-    """The David of a run, or None where the run has none; `steps` are the teacher's."""
+def load_run_assessor(run: SavedRun, student: Student, device: torch.device, steps: int) -> RunAssessor | None:
+    """The David of a run and its student, or None where the run has none; `steps` are the teacher's."""
     config = config_section(run, "david", DavidConfig)
     if config.published is None and not (run.folder / DAVID_FOLDER).is_dir():
         return None
-    assessor = load_or_fit_assessor(config, cache_folder(run.folder), run.folder, device, steps)
+    assessor = load_or_fit_assessor(config, cache_folder(run.folder), run.folder, device, steps, student.blocks)
     weights = config_section(run, "objective", ObjectiveConfig).block_weights
     return RunAssessor(assessor, config.fusion, tuple(b for b in assessor.blocks if weights.get(b, 1.0) > 0))
 

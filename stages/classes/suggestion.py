@@ -91,7 +91,7 @@ def measure_classes(config: Config) -> list[ClassDifficulty]:
     prompts = search_prompts(config.prompts, config.seed, "train", ClassFile(classes=specs), quotas).prompts
     teacher = Teacher(load_run_teacher(saved.origin, device_of(config.device), torch.float32), saved.origin.tail)
     student, uncond = load_student(saved, teacher.components), teacher.uncond
-    assessor = load_run_assessor(saved, uncond.device, teacher.components.schedule.steps)
+    assessor = load_run_assessor(saved, student, uncond.device, teacher.components.schedule.steps)
     cached = measure_cache_errors(student, Reader(cache, "train"), classes, uncond, config.records, assessor)
     native = teacher.components.native_size
     size = saved.origin.main_size(native)

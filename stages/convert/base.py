@@ -11,6 +11,7 @@ from stages.cache.targets import training_shares
 from stages.convert.config import Config
 from stages.convert.mix import mixed_teacher
 from stages.nets.run_folder import COMPLETE_MARK, SavedRun, cache_folder, is_run, open_run
+from stages.nets.student_shape import refuse_pruned
 from stages.sampling.few_steps import refuse_few_steps
 from stages.system.refusal import Refused
 from stages.teacher_files.recorded import find_source
@@ -34,6 +35,7 @@ def open_base(folder: Path, teacher: TeacherMove | None = None) -> SavedRun:
             "can be converted from - name another base run"
         )
     refuse_few_steps(saved, "a conversion")
+    refuse_pruned(saved.folder, saved.origin.prune, "a conversion")
     if not (saved.folder / COMPLETE_MARK).is_file():
         print(f"base: {saved.folder}: has not ended, its checkpoint after {saved.samples} samples is taken")
     return replace(saved, origin=saved.origin.with_teacher(teacher))

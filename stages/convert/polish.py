@@ -20,7 +20,9 @@ from stages.train.loop import Hooks
 def polish(conversion: Conversion, start: Student, probe: Probe, origin: Origin, uploader: Uploader) -> Student:
     """Train the start on RUN/cache up to the gate or `max_samples`, and return it with its averaged weights."""
     config, runtime, teacher, folder = conversion.config, conversion.runtime, conversion.teacher, conversion.folder
-    data = TrainingData.open(config.out / "cache", config.train, runtime, conversion.native)
+    data = TrainingData.open(
+        config.out / "cache", config.train, runtime, conversion.native, x0=config.objective.needs_x0
+    )
     identity = conversion.identity(probe.best)
     training = CachedTraining.prepare(data, config, folder, start, identity, runtime)
     validation = training.make_validation(teacher, runtime)

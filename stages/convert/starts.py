@@ -90,6 +90,8 @@ def load_base_student(models: Models) -> Student:
 
 def delta_obstacle(models: Models, distance: float) -> str:
     """Why the difference of the two teachers means nothing, on one line; empty where it does."""
+    if models.base.origin.scratch:
+        return "the base's student began with random weights, not with its teacher's"
     own, other = models.base_teacher.schedule, models.teacher.components.schedule
     if own.prediction_type != other.prediction_type:
         return f"it predicts {other.prediction_type}, the base's teacher {own.prediction_type}"

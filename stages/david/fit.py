@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +34,23 @@ WARMUP_STEPS = 20
 WEIGHT_DECAY = 1e-4
 
 
-def fit(folder: Path, config: FitConfig, steps: int, print_line: Callable[[str], None] = print) -> FittedAssessor:
-    """David, fitted to each block of a cache or run folder; prints its metrics on the validation prompts.
+def fit(
+    folder: Path,
+    config: FitConfig,
+    steps: int,
+    print_line: Callable[[str], None] = print,
+    blocks: Collection[str] | None = None,
+) -> FittedAssessor:
+    """David, fitted to each block, or these, of a cache or run folder; prints its metrics on the validation prompts.
 
     `steps` are those of the cache's teacher. Raises `Refused` for more bins than that.
     """
     if config.bins > steps:
         raise Refused(f"david.fit.bins = {config.bins}: the teacher has {steps} steps - take as many bins or fewer")
     table, cache = Table.open(folder), Manifest.open(find_cache(folder)).recipe
+    identity = fit_identity(cache, config, blocks)
+    names: Any = identity.identity["blocks"]
+    chosen = [block for block in table.blocks if block in names]
     rows = split_rows(table, config.held_out, config.most_states, config.seed)
     models: dict[str, BlockModel] = {}
     metrics: dict[str, FitMetrics] = {}
@@ -48,8 +58,8 @@ def fit(folder: Path, config: FitConfig, steps: int, print_line: Callable[[str],
         f"david: {len(rows.training)} states for training, {len(rows.tuning)} for tuning, {len(rows.validation)} for "
         f"validation\n{TABLE_HEADER}"
     )
-    forecast = Forecast("david", "steps of the fit", len(table.blocks) * config.steps, print_line)
-    for number, block in enumerate(table.blocks):
+    forecast = Forecast("david", "steps of the fit", len(chosen) * config.steps, print_line)
+    for number, block in enumerate(chosen):
         begun = time.perf_counter()
         training, tuning, validation = (
             BlockStates.from_table(table, block, part, config.bins, steps)
@@ -60,18 +70,20 @@ def fit(folder: Path, config: FitConfig, steps: int, print_line: Callable[[str],
             tune(models[block], tuning, space, config.seed)
             metrics[block] = evaluate_fit(models[block], validation, space, config.seed)
         print_line(metrics[block].table_row(block, time.perf_counter() - begun))
-    return FittedAssessor(models, fit_identity(cache, config), config, metrics, steps)
+    return FittedAssessor(models, identity, config, metrics, steps)
 
 
-def fit_identity(cache: Recipe, config: FitConfig) -> Recipe:
-    """What a fit depends on: the cache, its hook point, teacher and blocks, and the fit's configuration.
+def fit_identity(cache: Recipe, config: FitConfig, blocks: Collection[str] | None = None) -> Recipe:
+    """What a fit depends on: the cache, its hook point, teacher and blocks, or these of them, and the configuration.
 
     Raises `Refused` when the cache's recipe lacks one of these.
     """
     for name in IDENTITY_FIELDS:
         if name not in cache.identity:
             raise Refused(f"cache: its recipe has no {name}, which a fit depends on - make the cache again")
-    facts = {name: cache.identity[name] for name in IDENTITY_FIELDS}
+    facts: dict[str, Any] = {name: cache.identity[name] for name in IDENTITY_FIELDS}
+    if blocks is not None:
+        facts["blocks"] = {block: width for block, width in facts["blocks"].items() if block in blocks}
     return Recipe(identity={**facts, "cache": cache.fingerprint(), "fit": config.model_dump(mode="json")})
 
 

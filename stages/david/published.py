@@ -6,7 +6,7 @@ Sizes are inferred from the shapes (david.md sections 2 and 7.7).
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -186,10 +186,12 @@ class PublishedAssessor:
         steps: int,
         pattern_mode: PatternMode = "unread",
         device: torch.device | str = "cpu",
+        blocks: Collection[str] | None = None,
     ) -> "PublishedAssessor":
         """Read `config.json` and `model.safetensors` of a folder.
 
-        `hook_point` and `widths` (block -> channels) are those of the cache, `steps` its teacher's. Raises `Refused`
+        `hook_point` and `widths` (block -> channels) are those of the cache, `steps` its teacher's; only `blocks` are
+        assessed, none: all. Raises `Refused`
         for features of another hook point or width, and for any tensor that is not as it should be.
         """
         if hook_point != HOOK_POINT:
@@ -200,7 +202,10 @@ class PublishedAssessor:
             with safe_open(weights, "pt", device=str(device)) as file:
                 sizes = infer_block_sizes(_read_header(weights, file), config)
                 _refuse_other_widths(folder, sizes, widths)
-                models = {block: _load_block_model(file, weights, block, sizes[block], pattern_mode) for block in sizes}
+                assessed = [block for block in sizes if blocks is None or block in blocks]
+                models = {
+                    block: _load_block_model(file, weights, block, sizes[block], pattern_mode) for block in assessed
+                }
         except (OSError, ValueError, SafetensorError) as error:
             raise Refused(f"{folder}: cannot be read as a published David ({error}) - fetch it again") from error
         if any(map(_has_linear_head, sizes.values())):

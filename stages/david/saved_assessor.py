@@ -1,7 +1,7 @@
 """A fitted David in a folder: its weights and the identity of its fit, which is verified on loading."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +38,21 @@ class AssessorMeta(Stored):
     trials: Mapping[str, FitMetrics]
 
 
-def load_or_fit(folder: Path, cache: Path, config: FitConfig, steps: int) -> FittedAssessor:
+def load_or_fit(
+    folder: Path, cache: Path, config: FitConfig, steps: int, blocks: Collection[str] | None = None
+) -> FittedAssessor:
     """The David of a folder; fitted to the cache and saved there first where there is none yet.
 
-    `steps` are those of the cache's teacher. Raises `Refused` when the one there was fitted to something else, or is
-    damaged.
+    `steps` are those of the cache's teacher, `blocks` those of the student; none: all of the cache. Raises `Refused`
+    when the one there was fitted to something else, or is damaged.
     """
     recipe = Manifest.open(find_cache(cache)).recipe
     if not (folder / META_FILE).is_file():
-        david = fit(cache, config, steps)
+        david = fit(cache, config, steps, blocks=blocks)
         save(david, folder)
         return david
-    david = load(folder, recipe)
-    refuse_other_fit(david.identity, fit_identity(recipe, config), folder)
+    david = load(folder, recipe, blocks)
+    refuse_other_fit(david.identity, fit_identity(recipe, config, blocks), folder)
     if david.steps != steps:
         raise Refused(f"{folder}: David's bins are of {david.steps} steps, the teacher has {steps} - {_remedy(folder)}")
     return david
@@ -77,16 +79,20 @@ def save(assessor: FittedAssessor, folder: Path) -> None:
     atomic_write(folder / META_FILE, facts.model_dump_json(indent=1) + "\n")
 
 
-def load(folder: Path, cache: Recipe) -> FittedAssessor:
-    """The David of a folder; raises `Refused` when it was fitted to features of another cache, or is damaged."""
+def load(folder: Path, cache: Recipe, blocks: Collection[str] | None = None) -> FittedAssessor:
+    """The David of a folder, for these blocks or all of the cache.
+
+    Raises `Refused` when it was fitted to features of another cache, or is damaged.
+    """
     path = folder / META_FILE
     try:
         facts = AssessorMeta.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise Refused(f"{path}: cannot be read ({str(error).splitlines()[0]}) - {_remedy(folder)}") from error
-    refuse_other_fit(facts.identity, fit_identity(cache, facts.fit), folder)
+    identity = fit_identity(cache, facts.fit, blocks)
+    refuse_other_fit(facts.identity, identity, folder)
     tensors = _read_tensors(folder, facts.sha256)
-    widths: Any = cache.identity["blocks"]
+    widths: Any = identity.identity["blocks"]
     models = {block: _load_block_model(block, width, facts.fit, tensors, folder) for block, width in widths.items()}
     if tensors:
         raise Refused(f"{folder / WEIGHTS_FILE}: holds {min(tensors)}, which no block has - {_remedy(folder)}")

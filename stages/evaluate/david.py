@@ -19,9 +19,11 @@ from stages.david.fusion import PUBLISHED_BLOCK_WEIGHTS, compute_lambdas, transl
 from stages.david.running import RunningAssessment
 from stages.flow.timesteps import bin_of_step
 from stages.nets.components import Components
+from stages.nets.features import last_resnets
 from stages.nets.graft import graft_time_embedding
 from stages.nets.run_folder import SavedRun, cache_folder, load_run_teacher, load_student, open_run
 from stages.nets.student import Student, make_vp_bridge
+from stages.nets.student_shape import StudentConfig, prune_unet
 from stages.nets.teacher import Teacher
 from stages.sampling.few_steps import refuse_few_steps
 from stages.system.atomic import atomic_path
@@ -78,7 +80,8 @@ class HeldOutStates:
         config = config_section(run, "david", DavidConfig)
         objective = config_section(run, "objective", ObjectiveConfig)
         components, cache = load_run_teacher(run.origin, CPU, torch.float32), cache_folder(run.folder)
-        assessor = load_or_fit_assessor(config, cache, run.folder, CPU, components.schedule.steps)
+        blocks = tuple(last_resnets(prune_unet(components.unet, run.origin.prune)))
+        assessor = load_or_fit_assessor(config, cache, run.folder, CPU, components.schedule.steps, blocks)
         w = objective.weights_of(assessor.blocks, PUBLISHED_BLOCK_WEIGHTS)
         batches = list(read_first_states(Reader(cache, "validation"), state_count))
         return cls(
@@ -94,8 +97,9 @@ class HeldOutStates:
     def initial_student(self, run: SavedRun) -> Student:
         """The student as the run started."""
         bridge = make_vp_bridge(run.origin.target, self.components.schedule, run.origin.tail)
-        student = Student.from_teacher(self.components.unet, bridge).eval()
-        if read_distill_config(run).get("graft", True):
+        settings, shape = read_distill_config(run), config_section(run, "student", StudentConfig)
+        student = shape.make(self.components.unet, bridge, (settings.get("train") or {}).get("seed", 0)).eval()
+        if shape.grafts(settings.get("graft"), run.origin.target):
             graft_time_embedding(student.unet, self.teacher.bridge)
         return student
 

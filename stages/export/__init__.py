@@ -16,10 +16,12 @@ from stages.export.history import class_facts, read_history
 from stages.export.ldm import export_ldm, refuse_other_predictions
 from stages.export.lora import export_lora, lora_files, verify_lora
 from stages.export.original import export_original
+from stages.export.shape import can_have_single_file, refuse_foreign_layout
 from stages.export.tensorfile import single_file_name
 from stages.export.verify_export import DEFAULT_OPTIONS, DTYPES, ExportOptions
 from stages.nets.run_folder import Origin, load_run_teacher, load_student, open_run
 from stages.nets.student import Student
+from stages.nets.student_shape import LDM_FACT
 from stages.sampling.few_steps import few_steps_of, few_steps_of_run
 from stages.system.ownership import claim_folder
 from stages.system.refusal import Refused
@@ -70,6 +72,8 @@ def run(config: Config) -> tuple[Path, ...]:
     folds_of(config, few_steps)
     components = load_run_teacher(saved.origin, torch.device("cpu"), torch.float32)
     out, facts = config.out or saved.folder / "export", saved.origin.export_facts(components, saved.samples)
+    if config.single_file or config.unet_only or config.fold:
+        refuse_foreign_layout(facts)
     if config.to == "pt":
         with claim_folder(out, "export into"):
             return (export_original(saved, components, out, DTYPES[config.dtype]),)
@@ -101,6 +105,7 @@ def export_all(
     run, folds = run or out.parent, folds_of(options, few_steps_of(facts, "export"))
     facts = {**class_facts(run), **facts}
     single = student.vp_bridge is None if options.single_file is None else options.single_file
+    single = single and can_have_single_file(student.unet)
     refuse_occupied(out, single_file_paths(facts, options) if single else ())
     history = read_history(run, int(facts.get("samples", 0)))
     folder = export_diffusers(student, teacher_folder, out, facts, options, history)
@@ -123,7 +128,8 @@ def single_file_paths(facts: Mapping[str, Any], options: ExportOptions) -> tuple
 
 def export_paths(origin: Origin, facts: Mapping[str, Any]) -> tuple[Path, ...]:
     """What a run's export writes beside the diffusers folder at its end."""
-    single = single_file_paths(facts, DEFAULT_OPTIONS) if origin.target == "velocity" else ()
+    has_single = origin.target == "velocity" and facts.get(LDM_FACT, True)
+    single = single_file_paths(facts, DEFAULT_OPTIONS) if has_single else ()
     return (*single, *(lora_files(facts) if origin.lora else ()))
 
 

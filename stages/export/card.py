@@ -15,6 +15,7 @@ from configs.values import PictureSize
 from stages.export.history import RunHistory, conversion_table, lora_table, metric_tables, model_index_results
 from stages.export.landings import landing_table
 from stages.export.measured_loras import NOTE as LORA_NOTE
+from stages.export.shape import shape_notes
 from stages.flow.windows import window_ends
 from stages.sampling.few_steps import few_steps_of
 from stages.sampling.fields import DEFAULT_GUIDANCE
@@ -146,6 +147,7 @@ def model_card(facts: Mapping[str, Any], history: RunHistory | None = None) -> s
     body = [
         f"# {title}",
         _summary(facts, is_flow),
+        *shape_notes(facts),
         *(f"## {head}\n\n{text}" for head, text in sections.items() if text),
     ]
     return str(ModelCard(f"---\n{_front_matter(facts, history, is_flow).to_yaml()}\n---\n" + "\n\n".join(body) + "\n"))

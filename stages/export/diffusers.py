@@ -28,6 +28,7 @@ from stages.export.verify_export import (
 )
 from stages.nets.loading import load_tokenizer
 from stages.nets.student import TIME_SCALE, Student
+from stages.nets.student_shape import shape_settings
 from stages.system.refusal import Refused
 from stages.teacher_files.architecture import check_sd1_architecture
 from stages.teacher_files.folder import component_digests, component_files
@@ -90,7 +91,9 @@ def _write_variant(folder: Path, content: ExportContent, variant: str, dtype: to
     """Every component in one type; files other than weights are the same for each variant."""
     teacher = content.teacher_folder
     with torch.device("meta"):
-        config = UNet2DConditionModel.load_config(teacher, subfolder="unet")
+        config = UNet2DConditionModel.load_config(teacher, subfolder="unet") | shape_settings(
+            content.student.unet.config
+        )
         guidance_input = {"time_cond_proj_dim": content.student.unet.config.time_cond_proj_dim}
         unet = UNet2DConditionModel.from_config(
             {**config, **(guidance_input if content.student.embeds_guidance else {})}

@@ -13,6 +13,7 @@ from stages.export.tensorfile import teacher_name
 from stages.nets.components import Components
 from stages.nets.original_checkpoint import OriginalCheckpoint, read_original
 from stages.nets.run_folder import SavedRun, load_student
+from stages.nets.student_shape import refuse_pruned
 from stages.system.atomic import atomic_path
 from stages.system.refusal import Refused, in_one_line
 
@@ -29,6 +30,7 @@ def export_original(run: SavedRun, components: Components, out: Path, dtype: tor
             f"export: --to pt: {run.folder} takes the guidance scale as an input, for which that layout has no place - "
             "leave it out"
         )
+    refuse_pruned(run.folder, run.origin.prune, "the layout of --to pt")
     state = load_student(run, components).unet.state_dict()
     student = {f"unet.{name}": value.detach().cpu().to(dtype).contiguous() for name, value in state.items()}
     cfg = original_cfg(run, components)

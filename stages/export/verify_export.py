@@ -22,6 +22,7 @@ from stages.export.tensorfile import tensor_bytes
 from stages.nets.loading import load_component
 from stages.nets.scheduler import flow_scheduler, vp_scheduler, window_scheduler
 from stages.nets.student import Student
+from stages.nets.student_shape import prune_of, prune_unet
 from stages.sampling.fields import DEFAULT_GUIDANCE
 from stages.system.refusal import Refused
 from stages.teacher_files.folder import read_json
@@ -119,6 +120,11 @@ class ExportContent:
         """How many layers of the text encoder are left out."""
         return len({match[1] for name in self.skipped_layers if (match := TEXT_LAYER.search(name))})
 
+    def teacher_tensors(self) -> dict[str, Tensor]:
+        """What the student's tensors began as, in fp32 and by their names in the student."""
+        unet = load_component(self.teacher_folder, "unet", torch.float32)
+        return dict(prune_unet(unet, prune_of(unet.config, self.student.unet.config)).state_dict())
+
     def component_tensors(self, component: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of one component, by the names in its file."""
         if component == "unet":
@@ -170,7 +176,7 @@ def verify_folder(folder: Path, content: ExportContent) -> None:
     checks.check_scheduler(
         str(SCHEDULER_FILE), _without_versions(read_json(folder / SCHEDULER_FILE)), _without_versions(expected)
     )
-    teacher: dict[str, Tensor] = load_component(content.teacher_folder, "unet", torch.float32).state_dict()
+    teacher = content.teacher_tensors()
     checks.check_trained(content.student.unet.state_dict(), teacher)
     for variant, dtype in content.dtypes.items():
         for component in WEIGHT_STEMS:

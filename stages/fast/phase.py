@@ -31,6 +31,7 @@ from stages.nets.run_folder import (
     open_run,
 )
 from stages.nets.student import Student
+from stages.nets.student_shape import prune_unet
 from stages.nets.teacher import Teacher
 from stages.sampling.fields import student_field
 from stages.sampling.grids import GridConfig
@@ -125,6 +126,7 @@ class Phase:
             origin = replace(origin, sizes=(str(settings.view.size),))
         start = open_start(settings.fast.start or settings.run / "distill")
         refuse_other_start(start, origin, settings.windows[0])
+        origin = replace(origin, prune=start.origin.prune, scratch=start.origin.scratch)
         teacher = Teacher(load_run_teacher(origin, runtime.device, torch.float32), origin.tail)
         native = teacher.components.native_size
         data = TrainingData.open(cache, train, runtime, native, settings.view, landings=True)
@@ -216,7 +218,8 @@ class Phase:
         So it does for a grid at a guidance scale that no student learns.
         """
         settings, runtime = self.settings, self.runtime
-        student = Student.from_teacher(embed_guidance(self.teacher.components.unet))
+        unet = prune_unet(self.teacher.components.unet, self.origin.prune)
+        student = Student.from_teacher(embed_guidance(unet))
         field = student_field(student, windows=settings.windows[0], guidance_range=self.guidance_range)
         field.check_guidance(settings.grid.sampler.guidance, "grid.sampler.guidance")
         start: SavedRun | None = open_start(self._start_of(settings.windows[0]))

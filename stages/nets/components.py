@@ -114,15 +114,16 @@ def open_teacher(source: TeacherSource | str) -> TeacherFolder:
 
 
 def load_components(
-    source: TeacherSource | TeacherFolder | str, device: torch.device, dtype: torch.dtype
+    source: TeacherSource | TeacherFolder | str, device: torch.device, dtype: torch.dtype, *, pruned: bool = False
 ) -> Components:
     """Load and freeze every part of a teacher, whose files are opened unless they are open already.
 
-    Raises `Refused` for a missing folder, another architecture, and an incomplete or unusable part.
+    With `pruned` it may be a student without some of the layers. Raises `Refused` for a missing folder, another
+    architecture, and an incomplete or unusable part.
     """
     files = source if isinstance(source, TeacherFolder) else open_teacher(source)
     location, folder = files.location, files.folder
-    check_sd1_architecture(folder)
+    check_sd1_architecture(folder, pruned=pruned)
     schedule = read_schedule(folder)
     check_component_match(folder)
     tokenizer = load_tokenizer(folder)

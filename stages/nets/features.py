@@ -1,7 +1,8 @@
-"""The pooled feature of each of the nine blocks: the output of its last resnet, averaged over height and width."""
+"""The pooled feature of each of up to nine blocks: the output of its last resnet, averaged over height and width."""
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -12,10 +13,11 @@ HOOK_POINT = "last resnet of each block, spatial mean, fp32"
 
 
 def last_resnets(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
-    """Block name -> its last resnet, in the order in which they run."""
-    resnets = {f"down_{i}": block.resnets[-1] for i, block in enumerate(unet.down_blocks)}
-    resnets["mid"] = unet.mid_block.resnets[-1]
-    return resnets | {f"up_{i}": block.resnets[-1] for i, block in enumerate(unet.up_blocks)}
+    """Block name -> its last resnet, in the order in which they run; a pruned block without one is left out."""
+    blocks = {f"down_{i}": block for i, block in enumerate(unet.down_blocks)}
+    blocks |= {"mid": unet.mid_block} if unet.mid_block is not None else {}
+    blocks |= {f"up_{i}": block for i, block in enumerate(unet.up_blocks)}
+    return {name: block.resnets[-1] for name, block in blocks.items() if len(block.resnets)}
 
 
 def feature_widths(unet: UNet2DConditionModel) -> dict[str, int]:
@@ -23,9 +25,18 @@ def feature_widths(unet: UNet2DConditionModel) -> dict[str, int]:
     return {name: len(resnet.get_parameter("conv2.weight")) for name, resnet in last_resnets(unet).items()}
 
 
+def with_settings(config: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    """A diffusers config with these settings.
+
+    A loaded config lists the keys that its file was silent of, and `from_config` ignores whatever stands there.
+    """
+    return {key: value for key, value in config.items() if key != "_use_default_values"} | settings
+
+
 def copy_without_hooks(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """A copy in fp32 on the same device, without forward hooks."""
-    copy = UNet2DConditionModel.from_config(unet.config)
+    with unet.device:  # there, because a CPU takes seconds to draw the first weights, which are overwritten
+        copy = UNet2DConditionModel.from_config(unet.config)
     copy.load_state_dict(unet.state_dict())
     return copy.float().to(unet.device)
 

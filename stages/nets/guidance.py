@@ -5,14 +5,13 @@ projection of it is added to the sinusoids of the time, before the first layer o
 """
 
 import math
-from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from stages.nets.features import copy_without_hooks
+from stages.nets.features import copy_without_hooks, with_settings
 
 EMBEDDING_DIM = 256
 PROJECTION_KEY = "time_embedding.cond_proj.weight"
@@ -81,5 +80,4 @@ def _frequencies(dim: int) -> Float[Tensor, " n"]:
 
 
 def _with_projection_dim(unet: UNet2DConditionModel, dim: int | None) -> UNet2DConditionModel:
-    config: dict[str, Any] = {**unet.config, "time_cond_proj_dim": dim}
-    return UNet2DConditionModel.from_config(config)
+    return UNet2DConditionModel.from_config(with_settings(unet.config, time_cond_proj_dim=dim))

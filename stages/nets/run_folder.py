@@ -19,6 +19,7 @@ from stages.nets.components import Components, load_components
 from stages.nets.guidance import embed_guidance
 from stages.nets.lora import LoraConfig, add_adapters, load_adapters, merge_adapters
 from stages.nets.student import Student, Target, make_vp_bridge
+from stages.nets.student_shape import LDM_FACT, Prune, fits_ldm, prune_unet, pruned_config
 from stages.system.atomic import atomic_path, atomic_write
 from stages.system.refusal import Refused, in_one_line
 from stages.teacher_files.recorded import MOVE_OPTION, absolute_place, changed_parts, find_teacher, recorded_sources
@@ -61,6 +62,10 @@ class Origin:
     """The steps that the student samples in, with the guidance scale as its input; None for any other run."""
     guidance_range: tuple[float, float] | None = None
     """The least and the greatest guidance scale that such a student learnt; None for any other run."""
+    prune: Prune = "none"
+    """The layers of its teacher that the student was made without."""
+    scratch: bool = False
+    """Whether the student began with random weights in place of its teacher's."""
 
     def __post_init__(self) -> None:
         if (self.windows is None) != (self.guidance_range is None) or (self.windows is not None and self.windows < 1):
@@ -151,7 +156,11 @@ class Origin:
         base = {key: value for key, value in (self.base or {}).items() if key != BASE_PLACE}
         teacher = {**components.name_facts, **components.change_facts, **({"converted_from": base} if base else {})}
         fast = {"windows": self.windows, "guidance_range": self.guidance_range} if self.windows else {}
-        return {**teacher, "tail": self.tail, **recipe, **lora, "samples": samples, **sizes, **fast}
+        shape: dict[str, Any] = {"scratch": True} if self.scratch else {}
+        if self.prune != "none":
+            is_ldm = fits_ldm(pruned_config(components.unet.config, self.prune))
+            shape |= {"prune": self.prune, LDM_FACT: is_ldm}
+        return {**teacher, "tail": self.tail, **recipe, **lora, "samples": samples, **sizes, **fast, **shape}
 
     def save(self, folder: Path) -> None:
         """Write it into a run folder."""
@@ -228,7 +237,9 @@ def load_with_adapters(run: SavedRun, components: Components) -> Student:
     """The same with its adapters, if it has any, not merged."""
     origin, base = run.origin, run.folder / BASE_FILE
     unet = components.unet if origin.windows is None else embed_guidance(components.unet)
-    student = Student.from_teacher(unet, make_vp_bridge(origin.target, components.schedule, origin.tail))
+    student = Student.from_teacher(
+        prune_unet(unet, origin.prune), make_vp_bridge(origin.target, components.schedule, origin.tail)
+    )
     if origin.lora is not None:
         _load_weights(base, student, _load_unet, "start the run's command again, it writes it")
         student = add_adapters(student, LoraConfig.model_validate(origin.lora))

@@ -77,18 +77,19 @@ def _load_run(folder: Path, device: torch.device, checkpoint: int | None) -> Loa
 def _load_folder(folder: Path, device: torch.device) -> LoadedModel:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     facts = read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
+    pruned = "prune" in facts
     metadata: dict[str, Any] = {key: facts[key] for key in ("samples", "recipe_sha256") if key in facts}
     if facts.get("prediction") == "v_prediction":
         tail: Any = facts.get("tail")
         if tail not in get_args(TailPolicy):
             known = ", ".join(get_args(TailPolicy))
             raise Refused(f"{folder / FACTS_FILE}: tail is {tail!r:.40}, known are {known} - export the run again")
-        parts = load_components(str(folder), device, torch.float32)
+        parts = load_components(str(folder), device, torch.float32, pruned=pruned)
         student = Student(parts.unet, make_vp_bridge("vp_v", parts.schedule, tail)).eval()
         return _from_components(parts, tail, metadata, student)
     if scheduler.get("prediction_type") == "flow_prediction":
         few_steps = few_steps_of(facts, str(folder / FACTS_FILE))
-        check_sd1_architecture(folder, guidance_input=few_steps is not None)
+        check_sd1_architecture(folder, guidance_input=few_steps is not None, pruned=pruned)
         shift = scheduler_shift(scheduler, folder)
         check_few_steps(str(folder), few_steps, shift, read_json(folder / "unet" / "config.json"))
         return _from_pipeline(load_pipeline(folder, device), shift, metadata, few_steps)

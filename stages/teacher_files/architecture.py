@@ -43,6 +43,11 @@ def _is_even_width(value: Any) -> bool:
     return WIDTH.accepts(value) and value % 2 == 0 and value > 2
 
 
+def _are_layers(value: Any) -> bool:
+    counts = value if isinstance(value, list) else [value] * 4
+    return len(counts) == 4 and all(type(count) is int and 0 <= count <= MAX_LAYERS for count in counts)
+
+
 def _is_scale(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
@@ -115,10 +120,18 @@ GUIDANCE_INPUT: Mapping[str, ConfigRule] = {"time_cond_proj_dim": ConfigRule(_is
 """Of a student that takes the guidance scale as an input; its embedding has pairs of columns."""
 
 
-def check_sd1_architecture(folder: Path, *, guidance_input: bool = False) -> None:
+PRUNED_SHAPE: Mapping[str, ConfigRule] = {
+    "layers_per_block": ConfigRule(_are_layers, "a whole number, or four"),
+    "mid_block_type": _any_of("UNetMidBlock2DCrossAttn", None),
+}
+"""Of a student that was made without some of its teacher's layers."""
+
+
+def check_sd1_architecture(folder: Path, *, guidance_input: bool = False, pruned: bool = False) -> None:
     """Raise `Refused` unless the folder holds a text-to-image model with the nine blocks of SD1.x.
 
-    With `guidance_input` its UNet may take the guidance scale, as students of few steps do.
+    With `guidance_input` its UNet may take the guidance scale, as students of few steps do; with `pruned` it may lack
+    layers.
     """
     index = read_json(folder / "model_index.json")
     for name, expected in COMPONENT_CLASS_NAMES.items():
@@ -128,7 +141,7 @@ def check_sd1_architecture(folder: Path, *, guidance_input: bool = False) -> Non
             raise Refused(f"teacher: {folder}: {name} is {kind}, not {expected} - only SD-1.x models can be converted")
     unet = read_json(folder / "unet" / "config.json")
     takes_guidance = guidance_input and unet.get("time_cond_proj_dim") is not None
-    optional = {**UNET_OPTIONAL, **(GUIDANCE_INPUT if takes_guidance else {})}
+    optional = {**UNET_OPTIONAL, **(GUIDANCE_INPUT if takes_guidance else {}), **(PRUNED_SHAPE if pruned else {})}
     _check_config(folder / "unet", unet, UNET_REQUIRED, optional)
 
 

@@ -1,6 +1,6 @@
 """Block weighters: static weights, or David, which assesses every batch and weighs blocks and samples by it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,16 +177,18 @@ def make_running_assessment(
     return RunningAssessment(fusion, weights, assessor.bins, references, alphas, device)
 
 
-def load_or_fit_assessor(config: DavidConfig, cache: Path, folder: Path, device: torch.device, steps: int) -> Assessor:
+def load_or_fit_assessor(
+    config: DavidConfig, cache: Path, folder: Path, device: torch.device, steps: int, blocks: Collection[str]
+) -> Assessor:
     """Published weights, or the David in `folder`, fitted to this cache first where there is none.
 
-    `steps` are those of the cache's teacher.
+    `steps` are those of the cache's teacher, `blocks` those of the student, which may lack some of the cache's.
     """
     if config.published is None:
-        return load_or_fit(folder / DAVID_FOLDER, cache, config.fit, steps).to(device)
+        return load_or_fit(folder / DAVID_FOLDER, cache, config.fit, steps, blocks).to(device)
     made_by: Any = Manifest.open(cache).recipe.identity
     hook_point, widths = made_by["hook_point"], made_by["blocks"]
-    return PublishedAssessor.open(config.published, hook_point, widths, steps, pattern_mode="in_bin", device=device)
+    return PublishedAssessor.open(config.published, hook_point, widths, steps, "in_bin", device, blocks)
 
 
 def make_block_weighter(
@@ -203,7 +205,7 @@ def make_block_weighter(
     """
     if not config.affects_training:
         return BlockWeighter(RunningAssessment(config.fusion, block_weights, bins=2, device=device).baseline_lambdas)
-    assessor = load_or_fit_assessor(config, reader.folder, folder, device, steps)
+    assessor = load_or_fit_assessor(config, reader.folder, folder, device, steps, tuple(block_weights))
     running_assessment = make_running_assessment(assessor, config.fusion, block_weights, device)
     if config.sampling.scheme == "stored":
         return DavidWeighter(assessor, running_assessment, None)

@@ -13,11 +13,27 @@ from stages.flow.path import per_sample
 from stages.flow.timesteps import bin_of_time
 
 DEVIATION_FLOOR = 0.01
+NORM_FLOOR = 1e-12
+"""Of the squared norm of a pooled feature, which is far above that unless all channels are 0."""
 
 
 def velocity_error(v: Float[Tensor, "b ..."], v_star: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
     """Mean square over everything but the batch."""
     return (v.float() - v_star.float()).square().flatten(1).mean(dim=1)
+
+
+def data_velocity(
+    x_s: Float[Tensor, "b c h w"], s: Float[Tensor, " b"], x0: Float[Tensor, "b c h w"] | None
+) -> Float[Tensor, "b c h w"]:
+    """(x_s - x0) / s: the velocity of the straight line from the cached picture through the state.
+
+    For a forward-noised state it is eps - x0, whose mean given the state is a velocity of the pictures' distribution;
+    for a state of the teacher's trajectory the mean velocity on the way to the end of that. Raises `ValueError` where
+    the pictures were not read.
+    """
+    if x0 is None:
+        raise ValueError("the data target needs batches that were read with x0")
+    return (x_s.float() - x0.float()) / per_sample(s, x_s)
 
 
 def guidance_error(
@@ -71,6 +87,19 @@ def cosine_errors(
 ) -> Float[Tensor, "n_blocks b"]:
     """1 - cos of the plain pooled features, for each block of `targets`: the original experiment's form."""
     return torch.stack([1 - F.cosine_similarity(features[b].float(), targets[b].float(), dim=1) for b in targets])
+
+
+def teacher_norm_errors(
+    features: Mapping[str, Float[Tensor, "b n"]], targets: Mapping[str, Float[Tensor, "b n"]]
+) -> Float[Tensor, "n_blocks b"]:
+    """|f_s - f_t|^2 / |f_t|^2 of the pooled features, for each block of `targets` (LAPTOP-Diff, arXiv:2404.11098)."""
+    return torch.stack(
+        [
+            (features[b].float() - target.float()).square().sum(dim=1)
+            / target.float().square().sum(dim=1).clamp_min(NORM_FLOOR)
+            for b, target in targets.items()
+        ]
+    )
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,15 @@ from stages.train.losses import (
     Losses,
     block_errors,
     cosine_errors,
+    data_velocity,
     floor_deviations,
     guidance_error,
+    teacher_norm_errors,
     velocity_error,
 )
+
+BLOCK_FORMULAS = {"cosine": cosine_errors, "teacher_norm": teacher_norm_errors}
+"""Of the forms of the block term that need no deviations."""
 
 
 class ObjectiveConfig(Strict):
@@ -43,8 +48,15 @@ class ObjectiveConfig(Strict):
         (1.0, 8.0), description="lowest and highest guidance scale w of that term, drawn uniformly per sample"
     )
     block_weight: float = Field(0.05, ge=0, description="weight of the block term at the start of training")
-    block_form: Literal["standardised", "cosine"] = Field(
-        "standardised", description="pooled features compared as standardised differences, or by their plain cosine"
+    block_form: Literal["standardised", "cosine", "teacher_norm"] = Field(
+        "standardised",
+        description="pooled features compared as standardised differences, by their plain cosine, or (teacher_norm) by "
+        "their squared difference over the teacher's squared norm, as in LAPTOP-Diff",
+    )
+    velocity_target: Literal["teacher", "data"] = Field(
+        "teacher",
+        description="of the conditional branch, also in the guidance term: the teacher's prediction, or (data) "
+        "(x_s - x0) / s towards the cached picture; the unconditional branch keeps the teacher's",
     )
     block_bins: int = Field(10, ge=1, description="bins of s with deviations of their own, for the standardised form")
     block_weights: Mapping[str, Annotated[float, Field(ge=0)]] = Field(
@@ -75,6 +87,15 @@ class ObjectiveConfig(Strict):
         if not 0 <= lowest <= highest:
             raise ValueError(f"guidance_range {lowest} {highest} should rise from a number not below 0")
         return self
+
+    @property
+    def needs_x0(self) -> bool:
+        """Whether batches need the pictures of their records."""
+        return self.velocity_target == "data"
+
+    def identity(self) -> dict[str, Any]:
+        """What a run's identity holds of it; without a setting at its default that earlier runs did not have."""
+        return self.model_dump(mode="json", exclude=None if self.needs_x0 else {"velocity_target"})
 
     def annealed_block_weight(self, progress: float) -> float:
         """Weight of the block term after the share `progress` of training."""
@@ -107,10 +128,12 @@ class Objective:
         standard_weights: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.config, self.blocks, self.scale, self.standard_weights = config, blocks, scale, standard_weights
+        # A pruned student lacks blocks of the cache, whose weights then mean nothing.
+        known = [*blocks, *(scale.deviations if scale else ())]
         for name in config.block_weights:
-            if blocks and name not in blocks:
+            if blocks and name not in known:
                 raise Refused(
-                    f"objective.block_weights.{name}: the cache has no such block - {did_you_mean(name, blocks)}"
+                    f"objective.block_weights.{name}: the cache has no such block - {did_you_mean(name, known)}"
                 )
         if blocks and config.block_form == "standardised" and scale is None:
             raise ValueError("the standardised block form needs the deviations of the features")
@@ -146,16 +169,15 @@ class Objective:
         importance_weight = torch.ones_like(batch.s) if importance_weight is None else importance_weight
         weights = importance_weight * config.time_weight(batch.s)
 
-        conditional = velocity_error(output.v_cond, _conditional_target(output, batch))
+        towards = batch.v_cond if config.velocity_target == "teacher" else data_velocity(batch.x_s, batch.s, batch.x0)
+        conditional = velocity_error(output.v_cond, _conditional_target(output, batch, towards))
         unconditional = velocity_error(output.v_uncond, batch.v_uncond)
         flow_errors = (conditional + config.uncond_weight * unconditional) / (1 + config.uncond_weight)
         if batch.own_guidance is not None:
             flow_errors = torch.where(batch.own_guidance > 0, conditional, flow_errors)
         flow = (weights * flow_errors).mean()
 
-        guidance_errors = guidance_error(
-            output.v_cond - batch.v_cond, output.v_uncond - batch.v_uncond, guidance_scales
-        )
+        guidance_errors = guidance_error(output.v_cond - towards, output.v_uncond - batch.v_uncond, guidance_scales)
         guidance_errors = _zero_without_teacher(guidance_errors, batch)
         guidance = (weights * guidance_errors).mean()
 
@@ -179,13 +201,16 @@ class Objective:
         targets = {block: batch.features[block] for block in self.blocks}
         if not targets:
             return torch.zeros(0, len(batch.s), device=batch.s.device)
-        if self.config.block_form == "cosine" or self.scale is None:
-            return cosine_errors(output.features, targets)
+        if (formula := BLOCK_FORMULAS.get(self.config.block_form)) is not None:
+            return formula(output.features, targets)
+        assert self.scale is not None
         return block_errors(output.features, targets, self.scale.at(batch.s))
 
 
-def _conditional_target(output: Prediction, batch: Batch) -> Float[Tensor, "b c h w"]:
-    """The target of the conditional branch: the teacher's prediction, or the flow to the row's own picture.
+def _conditional_target(
+    output: Prediction, batch: Batch, towards: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b c h w"]:
+    """The target of the conditional branch: `towards`, or the flow to the row's own picture.
 
     That picture is the target under guidance w, so v_u + w (v_c - v_u) = eps - x0 with the student's own v_u, which
     gets no gradient from it: v_c = v_u + (eps - x0 - v_u) / w. Guidance at w is then the flow from noise to such
@@ -193,9 +218,9 @@ def _conditional_target(output: Prediction, batch: Batch) -> Float[Tensor, "b c 
     guided flow by this interpolation; here it trains the conditional one, and the guidance scale stays free).
     """
     if batch.own_guidance is None:
-        return batch.v_cond
+        return towards
     own = remove_guidance(batch.v_cond, output.v_uncond.detach(), batch.own_guidance.clamp_min(1))
-    return torch.where(per_sample(batch.own_guidance, own) > 0, own, batch.v_cond)
+    return torch.where(per_sample(batch.own_guidance, own) > 0, own, towards)
 
 
 def _zero_without_teacher(errors: Float[Tensor, "*n b"], batch: Batch) -> Float[Tensor, "*n b"]:

@@ -16,6 +16,7 @@ from shards.manifest import Manifest
 from shards.reader import DEFAULT_MEMORY_BUDGET_BYTES
 from stages.nets.latents import LatentGeometry
 from stages.nets.student import Student
+from stages.nets.student_shape import Prune, prune_unet
 from stages.system.memory import refuse_too_many
 from stages.system.ownership import claim_folder
 from stages.system.refusal import Refused
@@ -106,7 +107,7 @@ def run_checkpoints(
     # A run without batch_pixels has the identity that it had before there was such a setting.
     absent = {"batch_pixels"} if config.batch_pixels is None else set[str]()
     train = config.model_dump(mode="json", exclude=NON_IDENTITY_FIELDS | ARITHMETIC_FIELDS | absent)
-    identity = {**identity, "train": train, "objective": objective.config.model_dump(mode="json")}
+    identity = {**identity, "train": train, "objective": objective.config.identity()}
     return Checkpoints(folder / "checkpoints", identity, config.keep, config.section)
 
 
@@ -213,7 +214,7 @@ def trainable_parameters(student: Student) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 
-BYTES_OF_TEACHER_AND_STUDENT = 4 + 4
+BYTES_OF_WEIGHTS = 4
 BYTES_OF_GRADIENT_AND_AVERAGE = 4 + 4
 BYTES_OF_MOMENTS = {"adamw": 8, "adamw_8bit": 2, "muon": 4}
 """Of each parameter of the UNet, at least, in every process."""
@@ -228,21 +229,24 @@ def refuse_launch(
     *,
     sizes: Sequence[PictureSize] = (),
     adapters_only: bool = False,
+    prune: Prune = "none",
 ) -> None:
     """Raise `Refused` unless each process gets rows of every batch, and the device's memory is enough for all.
 
-    `sizes` are those of the batches, as far as they are known.
+    `sizes` are those of the batches, as far as they are known; `prune` is what the student is made without.
     """
     if error := _split_error(train, processes, sizes):
         raise Refused(f"processes = {processes}: {error}, or other processes")
     if device.type == "cuda" and processes > torch.cuda.device_count():
         raise Refused(f"processes = {processes}: there are {torch.cuda.device_count()} GPUs - one process for each")
-    bytes_of_parameter = BYTES_OF_TEACHER_AND_STUDENT
+    bytes_of_parameter = BYTES_OF_WEIGHTS  # of the student; the teacher has its weights alone
     if not adapters_only:
         bytes_of_parameter += BYTES_OF_GRADIENT_AND_AVERAGE + BYTES_OF_MOMENTS[train.optimizer.kind]
     cache_bytes = sum(shard.bytes for shard in Manifest.open(cache).shards_of("train"))
     held_bytes = cache_bytes if cache_bytes <= DEFAULT_MEMORY_BUDGET_BYTES else 0
-    refuse_too_many("processes", processes, count_parameters(teacher) * bytes_of_parameter + held_bytes, device)
+    own_bytes = count_parameters(teacher, prune) * bytes_of_parameter
+    needed = count_parameters(teacher) * BYTES_OF_WEIGHTS + own_bytes + held_bytes
+    refuse_too_many("processes", processes, needed, device)
 
 
 def training_sizes(cache: Path, teacher: Path) -> list[PictureSize]:
@@ -258,12 +262,12 @@ def native_size(teacher: Path) -> PictureSize:
     return LatentGeometry.from_configs(unet, vae).native_size
 
 
-def count_parameters(teacher: Path) -> int:
-    """The number of parameters of a teacher's UNet, from its config alone."""
+def count_parameters(teacher: Path, prune: Prune = "none") -> int:
+    """The number of parameters of a teacher's UNet, or of a student pruned from it, from the config alone."""
     check_sd1_architecture(teacher)
     try:
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(read_json(teacher / "unet" / "config.json"))
+            unet = prune_unet(UNet2DConditionModel.from_config(read_json(teacher / "unet" / "config.json")), prune)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError):
         return 0  # each process refuses it when it loads it, with the reason
     return sum(parameter.numel() for parameter in unet.parameters())

@@ -142,3 +142,14 @@ def test_an_origin_with_broken_windows_is_refused(tmp_path: Path, change: dict[s
     (tmp_path / "origin.json").write_text(json.dumps({**content, **change}))
     with pytest.raises(Refused, match=r"origin\.json: cannot be read"):
         Origin.open(tmp_path)
+
+
+def test_a_teacher_whose_config_is_silent_of_the_guidance_input_gets_one(parts: Components, tmp_path: Path) -> None:
+    """As the configs of SD1.5 are, which are older than that entry."""
+    parts.unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["time_cond_proj_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    silent = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert "time_cond_proj_dim" in silent.config["_use_default_values"]
+    assert embed_guidance(silent).config.time_cond_proj_dim == embed_guidance(parts.unet).config.time_cond_proj_dim
