@@ -23,8 +23,8 @@ from configs.load import load
 from shards.reader import Reader
 from stages.cache_teacher import Config as CacheConfig
 from stages.convert.delta import add_difference
-from stages.evaluate.measure import distinct_texts
 from stages.evaluate.paired import PairedError, teacher_reference
+from stages.evaluate.recorded_prompts import distinct_texts
 from stages.nets.components import load_components
 from stages.nets.run_folder import load_run_teacher, load_student, open_run
 from stages.nets.student import Student

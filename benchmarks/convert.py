@@ -22,8 +22,8 @@ from torch import Tensor
 
 from benchmarks.finetunes import MODEL, NAMES, make
 from stages.convert.starts import Models, load_base_student, make_start
-from stages.evaluate.measure import distinct_texts
 from stages.evaluate.paired import PairedInputs, relative_errors, teacher_reference
+from stages.evaluate.recorded_prompts import distinct_texts
 from stages.nets.run_folder import load_run_teacher, load_student, open_run
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from benchmarks.distances import (
+from benchmarks.few_steps_models import Pictures, all_right
+from stages.evaluate.distances.estimators import (
     answer_differences,
     frechet_distance,
     frechet_floor,
@@ -20,7 +21,6 @@ from benchmarks.distances import (
     prompt_variation,
     variation_floor,
 )
-from benchmarks.few_steps_models import Pictures, all_right
 from stages.evaluate.paired import BOOTSTRAP_RESAMPLES, interval_of, relative_errors
 from stages.sampling.sampler import Sampler
 from stages.tiny.world import ATTRIBUTES, parse_attributes, world_grammar

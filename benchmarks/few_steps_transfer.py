@@ -17,9 +17,8 @@ from torch import Tensor
 
 from benchmarks.commuting import source_of
 from stages.convert.delta import add_difference
-from stages.evaluate.measure import distinct_texts
 from stages.evaluate.paired import TeacherReference, bootstrap_interval, relative_errors, teacher_reference
-from stages.evaluate.recorded_prompts import recorded_prompts
+from stages.evaluate.recorded_prompts import distinct_texts, recorded_prompts
 from stages.flow.solver import euler
 from stages.flow.windows import window_ends
 from stages.nets.components import load_components

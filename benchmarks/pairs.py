@@ -12,8 +12,9 @@ import torch
 
 from configs.load import load
 from configs.values import PictureSize
-from stages.evaluate.measure import Config, distinct_texts
 from stages.evaluate.paired import PairedInputs, make_reference, normalised_score, relative_errors
+from stages.evaluate.recorded_prompts import distinct_texts
+from stages.evaluate.settings import Config
 from stages.nets.run_folder import load_run_teacher, load_student, open_run
 from stages.nets.teacher import Teacher
 from stages.prompts import derived_seed

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from configs.values import PictureSize
-from stages.evaluate.measure import distinct_texts
 from stages.evaluate.paired import TeacherReference, teacher_reference
+from stages.evaluate.recorded_prompts import distinct_texts
 from stages.flow.path import interpolate
 from stages.nets.components import load_components
 from stages.nets.teacher import Teacher

@@ -11,7 +11,7 @@ from stages.convert.polish import polish
 from stages.convert.results import is_complete
 from stages.convert.starts import Models, Probe, make_start, probe_starts
 from stages.convert.verdict import Verdict, measure_verdict
-from stages.evaluate.measure import distinct_texts
+from stages.evaluate.recorded_prompts import distinct_texts
 from stages.evaluate.report import paired_table
 from stages.export import export_all
 from stages.hub.uploader import make_uploader

@@ -18,8 +18,7 @@ from stages.convert.delta import refuse_other_anatomy, relative_distance
 from stages.convert.results import START_FILE, VERDICT_FILE, ResultFile, refuse_foreign_run
 from stages.convert.starts import Models, Probe, usable_starts
 from stages.convert.verdict import Verdict
-from stages.evaluate.measure import distinct_texts
-from stages.evaluate.recorded_prompts import recorded_prompts
+from stages.evaluate.recorded_prompts import distinct_texts, recorded_prompts
 from stages.export import export_paths
 from stages.export.existing import refuse_occupied
 from stages.nets.measured_teacher import load_measured_teacher

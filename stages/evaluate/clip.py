@@ -48,9 +48,24 @@ class ClipScorer:
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str], pictures: Float[Tensor, "b 3 h w"]) -> Mapping[str, Float[Tensor, " b"]]:
         """The cosine of each pair, in fp32 on the CPU; a sentence longer than the model's context is truncated."""
-        pixels = (pictures.detach().float().cpu().clamp(0, 1) * 255).round().byte()
-        images = [picture.permute(1, 2, 0).numpy() for picture in pixels]
-        inputs = self._processor(text=list(texts), images=images, return_tensors="pt", padding=True, truncation=True)
+        inputs = self._processor(
+            text=list(texts), images=_images(pictures), return_tensors="pt", padding=True, truncation=True
+        )
         output = self._model(**inputs.to(self._model.device))
         cosine: Tensor = (output.image_embeds.float() * output.text_embeds.float()).sum(-1)
         return {"clip": cosine.cpu()}
+
+    @torch.inference_mode()
+    def picture_embeddings(self, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """The embeddings of pictures in the space that they share with sentences, of length 1."""
+        inputs = self._processor(images=_images(pictures), return_tensors="pt").to(self._model.device)
+        vision = self._model.vision_model(pixel_values=inputs["pixel_values"])
+        embeddings: Tensor = self._model.visual_projection(vision.pooler_output).float()
+        unit: Tensor = embeddings / embeddings.norm(dim=-1, keepdim=True)
+        return unit
+
+
+def _images(pictures: Float[Tensor, "b 3 h w"]) -> list[Any]:
+    """Pictures as the model's processor takes them: bytes, height first, colours last."""
+    pixels = (pictures.detach().float().cpu().clamp(0, 1) * 255).round().byte()
+    return [picture.permute(1, 2, 0).numpy() for picture in pixels]

@@ -1,46 +1,63 @@
 """The command `sollune evaluate`: fidelity, paired-noise and velocity errors of a student against its teacher."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from diffusers import StableDiffusionPipeline
-from pydantic import Field, ImportString
 from torch import Tensor
 
 from configs.load import config_from_arguments, name_first_argument
-from configs.values import PictureSize, Strict
+from configs.values import PictureSize
 from shards.reader import Reader
+from stages.evaluate.distances.coco import evaluate_coco
+from stages.evaluate.distances.columns import Measures, open_measures
+from stages.evaluate.distances.folders import PictureFolder, open_picture_folders
+from stages.evaluate.distances.of_run import (
+    Subjects,
+    folder_fidelity,
+    measure_distances,
+    measure_straightness,
+    read_folders,
+    refuse_foreign_prompts,
+)
 from stages.evaluate.exported import verified_export
 from stages.evaluate.lora import LoraInputs, measure_lora, open_measured_loras
-from stages.evaluate.lora_file import ScaledLora
 from stages.evaluate.lora_report import lora_json, print_lora_report, report_paths
 from stages.evaluate.metrics import Fidelity, Scorer, compute_fidelity
-from stages.evaluate.paired import PairedError, paired_error, teacher_reference
-from stages.evaluate.recorded_prompts import recorded_prompts
+from stages.evaluate.paired import PairedError, make_reference
+from stages.evaluate.recorded_prompts import distinct_texts, recorded_prompts
 from stages.evaluate.report import (
     STUDENT,
     STUDENT_AS_NOISE_MODEL,
     TEACHER,
     Evaluation,
-    Gates,
     SizeErrors,
     check_gates,
     print_report,
     to_json,
 )
-from stages.evaluate.settings import FidelityConfig, PairedConfig
+from stages.evaluate.settings import Config
+from stages.evaluate.stored import (
+    STORE_FOLDER,
+    SampleStore,
+    StoredInputs,
+    folder_identity,
+    stored_pictures,
+    student_identity,
+    teacher_identity,
+)
 from stages.nets.graft import graft_time_embedding
 from stages.nets.run_folder import SavedRun, cache_folder, load_run_teacher, load_student, open_run
 from stages.nets.student import Student
+from stages.nets.student_shape import prune_unet, refuse_pruned
 from stages.nets.teacher import Teacher
-from stages.prompts import PromptSource, prompts
+from stages.prompts import derived_seed
 from stages.sampling.few_steps import few_steps_of_run, refuse_few_steps
-from stages.sampling.fields import TwoBranchField, student_field
+from stages.sampling.fields import TwoBranchField, student_field, teacher_field
 from stages.sampling.grids import fixed_noises, make_sheet, save_sheet
-from stages.sampling.single_file import generate_pictures, load_pipeline, use_ddim_scheduler
+from stages.sampling.single_file import load_pipeline, use_ddim_scheduler
 from stages.system.atomic import atomic_write
 from stages.system.device import device_of
 from stages.system.disk import refuse_unwritable
@@ -51,34 +68,6 @@ GRID_ROWS = 6
 FEW_STEPS_NOTE = """\
 {run}: paired errors are measured at its {steps} steps alone; velocity errors are left out, because its velocity is that
 of whole windows, not of the teacher's branches"""
-
-
-class Config(Strict):
-    """Measure a run against its teacher: `sollune evaluate RUN --config FILE`."""
-
-    run: Path = Field(description="run folder, such as runs/tiny/distill")
-    prompts: PromptSource | None = Field(
-        None,
-        description="where the sentences come from, of which the validation share is used; none takes the source of "
-        "the run's cache",
-    )
-    seed: int = Field(1, description="seed of prompts and noises")
-    scorer: ImportString[Any] | None = Field(
-        None, description="function (texts, pictures) -> attribute -> shown or not; none leaves fidelity out"
-    )
-    fidelity: FidelityConfig = FidelityConfig()
-    paired: PairedConfig = PairedConfig()
-    lora: tuple[ScaledLora, ...] = Field(
-        (),
-        description="LoRA files made for the teacher, each FILE or FILE:SCALE: they alone are then measured, on the "
-        "student against the teacher, and stored in RUN/loras",
-    )
-    lora_prompts: int = Field(
-        64, ge=8, description="validation prompts for each LoRA; the first quarter finds the scale that suits it best"
-    )
-    velocity_states: int = Field(600, ge=0, description="most held-out states whose velocity is checked; 0 for none")
-    gates: Gates = Gates()
-    device: str = Field("auto", description="torch device; auto takes a GPU where there is one")
 
 
 @dataclass(frozen=True)
@@ -96,17 +85,42 @@ class EvaluationSetup:
     """Of fidelity's pictures, which are of the model's own size."""
     held_out_reader: Reader | None
     """The cache's validation split, where states of it are measured."""
+    store: SampleStore
+    measures: Measures
+    folders: Sequence[PictureFolder]
+    """Pictures of other models."""
 
-    @property
+    @cached_property
     def field(self) -> TwoBranchField:
         """The student as it is sampled."""
-        return student_field(self.student, None, *(few_steps_of_run(self.run) or ()))
+        field = student_field(self.student, None, *(few_steps_of_run(self.run) or ()))
+        return replace(field, identity=student_identity(self.run))
 
     @property
     def main_size(self) -> PictureSize:
         """The size of the controls and the gates: the model's own, or the first where that is not measured."""
         native = self.teacher.components.native_size
         return native if native in self.sizes else self.sizes[0]
+
+    def subjects(self, config: Config, size: PictureSize) -> Subjects:
+        """What the paired errors at one size are measured of: a longer list of texts begins with the same noises."""
+        paired, parts, teacher = config.paired, self.teacher.components, self.teacher
+        texts = self.texts[: paired.prompts]
+        cond = teacher.encode_texts(texts)
+        noise, other = (
+            fixed_noises(one, len(texts), parts.latent_shape(size)).to(cond.device)
+            for one in (config.seed, derived_seed("other noise", config.seed))
+        )
+        return Subjects(
+            teacher,
+            replace(teacher_field(teacher), identity=teacher_identity(self.run.origin)),
+            self.field,
+            StoredInputs(cond, teacher.uncond, noise, texts, self.store),
+            other,
+            paired.sampler.scaled_to(size, parts.native_size),
+            paired.steps,
+            paired.reference_steps,
+        )
 
 
 def evaluate(config: Config) -> Evaluation:
@@ -120,20 +134,28 @@ def evaluate(config: Config) -> Evaluation:
     if config.scorer:
         setup.field.check_guidance(config.fidelity.guidance, "fidelity.guidance")
         verified_export(setup.run, setup.student)
-    # Fidelity comes last: it writes its pictures to a file, and nothing may be refused after that.
-    paired = {size: measure_paired(setup, config, size) for size in setup.sizes}
+    setup.store.remove_abandoned()
     velocity = None
     if setup.held_out_reader is not None:
         states = read_first_states(setup.held_out_reader, config.velocity_states)
         velocity = velocity_errors(setup.student, states, setup.teacher.uncond)
+    paired = {size: measure_paired(setup, config, size) for size in setup.sizes}
+    main, names = setup.subjects(config, setup.main_size), (TEACHER, STUDENT)
+    of_folders = read_folders(setup.folders, setup.measures, setup.main_size)
+    distances = None
+    if setup.folders or setup.measures.features or setup.measures.clip:
+        # The scorer's table is of fidelity's pictures, and of those of folders.
+        distances = measure_distances(main, replace(setup.measures, scorer=None), of_folders, names)
+    straightness = measure_straightness(main, names)
     velocity_by_size = velocity.velocity_by_size if velocity else {}
     several = len({*paired, *velocity_by_size}) > 1
     return Evaluation(
         run=str(config.run),
         samples=setup.run.samples,
         tail=setup.run.origin.tail,
-        settings=config.model_dump(mode="json", exclude={"gates", "run", "lora", "lora_prompts"}),
-        fidelity=measure_fidelity(setup, config.scorer, config) if config.scorer else {},
+        settings=config.model_dump(mode="json", exclude={"gates", "run", "lora", "lora_prompts", "coco"}),
+        # It comes last: it writes its pictures to a file, and nothing may be refused after that.
+        fidelity=measure_fidelity(setup, config.scorer, config) | folder_fidelity(of_folders) if config.scorer else {},
         paired=paired[setup.main_size],
         velocity=velocity,
         size=str(setup.main_size),
@@ -143,13 +165,17 @@ def evaluate(config: Config) -> Evaluation:
         }
         if several
         else {},
+        straightness=straightness,
+        distances=distances,
     )
 
 
 def prepare_evaluation(config: Config) -> EvaluationSetup:
     """Open the run and fix the lists; raises `Refused` for a run that cannot be measured."""
     saved = open_run(config.run)
-    parts = load_run_teacher(saved.origin, device_of(config.device), torch.float32)
+    folders = open_picture_folders(config.pictures, [TEACHER, STUDENT, STUDENT_AS_NOISE_MODEL])
+    device = device_of(config.device)
+    parts = load_run_teacher(saved.origin, device, torch.float32)
     texts = distinct_texts(
         config.prompts or recorded_prompts(saved), config.seed, max(config.fidelity.prompts, config.paired.prompts)
     )
@@ -161,25 +187,26 @@ def prepare_evaluation(config: Config) -> EvaluationSetup:
         cache = cache_folder(saved.folder)
         reader = Reader(cache, "validation", config.seed, unstated_size=parts.native_size)
     teacher, student = Teacher(parts, saved.origin.tail), load_student(saved, parts)
-    return EvaluationSetup(sizes, saved, teacher, student, texts, noise, reader)
+    store = SampleStore(saved.folder / STORE_FOLDER)
+    setup = EvaluationSetup(sizes, saved, teacher, student, texts, noise, reader, store, Measures(), folders)
+    measures = open_measures(config.features, config.clip, config.scorer, setup.main_size, device)
+    refuse_foreign_prompts(folders, texts[: config.paired.prompts], measures)
+    return replace(setup, measures=measures)
 
 
-def distinct_texts(source: PromptSource, seed: int, count: int) -> list[str]:
-    """Validation sentences, each once as far as the source has them; a longer list begins with the shorter one."""
-    distinct = list(dict.fromkeys(prompt.text for prompt in prompts(source, seed, "validation", 4 * count)))
-    return [distinct[i % len(distinct)] for i in range(count)]
-
-
-def measure_fidelity(setup: EvaluationSetup, scorer: Scorer, config: Config) -> Mapping[str, Fidelity]:
+def measure_fidelity(setup: EvaluationSetup, scorer: Scorer, config: Config) -> dict[str, Fidelity]:
     """Teacher by DDIM, student by its exported folder, and the student sampled as the noise model that it is not."""
     settings = config.fidelity
 
+    folder, device = setup.teacher.components.present_folder(), setup.noise.device
+    export = verified_export(setup.run, setup.student)
+    teacher, student = load_pipeline(folder, device), load_pipeline(export, device)
+    identities = {id(teacher): teacher_identity(setup.run.origin), id(student): folder_identity(export)}
+
     def generate(pipeline: StableDiffusionPipeline, count: int, steps: int = settings.steps) -> Tensor:
         texts, noise = setup.texts[:count], setup.noise[:count]
-        return generate_pictures(pipeline, texts, noise, steps, settings.guidance)
+        return stored_pictures(setup.store, identities[id(pipeline)], pipeline, texts, noise, steps, settings.guidance)
 
-    folder, device = setup.teacher.components.present_folder(), setup.noise.device
-    teacher, student = load_pipeline(folder, device), load_pipeline(verified_export(setup.run, setup.student), device)
     use_ddim_scheduler(teacher, folder)
     student_steps = setup.run.origin.windows or settings.steps
     pictures = {
@@ -196,27 +223,28 @@ def measure_fidelity(setup: EvaluationSetup, scorer: Scorer, config: Config) -> 
 
 def measure_paired(setup: EvaluationSetup, config: Config, size: PictureSize) -> Mapping[str, Sequence[PairedError]]:
     """Paired-noise errors of the student at one size; at the main size also of controls, which must be larger."""
-    paired = config.paired
-    reference = teacher_reference(
-        setup.teacher,
-        setup.texts[: paired.prompts],
-        config.seed,
-        paired.sampler,
-        size,
-        paired.steps,
-        paired.reference_steps,
+    subjects, controls = setup.subjects(config, size), config.paired.controls
+    inputs = subjects.inputs
+    reference = make_reference(
+        subjects.teacher_field,
+        inputs,
+        subjects.other_noise,
+        subjects.sampler,
+        subjects.steps,
+        subjects.reference_steps,
     )
-    cond = reference.inputs.cond
-    measured = {STUDENT: (setup.field, cond)}
-    if paired.controls and size == setup.main_size:
-        copy, graft = (Student.from_teacher(setup.teacher.components.unet).eval() for _ in range(2))
+    measured = {STUDENT: (subjects.student_field, inputs)}
+    if controls and size == setup.main_size:
+        unet = prune_unet(setup.teacher.components.unet, setup.run.origin.prune)
+        copy, graft = (Student.from_teacher(unet).eval() for _ in range(2))
         graft_time_embedding(graft.unet, setup.teacher.bridge)
-        measured["undistilled graft"] = (student_field(graft), cond)
-        measured["undistilled copy"] = (student_field(copy), cond)
-        measured["wrong prompts"] = (setup.field, cond.roll(1, 0))
+        for start, student in (("undistilled graft", graft), ("undistilled copy", copy)):
+            identity = {**teacher_identity(setup.run.origin), "start": start}
+            measured[start] = (replace(student_field(student), identity=identity), inputs)
+        measured["wrong prompts"] = (subjects.student_field, inputs.with_neighbours_prompts())
     return {
-        name: [paired_error(field, reference, n, prompts_cond) for n in paired.steps]
-        for name, (field, prompts_cond) in measured.items()
+        name: [reference.compare(of_field.sample(field, subjects.sampler_of(n)), n) for n in subjects.steps]
+        for name, (field, of_field) in measured.items()
     }
 
 
@@ -227,6 +255,7 @@ def evaluate_loras(config: Config) -> None:
     """
     saved = open_run(config.run)
     refuse_few_steps(saved, "the measurement of LoRAs")
+    refuse_pruned(saved.folder, saved.origin.prune, "the measurement of LoRAs made for the teacher")
     reports = report_paths(saved.folder, config.lora)
     parts = load_run_teacher(saved.origin, device_of(config.device), torch.float32)
     loras = open_measured_loras(config.lora, parts)
@@ -259,6 +288,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     report = config.run / "evaluation.json"
     device_of(config.device)  # refused before the run is read, which takes longer
+    if config.coco:
+        evaluate_coco(config, config.coco)
+        return 0
     if config.lora:
         evaluate_loras(config)
         return 0

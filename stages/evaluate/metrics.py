@@ -41,6 +41,11 @@ def refuse_blind_scorer(scorer: Scorer, text: str, size: PictureSize, hint: str)
 
 def compute_fidelity(scorer: Scorer, texts: Sequence[str], pictures: Float[Tensor, "b 3 H W"]) -> Fidelity:
     """The scorer's shares for pictures of these texts."""
-    scores = {name: value.float() for name, value in scorer(texts, pictures).items()}
+    return fidelity_of(scorer(texts, pictures))
+
+
+def fidelity_of(scores: Mapping[str, Tensor]) -> Fidelity:
+    """The shares of what a scorer returned."""
+    scores = {name: value.float() for name, value in scores.items()}
     shares = {name: float(value.nanmean()) for name, value in scores.items()}
-    return Fidelity(shares, float(shows_everything(scores).float().mean()), len(texts))
+    return Fidelity(shares, float(shows_everything(scores).float().mean()), len(next(iter(scores.values()))))

@@ -58,6 +58,14 @@ class PairedInputs:
     uncond: Float[Tensor, "1 l d"]
     noise: Float[Tensor, "b c h w"]
 
+    def rows(self, rows: slice) -> "PairedInputs":
+        """Some of the rows."""
+        return PairedInputs(self.cond[rows], self.uncond, self.noise[rows])
+
+    def with_cond(self, cond: Float[Tensor, "b l d"]) -> "PairedInputs":
+        """The same noises with other prompts."""
+        return replace(self, cond=cond)
+
     def sample(self, field: TwoBranchField, sampler: Sampler) -> Float[Tensor, "b c h w"]:
         """The field's latents for this list."""
         return sampler.sample(field, self.cond, self.uncond, self.noise)
@@ -75,9 +83,8 @@ class TeacherReference:
 
     def rows(self, rows: slice) -> "TeacherReference":
         """The same of some of the pictures."""
-        inputs = replace(self.inputs, cond=self.inputs.cond[rows], noise=self.inputs.noise[rows])
         floors = {steps: errors[rows] for steps, errors in self.floors.items()}
-        return replace(self, inputs=inputs, x0=self.x0[rows], ceiling=self.ceiling[rows], floors=floors)
+        return replace(self, inputs=self.inputs.rows(rows), x0=self.x0[rows], ceiling=self.ceiling[rows], floors=floors)
 
     def picture_errors(self, field: TwoBranchField, steps: int) -> Float[Tensor, " b"]:
         """Each picture's error, sampled from a field in one of the reference's numbers of steps."""
@@ -168,7 +175,7 @@ def paired_error(
     field: TwoBranchField, reference: TeacherReference, steps: int, cond: Float[Tensor, "b l d"] | None = None
 ) -> PairedError:
     """The error of any field at one of the reference's numbers of steps; `cond` replaces its prompts."""
-    inputs = reference.inputs if cond is None else replace(reference.inputs, cond=cond)
+    inputs = reference.inputs if cond is None else reference.inputs.with_cond(cond)
     return reference.compare(inputs.sample(field, reference.sampler.model_copy(update={"steps": steps})), steps)
 
 

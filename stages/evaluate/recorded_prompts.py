@@ -1,4 +1,4 @@
-"""Where the prompts of a run's cache came from, as the run's root folder records it."""
+"""The prompts of an evaluation, and where those of a run's cache came from, as the run's root folder records it."""
 
 from pydantic import ValidationError
 
@@ -6,7 +6,7 @@ from configs.load import first_error
 from configs.values import Strict
 from configs.yaml_text import read_yaml
 from stages.nets.run_folder import SavedRun, cache_folder
-from stages.prompts import PromptSource
+from stages.prompts import PromptSource, prompts
 from stages.system.refusal import Refused
 
 REMEDY = "name a source with --prompts.source, or a YAML file that has one with --config"
@@ -29,3 +29,9 @@ def recorded_prompts(run: SavedRun) -> PromptSource:
     except ValidationError as error:
         _, problem = first_error(error, _Recorded, recorded)
         raise Refused(f"prompts: {file}: {problem} - {REMEDY}") from error
+
+
+def distinct_texts(source: PromptSource, seed: int, count: int) -> list[str]:
+    """Validation sentences, each once as far as the source has them; a longer list begins with the shorter one."""
+    distinct = list(dict.fromkeys(prompt.text for prompt in prompts(source, seed, "validation", 4 * count)))
+    return [distinct[i % len(distinct)] for i in range(count)]

@@ -6,27 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from configs.values import Strict
+from stages.evaluate.distances.columns import Column, Distances, Floor
+from stages.evaluate.gates import Gates
 from stages.evaluate.metrics import Fidelity
 from stages.evaluate.paired import PairedError
+from stages.evaluate.straightness import Straightness
 from stages.train.validation import VelocityErrors
 
 TEACHER, STUDENT, STUDENT_AS_NOISE_MODEL = "teacher", "student", "student as a noise model"
-
-
-class Gates(Strict):
-    """Limits that a student must keep and its controls must miss; a limit left out is not checked."""
-
-    attribute_loss: float | None = Field(
-        None, ge=0, description="most that any attribute may lose to the teacher, 0 to 1"
-    )
-    score: dict[int, float] = Field(default_factory=dict, description="steps -> highest paired score, 0 to 1")
-    velocity_error: float | None = Field(None, ge=0, description="highest held-out relative squared velocity error")
-    guidance_error: float | None = Field(None, ge=0, description="highest such error of the guidance difference")
 
 
 @dataclass(frozen=True)
@@ -58,6 +48,9 @@ class Evaluation:
     """The main size, to which the gates of paired scores belong: the teacher's own if that was measured."""
     by_size: Mapping[str, SizeErrors] = field(default_factory=dict)
     """The student's errors at each size, the main one too; empty where there is one size alone."""
+    straightness: Straightness | None = None
+    distances: Distances | None = None
+    """Of the pictures whose paired errors are measured, at the main size."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +129,8 @@ def print_report(evaluation: Evaluation, gate_results: Sequence[GateResult], con
         paired_table(evaluation.paired, f" at {evaluation.size}" if evaluation.by_size else ""),
         _paired_by_size_table(evaluation.by_size),
         _velocity_table(evaluation.velocity, evaluation.by_size),
+        _straightness_table(evaluation.straightness),
+        _distances_table(evaluation.distances),
         make_table("gates", ["", "measured", "limit", ""], gates),
     ):
         if table.row_count:
@@ -176,6 +171,40 @@ def _velocity_table(velocity: VelocityErrors | None, by_size: Mapping[str, SizeE
     of_sizes = {size: errors.velocity for size, errors in by_size.items() if errors.velocity is not None}
     rows += [(f"velocity at {size}", f"{error:.4f}", *("" for _ in range(bins))) for size, error in of_sizes.items()]
     return make_table("held-out relative squared error", columns, rows)
+
+
+def _straightness_table(measured: Straightness | None) -> Table:
+    rows = [] if measured is None else [(n, f"{measured.steps[n]}", f"{v:.4f}") for n, v in measured.relative.items()]
+    return make_table("curvature of the trajectories, 0 for straight lines", ["", "steps", "relative"], rows)
+
+
+def _distances_table(distances: Distances | None) -> Table:
+    heads = ["", "steps", "pictures", "Frechet", "95 % of the floor", "KID", "95 % of the floor", "CLIP"]
+    if distances is None:
+        return make_table("", heads, [])
+    rows = [
+        _distances_row(name, column, column.floor or distances.floor)
+        for name, columns in distances.columns.items()
+        for column in columns
+    ]
+    return make_table(f"against {distances.reference}, features {distances.features or 'none'}", heads, rows)
+
+
+def _distances_row(name: str, column: Column, floor: Floor | None) -> tuple[str, ...]:
+    def number(value: float | None, form: str = ".4f") -> str:
+        return "-" if value is None else f"{value:{form}}"
+
+    limits = (floor.frechet.limit, floor.kid.limit) if floor else (None, None)
+    return (
+        name,
+        number(column.steps, "d"),
+        f"{column.pictures}",
+        number(column.frechet),
+        number(limits[0]),
+        number(column.kid),
+        number(limits[1]),
+        number(column.clip),
+    )
 
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -1,10 +1,15 @@
-"""What `sollune evaluate` measures of pictures, and with which settings."""
+"""The settings of `sollune evaluate`: what is measured of which pictures."""
 
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ImportString, model_validator
 
-from configs.values import Size, Strict
+from configs.values import Location, NonEmpty, Size, Strict
+from stages.evaluate.gates import Gates
+from stages.evaluate.lora_file import ScaledLora
+from stages.prompts import PromptSource
 from stages.sampling.sampler import Sampler
 
 
@@ -45,3 +50,59 @@ class PairedConfig(Strict):
         if repeated:
             raise ValueError(f"sizes: {repeated[0]} stands there more than once - name each size once")
         return self
+
+
+class CocoConfig(Strict):
+    """The COCO protocol, for whoever has its data."""
+
+    captions: Path = Field(description="file of captions, such as captions_val2017.json")
+    images: Path = Field(description="folder of its photographs")
+    count: int = Field(5000, ge=4, description="photographs, each with its first caption; 5000 and 30000 are usual")
+    sampler: Sampler = Field(
+        Sampler(), description="how the student is sampled; the teacher by Euler's method, as DDIM"
+    )
+
+
+class Config(Strict):
+    """Measure a run against its teacher: `sollune evaluate RUN --config FILE`."""
+
+    run: Path = Field(description="run folder, such as runs/tiny/distill")
+    prompts: PromptSource | None = Field(
+        None,
+        description="where the sentences come from, of which the validation share is used; none takes the source of "
+        "the run's cache",
+    )
+    seed: int = Field(1, description="seed of prompts and noises")
+    scorer: ImportString[Any] | None = Field(
+        None, description="function (texts, pictures) -> attribute -> shown or not; none leaves fidelity out"
+    )
+    fidelity: FidelityConfig = FidelityConfig()
+    paired: PairedConfig = PairedConfig()
+    features: NonEmpty | None = Field(
+        None,
+        description="features for Frechet and kernel distances to the teacher's pictures: MODULE.FUNCTION of pictures "
+        "[b 3 h w] in [0, 1] that returns [b d], a folder with a CLIP model, or a TorchScript file of Inception; none "
+        "leaves the distances out",
+    )
+    clip: Location | None = Field(
+        None, description="folder or hub repository of a CLIP model, whose score of picture and sentence is measured"
+    )
+    pictures: tuple[Path, ...] = Field(
+        (),
+        description="folders of pictures of any other model, each a column beside the student: named by their prompts, "
+        "or with a list prompts.json or prompts.csv",
+    )
+    coco: CocoConfig | None = Field(
+        None, description="COCO's captions and photographs: against these alone it is then measured, in RUN/coco.json"
+    )
+    lora: tuple[ScaledLora, ...] = Field(
+        (),
+        description="LoRA files made for the teacher, each FILE or FILE:SCALE: they alone are then measured, on the "
+        "student against the teacher, and stored in RUN/loras",
+    )
+    lora_prompts: int = Field(
+        64, ge=8, description="validation prompts for each LoRA; the first quarter finds the scale that suits it best"
+    )
+    velocity_states: int = Field(600, ge=0, description="most held-out states whose velocity is checked; 0 for none")
+    gates: Gates = Gates()
+    device: str = Field("auto", description="torch device; auto takes a GPU where there is one")

@@ -1,9 +1,9 @@
 """Velocity fields under guidance: the student, the bridged teacher, and any network in their place."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DDIMScheduler
@@ -42,6 +42,8 @@ class TwoBranchField:
     """The steps of a student whose every step is a window of its own; None for any other model."""
     guidance_range: tuple[float, float] | None = None
     """The least and the greatest guidance scale that the network learnt as an input; None where any can be taken."""
+    identity: Mapping[str, Any] | None = None
+    """All that decides its answers, where what is sampled of it is stored; None where nothing is."""
 
     def velocity(self, x: Tensor, s: Tensor, cond: Tensor, uncond: Tensor, guidance: float | Tensor) -> Tensor:
         """The velocity under guidance."""

@@ -73,15 +73,38 @@ def generate_pictures(
     pictures = []
     for first in range(0, len(texts), BATCH_SIZE):
         rows = slice(first, first + BATCH_SIZE)
-        batch = pipeline(
-            list(texts[rows]),
-            latents=noise[rows].to(pipeline.device),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            output_type="pt",
-        ).images
-        pictures.append(batch.float().cpu())
+        latents = generate_latents(pipeline, texts[rows], noise[rows], steps, guidance)
+        pictures.append(decode_pictures(pipeline, latents))
     return torch.cat(pictures)
+
+
+def generate_latents(
+    pipeline: StableDiffusionPipeline,
+    texts: Sequence[str],
+    noise: Float[Tensor, "b c h w"],
+    steps: int,
+    guidance: float,
+) -> Float[Tensor, "b c h w"]:
+    """What the pipeline samples of one batch, before its autoencoder."""
+    latents: Tensor = pipeline(
+        list(texts),
+        latents=noise.to(pipeline.device),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="latent",
+    ).images
+    return latents
+
+
+@torch.no_grad()
+def decode_pictures(pipeline: StableDiffusionPipeline, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+    """The pictures of one batch in [0, 1], on the CPU, exactly as the pipeline itself decodes them."""
+    scaled = latents.to(pipeline.device) / pipeline.vae.config.scaling_factor
+    decoded = pipeline.vae.decode(scaled, return_dict=False)[0]
+    pictures: Tensor = pipeline.image_processor.postprocess(
+        decoded, output_type="pt", do_denormalize=[True] * len(decoded)
+    )
+    return pictures.float().cpu()
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,13 @@ def score(texts: Sequence[str], pictures: Float[Tensor, "b 3 h w"]) -> Mapping[s
     return {name: torch.tensor(values) for name, values in scores.items()}
 
 
+@torch.inference_mode()
+def features(pictures: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b 128"]:
+    """What the classifier judges from, of pictures in [0, 1]: for distances between sets of them."""
+    rows: Tensor = load_classifier().trunk(pictures.float().cpu() * 2 - 1)
+    return rows
+
+
 def accuracies(scores: Mapping[str, Float[Tensor, " b"]]) -> dict[str, float]:
     """Mean of each attribute where it is named, and the share of pictures with everything right (`all`)."""
     any_wrong = torch.stack([value == 0 for value in scores.values()]).any(0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.distances import (
+from stages.evaluate.distances.estimators import (
     answer_differences,
     frechet_distance,
     frechet_floor,

@@ -8,8 +8,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from stages.evaluate.measure import Config, distinct_texts, evaluate, main
+from stages.evaluate.measure import evaluate, main
+from stages.evaluate.recorded_prompts import distinct_texts
 from stages.evaluate.report import Gates, check_gates
+from stages.evaluate.settings import Config
 from stages.prompts import FileSource, split_of
 from stages.system.refusal import Refused
 

@@ -17,10 +17,12 @@ from shards.writer import CacheWriter
 from stages.cache.fill import fill, tasks_of
 from stages.cache.sizes import RenderSizes, SizeShare
 from stages.cache.targets import RenderConfig, StatesConfig, make_records, recipe_of
-from stages.evaluate.measure import Config, distinct_texts, evaluate, main
+from stages.evaluate.measure import evaluate, main
 from stages.evaluate.metrics import refuse_blind_scorer
 from stages.evaluate.paired import PairedInputs, make_reference, paired_error
+from stages.evaluate.recorded_prompts import distinct_texts
 from stages.evaluate.report import Gates, check_gates, print_report, to_json
+from stages.evaluate.settings import Config
 from stages.export.history import metric_tables, model_index_results
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import few_steps
-from benchmarks.distances import frechet_floor
 from benchmarks.few_steps_models import (
     Measurement,
     Model,
@@ -25,6 +24,7 @@ from benchmarks.few_steps_models import (
     open_subjects,
 )
 from benchmarks.few_steps_results import marks, mean_interval, phase_seconds, share_interval
+from stages.evaluate.distances.estimators import frechet_floor
 from stages.evaluate.metrics import shows_everything
 from stages.nets.run_folder import Origin
 from stages.prompts import GrammarSource, split_of
