@@ -78,6 +78,21 @@ $(error WINDOWS = '$(call given,WINDOWS)': should be numbers of steps that fall 
 endif
 endif
 
+# The studies of `ablate`, by default those of configs/ablation, and whether it runs their small versions.
+STUDIES ?=
+QUICK ?=
+ifneq ($(filter ablate,$(MAKECMDGOALS)),)
+ifneq ($(call refused,STUDIES,$(quotes)),)
+$(error STUDIES = $(call given,STUDIES): holds $(call refused,STUDIES,$(quotes)) - name YAML files such as STUDIES=configs/ablation/david.yaml)
+endif
+ifneq ($(filter-out $(wildcard $(STUDIES)),$(STUDIES)),)
+$(error STUDIES = $(STUDIES): there is no $(filter-out $(wildcard $(STUDIES)),$(STUDIES)) - name YAML files such as STUDIES=configs/ablation/david.yaml)
+endif
+ifneq ($(filter-out 1,$(QUICK)),)
+$(error QUICK = $(QUICK): should be 1, or left out)
+endif
+endif
+
 STAMP := .venv/.stamp
 BIN := .venv/bin
 CACHE := $(RUN)/cache/COMPLETE
@@ -107,7 +122,7 @@ rest = $(if $(called),:,echo "$(RUN)/$(1) is complete: nothing to do")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv cache-teacher distill distill-fast finetune-classes convert test check format clean clean-run FORCE
+.PHONY: help venv cache-teacher distill distill-fast finetune-classes ablate convert report test check format clean clean-run FORCE
 
 help: ## this list
 	@echo "usage: make TARGET [CONFIG='a.yaml b.yaml'] [RUN=runs/name] [ARGS='--option value']"
@@ -127,8 +142,14 @@ distill-fast: $(FAST) ## train it on for few steps, WINDOWS='4 2 1', export each
 finetune-classes: $(CLASSES) ## fine-tune it by class priorities, export it to RUN/classes
 	@$(call rest,classes)
 
+ablate: $(STAMP) ## compare settings of distill: QUICK=1 in minutes, without it in a day; STUDIES='a.yaml b.yaml'
+	$(BIN)/sollune ablate $(STUDIES) --run $(RUN) --out $(RUN)/ablation --processes $(PROCESSES) $(if $(QUICK),--quick) $(ARGS)
+
 convert: $(STAMP) ## convert a fine-tune: TEACHER=MODEL BASE=RUN, into RUN or runs/MODEL
 	$(BIN)/sollune convert $(TEACHER) --config $(CONFIG) --base $(BASE) --out $(CONVERTED) --workers $(PROCESSES) $(ARGS)
+
+report: $(STAMP) ## write RUN/report.html: pictures, curves and figures of all runs in RUN
+	$(BIN)/sollune report $(RUN) --out $(RUN)/report.html $(if $(wildcard docs/ablation.parquet),--table docs/ablation.parquet) $(ARGS)
 
 # A command writes COMPLETE last. It is called again when its configuration is newer, or when ARGS are for it;
 # the program then finds what is already there, or says which fields differ.

@@ -17,7 +17,6 @@ prompts outside all classes.
 import argparse
 import csv
 import json
-import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -26,9 +25,9 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.arms import STUDENT_T, difference_text
 from configs.load import load
 from stages import finetune_classes
+from stages.ablation.verdicts import Difference
 from stages.classes.selection import OUTSIDE_LABEL
 from stages.classes.specification import ClassFile, load_classes
 from stages.system.atomic import atomic_write
@@ -84,8 +83,15 @@ def points_text(apart: Sequence[float]) -> str:
     """Mean of paired differences in points, with its 95 % interval where there are several."""
     if len(apart) < 2:
         return f"{100 * apart[0]:+.2f}"
-    half = STUDENT_T[len(apart)] * statistics.stdev(apart) / math.sqrt(len(apart))
-    return f"{100 * statistics.mean(apart):+.2f} +- {100 * half:.2f}"
+    difference = Difference.paired(apart, [0.0] * len(apart))
+    return f"{100 * difference.mean:+.2f} +- {100 * (difference.high - difference.mean):.2f}"
+
+
+def difference_text(arm: Sequence[float], control: Sequence[float]) -> str:
+    """Mean paired difference, its 95 % interval, and both as shares of the control."""
+    difference, base = Difference.paired(arm, control), statistics.mean(control)
+    mean, half = difference.mean, difference.high - difference.mean
+    return f"{mean:+.5f} +- {half:.5f} ({mean / base:+.1%} +- {half / base:.1%})"
 
 
 def report(classes: ClassFile, results: dict[str, list[ArmResult]]) -> str:
@@ -146,7 +152,7 @@ def main() -> int:
     """Run every arm with every seed, then print the table."""
     parser = options(__doc__)
     parser.add_argument("--classes", type=Path, default=Path("configs/classes/tiny.yaml"))
-    parser.add_argument("--seeds", type=int, default=5, choices=[1, *sorted(STUDENT_T)])
+    parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11))
     args, rest = parser.parse_known_args()
     home = args.folder or args.run / "classes_arms"
     classes = load_classes(args.classes)

@@ -1,0 +1,117 @@
+"""`sollune ablate [STUDY.yaml ...] --out FOLDER [--quick]`: run studies, keep one table, write the page of verdicts."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from configs.values import path_argument
+from shards.verify import COMPLETE_FILE
+from stages.ablation.page import render_page
+from stages.ablation.study import Study, load_study
+from stages.ablation.table import Row, pyarrow_or_refuse, read_studies, read_table, write_table
+from stages.system.atomic import atomic_write
+from stages.system.refusal import Parser, Refused
+
+DEFAULT_STUDIES = tuple(
+    Path("configs/ablation", f"{name}.yaml") for name in ("david", "first_failure", "flow_without_conversion")
+)
+QUICK_STUDIES = DEFAULT_STUDIES[:1]
+TABLE_FILE, PAGE_FILE = "ablation.parquet", "ablation.md"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; 0 when every run of every study is there."""
+    args = _parser().parse_args(list(argv))
+    pyarrow_or_refuse()
+    if args.table is not None:
+        write_page(args.table, args.page or args.table.with_suffix(".md"))
+        return 0
+    files = args.studies or (QUICK_STUDIES if args.quick else DEFAULT_STUDIES)
+    studies = {file: load_study(file).shortened() if args.quick else load_study(file) for file in files}
+    names = [study.name for study in studies.values()]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise Refused(f"{repeated}: two studies have this name - give one of the files another name")
+    if args.processes < 1:
+        raise Refused(f"--processes: {args.processes} should be 1 or more")
+    run_studies(studies, args.run or args.out, args.out, args.page, args.processes, args.device, args.plan)
+    return 0
+
+
+def run_studies(
+    studies: Mapping[Path, Study],
+    run: Path,
+    out: Path,
+    page: Path | None,
+    processes: int,
+    device: str,
+    only_plan: bool,
+) -> None:
+    """Run what is not there yet; the table is written whole after each run, the page at the end."""
+    # What follows loads networks, which takes seconds: an unreadable study is refused before.
+    from stages import cache_teacher
+    from stages.ablation import scheduler
+    from stages.ablation.measuring import read_rows
+    from stages.ablation.plan import Job, make_plan
+    from stages.system.ownership import claim_folder, refuse_claimed
+
+    plans = [make_plan(study, file, run, out, device) for file, study in studies.items()]
+    jobs = [job for plan in plans for job in plan.jobs]
+    for job in jobs:
+        job.refuse_other_run()
+    table = out / TABLE_FILE
+    named = {study.name: study for study in studies.values()}
+    others = [row for row in read_table(table) if row.study not in named] if table.exists() else []
+    known = {**(read_studies(table) if table.exists() else {}), **named}
+    refuse_claimed(out, "ablate in")
+    rows: dict[str, list[Row]] = {job.label: found for job in jobs if (found := read_rows(job)) is not None}
+    missing = [job for job in jobs if job.label not in rows]
+    print(f"{', '.join(named)}: {len(jobs)} runs, {len(rows)} are done, {len(missing)} to do", flush=True)
+    if only_plan:
+        for job in missing:
+            print(f"{job.label}: {job.distill.train.max_samples} samples" if job.trains else f"{job.label}: measured")
+        return
+
+    def save() -> None:
+        write_table(table, [*others, *(row for found in rows.values() for row in found)], known)
+
+    def on_finished(job: Job) -> None:
+        if (found := read_rows(job)) is None:
+            raise Refused(f"{job.home}: its figures are not there - start again: it goes on")
+        rows[job.label] = found
+        save()
+
+    with claim_folder(out, "ablate in"):
+        if missing:
+            if not (run / "cache" / COMPLETE_FILE).is_file():
+                cache_teacher.run(plans[0].cache.model_copy(update={"workers": processes}))
+            scheduler.run_jobs(missing, run, processes, on_finished)
+        save()
+    write_page(table, page or out / PAGE_FILE)
+
+
+def write_page(table: Path, page: Path) -> None:
+    """Write the page of a table, and print its verdicts."""
+    text = render_page(read_table(table), read_studies(table))
+    atomic_write(page, text)
+    print(f"{table}: read; {page}: written")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="sollune ablate", description=__doc__)
+    parser.add_argument(
+        "studies", type=path_argument, nargs="*", metavar="STUDY.yaml", help="default: those of configs/ablation"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, default=Path("runs/ablation"), help="folder of all runs and of the table"
+    )
+    parser.add_argument(
+        "--run", type=path_argument, help="run folder whose cache is used, and made if it is missing; default: --out"
+    )
+    parser.add_argument("--quick", action="store_true", help="the small version: few arms, seeds and samples")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="runs at once, one thread each (2)")
+    parser.add_argument("--device", default="auto", help="torch device; auto takes a GPU where there is one")
+    parser.add_argument("--plan", action="store_true", help="print what there is to do, and do nothing")
+    parser.add_argument(
+        "--table", type=path_argument, metavar="FILE.parquet", help="run nothing: write the page of this table"
+    )
+    parser.add_argument("--page", type=path_argument, metavar="FILE.md", help="where the page goes (OUT/ablation.md)")
+    return parser

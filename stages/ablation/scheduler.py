@@ -1,0 +1,112 @@
+"""Runs the jobs of a plan, some processes at once, each tied to this one; what is finished is not repeated."""
+
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+from stages.ablation.plan import JOB_FILE, LOG_FILE, Job
+from stages.system.atomic import atomic_write
+from stages.system.forecast import duration
+from stages.system.refusal import Refused
+from stages.system.signals import STOP_SIGNALS, interrupt_on
+from stages.train.runtime import tied_command
+
+WORKER = "stages.ablation.worker"
+POLL_SECONDS = 0.2
+STOP_SECONDS = 60.0
+"""How long an interrupted run may take for its checkpoint."""
+MAX_FAILURES_IN_A_ROW = 3
+LINKED = ("cache", "cache.yaml")
+
+
+def run_jobs(jobs: Sequence[Job], cache_run: Path, processes: int, on_finished: Callable[[Job], None]) -> None:
+    """Run all jobs; `cache_run` holds the cache; `on_finished` is called after each one that succeeded.
+
+    One thread each. Raises `Refused` at the end, or after three failures in a row, with what failed; an interruption
+    ends the runs, which keep a checkpoint.
+    """
+    waiting, failures, in_a_row, done, start = deque(jobs), list[str](), 0, 0, time.monotonic()
+    with _children() as running, interrupt_on(*STOP_SIGNALS):
+        while (waiting and in_a_row < MAX_FAILURES_IN_A_ROW) or running:
+            while waiting and len(running) < processes and in_a_row < MAX_FAILURES_IN_A_ROW:
+                job = waiting.popleft()
+                prepare(job, cache_run)
+                running[start_process(job)] = job, time.monotonic()
+            for process in [process for process in running if process.poll() is not None]:
+                job, began = running.pop(process)
+                if process.returncode == 0:
+                    done, in_a_row = done + 1, 0
+                    on_finished(job)
+                    left = len(waiting) + len(running)
+                    seconds = (time.monotonic() - start) / done * left
+                    forecast = f", about {duration(seconds)} more" if left else ""
+                    took = duration(time.monotonic() - began)
+                    print(f"{job.label}: done in {took} - {left} of {len(jobs)} runs left{forecast}", flush=True)
+                else:
+                    in_a_row += 1
+                    failures.append(f"{job.label}: {_last_line(job)} - {job.home / LOG_FILE} tells more")
+                    print(failures[-1], file=sys.stderr, flush=True)
+            time.sleep(POLL_SECONDS)
+    if failures:
+        more = f", and {len(failures) - 1} more runs failed" if len(failures) > 1 else ""
+        raise Refused(f"{failures[0]}{more}; the same command tries these again")
+
+
+def prepare(job: Job, cache_run: Path) -> None:
+    """Make a job's folder: its settings, and links to the cache that all runs share."""
+    job.home.mkdir(parents=True, exist_ok=True)
+    for name in LINKED:
+        link, target = job.home / name, (cache_run / name).resolve()
+        if target.exists() and not (link.is_symlink() and link.resolve() == target):
+            link.unlink(missing_ok=True)
+            link.symlink_to(target)
+    atomic_write(job.home / JOB_FILE, job.model_dump_json(indent=1) + "\n")
+
+
+def start_process(job: Job) -> "subprocess.Popen[bytes]":
+    """The process of a job, which ends with this one; what it prints goes to the job's log."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
+    arguments = [sys.executable, *tied_command(WORKER, str(job.home / JOB_FILE))]
+    log: IO[bytes]
+    with open(job.home / LOG_FILE, "ab") as log:
+        # A session of its own: a key in the terminal reaches this process alone, which ends the others once.
+        return subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+
+
+@contextmanager
+def _children() -> "Iterator[dict[subprocess.Popen[bytes], tuple[Job, float]]]":
+    """The running processes; those that still run at the end are asked to end, and then ended."""
+    running: dict[subprocess.Popen[bytes], tuple[Job, float]] = {}
+    with ExitStack() as stack:
+        stack.callback(_end_all, running)
+        yield running
+
+
+def _end_all(running: "dict[subprocess.Popen[bytes], tuple[Job, float]]") -> None:
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    for process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _last_line(job: Job) -> str:
+    """What a failed run said last."""
+    try:
+        lines = (job.home / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "failed"
+    text = next((line.strip() for line in reversed(lines) if line.strip()), "failed")
+    return text.removeprefix("sollune: ")[:300]
