@@ -69,7 +69,12 @@ def window_grid_hook(
             sample_fixed()
         latents = [column for size in sizes for column in (*fixed[size], sample(student, windows, size))]
         sheet = make_sheet(config.prompts, titles, [teacher.decode_latents(column) for column in latents])
-        settings = {**config.model_dump(mode="json"), "windows": windows, "columns": titles}
+        settings = {
+            **config.model_dump(mode="json"),
+            "windows": windows,
+            "rows": list(config.prompts),
+            "columns": titles,
+        }
         save_sheet(sheet, path, {"samples": samples, **settings})
 
     return save_grid

@@ -72,10 +72,7 @@ def make_sheet(
     longest_side = max(max(column.shape[-2:]) for column in columns)
     images = [[to_pil_image(picture, longest_side) for picture in column] for column in columns]
     font = ImageFont.load_default(12)
-    widths = [max(column[0].width, MIN_COLUMN_PIXELS) for column in images]
-    if len({column[0].size for column in images}) > 1:  # titles then tell the size, and narrow columns are beside wide
-        titled = [math.ceil(font.getlength(title)) for title in column_titles]
-        widths = [max(width, title) for width, title in zip(widths, titled, strict=True)]
+    widths = _column_widths([column[0].size for column in images], column_titles)
     lefts = list(accumulate((width + GAP_PIXELS for width in widths), initial=LABEL_PIXELS))
     picture_height = max(column[0].height for column in images)
     high = picture_height + GAP_PIXELS
@@ -90,6 +87,41 @@ def make_sheet(
         lines = textwrap.wrap(label, LABEL_PIXELS // 7, max_lines=max_lines, placeholder=" ...")
         pen.text((GAP_PIXELS, HEADER_PIXELS + GAP_PIXELS + i * high), "\n".join(lines), "black", font)
     return canvas
+
+
+def sheet_cells(
+    sheet: Image.Image, rows: int, titles: Sequence[str], sizes: Sequence[PictureSize] = ()
+) -> list[list[Image.Image]] | None:
+    """The pictures of a sheet of `make_sheet` by row and column; None where it is no such sheet.
+
+    `sizes` are those of the pictures, as many columns of each; without them all columns are as wide as the first.
+    """
+    high, odd_height = divmod(sheet.height - HEADER_PIXELS, rows)
+    wide, odd_width = divmod(sheet.width - LABEL_PIXELS, len(titles))
+    shapes = [(wide - GAP_PIXELS, high - GAP_PIXELS)] * len(titles)
+    widths = [wide - GAP_PIXELS] * len(titles)
+    if sizes:
+        factor = 2 if max(max(size.width, size.height) for size in sizes) <= MAX_DOUBLED_PIXELS else 1
+        each = len(titles) // len(sizes)
+        shapes = [(factor * size.width, factor * size.height) for size in sizes for _ in range(each)]
+        widths = _column_widths(shapes, titles[: len(shapes)])
+        odd_width = sheet.width - LABEL_PIXELS - sum(widths) - GAP_PIXELS * len(widths)
+    if odd_height or odd_width or any(width < 1 or not 0 < height <= high for width, height in shapes):
+        return None
+    lefts = accumulate((width + GAP_PIXELS for width in widths), initial=LABEL_PIXELS)
+    boxes = [(x, x + width, height) for x, (width, height) in zip(lefts, shapes, strict=False)]
+    tops = [HEADER_PIXELS + i * high for i in range(rows)]
+    return [[sheet.crop((left, top, right, top + height)) for left, right, height in boxes] for top in tops]
+
+
+def _column_widths(shapes: Sequence[tuple[int, int]], titles: Sequence[str]) -> list[int]:
+    """Of columns of pictures with these widths and heights."""
+    widths = [max(width, MIN_COLUMN_PIXELS) for width, _ in shapes]
+    if len(set(shapes)) == 1:
+        return widths
+    # Titles then tell the size, and narrow columns are beside wide ones.
+    font = ImageFont.load_default(12)
+    return [max(width, math.ceil(font.getlength(title))) for width, title in zip(widths, titles, strict=True)]
 
 
 def save_sheet(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
@@ -195,7 +227,7 @@ def grid_hook(
     sizes = tuple(sizes) or (native,)
     if sizes != (native,):
         settings = {**settings, "sizes": [str(size) for size in sizes]}
-    all_titles = titles if len(sizes) == 1 else [f"{size} {title}" for size in sizes for title in titles]
+    all_titles = list(titles) if len(sizes) == 1 else [f"{size} {title}" for size in sizes for title in titles]
     noises = {size: fixed_noises(seed, len(texts), parts.latent_shape(size)).to(cond.device) for size in sizes}
     fixed: dict[PictureSize, list[Tensor]] = {}
 
@@ -219,6 +251,6 @@ def grid_hook(
             return
         latents = [column for size in sizes for column in sample_columns(size, student)]
         sheet = make_sheet(labels, all_titles, [teacher.decode_latents(column) for column in latents])
-        save_sheet(sheet, path, {"samples": samples, **settings})
+        save_sheet(sheet, path, {"samples": samples, "rows": list(labels), "columns": all_titles, **settings})
 
     return save_grid

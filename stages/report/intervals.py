@@ -1,0 +1,74 @@
+"""Runs that differ in their seed alone, and the interval of their mean."""
+
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from stages.report.charts import Point, Series
+from stages.report.records import RunRecord
+
+T_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""Student's t at 97.5 % for 1, 2, ... degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of the same settings."""
+
+    name: str
+    runs: Sequence[RunRecord]
+
+
+def group_by_settings(runs: Sequence[RunRecord]) -> list[Group]:
+    """The runs by all settings but their seed, and by the cache that they learnt from, in the order of the first."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        # Without settings nothing says that two runs are alike.
+        own = _seedless(run.history.settings) if run.history.settings else str(run.folder)
+        key = json.dumps([own, run.origin.windows, run.origin.recipe_sha256], sort_keys=True, default=str)
+        groups.setdefault(key, []).append(run)
+    names = {key: own[0].name if len(own) == 1 else f"{own[0].name} and {len(own) - 1} more seeds"
+             for key, own in groups.items()}  # fmt: skip
+    return [Group(names[key], own) for key, own in groups.items()]
+
+
+def _seedless(settings: Mapping[str, Any]) -> dict[str, Any]:
+    stripped: dict[str, Any] = copy.deepcopy(dict(settings))
+    for part in (stripped, stripped.get("fast") or {}):
+        if isinstance(train := part.get("train"), dict):
+            train.pop("seed", None)
+    return stripped
+
+
+def mean_series(name: str, lines: Sequence[Sequence[Point]]) -> Series:
+    """The mean of several lines where all have a value, with its 95 % interval by Student's t."""
+    columns = [dict(line) for line in lines]
+    shared = sorted(set.intersection(*(set(column) for column in columns)))
+    points, band = list[Point](), list[tuple[float, float, float]]()
+    for x in shared:
+        values = [y for column in columns if (y := column[x]) is not None]
+        if len(values) == len(columns):
+            mean, half = fmean(values), half_width(values)
+            points.append((x, mean))
+            band.append((x, mean - half, mean + half))
+    return Series(f"{name} (mean, 95 %)", points, band)
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of the mean of two or more values."""
+    return t_975(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def t_975(freedom: int) -> float:
+    """Student's t at 97.5 %; beyond the table by its expansion around the normal quantile, right to four digits."""
+    if freedom <= len(T_975):
+        return T_975[freedom - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
