@@ -8,7 +8,7 @@ convolutions.
 
 import argparse
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from benchmarks.full_size import CONTEXT, text_encoder, unet, vae
+from benchmarks import full_size
 from configs.load import load
 from configs.values import PictureSize
 from stages.distill import Config
@@ -28,7 +28,6 @@ from stages.train.optim import uses_muon
 from stages.train.setup import TrainConfig
 
 GIB = 2**30
-PROMPT = (77, CONTEXT)
 NATIVE_SIZE = PictureSize(512, 512)
 BASE, CARDS = Path("configs/sd15.yaml"), Path("configs/cards")
 QUANTISED_FROM, QUANTISED_BLOCK = 4096, 256
@@ -82,13 +81,24 @@ class MemoryUse:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def memory_use(config: TrainConfig, size: PictureSize) -> MemoryUse:
-    """The parts for one process with a card of its own, in a step on pictures of this size."""
+@dataclass(frozen=True)
+class Networks:
+    """Makes the networks of a teacher, and the shape of its conditioning."""
+
+    unet: Callable[[], Any] = full_size.unet
+    vae: Callable[[], Any] = full_size.vae
+    text_encoder: Callable[[], Any] = full_size.text_encoder
+    prompt: tuple[int, int] = (77, full_size.CONTEXT)
+
+
+def memory_use(config: TrainConfig, size: PictureSize, networks: Networks | None = None) -> MemoryUse:
+    """The parts for one process with a card of its own, in a step on pictures of this size; by default SD1.5's."""
+    networks = networks or Networks()
     with FakeTensorMode():
-        student = Student(unet()).train()
+        student = Student(networks.unet()).train()
         weights = size_of(student)
-        working = working_bytes(student, config, size)
-        teacher = weights + size_of(vae()) + size_of(text_encoder())
+        working = working_bytes(student, config, size, networks.prompt)
+        teacher = weights + size_of(networks.vae()) + size_of(networks.text_encoder())
         moments = sum(moment_bytes(name, p, config.optimizer.kind) for name, p in student.named_parameters())
     return MemoryUse(weights, weights, moments, weights, working, teacher)
 
@@ -108,7 +118,7 @@ def moment_bytes(name: str, parameter: nn.Parameter, kind: str) -> int:
     return 2 * 4 * numbers
 
 
-def working_bytes(student: Student, config: TrainConfig, size: PictureSize) -> int:
+def working_bytes(student: Student, config: TrainConfig, size: PictureSize, prompt: tuple[int, int]) -> int:
     """The most that a micro-batch holds beside weights and gradients; gradients exist from the step before."""
     if config.gradient_checkpointing:
         student.unet.enable_gradient_checkpointing()
@@ -120,9 +130,9 @@ def working_bytes(student: Student, config: TrainConfig, size: PictureSize) -> i
             parameter.grad = torch.zeros_like(parameter)
             live.count_storage(parameter)
         before = live.current_bytes
-        x, s, cond = torch.zeros(rows, *latent), torch.zeros(rows), torch.zeros(rows, *PROMPT)
+        x, s, cond = torch.zeros(rows, *latent), torch.zeros(rows), torch.zeros(rows, *prompt)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision != "fp32"):
-            output = student(x, s, cond, torch.zeros(1, *PROMPT))
+            output = student(x, s, cond, torch.zeros(1, *prompt))
         parts = [output.v_cond, output.v_uncond, *output.features.values()]
         torch.stack([part.square().mean() for part in parts]).sum().backward()
     return live.peak_bytes - before

@@ -20,9 +20,15 @@ def step_seconds(
     steps: int,
     device: torch.device,
     now: Callable[[], float],
+    *,
+    precision: str = "no",
+    accumulate: int = 1,
 ) -> list[float]:
-    """Seconds of each step on (latents, conditioning), with the example's EMA and its logged loss."""
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    """Seconds of each step on (latents, conditioning), with the example's EMA and its logged loss.
+
+    `precision` is accelerate's name of it; a step is done in `accumulate` parts of equal size.
+    """
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=1e-2)
     rate = get_scheduler("constant", optimizer)
@@ -32,11 +38,12 @@ def step_seconds(
     for _ in range(steps):
         latents, cond = (part.to(accelerator.device) for part in next(batches))
         start = now()
-        noise = torch.randn_like(latents)
-        k = torch.randint(0, schedule.config["num_train_timesteps"], (len(latents),), device=latents.device)
-        output = unet(schedule.add_noise(latents, noise, k), k, cond, return_dict=False)[0]
-        loss = F.mse_loss(output.float(), noise.float(), reduction="mean")
-        accelerator.backward(loss)
+        for x0, text in zip(latents.chunk(accumulate), cond.chunk(accumulate), strict=True):
+            noise = torch.randn_like(x0)
+            k = torch.randint(0, schedule.config["num_train_timesteps"], (len(x0),), device=x0.device)
+            output = unet(schedule.add_noise(x0, noise, k), k, text, return_dict=False)[0]
+            loss = F.mse_loss(output.float(), noise.float(), reduction="mean")
+            accelerator.backward(loss / accumulate)
         accelerator.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         rate.step()
