@@ -35,7 +35,7 @@ TARGET = re.compile(r"\]\(\s*<?([^)>\s]+)>?(?:\s+\"[^\"]*\")?\s*\)|^\s*\[[^\]]+\
 ANCHOR = re.compile(r"(?:id|name)=\"([^\"]+)\"")
 ASSIGNMENT = re.compile(r"^[A-Za-z_]\w*=")
 RUNNABLE = "# runnable"
-ARGPARSE = ("david", "shards")
+ARGPARSE = ("ablate", "david", "report", "shards")
 """Commands that read their words by argparse; the others load a configuration, which `--print-config` shows."""
 
 
@@ -268,6 +268,7 @@ def only_parsing() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        patch.setattr(argparse.ArgumentParser, "parse_intermixed_args", parse_args)
         for name in prompts_command.COMMANDS:
             patch.setitem(prompts_command.COMMANDS, name, lambda words, config: None)
         yield
@@ -285,10 +286,14 @@ def fault_of_make(words: Sequence[str]) -> str | None:
     for target in named:
         if target in {command.name for command in program.COMMANDS}:
             files = values.get("CONFIG", "configs/tiny.yaml").split()
-            run = ("--run", "runs/x")
-            if target == "convert":
-                run = (values.get("TEACHER", ""), "--base", values.get("BASE", ""), "--out", "runs/x")
-            fault = fault_of_sollune((target, *run, "--config", *files, *shlex.split(values.get("ARGS", ""))))
+            own = {
+                "ablate": (*values.get("STUDIES", "").split(), "--run", "runs/x", "--out", "runs/x/ablation"),
+                "convert": (values.get("TEACHER", ""), "--base", values.get("BASE", ""), "--out", "runs/x"),
+                "report": ("runs/x", "--out", "report.html"),
+            }
+            run = own.get(target, ("--run", "runs/x"))
+            config = () if target in ARGPARSE else ("--config", *files)
+            fault = fault_of_sollune((target, *run, *config, *shlex.split(values.get("ARGS", ""))))
             if fault:
                 return fault
     return None
@@ -425,7 +430,7 @@ def test_links_that_lead_somewhere_are_not(tmp_path: Path) -> None:
         ("accelerate launch -m stages distill --config configs/tiny.yaml --oops 1", "--oops"),
         (".venv/bin/python -m benchmarks.gone", "no such benchmark"),
         (".venv/bin/python -m benchmarks.faults --kills 3 --train.seed 3", "--train.seed"),
-        (".venv/bin/python -m benchmarks.arms runs/x --train.batch-sizes 8", "did you mean"),
+        (".venv/bin/python -m benchmarks.classes runs/x --train.batch-sizes 8", "did you mean"),
     ],
 )
 def test_a_command_line_that_is_wrong_is_named(
