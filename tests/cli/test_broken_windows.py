@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 
 import pytest
 
+from configs.load import load
 from stages import __main__ as cli
+from stages import distill
 from tests.fast.runs import CONFIG, FEW_PROMPTS, GRID, command
 
 Break: TypeAlias = Callable[[Path], Any]
@@ -167,10 +169,16 @@ def test_what_few_steps_cannot_do_is_refused_before_anything_is_written(
     refused(command(own, *words), *named)
 
 
-@pytest.mark.parametrize("value", ["4", "'4 2 1'", "[true]", "[4, false]", "[2.5]", "{a: 4}", "[[4]]", "[1e1]", "null"])
+@pytest.mark.parametrize("value", ["'4 2 1'", "[true]", "[4, false]", "[2.5]", "{a: 4}", "[[4]]", "[1e1]", "null"])
 def test_windows_of_a_file_that_are_no_list_of_numbers_are_refused_with_the_file(
     value: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     file = tmp_path / "own.yaml"
     file.write_text(f"distill: {{windows: {value}}}\n")
     refused(["distill", *CONFIG, str(file), "--run", str(tmp_path / "run")], "own.yaml", "windows", "should be")
+
+
+def test_one_number_of_windows_needs_no_list(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("distill: {windows: 4}\n")
+    assert load(distill.Config, "distill", [Path(CONFIG[1]), file], ["--run", str(tmp_path)]).windows == (4,)
