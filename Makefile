@@ -7,7 +7,7 @@ ARGS ?=
 PYTHON ?= python3
 # Processes that share the work of each target: one for each GPU, or else two where there are as many cores.
 GPUS = $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l))
-PROCESSES ?= $(or $(GPUS),$(if $(filter-out 1,$(shell nproc 2>/dev/null || echo 1)),2,1))
+PROCESSES ?= $(or $(GPUS),$(if $(filter-out 1,$(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 1)),2,1))
 
 # What would end in the middle of a command, or in a rule for another file, is refused before anything is made.
 # $(call given,NAME): its value as it was given, before make opens what begins with a dollar; nothing for our own value.

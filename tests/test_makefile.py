@@ -167,3 +167,10 @@ def test_a_student_that_is_missing_is_made(finished: list[str], windows: str, is
     done = make("distill-fast", f"WINDOWS={windows}", f"RUN={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert ("--windows" in done.stdout) == is_called
+
+
+def test_the_number_of_processes_is_that_of_the_cores_whatever_threads_each_has() -> None:
+    def workers(**environment: str) -> str:
+        return make("cache-teacher", "RUN=runs/none", **environment).stdout.rpartition("--workers ")[2].split()[0]
+
+    assert workers(OMP_NUM_THREADS="1") == workers(OMP_NUM_THREADS="64") == workers()
