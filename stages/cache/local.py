@@ -24,7 +24,7 @@ EXIT_SECONDS = 5.0
 
 def start_workers(job: FillJob, count: int, method: str = "spawn") -> list[Worker]:
     """Start `count` processes that share a job; worker i takes GPU i, and they share the cores."""
-    # Each would take all of them: two workers of two threads on two cores make a third of the prompts of one thread.
+    # Each would take all of them, and their threads would wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     with signal_handler(signal.SIG_IGN, signal.SIGINT, signal.SIGHUP):  # this process stops them
         return [_worker(job, number, method) for number in range(count)]

@@ -8,14 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from stages.ablation.verdicts import t_quantile
 from stages.report.charts import Point, Series
 from stages.report.records import RunRecord
-
-T_975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""Student's t at 97.5 % for 1, 2, ... degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +58,4 @@ def mean_series(name: str, lines: Sequence[Sequence[Point]]) -> Series:
 
 def half_width(values: Sequence[float]) -> float:
     """Half of the 95 % interval of the mean of two or more values."""
-    return t_975(len(values) - 1) * stdev(values) / math.sqrt(len(values))
-
-
-def t_975(freedom: int) -> float:
-    """Student's t at 97.5 %; beyond the table by its expansion around the normal quantile, right to four digits."""
-    if freedom <= len(T_975):
-        return T_975[freedom - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return t_quantile(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))

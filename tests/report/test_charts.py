@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stages.ablation.verdicts import t_quantile
 from stages.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Series, linear_ticks, short, thin
-from stages.report.intervals import half_width, mean_series, t_975
+from stages.report.intervals import half_width, mean_series
 
 finite = st.floats(-1e12, 1e12, allow_subnormal=False).filter(lambda value: value == 0 or abs(value) > 1e-12)
 points = st.lists(st.tuples(st.integers(0, 10**9).map(float), st.none() | finite), min_size=1, max_size=40)
@@ -75,7 +76,7 @@ def test_student_t_agrees_with_its_distribution() -> None:
     """P(|T| > t) = 5 % by numerical integration of the density."""
     for freedom in (1, 2, 5, 30, 31, 63):
         constant = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
-        t, steps = t_975(freedom), 20000
+        t, steps = t_quantile(0.975, freedom), 20000
         density = [constant * (1 + (i * t / steps) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(steps + 1)]
         inside = 2 * t / steps * (sum(density) - (density[0] + density[-1]) / 2)
         assert inside == pytest.approx(0.95, abs=2e-4)
@@ -86,7 +87,7 @@ def test_the_mean_of_seeds_has_its_interval_where_all_have_a_value() -> None:
     series = mean_series("three", lines)
     assert series.points == [(0.0, 3.0), (1.0, 2.0)]
     (_, low, high), (_, same_low, same_high) = series.band
-    half = 4.303 * statistics.stdev([1.0, 3.0, 5.0]) / math.sqrt(3)
+    half = 4.3026527297 * statistics.stdev([1.0, 3.0, 5.0]) / math.sqrt(3)
     assert (low, high) == pytest.approx((3 - half, 3 + half))
     assert same_low == same_high == 2.0
-    assert half_width([1.0, 3.0]) == pytest.approx(12.706 * 1.0)
+    assert half_width([1.0, 3.0]) == pytest.approx(12.7062047362 * 1.0)
