@@ -94,7 +94,7 @@ def test_a_file_that_is_no_study_is_refused(text: str, named: str, tmp_path: Pat
     ("words", "named"),
     [
         (["gone.yaml"], "gone.yaml"),
-        (["--quick", "configs/ablation/first_failure.yaml"], "--quick"),
+        (["--quick", "configs/ablation/optimizers.yaml"], "--quick"),
         (["configs/ablation/adamw_32.yaml"], "adamw_32.yaml"),
         (["--processes", "0"], "--processes"),
         (["--processes", "two"], "--processes"),
