@@ -27,15 +27,15 @@ class FusionConfig(Strict):
     w_b is `objective.block_weights`; lambda_b is 0 where w_b is.
     """
 
-    formula: Literal["static", "uniform", "absolute", "relative", "mean_kept", "softmax", "original", "permuted"] = (
-        Field(
-            "relative",
-            description="static: w_b; uniform: their mean; absolute: the formula on numbers in [0, 1]; relative: on "
-            "e / (e + e_ref), e_ref the response to noise of half a deviation; mean_kept: relative, the mean of lambda "
-            "held at that of w_b; softmax: relative's emphasis as a softmax over the blocks; original: on "
-            "cross-entropy in nats, entropy and alpha, as the original meant it (it saturates); permuted: relative, on "
-            "the assessments of other blocks (a placebo)",
-        )
+    formula: Literal[
+        "static", "uniform", "absolute", "relative", "mean_kept", "softmax", "original", "permuted", "shuffled"
+    ] = Field(
+        "relative",
+        description="static: w_b; uniform: their mean; absolute: the formula on numbers in [0, 1]; relative: on "
+        "e / (e + e_ref), e_ref the response to noise of half a deviation; mean_kept: relative, the mean of lambda "
+        "held at that of w_b; softmax: relative's emphasis as a softmax over the blocks; original: on "
+        "cross-entropy in nats, entropy and alpha, as the original meant it (it saturates); permuted: relative, on "
+        "the assessments of other blocks (a placebo); shuffled: permuted, anew in each half-life",
     )
     alpha: float = Field(0.5, ge=0, description="weight of the timestep error")
     beta: float = Field(0.25, ge=0, description="weight of the pattern error")
@@ -48,7 +48,7 @@ class FusionConfig(Strict):
     half_life_samples: int = Field(
         800, ge=0, description="samples after which an assessment counts half; 0 keeps the latest batch only"
     )
-    placebo_seed: int = Field(0, description="seed of the permutation of the blocks")
+    placebo_seed: int = Field(0, description="seed of the permutations of the blocks")
 
     @field_validator("formula", mode="before")
     @classmethod
@@ -177,4 +177,5 @@ FORMULAS: Mapping[str, Callable[[Assessment, FormulaParameters], Tensor]] = {
     "softmax": _softmax,
     "original": _original,
     "permuted": _permuted,
+    "shuffled": _permuted,
 }

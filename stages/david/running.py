@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stages.david.assessment import Assessment, BlockAssessment
@@ -17,6 +17,8 @@ REFERENCE_FLOOR = 1e-3
 """Least reference response: smaller ones are rounding: the assessor does not respond there."""
 BLOCK_QUANTITIES = 5
 CONSTANT_BELOW = 0.02
+SHUFFLE_STRIDE = 1_000_003
+"""Between the first seeds of two placebos, more than the half-lives of a run."""
 
 
 class RunningAssessment:
@@ -46,7 +48,7 @@ class RunningAssessment:
             config,
             self._vector(block_weights),
             self._vector({block: alphas[block] for block in self.blocks}),
-            _random_cycle(len(self.blocks), config.placebo_seed).to(device),
+            self._permutation(0),
             None if references is None else references.to(device).clamp_min(REFERENCE_FLOOR),
         )
         self.baseline_lambdas: PerBlock = compute_lambdas(
@@ -66,7 +68,10 @@ class RunningAssessment:
         """Lambda from all updates so far; within the warm-up drawn towards that of a faultless student."""
         warmup = self.config.warmup_samples
         share = min(1.0, self._samples / warmup) if warmup else 1.0
-        return torch.lerp(self.baseline_lambdas, compute_lambdas(self.assessment(), self.formula_parameters), share)
+        parameters = self.formula_parameters
+        if self.config.formula == "shuffled":
+            parameters = replace(parameters, permutation=self._permutation(self._samples))
+        return torch.lerp(self.baseline_lambdas, compute_lambdas(self.assessment(), parameters), share)
 
     def observe(
         self,
@@ -111,6 +116,13 @@ class RunningAssessment:
         self._samples = int(state["samples"])
         self._sums = state["sums"].to(self._sums, copy=True)
         self._weight_sums = state["heard"].to(self._weight_sums, copy=True)
+
+    def _permutation(self, samples: int) -> Int[Tensor, " n_blocks"]:
+        """The placebo's after so many samples; that of `shuffled` is another one in each half-life."""
+        seed, half_life = self.config.placebo_seed, max(1, self.config.half_life_samples)
+        if self.config.formula == "shuffled":
+            seed = SHUFFLE_STRIDE * seed + samples // half_life
+        return _random_cycle(len(self.blocks), seed).to(self.device)
 
     def _vector(self, values: Mapping[str, float]) -> PerBlock:
         return torch.tensor(list(values.values()), dtype=torch.float32, device=self.device)

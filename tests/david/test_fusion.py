@@ -95,7 +95,7 @@ def test_lambda_keeps_its_range_for_any_assessment(formula, excess, divergence, 
     wrong = block(excess, divergence, coherence, cross_entropy, entropy)
     lambdas = lambdas_after(running(formula), all_blocks() | {"mid": wrong, "up_3": wrong})
     w = W
-    within_twice = {"static": w, "absolute": w, "relative": w, "permuted": w, "mean_kept": w / 2}
+    within_twice = {"static": w, "absolute": w, "relative": w, "permuted": w, "shuffled": w, "mean_kept": w / 2}
     lowest, highest = (within_twice[formula], 2 * w) if formula in within_twice else (0.5, 3.0)
     assert ((lambdas >= lowest * (1 - 1e-6)) & (lambdas <= highest * (1 + 1e-6))).all()
     if formula == "mean_kept":
@@ -222,6 +222,26 @@ def test_a_running_assessment_resumes_to_the_same_bits():
     assert lambdas(resumed, 4, 9) == expected[4:]
 
 
+def test_the_shuffled_placebo_permutes_anew_in_each_half_life_and_resumes():
+    """With a half-life of 100 samples, 40 samples an update: the permutation changes at 120, 200, 320, ..."""
+
+    config = FusionConfig(formula="shuffled", warmup_samples=0, half_life_samples=100)
+    state, other = (RunningAssessment(config, PUBLISHED_BLOCK_WEIGHTS, bins=100, references=REFERENCES) for _ in "ab")
+    seen = []
+    for _ in range(50):
+        sums = state.observe(worst("mid"))
+        state.update(sums, 40)
+        seen.append(int((state.lambdas() / state.baseline_lambdas).argmax()))
+        other.load_state_dict(state.state_dict())
+        assert torch.equal(other.lambdas(), state.lambdas())
+    in_one_half_life = {}
+    for i, block in enumerate(seen):
+        in_one_half_life.setdefault(40 * (i + 1) // 100, set()).add(block)
+    assert all(len(blocks) == 1 for blocks in in_one_half_life.values())
+    assert len({*seen}) > 4
+    assert BLOCKS.index("mid") not in seen
+
+
 def test_the_assessment_is_in_the_order_of_the_blocks():
     state = running("static")
     lambdas_after(state, worst("up_1", excess=math.log(100) / 4, divergence=0.5, coherence=0.75))
@@ -233,7 +253,7 @@ def test_the_assessment_is_in_the_order_of_the_blocks():
 
 
 def test_a_formula_without_its_reference_is_refused():
-    for formula in ("relative", "mean_kept", "permuted"):
+    for formula in ("relative", "mean_kept", "permuted", "shuffled"):
         with pytest.raises(Refused, match=f"{formula}: this David brings no reference"):
             RunningAssessment(FusionConfig(formula=formula), PUBLISHED_BLOCK_WEIGHTS, bins=100)
 
@@ -244,7 +264,7 @@ def test_a_block_of_weight_zero_has_lambda_zero_and_leaves_the_others_alone(form
     assessed = worst("mid") | {"up_3": block(excess=3.0, divergence=1.0, coherence=0.0, cross_entropy=4.0)}
     with_zero = lambdas_after(running(formula, others | {"up_3": 0.0}, warmup_samples=8), assessed)
     assert with_zero[8] == 0
-    if formula != "permuted":  # whose cycle is one of 8 blocks without up_3
+    if formula not in ("permuted", "shuffled"):  # whose cycle is one of 8 blocks without up_3
         config = FusionConfig.model_validate({"formula": formula, **AT_ONCE, "warmup_samples": 8})
         without = RunningAssessment(config, others, bins=100, references=REFERENCES[:8])
         torch.testing.assert_close(with_zero[:8], lambdas_after(without, assessed))
