@@ -82,10 +82,20 @@ def refuse_blank(value: str) -> str:
     return value
 
 
+def refuse_falling(span: tuple[float, float]) -> tuple[float, float]:
+    """The lowest and the highest of a range; raises `ValueError` where they fall, or begin below 0."""
+    lowest, highest = span
+    if not 0 <= lowest <= highest:
+        raise ValueError(f"{lowest} {highest} should rise from a number not below 0")
+    return span
+
+
 Location = Annotated[str, AfterValidator(expand_location)]
 """A folder or a hub id."""
 NonEmpty = Annotated[str, AfterValidator(refuse_blank)]
 """Text that is not blank."""
+Range = Annotated[tuple[float, float], AfterValidator(refuse_falling)]
+"""A lowest and a highest number, from 0."""
 
 
 class Stored(BaseModel):

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from configs.values import Strict
+from configs.values import Range, Strict
 from stages.david.assessment import Assessment
 from stages.system.refusal import Refused
 
@@ -40,7 +40,7 @@ class FusionConfig(Strict):
     alpha: float = Field(0.5, ge=0, description="weight of the timestep error")
     beta: float = Field(0.25, ge=0, description="weight of the pattern error")
     delta: float = Field(0.25, ge=0, description="weight of lost coherence")
-    bounds: tuple[float, float] = Field((0.5, 3.0), description="lowest and highest lambda of the formula")
+    bounds: Range = Field((0.5, 3.0), description="lowest and highest lambda of the formula")
     seed_coherence: float = Field(
         0.5, description="coherence in the formula `original` where David has no alpha: the initial value of alpha"
     )
@@ -61,13 +61,6 @@ class FusionConfig(Strict):
         if isinstance(values, Mapping) and "block_weights" in values:
             raise ValueError("block_weights is no option any more - set w_b in objective.block_weights")
         return values
-
-    @model_validator(mode="after")
-    def _check_bounds(self) -> "FusionConfig":
-        lowest, highest = self.bounds
-        if not 0 <= lowest <= highest:
-            raise ValueError(f"bounds {lowest} {highest} should rise from a number not below 0")
-        return self
 
 
 def current_formula(formula: Any) -> Any:
