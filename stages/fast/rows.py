@@ -58,7 +58,7 @@ def window_batch(batch: Batch, samples: Int[Tensor, " b"], windows: int, shares:
         [[derived_seed("windows", seed, part, number) / 2**63 for part in range(2)] for number in samples.tolist()]
     )
     takes_landing = torch.where(on_trajectory, chances[:, 0] < shares.landing, chances[:, 0] >= shares.identity)
-    takes_landing &= torch.tensor(inner > 0)
+    takes_landing &= inner > 0
     begun = (chances[:, 1] * windows).long().clamp_max(windows - 1)
 
     # The ends of these windows are among those of the cache, whose landings begin with the noise and end with x0
@@ -70,7 +70,7 @@ def window_batch(batch: Batch, samples: Int[Tensor, " b"], windows: int, shares:
     u = landing_velocity(x, s, x_landing[rows, (window + 1) * stride].float(), end)
 
     # Without landings x0 is known, where the last window ends
-    lands = takes_landing | (on_trajectory & ((window == windows - 1) | torch.tensor(inner > 0)))
+    lands = takes_landing | (on_trajectory & ((window == windows - 1) | (inner > 0)))
     v = apply_guidance(batch.v_cond.float(), batch.v_uncond.float(), w)
     u = _where(~lands | (~takes_landing & (s - end < NEAR)), v, u)
     targets = {"x_s": x, "s": s, "v_cond": u, "v_uncond": u, "trajectory": lands}
