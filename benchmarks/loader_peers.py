@@ -14,19 +14,16 @@ from typing import Any
 import torch
 
 from shards.reader import Reader
-from shards.record import Record
+from shards.record import Record, tensors_of
 
 RECORDS, DRAWS, BUFFER = 8, 6, 64
 ROWS = RECORDS * DRAWS
-CONTENT = ("cond", "x0", "x_t", "v_cond", "v_uncond", "k", "s")
 Batch = tuple[list[str], dict[str, torch.Tensor]]
 
 
 def flatten_record(record: Record) -> dict[str, torch.Tensor]:
     """A record as named tensors."""
-    draws, features = record.states, record.features.by_block
-    drawn = {name: getattr(draws, name) for name in CONTENT[2:]}
-    return {"cond": record.cond, "x0": record.x0, **drawn, **{f"features.{b}": v for b, v in features.items()}}
+    return {name: values for name, values in tensors_of(record).items() if name != "trajectory"}
 
 
 def rows(samples: list[dict[str, Any]]) -> Batch:

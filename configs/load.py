@@ -11,11 +11,14 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from configs.arguments import path_argument
 from configs.options import option_name, parse_options
 from configs.schema import Layer, Option, OptionGroup, defaults_of, known_keys, option_group_of
-from configs.values import Strict, path_argument
+from configs.values import Strict
 from configs.yaml_text import read_yaml
 from stages.system.refusal import Refused, did_you_mean, format_value
+from stages.system.storage.attached import attach_all
+from stages.system.storage.locations import show_locations
 
 SECTIONS = (
     "cache_teacher", "distill", "finetune_classes", "convert", "evaluate", "sample", "import", "export", "publish",
@@ -42,6 +45,7 @@ def config_from_arguments(config_type: type[C], section: str, argv: Sequence[str
     if common.print_config:
         print(resolved_yaml(config, section), end="")
         return None
+    attach_all(config.model_dump())
     return config
 
 
@@ -58,13 +62,13 @@ def name_first_argument(argv: Sequence[str], option: str, refusal: str = "") -> 
 def parse_common_options(argv: Sequence[str]) -> CommonOptions:
     """Split `--config FILE ...` and `--print-config` from the rest of a command line."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", nargs="+", action="extend", type=Path, default=[])
+    parser.add_argument("--config", nargs="+", action="extend", default=[])
     parser.add_argument("--print-config", "--print_config", action="store_true")
     try:
         known, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise Refused("--config: needs at least one YAML file, such as configs/tiny.yaml") from error
-    return CommonOptions(tuple(path_argument(str(file)) for file in known.config), known.print_config, tuple(rest))
+    return CommonOptions(tuple(path_argument(file) for file in known.config), known.print_config, tuple(rest))
 
 
 def load(
@@ -101,7 +105,7 @@ def load(
 def resolved_yaml(config: Strict, section: str, without: Collection[str] = ()) -> str:
     """The whole configuration, but for keys that it is `without`, as YAML that `--config` reads back."""
     content = {section: config.model_dump(mode="json", exclude=set(without))}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(show_locations(content), sort_keys=False, allow_unicode=True, width=120)
 
 
 def first_error(error: ValidationError, model: type[Strict], content: Any) -> tuple[KeyPath, str]:

@@ -3,13 +3,23 @@
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    field_validator,
+    model_validator,
+)
 
-from stages.system.refusal import Refused, first_invalid_character, format_value, invalid_character_reason
+from stages.system.refusal import first_invalid_character, invalid_character_reason
+from stages.system.storage.locations import map_locations, refuse_half_location
 
 MAX_INTEGER = (1 << 63) - 1
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of Linux
@@ -21,6 +31,7 @@ def expand_home(path: Path) -> Path:
         raise ValueError(f"a file name {fault} ({first_invalid_character(str(path))}) - rename it")
     if "\n" in str(path) or "\r" in str(path):
         raise ValueError("a file name of several lines - rename it")
+    refuse_half_location(path)
     try:
         path = path.expanduser()
     except RuntimeError as error:
@@ -35,24 +46,12 @@ def expand_location(location: str) -> str:
 
     Raises `ValueError` for what can name neither.
     """
+    location = map_locations(location)
     if not location.strip():
         raise ValueError("should name a folder, a file or a hub id")
     if "\n" in location or "\r" in location:
         raise ValueError("a name of several lines - rename it")
     return str(expand_home(Path(location))) if location.startswith("~") or len(location) > MAX_NAME_BYTES else location
-
-
-def path_argument(text: str) -> Path:
-    """A path of the command line; raises `Refused` for what can name no file."""
-    try:
-        return expand_home(Path(text))
-    except ValueError as error:
-        raise Refused(f"{format_value(text)}: {error}") from error
-
-
-def location_argument(text: str) -> str:
-    """A folder or hub id of the command line; raises `Refused` for what can name none."""
-    return str(path_argument(text)) if text.startswith("~") else text
 
 
 def normalize_value(value: Any) -> Any:
@@ -107,6 +106,11 @@ class Stored(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
+def _holds_paths(annotation: Any) -> bool:
+    """Whether a field's values are paths, or lists of them."""
+    return annotation is Path or any(map(_holds_paths, get_args(annotation)))
+
+
 class Strict(Stored):
     """A model of what users write: finite floats, integers of 64 bits, text without controls, `~` in paths expanded."""
 
@@ -115,6 +119,19 @@ class Strict(Stored):
     def unused_keys(self) -> Mapping[str, str]:
         """Keys that these settings make without effect, each with the way out; an option that sets one is refused."""
         return {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _map_locations(cls, values: Any) -> Any:
+        """Each location in the place of a path becomes its working folder; `expand_home` refuses what names none."""
+        if not isinstance(values, dict):
+            return values
+        mapped = dict(values)
+        for name, field in cls.model_fields.items():
+            if name in values and _holds_paths(field.annotation):
+                with suppress(ValueError):
+                    mapped[name] = map_locations(values[name])
+        return mapped
 
     @field_validator("*")
     @classmethod

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from configs.values import path_argument
+from configs.arguments import path_argument
 from stages.system.ending import run_to_exit_code
 from stages.system.refusal import Parser, escape_unprintable
 from stages.system.terminal import prepare_streams

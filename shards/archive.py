@@ -14,6 +14,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from configs.values import PictureSize, Size, Stored
 from shards.codec import MAX_JSON_BYTES
+from shards.files.local_copy import absent_fault, obtained
 from shards.integrity import checked_path, open_plain_file
 from shards.record import MAX_RECORD_BYTES, MIN_STATE_BYTES, Split
 
@@ -194,7 +195,7 @@ class Shard(Stored):
         """What is wrong, as far as the file's size tells."""
         path = folder / self.file
         if not path.is_file() and not path.is_symlink():
-            return "missing"
+            return absent_fault(path, self.bytes)
         size = checked_path(folder, self.file).stat().st_size
         if size == self.bytes:
             return None
@@ -205,7 +206,8 @@ class Shard(Stored):
 
     def fault(self, folder: Path) -> str | None:
         """What is wrong with the file's content; reads all of it."""
-        return self.size_fault(folder) or _sha256_fault(folder / self.file, self.sha256)
+        with obtained(folder / self.file, self.bytes) as path:
+            return self.size_fault(folder) or _sha256_fault(path, self.sha256)
 
     def first_damaged_key(self, folder: Path) -> str | None:
         """Key and offset of the first record whose checksum is wrong; None when that cannot be determined."""
@@ -221,7 +223,8 @@ class Shard(Stored):
 
     def offsets_fault(self, folder: Path) -> str | None:
         """What is wrong with the manifest's offsets into a tar whose content is right."""
-        spans = record_spans(folder / self.file)
+        with obtained(folder / self.file, self.bytes) as path:
+            spans = record_spans(path)
         if len(spans) != self.records:
             return f"{len(spans)} records, manifest says {self.records}"
         if (min(spans), max(spans)) != (self.first_key, self.last_key) or tuple(spans.values()) != self.offsets:

@@ -1,28 +1,20 @@
-"""Shards open for reading by offset, each checked against its sha256 before anything is read from it.
+"""Shards open for reading by offset, each checked against its sha256 before anything is read from it."""
 
-A stamp in the user's cache folder (XDG_CACHE_HOME, never the cache of records, which may belong to another user) holds
-that the file with this inode, size and times had this sha256 when all of it was read on this machine. A file that was
-written to since, replaced or copied has other times and is read again. Bits that rot beneath the file system change no
-time: `sollune shards verify` finds them, because it uses no stamp. Removing stamps costs one reading.
-"""
-
-import hashlib
-import json
 import os
-import platform
 import struct
-import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 from configs.values import PictureSize
 from shards.archive import RecordSpan, Shard
 from shards.codec import decode, decode_metadata, landings_in, size_in
-from shards.integrity import Damaged, open_plain_file
+from shards.files.handle import FileIdentity, ShardHandle, is_stamped, write_stamp
+from shards.files.local_copy import copies_at_once, drop_copy, fetch_ahead, hold_copy, is_remote
+from shards.integrity import Damaged
 from shards.manifest import fault_message
 from shards.record import (
     LANDINGS_SCHEMA,
@@ -36,84 +28,14 @@ from shards.record import (
     pixels_per_latent,
 )
 from shards.stream.order import WINDOW
-from stages.system.atomic import atomic_write
 from stages.system.refusal import Refused
 
-RESTED_SECONDS = 2.0
-"""A file younger than this may change again within one tick of its clock, so it is not stamped yet."""
-
-
-class FileIdentity(NamedTuple):
-    """What changes when a file is written to, replaced or copied; even its owner cannot set the last one."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def from_stat(cls, stat: os.stat_result) -> "FileIdentity":
-        """The identity of an open or closed file."""
-        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-
-
-def is_stamped(path: Path, sha256: str, identity: FileIdentity) -> bool:
-    """Whether a stamp holds that this very file has this sha256."""
-    try:
-        return _stamp_path(path).read_text() == _stamp_text(path, sha256, identity)
-    except (OSError, RuntimeError, UnicodeDecodeError):
-        return False
-
-
-def write_stamp(path: Path, sha256: str, identity: FileIdentity) -> None:
-    """Stamp this very file with its sha256, unless it is too young."""
-    if time.time_ns() - max(identity.mtime_ns, identity.ctime_ns) < RESTED_SECONDS * 1e9:
-        return
-    with suppress(OSError, RuntimeError, Refused):  # without stamps every run reads the shards whole: slower, as safe
-        atomic_write(_stamp_path(path), _stamp_text(path, sha256, identity))
-
-
-def _stamp_path(path: Path) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(f"{platform.node()}\0{path.resolve()}".encode()).hexdigest()
-    return home / "sollune" / "verified" / name[:2] / name[2:]
-
-
-def _stamp_text(path: Path, sha256: str, identity: FileIdentity) -> str:
-    return json.dumps({"file": str(path.resolve()), "sha256": sha256, **identity._asdict()}, indent=1) + "\n"
-
+Item = TypeVar("Item")
 
 MAX_OPEN_FILES, MAX_OPEN_WINDOWS = 64, 16
 """The files that stay open for up to two sizes, and the sizes for which two windows of files each stay open."""
 HEADER_READ_BYTES = 4096
 """Read at once from the beginning of a KEY.safetensors: usually more than its header, times and steps take."""
-
-
-class ShardHandle:
-    """One open file; it closes with its last reference, in whichever thread that was."""
-
-    def __init__(self, path: Path) -> None:
-        self.fd, self.is_prefetched = -1, False
-        self.fd = open_plain_file(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.identity = FileIdentity.from_stat(os.fstat(self.fd))
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-    def prefetch(self, size: int, windows: int) -> None:
-        """Let the system fetch all of it in one sweep, unless so many windows of such files would not fit into memory.
-
-        Its states are read in random order within one window: one by one they would cost a disk many small reads.
-        """
-        self.is_prefetched = True
-        if 2 * WINDOW * windows * size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            os.posix_fadvise(self.fd, 0, size, os.POSIX_FADV_WILLNEED)
-
-    def is_unchanged(self) -> bool:
-        """Whether the open file is as it was when it was opened."""
-        return FileIdentity.from_stat(os.fstat(self.fd)) == self.identity
 
 
 def comparable_shape(name: str, shape: tuple[int, ...], size: PictureSize | None) -> tuple[int, ...]:
@@ -132,13 +54,18 @@ def landings_text(layout: RecordLayout) -> str:
 class OpenShards:
     """The shards used last; one that changes is checked again before its next record. Threads may share it."""
 
-    def __init__(self, folder: Path, sizes: int = 1, schema: int = SCHEMA) -> None:
+    def __init__(self, folder: Path, sizes: int = 1, schema: int = SCHEMA, largest: int = 1) -> None:
         """`sizes` is the number of picture sizes that are read in turn: each has a window of shards of its own.
 
-        `schema` is that of the manifest, and so of all records.
+        `schema` is that of the manifest, and so of all records; `largest` is the bytes of the largest shard.
         """
-        self.folder, self._schema, self._sizes = folder, schema, sizes
+        self.folder, self._schema = folder, schema
         self._max_open = max(MAX_OPEN_FILES, 2 * WINDOW * min(sizes, MAX_OPEN_WINDOWS))
+        self.is_remote = is_remote(folder)
+        if self.is_remote:
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            self._max_open = min(self._max_open, copies_at_once(largest, processes))
+        self.most_ahead = min(self._max_open, 2 * WINDOW)
         self._handles: OrderedDict[str, ShardHandle] = OrderedDict()
         self._verified: dict[str, FileIdentity] = {}
         self._lock, self._lock_of = Lock(), dict[str, Lock]()
@@ -149,7 +76,7 @@ class OpenShards:
         """A whole record, read at once into the memory where its tensors then lie."""
         first = span.json_offset
         content = memoryview(bytearray(span.st_offset + span.st_size - first))
-        self.read_into(shard, first, [content], len(content), prefetch=False)
+        self.read_into(shard, first, [content], len(content))
         metadata, tensors = content[: span.json_size].tobytes(), content[span.st_offset - first :]
         with self._named_damage(shard, span):
             record = decode(metadata, tensors)
@@ -159,9 +86,22 @@ class OpenShards:
             self._check_consistency(shard, record.key, layout, record.size)
         return record
 
-    def records(self, shards: Iterable[Shard]) -> Iterator[Record]:
+    def records(self, shards: Sequence[Shard]) -> Iterator[Record]:
         """Every record of these shards, in their order."""
-        return (self.record(shard, span) for shard in shards for span in shard.offsets)
+        numbers = self.obtained_ahead(range(len(shards)), shards, lambda number: [number])
+        return (self.record(shards[number], span) for number in numbers for span in shards[number].offsets)
+
+    def obtained_ahead(
+        self, items: Iterable[Item], shards: Sequence[Shard], shards_of: Callable[[Item], Collection[int]]
+    ) -> Iterable[Item]:
+        """The same items; of a remote cache, the shards of later ones are brought to this machine meanwhile.
+
+        `shards_of` gives their places in `shards`. What is wrong with a shard is raised where it is read.
+        """
+        if not self.is_remote or all((self.folder / shard.file).is_file() for shard in shards):
+            return items
+        most = min(self.most_ahead, len(shards))
+        return fetch_ahead(items, shards_of, lambda number: self._handle(shards[number]), most)
 
     def header(self, shard: Shard, span: RecordSpan) -> RecordHeader:
         """A record without its large tensors, checked as strictly as a whole one."""
@@ -227,13 +167,9 @@ class OpenShards:
             content = self._read_bytes(shard, span.st_offset + tensor.offset, size)
         return struct.unpack(f"<{layout.states}{'q' if name == 'k' else 'f'}", content)
 
-    def read_into(
-        self, shard: Shard, offset: int, buffers: Sequence[memoryview], size: int, prefetch: bool = True
-    ) -> None:
+    def read_into(self, shard: Shard, offset: int, buffers: Sequence[memoryview], size: int) -> None:
         """Fill the buffers, which hold `size` bytes together, one after the other from this byte of the tar on."""
-        handle = self._handle(shard)
-        if prefetch and not handle.is_prefetched:
-            handle.prefetch(shard.bytes, self._sizes)
+        handle = self._handle(shard)  # held while it is read: another thread may leave it out for a new one
         try:
             length = os.preadv(handle.fd, buffers, offset)
         except OSError as error:  # a disk that fails names no file
@@ -241,9 +177,21 @@ class OpenShards:
         if length != size:
             raise Refused(fault_message(self.folder, shard, f"ends before byte {offset + size}"))
 
+    def read_cached(self, shard: Shard, offset: int, buffers: Sequence[memoryview], size: int) -> bool:
+        """`read_into` if no disk has to be waited for; False if it has, or if it cannot be known."""
+        handle = self._handle(shard)
+        try:
+            return os.preadv(handle.fd, buffers, offset, os.RWF_NOWAIT) == size
+        except OSError:  # whatever else is wrong, `read_into` says
+            return False
+
+    def fetch(self, shard: Shard, first: int, size: int) -> None:
+        """Let the system read these bytes of the tar, so that `read_into` need not wait for the disk later."""
+        self._handle(shard).fetch(first, size)
+
     def _read_bytes(self, shard: Shard, offset: int, size: int) -> bytes:
         content = bytearray(size)
-        self.read_into(shard, offset, [memoryview(content)], size, prefetch=False)
+        self.read_into(shard, offset, [memoryview(content)], size)
         return bytes(content)
 
     def _handle(self, shard: Shard) -> ShardHandle:
@@ -263,17 +211,30 @@ class OpenShards:
                     self._handles.popitem(last=False)
         return handle
 
-    def _open_verified(self, shard: Shard) -> ShardHandle:
-        """The shard, opened: as it was when it was last read whole, or else read whole now."""
+    def _open_verified(self, shard: Shard, may_fetch_again: bool = True) -> ShardHandle:
+        """The shard, opened: as it was when it was last read whole, or else read whole now.
+
+        A copy of a remote one that is not what it should be is fetched once more.
+        """
         path = self.folder / shard.file
         try:
+            hold = hold_copy(path, shard.bytes)
             handle = ShardHandle(path)
+        except FileNotFoundError as error:
+            raise Refused(fault_message(self.folder, shard, "missing")) from error
         except OSError as error:
             raise Refused(fault_message(self.folder, shard, f"cannot be opened ({error.strerror})")) from error
+        handle.hold = hold
         if self._verified.get(shard.file) != handle.identity and not is_stamped(path, shard.sha256, handle.identity):
             fault = shard.fault(self.folder)
             if fault is None and not (handle.is_unchanged() and FileIdentity.from_stat(path.stat()) == handle.identity):
                 fault = "changed while it was read"
+            if fault and hold is not None:
+                hold.release()
+                if may_fetch_again:
+                    drop_copy(path)
+                    return self._open_verified(shard, may_fetch_again=False)
+                fault += ", as its store has it; if another machine has made it again, start this command again"
             if fault:
                 raise Refused(fault_message(self.folder, shard, fault))
             write_stamp(path, shard.sha256, handle.identity)

@@ -83,7 +83,8 @@ class Reader:
         self.view, self._keys, self._weights = view or View(), keys, class_weights
         chosen = [shard for shard in self.shards if self.view.size in (None, self._size_of(shard))]
         several = len({one.size for one in chosen}) or 1
-        self._open_shards = OpenShards(self.folder, several, self.manifest.schema_version)
+        largest = max(shard.bytes for shard in self.manifest.shards)
+        self._open_shards = OpenShards(self.folder, several, self.manifest.schema_version, largest)
         self._fits_memory = sum(shard.bytes for shard in chosen) <= memory_budget_bytes
         useful = 0 if self._fits_memory else min(MAX_WORKERS, len(os.sched_getaffinity(0)))
         self.workers = useful if workers is None else workers
@@ -96,8 +97,8 @@ class Reader:
     def pairs(self) -> Pairs:
         """The (record, state) pairs of the stream, of all sizes; raises `Refused` when there is none."""
         if (size := self.view.size) is not None and size not in (sizes := self._all_sizes()):
-            known = ", ".join(map(str, sizes))
-            raise Refused(f"{self.folder}: no picture of split {self.split} is {size} (view.size) - take {known}")
+            known = f"take {', '.join(map(str, sizes))}"
+            raise Refused(f"{self.folder}: no picture of split {self.split} is {size} (view.size) - {known}")
         pairs = self._select(self._pair_mask)
         if not len(pairs):
             raise Refused(f"{self.folder}: no sample of split {self.split} is in the view {self.view!r} - widen it")
@@ -130,16 +131,14 @@ class Reader:
 
     def _is_of_size(self, size: PictureSize | None) -> Bool[np.ndarray, " n"]:
         """For each pair of the split whether its picture has this size."""
-        draws = [shard.draws for shard in self.shards]
         of_size = np.array([self._size_of(shard) == size for shard in self.shards], dtype=bool)
-        return np.repeat(of_size, draws)
+        return np.repeat(of_size, [shard.draws for shard in self.shards])
 
     @cached_property
     def _pair_mask(self) -> Bool[np.ndarray, " n"]:
         """For each pair of the split whether it is in the stream."""
-        mask = np.ones(sum(shard.draws for shard in self.shards), dtype=bool)
-        if self.view.size is not None:
-            mask &= self._is_of_size(self.view.size)
+        size = self.view.size
+        mask = np.ones(sum(shard.draws for shard in self.shards), bool) if size is None else self._is_of_size(size)
         if self.view.needs_headers() or self._keys is not None:
             headers = list(self.headers())
             mask &= self.view.mask(headers)
@@ -200,12 +199,6 @@ class Reader:
         several = len(self.sizes) > 1
         return tuple(seed_of_size(self.seed, size) if several else self.seed for size in self.sizes)
 
-    @cached_property
-    def timesteps(self) -> Indices:
-        """The teacher's step k of each pair of the stream, as `pairs` numbers them."""
-        steps: Indices = self._steps[self._pair_mask]
-        return steps
-
     @property
     def timesteps_of_sizes(self) -> tuple[Indices, ...]:
         """The teacher's step k of each pair of each size, as `pairs_of_sizes` number them."""
@@ -232,6 +225,10 @@ class Reader:
     def read_places(self, places: Iterable[Indices], order: Order | None = None) -> Iterator[Batch]:
         """A batch for each set of places of the stream, in this order, read ahead; a set has pictures of one size."""
         order, _ = order or self.order, self._rows  # made here once, not in several threads
+        if not self._fits_memory:
+            places = self._open_shards.obtained_ahead(
+                places, self.shards, lambda samples: {*map(int, self._shard_numbers(order.at(samples)[0]))}
+            )
         return map_ahead(lambda samples: self.gather(*order.at(samples)), places, self.workers)
 
     def batch(self, samples: Indices) -> Batch:
@@ -240,8 +237,7 @@ class Reader:
 
     def gather(self, records: Indices, state_indices: Indices) -> Batch:
         """The states of these records of the split, which have pictures of one size."""
-        number = np.searchsorted(self._first_records, records, side="right") - 1
-        sizes = {self._size_of(self.shards[shard]) for shard in np.unique(number)}
+        sizes = {self._size_of(self.shards[shard]) for shard in np.unique(self._shard_numbers(records))}
         if len(sizes) > 1:
             raise ValueError(f"rows of {len(sizes)} sizes in one batch: {', '.join(sorted(map(str, sizes)))}")
         (size,) = sizes
@@ -268,8 +264,7 @@ class Reader:
     def record(self, key: str, split: Split | None = None) -> Record:
         """The record with this key in a split (default: this reader's)."""
         shards = self.manifest.shards_of(split or self.split)
-        spans = ((one, span) for one in shards if one.first_key <= key <= one.last_key for span in one.offsets)
-        for shard, span in spans:
+        for shard, span in ((one, at) for one in shards if one.first_key <= key <= one.last_key for at in one.offsets):
             if self._open_shards.header(shard, span).key == key:
                 return self._open_shards.record(shard, span)
         known = f"{shards[0].first_key} to {shards[-1].last_key}" if shards else "none"
@@ -280,8 +275,12 @@ class Reader:
         return self._open_shards.record(*self._locate(number))
 
     def _locate(self, number: int) -> tuple[Shard, RecordSpan]:
-        at = int(np.searchsorted(self._first_records, number, side="right")) - 1
+        at = int(self._shard_numbers(np.array(number)))
         return self.shards[at], self.shards[at].offsets[number - int(self._first_records[at])]
+
+    def _shard_numbers(self, records: Indices) -> Indices:
+        """The place in `shards` of the shard that holds each of these records."""
+        return np.searchsorted(self._first_records, records, side="right") - 1
 
     @cached_property
     def _rows(self) -> Mapping[PictureSize | None, InMemoryRows | StreamedRows]:
@@ -295,7 +294,7 @@ class Reader:
     def _load(self, size: PictureSize | None, pinned: bool) -> InMemoryRows:
         numbers = [number for number, shard in enumerate(self.shards) if self._size_of(shard) == size]
         shards = [self.shards[number] for number in numbers]  # one after the other, since their names are sorted
-        first, last = int(self._first_records[numbers[0]]), int(self._first_records[numbers[-1] + 1])
+        first, last = (int(self._first_records[number]) for number in (numbers[0], numbers[-1] + 1))
         starts = self.pairs.starts[first : last + 1]
         records, bytes_of_all = self._open_shards.records(shards), sum(shard.bytes for shard in shards)
         return InMemoryRows(records, starts - starts[0], pinned, bytes_of_all, first, self._landings, self._x0)

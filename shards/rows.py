@@ -4,8 +4,10 @@ Each has `gather(records, state_indices)`: row i is state `state_indices[i]` of 
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +25,19 @@ MAX_CACHED_HEADERS = 1 << 16
 MAX_GAP_BYTES = 16 << 10
 """To read over this much costs less than a second read."""
 DISCARD_BUFFER = memoryview(bytearray(MAX_GAP_BYTES))
+
+
+MAX_WAITING_READS = 64
+"""Reads of one batch that the disk does at once: more of them are no faster, and keep the first one waiting."""
+
+
+class Read(NamedTuple):
+    """Bytes of a shard and where they go; the buffers hold `size` bytes together."""
+
+    shard: Shard
+    offset: int
+    buffers: list[memoryview]
+    size: int
 
 
 class StreamedRows:
@@ -53,6 +68,8 @@ class StreamedRows:
             _, shape, dtype, _ = headers[0].layout.tensors[name]
             tensors[name] = torch.empty(len(headers), *shape, dtype=dtype, pin_memory=self._pinned)
             bytes_of[name] = memoryview(tensors[name].view(torch.uint8).numpy().data).cast("B")
+        # What the system holds is copied at once; the disk fetches the rest, many pieces at a time, as they are needed.
+        waiting: deque[Read] = deque()
         for row, (number, header, index) in enumerate(zip(records.tolist(), headers, indices, strict=True)):
             shard, span = self._locate(number)
             for first, size, pieces in plan_reads(header.layout, names, index):
@@ -60,7 +77,15 @@ class StreamedRows:
                     bytes_of[name][row * length : (row + 1) * length] if name else DISCARD_BUFFER[:length]
                     for name, length in pieces
                 ]
-                self._shards.read_into(shard, span.st_offset + first, buffers, size)
+                read = Read(shard, span.st_offset + first, buffers, size)
+                if self._shards.read_cached(*read):
+                    continue
+                self._shards.fetch(shard, read.offset, size)
+                waiting.append(read)
+                if len(waiting) > MAX_WAITING_READS:
+                    self._shards.read_into(*waiting.popleft())
+        for read in waiting:
+            self._shards.read_into(*read)
         rows = list(zip(headers, indices, strict=True))
         tensors["s"] = torch.tensor([header.s[index] for header, index in rows], dtype=torch.float32)
         tensors["k"] = torch.tensor([header.k[index] for header, index in rows], dtype=torch.int64)

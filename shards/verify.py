@@ -11,6 +11,7 @@ import torch
 from configs.values import PictureSize
 from shards.archive import TAR_BLOCK_BYTES, Failure, Shard
 from shards.codec import decode
+from shards.files.local_copy import delete_stored, obtained
 from shards.integrity import Damaged, Fault, read_at_most
 from shards.journal import broken_entries, journal_faults
 from shards.manifest import MANIFEST_FILE, Manifest
@@ -190,7 +191,7 @@ def _record_faults(
 ) -> Iterator[Fault]:
     """What is wrong with the first bad record of a shard whose bytes are those of the manifest."""
     last_key = ""
-    with open(folder / shard.file, "rb") as tar:
+    with obtained(folder / shard.file, shard.bytes) as path, open(path, "rb") as tar:
         for number, span in enumerate(shard.offsets):
             tar.seek(span.first)
             framed = tar.read(span.st_offset + span.st_size - span.first)
@@ -264,6 +265,7 @@ def quarantine(cache_folder: Path) -> list[Path]:
             with refuse_write_errors(target / file):
                 (target / file).parent.mkdir(parents=True, exist_ok=True)
                 (cache_folder / file).rename(target / file)
+            delete_stored(cache_folder / file)  # else it is fetched again, as good as before
             moved.append(target / file)
     return moved
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from stages.system.ending import MEMORY_HINT, installed_version, run_to_exit_code
 from stages.system.refusal import Refused, did_you_mean
+from stages.system.storage.attached import attached_locations
 from stages.system.terminal import prepare_streams, quiet_libraries
 
 RUN_MARKS = ("origin.json", "cache.yaml", "config.yaml", "cache")
@@ -62,7 +63,9 @@ COMMANDS = (
     Command("sample", "stages.sampling.sample_command", "argv", "generate pictures with a run, an export or a teacher"),
     Command("import", "stages.import_original", "argv", "make a run from a checkpoint of the original experiment"),
     Command("export", "stages.export", "argv", "write a run's model for other programs"),
-    Command("ablate", "stages.ablation.command", "argv", "compare settings of distill by studies, with verdicts"),
+    Command(
+        "ablate", "stages.ablation.command", "argv", "compare settings of distill or finetune-classes, with verdicts"
+    ),
     Command("publish", "stages.hub.publish_run", "argv", "upload a run's export and newest checkpoint to the hub"),
     Command("prompts", "stages.prompts.__main__", "argv", "show prompts before they are used (show|sample|stats)"),
     Command("shards", "stages.upkeep", "argv", "verify, repair, show, count or publish a cache"),
@@ -74,9 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     runs: list[Path] = []
     prepare_streams()
-    return run_to_exit_code(
-        lambda: dispatch(arguments, runs), arguments, lambda: run_folder(arguments, runs), memory_hint(arguments)
-    )
+
+    def command() -> int:
+        with attached_locations():
+            return dispatch(arguments, runs)
+
+    return run_to_exit_code(command, arguments, lambda: run_folder(arguments, runs), memory_hint(arguments))
 
 
 def dispatch(argv: Sequence[str], runs: list[Path]) -> int:

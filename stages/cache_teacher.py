@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 
 from configs.load import resolved_yaml
-from configs.values import PictureSize, Strict
+from configs.values import PictureSize
+from shards.journal import JOURNAL_FOLDER
 from shards.manifest import Recipe, differences
 from shards.record import Record
 from shards.table import is_tabulated, write_table
@@ -39,18 +40,23 @@ from stages.cache.sizes import RenderSizes
 from stages.cache.targets import RenderConfig, make_records, recipe_in, recipe_of, refuse_other_windows
 from stages.nets.components import Components, load_components
 from stages.nets.measured_teacher import MeasuredTeacher, load_measured_teacher
-from stages.nets.teacher import Teacher
+from stages.nets.teacher import Teacher, last_low_precision_step
 from stages.prompts import Prompt, PromptSource, Split, prompts, source_identity, source_report
+from stages.scale.fleet import CachingWork, FleetOptions
+from stages.scale.operations import pass_operations
+from stages.scale.rates import BRANCHES
 from stages.system.atomic import atomic_write
 from stages.system.device import device_of, one_thread
 from stages.system.memory import refuse_too_many
 from stages.system.refusal import Refused
 from stages.system.signals import interrupt_on
+from stages.system.storage.locations import location_of
+from stages.system.storage.mirror import bring_folder
 from stages.teacher_files.open import open_teacher_files
 from stages.teacher_files.source import TeacherSource
 
 
-class Config(Strict):
+class Config(FleetOptions):
     """Render prompts with the frozen teacher and store its states and velocities in shards under RUN/cache."""
 
     run: Path = Field(description="run folder; the cache lies in RUN/cache")
@@ -70,7 +76,6 @@ class Config(Strict):
     shard_range: str | None = Field(
         None, description="FIRST:END makes only these shards, counted from 0 through the splits; machines share RUN so"
     )
-    plan: bool = Field(False, description="measure a few prompts, print the cost of the rest, and make nothing")
     no_disk_check: bool = Field(False, description="start, and go on, even if the disk looks too small")
     dtype: Literal["float32", "float16"] = Field(
         "float32",
@@ -99,11 +104,14 @@ class CacheJob:
 
 def run(config: Config) -> None:
     """Fill RUN/cache; finished shards are kept, and another recipe is refused."""
+    fleet = config.fleet()
     job = open_job(config)
-    if config.plan:
+    if fleet is not None:
+        print("\n".join(caching_work(job).lines(fleet)))
+    elif config.plan:
         print_cost(job)
-        return
-    make_cache(job)
+    else:
+        make_cache(job)
 
 
 def open_job(config: Config, opened: MeasuredTeacher | None = None) -> CacheJob:
@@ -187,6 +195,16 @@ def print_cost(job: CacheJob) -> None:
     refuse_small_disk(job.writer.folder, cost.bytes)
 
 
+def caching_work(job: CacheJob) -> CachingWork:
+    """The missing shards in counted operations; the later steps of a lower precision are in full precision."""
+    each, states, bridge = record_bytes_by_size(job), job.config.render.states, job.teacher.bridge
+    calls = BRANCHES * (states.steps + states.renoised_states)
+    operations = {size: calls * pass_operations(job.teacher, size) for size in each}
+    low = 0.0 if job.config.dtype == "float32" else (last_low_precision_step(bridge) + 1) / len(bridge.s_table)
+    tasks = unfinished_tasks(job.writer, job.tasks)
+    return CachingWork([(len(t.prompts), operations[t.size], each[t.size]) for t in tasks], 1 - low)
+
+
 def cost_of(job: CacheJob) -> Cost:
     """The cost of the missing shards, measured on the first prompts."""
     config, states = job.config, job.config.render.states
@@ -243,6 +261,7 @@ def open_worker(
 
 def finish(config: Config, writer: CacheWriter, all_tasks: Sequence[ShardTask], made_count: int) -> None:
     """Write the table and `COMPLETE` if every shard is there; else print which are missing."""
+    bring_folder(writer.folder / JOURNAL_FOLDER)
     writer.refresh()
     folder, manifest = writer.folder, writer.manifest
     missing = [number for number, task in enumerate(all_tasks) if not writer.is_finished(*task.shard)]
@@ -255,6 +274,8 @@ def finish(config: Config, writer: CacheWriter, all_tasks: Sequence[ShardTask], 
     with Claims(folder) as claims:  # other processes may finish at the same moment
         while not claims.acquire("table"):
             time.sleep(POLL_SECONDS)
+        if location_of(folder) is not None:  # other machines entered shards, and the last one may have done all this
+            writer.rebuild_manifest()
         if not is_tabulated(folder):
             write_table(folder)
         # The workers are no part of what the cache is: a repair runs in one process.

@@ -1,5 +1,6 @@
 """`sollune distill`: train a velocity model on the teacher's cached predictions."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from configs.load import resolved_yaml
-from configs.values import Strict
+from configs.values import PictureSize
 from shards.manifest import Manifest
 from shards.stream.view import View
 from stages.cached_training import Alteration, CachedTraining, TrainingData
@@ -25,9 +26,13 @@ from stages.nets.student import Student, Target, make_vp_bridge
 from stages.nets.student_shape import StudentConfig, cost_text
 from stages.nets.teacher import Teacher
 from stages.sampling.grids import GridConfig, comparison_grid_hook
+from stages.scale.fleet import FleetOptions, TrainingWork
+from stages.scale.operations import pass_operations
+from stages.scale.rates import BRANCHES, FORWARD_AND_BACKWARD
 from stages.system.atomic import atomic_write
 from stages.system.device import device_of
 from stages.system.ownership import refuse_claimed
+from stages.system.refusal import Refused
 from stages.teacher_files.recorded import find_teacher
 from stages.teacher_files.source import TeacherMove
 from stages.train.block_weighter import DavidConfig
@@ -38,6 +43,8 @@ from stages.train.runtime import Runtime, is_launched, launch
 from stages.train.setup import (
     CLAIM_PURPOSE,
     TrainConfig,
+    batch_rows,
+    batch_split_error,
     claim_on_main,
     refuse_launch,
     refuse_uneven_batches,
@@ -57,7 +64,7 @@ UNUSED_WITH_WINDOWS = {
 """Settings that the training for few steps does not use, each with the way out."""
 
 
-class Config(Strict):
+class Config(FleetOptions):
     """Distil RUN/cache into a velocity model; checkpoints, journal, grids and export go to RUN/distill.
 
     With windows, the student of RUN/distill is trained on for few steps instead, into RUN/fast/<windows>.
@@ -132,6 +139,14 @@ class Config(Strict):
         """Those of the training that this command does not do."""
         return UNUSED_WITH_WINDOWS if self.windows else {"fast": "it is for few steps, add --windows such as 4 2 1"}
 
+    @model_validator(mode="after")
+    def _check_plan(self) -> "Config":
+        if self.plan and self.gpus is None:
+            raise ValueError("plan true: says not of which GPUs - add --gpus such as 8, and --gpu such as h100")
+        if self.plan and self.windows:
+            raise ValueError("plan true: is made for the distillation, not for windows - leave one of them out")
+        return self
+
     @property
     def used_train(self) -> TrainConfig:
         """The settings of the training that this command does."""
@@ -150,6 +165,9 @@ class Config(Strict):
 
 def run(config: Config) -> None:
     """Train from the last checkpoint on, then export, in `processes` processes; finished work is not repeated."""
+    if (fleet := config.fleet()) is not None:
+        print("\n".join(training_work(config, fleet.gpus).lines(fleet)))
+        return
     if config.processes == 1 or is_launched():
         runtime = Runtime(device_of(config.device), config.used_train.precision)
         with runtime.report_refusal_once():
@@ -167,6 +185,39 @@ def run(config: Config) -> None:
     device, prune = device_of(config.device), config.student.prune
     refuse_launch(config.used_train, config.processes, device, teacher, cache, sizes=sizes, prune=prune)
     launch(config, "distill", config.processes)
+
+
+def training_work(config: Config, gpus: int) -> TrainingWork:
+    """The whole training in counted operations; the cache may be a small one of the same teacher.
+
+    Raises `Refused` where the rows of a batch do not divide among so many GPUs.
+    """
+    train, manifest = config.train, Manifest.open(config.run / "cache")
+    origin = Origin.from_manifest(manifest, config.teacher, config.target)
+    teacher = Teacher(load_run_teacher(origin, torch.device("cpu"), torch.float32), origin.tail)
+    native = teacher.components.native_size
+    shards = [one for one in manifest.shards_of("train") if config.view.size in (None, one.size or native)]
+    states = Counter[PictureSize]()
+    for shard in shards:
+        states[shard.size or native] += shard.draws
+    if not states:
+        raise Refused(f"{config.run / 'cache'}: holds no state to train on - make it, or choose another view.size")
+    split = train.batch_size, gpus, train.accumulate, train.batch_pixels, [*states]
+    if error := batch_split_error(*split, section=train.section):
+        raise Refused(error)
+    total = sum(states.values())
+    rows = batch_rows([*states], train.batch_size, train.batch_pixels)
+    passes = BRANCHES * (FORWARD_AND_BACKWARD + (1 if train.gradient_checkpointing else 0))
+    return TrainingWork(
+        samples=train.max_samples,
+        rows=round(sum(rows[size] * number for size, number in states.items()) / total),
+        operations=passes * sum(pass_operations(teacher, size) * number for size, number in states.items()) / total,
+        weights=sum(value.numel() for value in teacher.components.unet.parameters()),
+        cache_bytes=sum(shard.bytes for shard in shards),
+        cache_shards=len(shards),
+        cache_states=total,
+        is_single=train.precision == "fp32",
+    )
 
 
 def distill(config: Config, runtime: Runtime, alteration: Alteration | None = None) -> None:

@@ -18,8 +18,8 @@ from stages.nets.original_checkpoint import OriginalCheckpoint, read_original
 from stages.nets.run_folder import CHECKPOINTS_FOLDER, WEIGHTS_FILE, Origin
 from stages.nets.student import Target
 from stages.system.disk import file_sha256, refuse_unwritable
-from stages.system.ownership import claim_folder
 from stages.system.refusal import Refused
+from stages.system.storage.remote_claim import claim_place
 from stages.teacher_files.source import TeacherSource
 from stages.train.checkpoint import Checkpoints
 from stages.train.checkpoint_store import KeepConfig
@@ -76,7 +76,7 @@ def run(config: Config) -> Path:
     digests = components.files.digests if components.files else {}
     origin = Origin(config.teacher.location, dict(digests), tail, "", target).with_source(teacher.source)
     print("\n".join(teacher.used.lines))
-    with claim_folder(config.out, "import into"):
+    with claim_place(config.out, "import into"):
         folder = Checkpoints(config.out / CHECKPOINTS_FOLDER, identities, KeepConfig()).save(imported)
         origin.save(config.out)
     print(f"{folder}: {len(imported.tensors)} tensors after {samples} samples, read as {target}, tail {tail}")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 
+from configs.arguments import location_argument, path_argument
 from configs.load import load
-from configs.values import Stored, location_argument, path_argument
+from configs.values import Stored
 from configs.yaml_text import read_yaml
 from shards import __main__ as shards
 from shards.__main__ import EXIT_DAMAGED
@@ -24,6 +24,8 @@ from stages.flow.bridge import x0_from_velocity
 from stages.system.device import device_of
 from stages.system.disk import refuse_unwritable
 from stages.system.refusal import Refused
+from stages.system.storage.attached import attach_all
+from stages.system.storage.locations import map_locations
 from stages.teacher_files.folder import COMPONENT_NAMES
 from stages.teacher_files.recorded import changed_parts, find_source
 from stages.teacher_files.source import TeacherSource
@@ -166,6 +168,7 @@ def _teacher_cache_origin(cache: Path, file: Path, teacher: str | None) -> Cache
 
     argv = ["--run", str(cache.parent), *(["--teacher", teacher] if teacher else []), *_windows_of(file)]
     config = load(cache_teacher.Config, "cache_teacher", [file], argv)
+    attach_all(config.model_dump())
     recorded = _recorded_source(cache) if (cache / MANIFEST_FILE).exists() else None
     if recorded:
         config = config.model_copy(update={"teacher": _where_it_lies(config.teacher, recorded, moved=bool(teacher))})
@@ -211,8 +214,9 @@ def _recorded_source(cache: Path) -> TeacherSource | None:
         source, path = information.get("teacher_source"), information.get("teacher_path")
         if source is None:
             return TeacherSource(location=path) if isinstance(path, str) else None
+        attach_all(map_locations(source))
         return TeacherSource.model_validate(source)
-    except (Refused, ValidationError):
+    except (Refused, ValueError):  # pydantic's too
         return None
 
 

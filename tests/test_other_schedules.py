@@ -57,4 +57,4 @@ def test_a_teacher_of_other_than_a_thousand_steps_is_cached_and_distilled(
         distill.run(load(distill.Config, "distill", TINY, [*place, *SHORT, *DAVID]))
         assert json.loads((run / "distill/david/config.json").read_text())["steps"] == steps
         assert open_run(run / "distill").samples == 4
-        assert len(Reader(run / "cache").timesteps) == 12 * 6
+        assert len(Reader(run / "cache").timesteps_of_sizes[0]) == 12 * 6

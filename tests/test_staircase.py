@@ -1,5 +1,6 @@
 """The staircase of imports holds, and import-linter sees it when it does not."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -71,3 +72,31 @@ def test_every_module_has_its_step() -> None:
     modules = {".".join(parts) for parts in files if parts[-1] != "__init__"}
     names = {module: set(accumulate(module.split("."), "{}.{}".format)) for module in modules}
     assert {module for module in modules if not names[module] & steps} == set()
+
+
+OPTIONAL = {"bitsandbytes", "datasets", "mlxtend", "moto", "obstore", "peft", "ray", "s3fs", "trackio", "wandb"}
+"""Packages of an extra; those of `test` are installed here, so that only a law shows who needs them."""
+
+
+def test_a_package_of_an_extra_is_imported_by_no_module_before_it_is_needed() -> None:
+    importing = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+        if name.partition(".")[0] in OPTIONAL
+    }
+    assert importing == set()
+
+
+def test_the_embedded_cache_is_made_without_a_package_of_an_extra(tmp_path: Path) -> None:
+    words = ["cache-teacher", "--config", "configs/tiny.yaml", "--run", str(tmp_path), "--count", "2"]
+    words += ["--validation-count", "1", "--render.states.steps", "4"]
+    program = f"import sys; from stages.__main__ import main; code = main({words!r}); print(sorted(sys.modules)); "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}sys.exit(code)"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    imported = {name.partition(".")[0] for name in ast.literal_eval(done.stdout.splitlines()[-1])}
+    assert imported & (OPTIONAL - {"peft"}) == set()  # diffusers looks for peft by itself

@@ -81,7 +81,7 @@ class RecordAudit:
 
 def sample(folder: Path, manifest: Manifest, count: int, seed: int) -> Iterator[tuple[str, Record]]:
     """A uniform sample of `count` records of a cache, in the order of the shards; with each its shard's file."""
-    opened = OpenShards(folder, schema=manifest.schema_version)
+    opened = OpenShards(folder, schema=manifest.schema_version, largest=max(shard.bytes for shard in manifest.shards))
     places = [(shard, place) for shard in manifest.shards for place in shard.offsets]
     for number in sorted(random.Random(seed).sample(range(len(places)), min(count, len(places)))):
         shard, place = places[number]

@@ -5,16 +5,40 @@ Claims save work, and bytes never depend on them: two owners of one shard would 
 
 import os
 import threading
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from shards.journal import JOURNAL_FOLDER
 from stages.system.disk import refuse_write_errors
 from stages.system.ownership import is_alive, process_token
 from stages.system.refusal import Refused, in_one_line
+from stages.system.storage.locations import Location, location_of
+from stages.system.storage.mirror import bring_folder, send_folder
+from stages.system.storage.remote_claim import RemoteClaim
 
 CLAIMS_FOLDER = ".claims"
+MARK_PREFIX = ".workers."
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
+REMOTE_POLL_SECONDS = 5.0
+"""Between two looks at a claim of another machine."""
+
+
+@contextmanager
+def marked(cache: Path) -> Iterator[Path]:
+    """A hidden file of this process beside the claims: who sees it under this path has the same folder."""
+    mark = cache / CLAIMS_FOLDER / f"{MARK_PREFIX}{process_token()}"
+    with refuse_write_errors(mark):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    try:
+        yield mark
+    finally:
+        mark.unlink(missing_ok=True)
+        with suppress(OSError):  # it holds claims
+            mark.parent.rmdir()
 
 
 class Claims:
@@ -23,6 +47,9 @@ class Claims:
     def __init__(self, cache: Path) -> None:
         self.folder = cache / CLAIMS_FOLDER
         self._clock_file = self.folder / f".now.{process_token()}"
+        self._location = location_of(cache)
+        self._remote: dict[str, RemoteClaim] = {}
+        self._busy_until: dict[str, float] = {}
         self._held_paths: set[Path] = set()
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -34,11 +61,13 @@ class Claims:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         for path in list(self._held_paths):
-            self.release(path.name)
+            with suppress(Refused):  # a store that is out of reach: the claim ends by itself
+                self.release(path.name, is_done=False)
         for path in self.folder.glob("*"):  # stale claims on finished shards are taken over by no process
             token = path.name.rpartition(".")[2]
             if path.name.startswith("."):
-                if is_alive(token) is False or token == process_token():
+                own = token == process_token() and not path.name.startswith(MARK_PREFIX)
+                if own or is_alive(token) is False:
                     path.unlink(missing_ok=True)
             elif self.is_stale(path.name):
                 self._remove_stale(path.name)
@@ -55,12 +84,34 @@ class Claims:
             self._remove_stale(name)
             if not self._create(path):
                 return False
+        if self._location is not None and not self._acquire_remote(name, self._location):
+            path.unlink(missing_ok=True)
+            return False
         with self._lock:
             self._held_paths.add(path)
         return True
 
-    def release(self, name: str) -> None:
-        """End a claim, unless another process took it for stale and has it now."""
+    def _acquire_remote(self, name: str, location: Location) -> bool:
+        """Claim it among all machines; what the last owner made is known here then."""
+        if time.monotonic() < self._busy_until.get(name, 0.0):
+            return False
+        claim = RemoteClaim(location / CLAIMS_FOLDER / name)
+        if claim.acquire() is not None:
+            self._busy_until[name] = time.monotonic() + REMOTE_POLL_SECONDS
+            return False
+        self._remote[name] = claim
+        bring_folder(self.folder.parent / JOURNAL_FOLDER)
+        return True
+
+    def release(self, name: str, *, is_done: bool = True) -> None:
+        """End a claim, unless another process took it for stale and has it now.
+
+        Where other machines wait for what was made, it is sent first.
+        """
+        if (claim := self._remote.pop(name, None)) is not None:
+            if is_done:
+                send_folder(self.folder.parent)
+            claim.release()
         path = self.folder / name
         with self._lock:
             self._held_paths.discard(path)

@@ -22,6 +22,7 @@ from stages.nets.features import HOOK_POINT, feature_widths
 from stages.nets.teacher import Teacher
 from stages.prompts import Prompt, derived_seed
 from stages.system.refusal import Refused
+from stages.system.storage.locations import show_locations
 from stages.teacher_files.open import open_teacher_files
 from stages.teacher_files.recorded import absolute_place, identity_as_recorded
 from stages.teacher_files.source import TeacherSource
@@ -182,10 +183,12 @@ def recipe_of(
             "latent_shape": list(parts.latent_shape()),
         },
         information={
-            "teacher_location": parts.location,
+            "teacher_location": show_locations(parts.location),
             "teacher_path": absolute_place(parts.location),
-            "teacher_source": files.source.absolute().model_dump(mode="json"),
-            "teacher_files": [{"path": str(file.path), "sha256": file.sha256} for file in files.sources],
+            "teacher_source": show_locations(files.source.absolute().model_dump(mode="json")),
+            "teacher_files": [
+                {"path": show_locations(str(file.path)), "sha256": file.sha256} for file in files.sources
+            ],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         },

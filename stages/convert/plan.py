@@ -9,8 +9,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from diffusers import UNet2DConditionModel
-from torch.utils.flop_counter import FlopCounterMode
 
 from configs.values import PictureSize
 from shards.batch import Batch, collate
@@ -24,6 +22,8 @@ from stages.export.verify_export import DEFAULT_OPTIONS, DTYPES
 from stages.nets.run_folder import newest_checkpoint
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
+from stages.scale.operations import pass_operations
+from stages.scale.rates import BRANCHES, FORWARD_AND_BACKWARD
 from stages.system.device import one_thread
 from stages.system.disk import free_bytes
 from stages.system.memory import GIB, available_bytes
@@ -32,9 +32,6 @@ from stages.train.loop import initial_state
 from stages.train.objective import Objective
 from stages.train.step import TrainingStep
 
-BRANCHES = 2
-FORWARD_AND_BACKWARD = 3
-"""Forward passes that take as many operations as one with its gradient."""
 COMPARED_FLOPS = 30e12
 """Operations a second of a device with which the cost is compared."""
 VERDICT_STUDENTS = 4
@@ -199,18 +196,6 @@ def pass_seconds(teacher: Teacher, size: PictureSize, rows: int) -> float:
     with one_thread():
         predict()
         return seconds_of(predict) / (BRANCHES * rows)
-
-
-def pass_operations(teacher: Teacher, size: PictureSize) -> int:
-    """The multiplications of one latent's pass, each counted with its addition as two.
-
-    Of a network without values: the kernels by which a processor computes attention are not all known to the counter.
-    """
-    parts = teacher.components
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        unet = UNet2DConditionModel.from_config(parts.unet.config)
-        unet(torch.zeros(1, *parts.latent_shape(size)), 500, teacher.uncond.to("meta", torch.float32))
-    return int(counter.get_total_flops())
 
 
 def blank_batch(teacher: Teacher, size: PictureSize, rows: int) -> Batch:

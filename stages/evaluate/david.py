@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from pydantic import ValidationError
 from torch import Tensor
 
-from configs.values import Strict, path_argument
+from configs.arguments import path_argument
+from configs.values import Strict
 from configs.yaml_text import read_yaml
 from shards.batch import Batch
 from shards.reader import Reader

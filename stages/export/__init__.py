@@ -23,8 +23,8 @@ from stages.nets.run_folder import Origin, load_run_teacher, load_student, open_
 from stages.nets.student import Student
 from stages.nets.student_shape import LDM_FACT
 from stages.sampling.few_steps import few_steps_of, few_steps_of_run
-from stages.system.ownership import claim_folder
 from stages.system.refusal import Refused
+from stages.system.storage.remote_claim import claim_place
 
 __all__ = ["export_all", "export_lora", "export_paths"]
 
@@ -75,14 +75,14 @@ def run(config: Config) -> tuple[Path, ...]:
     if config.single_file or config.unet_only or config.fold:
         refuse_foreign_layout(facts)
     if config.to == "pt":
-        with claim_folder(out, "export into"):
+        with claim_place(out, "export into"):
             return (export_original(saved, components, out, DTYPES[config.dtype]),)
     student, teacher_folder = load_student(saved, components), components.folder
     del components  # 4.3 GB at SD-1.x's size
     if config.verify:
         return verify_export(out, student, teacher_folder, few_steps) + verify_lora(saved, out)
     facts = {**class_facts(saved.folder), **facts}
-    with claim_folder(out, "export into"):
+    with claim_place(out, "export into"):
         refuse_occupied(out, lora_files(facts, config.name) if saved.origin.lora else ())
         written = export_all(student, teacher_folder, out, facts, config, saved.folder)
         return written + export_lora(saved, out, config.name)

@@ -22,6 +22,7 @@ from stages.nets.student import Student, Target, make_vp_bridge
 from stages.nets.student_shape import LDM_FACT, Prune, fits_ldm, prune_unet, pruned_config
 from stages.system.atomic import atomic_path, atomic_write
 from stages.system.refusal import Refused, in_one_line
+from stages.system.storage.locations import show_locations
 from stages.teacher_files.recorded import MOVE_OPTION, absolute_place, changed_parts, find_teacher, recorded_sources
 from stages.teacher_files.source import TeacherMove, TeacherSource
 
@@ -122,13 +123,14 @@ class Origin:
             teacher = TeacherMove(location=teacher)
         source = teacher.over(self.teacher_sources()[0])
         if teacher.location is None:
-            return replace(self, source=source.absolute().model_dump(mode="json"))
+            return replace(self, source=show_locations(source.absolute().model_dump(mode="json")))
         return self.with_source(source)
 
     def with_source(self, source: TeacherSource) -> "Origin":
         """The same with this teacher."""
-        path, content = absolute_place(source.location), source.absolute().model_dump(mode="json")
-        return replace(self, teacher=source.location, teacher_path=path, source=content)
+        content = show_locations(source.absolute().model_dump(mode="json"))
+        place = show_locations(source.location)
+        return replace(self, teacher=place, teacher_path=absolute_place(source.location), source=content)
 
     def teacher_sources(self) -> tuple[TeacherSource, ...]:
         """Where to look for the teacher: its location as named, then its absolute path of then."""

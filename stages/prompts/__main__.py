@@ -11,12 +11,14 @@ from typing import Any
 
 from pydantic import ConfigDict, Field
 
+from configs.arguments import path_argument
 from configs.load import load, parse_common_options
-from configs.values import Strict, path_argument
+from configs.values import Strict
 from stages.prompts import Prompt, PromptSource, SymbolicSource, omission_lines, source_report, split_of
 from stages.prompts.source import token_counts
 from stages.system.ending import run_to_exit_code
 from stages.system.refusal import Parser, Refused, format_value
+from stages.system.storage.attached import attach_all
 
 MAX_NUMBER, MAX_COUNT = 10**18, 10**7
 """Far beyond what is looked at."""
@@ -131,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     common = parse_common_options(rest)
     config = load(Config, "cache_teacher", common.files, common.options, f"sollune prompts {args.command}")
+    attach_all(config.model_dump())
     COMMANDS[args.command](args, config)
     return 0
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.values import path_argument
+from configs.arguments import path_argument
 from stages.nets.run_folder import is_run
 from stages.report.page import Page, make_environment, make_page
 from stages.system.atomic import atomic_write

@@ -16,6 +16,7 @@ from stages.sampling.sampler import DEFAULT_STEPS, MAX_SAMPLER_STEPS, check_shif
 from stages.sampling.solvers import SOLVERS, SolverName, describe_solvers, supported_solvers
 from stages.system.disk import refuse_unwritable
 from stages.system.refusal import Refused, first_invalid_character, format_value, invalid_character_reason
+from stages.system.storage.attached import attach_all
 
 USAGE = 'usage: sollune sample RUN|FOLDER|FILE "a sentence" ... [options], or --help'
 LATENT_PIXELS_PER_BATCH = 4 * 64 * 64
@@ -71,6 +72,8 @@ def main(argv: Sequence[str]) -> int:
     plain = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     common = parse_common_options([*(["--run", argv[0]] if plain else []), *argv[plain:]])
     config = load(Config, "sample", common.files, common.options)
+    if not common.print_config:
+        attach_all(config.model_dump())
     # Sentences are no words of an option: one may begin with a bracket, which an option would read as a list.
     config = config.model_copy(update={"texts": (*argv[1:plain], *config.texts)})
     _refuse_unusable(config.texts)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from stages.system.disk import HINTS, hint_for, path_of_error, system_error
 from stages.system.refusal import Refused, escape_unprintable, in_one_line
+from stages.system.storage.locations import show_locations
 from stages.system.terminal import redirect_to_devnull
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
@@ -74,7 +75,7 @@ def print_error(message: str, code: int) -> int:
     """Print each line of the message to standard error as one line; returns the code."""
     if _is_first_to_report(message):
         with suppress(OSError):  # standard error is closed
-            for line in message.split("\n"):
+            for line in show_locations(message).split("\n"):
                 print(f"sollune: {escape_unprintable(line)}", file=sys.stderr)
             sys.stderr.flush()
     return code

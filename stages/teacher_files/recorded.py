@@ -7,6 +7,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from stages.system.refusal import Refused
+from stages.system.storage.attached import attach_all
+from stages.system.storage.locations import map_locations, show_locations
 from stages.teacher_files.base import lies_here, locate
 from stages.teacher_files.folder import changed_components, digests_as_recorded
 from stages.teacher_files.open import TeacherFolder, open_teacher_files
@@ -22,7 +24,8 @@ def recorded_sources(location: str, path: str | None, source: Mapping[str, Any] 
         recorded = TeacherSource.model_validate(source or {"location": location})
     except ValidationError as error:
         raise Refused("teacher: its record cannot be read - say where it lies with --teacher") from error
-    return tuple(recorded.at(place) for place in dict.fromkeys([location, *([path] if path else [])]))
+    places = map_locations([location, *([path] if path else [])])
+    return tuple(recorded.at(place) for place in dict.fromkeys(places))
 
 
 MOVE_OPTION = "--teacher"
@@ -40,6 +43,7 @@ def find_teacher(sources: Sequence[TeacherSource], option: str = MOVE_OPTION) ->
 def find_source(sources: Sequence[TeacherSource], option: str = MOVE_OPTION) -> TeacherSource:
     """The first source at which a model lies, or else a hub repository; raises `Refused` as `find_teacher` does."""
     for source in sources:
+        attach_all(source.model_dump())
         if lies_here(source.location):
             return source
     try:
@@ -54,8 +58,8 @@ def find_source(sources: Sequence[TeacherSource], option: str = MOVE_OPTION) -> 
 
 
 def absolute_place(location: str) -> str | None:
-    """The absolute path of a folder or file; None for a hub id."""
-    return str(Path(location).absolute()) if Path(location).exists() else None
+    """The absolute path of a folder or file, or the location in whose working folder it lies; None for a hub id."""
+    return str(show_locations(str(Path(location).absolute()))) if Path(location).exists() else None
 
 
 def changed_parts(recorded: Mapping[str, str], files: TeacherFolder) -> list[str]:

@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import Field
 
 from configs.values import Strict
+from shards.files.handle import FileIdentity
 from shards.integrity import append_seal, seal_fault
-from shards.opened import FileIdentity
 from stages.system.atomic import fsync_folder
 from stages.system.disk import file_sha256
 

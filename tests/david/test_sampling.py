@@ -266,7 +266,7 @@ def test_a_reader_reads_the_states_in_the_order_of_the_sampler(tmp_path: Path):
     CacheWriter(tmp_path, Recipe(identity={"a": 1}, information={})).add("train", 0, records)
     reader = Reader(tmp_path, seed=5, batch_size=3, view=View(s_range=(0.2, 1.0)))
     stored = [(r.key, state, int(r.states.k[state])) for r in records for state in range(2) if r.states.s[state] >= 0.2]
-    assert reader.timesteps.tolist() == [k for _, _, k in stored]
+    assert reader.timesteps_of_sizes[0].tolist() == [k for _, _, k in stored]
     profile = difficult([4])
     by_size = zip(reader.sizes, reader.seeds, reader.pairs_of_sizes, reader.timesteps_of_sizes, strict=True)
     config, streams = SamplingConfig(scheme="david", profile_samples=6), [SizeStream(*given) for given in by_size]

@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 
-from shards import opened as stamps
 from shards.archive import Shard
+from shards.files import handle as stamps
 from shards.reader import Reader
 from stages.system.refusal import Refused
 

@@ -1,0 +1,1 @@
+"""Files of shards: how they are obtained, and what is known of one that is open."""
