@@ -1,6 +1,7 @@
 """Filling a cache: prompts -> records in batches -> shards, in one process or beside others in the same folder."""
 
 import re
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,9 +73,19 @@ class FillJob:
     open_worker: Callable[[int], tuple[CacheWriter, RecordMaker]]
     """number of a GPU -> the cache and the teacher, opened in the worker's own process"""
     tasks: Sequence[ShardTask]
+    mark: Path | None = None
+    """a file that lies in the cache while the job is done"""
 
     def run(self, number: int) -> int:
-        """Fill the cache beside other workers; returns how many shards this one made."""
+        """Fill the cache beside other workers; returns how many shards this one made.
+
+        Raises `Refused` where the cache's folder is another one than that of the process that gave the job.
+        """
+        if self.mark is not None and not self.mark.exists():
+            raise Refused(
+                f"{self.mark.parent.parent}: is another folder on {socket.gethostname()} than where the command runs - "
+                "put the run folder on a disk that all machines see under the same path"
+            )
         writer, make = self.open_worker(number)
         return fill(writer, self.tasks, make, show_progress=False)
 

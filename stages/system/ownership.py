@@ -116,7 +116,7 @@ def claim_folder(folder: Path, purpose: str) -> Iterator[None]:
 def _write_claim(path: Path, folder: Path, purpose: str) -> None:
     """Write this process into the claim; a lock keeps two processes from taking over the same claim at once."""
     owner = {"owner": process_token(), "process": os.getpid(), "host": socket.gethostname()}
-    content = json.dumps({**owner, "machine": machine_id(), "boot": boot_id()})
+    content = json.dumps({**owner, "machine": machine_id(), "boot": boot_id(), "run": launched_run()})
     while True:
         with open(path, "a+", encoding="utf-8") as file:
             with suppress(OSError):  # a file system without locks: the claim itself still counts
@@ -149,7 +149,7 @@ def _refuse_if_alive(content: str, folder: Path, purpose: str) -> None:
             f"{folder}: process {process} on {host} works here, and one at a time may {purpose} it - "
             f"wait until it is done, stop it (kill {process}), or choose another folder"
         )
-    if alive is None and not _has_rebooted(claim):
+    if alive is None and not _has_rebooted(claim) and not _is_of_this_run(claim):
         raise Refused(
             f"{folder}: process {process} on {host} claims it, and whether it still runs cannot be seen from here - "
             f"if it does not, remove {folder / CLAIM_FILE}; or choose another folder"
@@ -160,6 +160,17 @@ def _has_rebooted(claim: Mapping[str, Any]) -> bool:
     """Whether the claim is of this machine before its last boot, so that its process has certainly ended."""
     same = claim.get("host") == socket.gethostname() and claim.get("machine") == machine_id() != ""
     return bool(same and claim.get("boot") and boot_id() and claim["boot"] != boot_id())
+
+
+def launched_run() -> str:
+    """The id of the run of torchrun that this process belongs to; empty without one, or where the user gave none."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if run == "none" else run
+
+
+def _is_of_this_run(claim: Mapping[str, Any]) -> bool:
+    """Whether the claim is of this run of torchrun on another machine, which ends its processes before it goes on."""
+    return str(claim.get("run", "")) == launched_run() != ""
 
 
 def _remove_empty(folders: list[Path]) -> None:

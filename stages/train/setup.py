@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from configs.values import PictureSize, Strict
@@ -18,8 +18,8 @@ from stages.nets.latents import LatentGeometry
 from stages.nets.student import Student
 from stages.nets.student_shape import Prune, prune_unet
 from stages.system.memory import refuse_too_many
-from stages.system.ownership import claim_folder
 from stages.system.refusal import Refused
+from stages.system.storage.remote_claim import claim_place
 from stages.teacher_files.architecture import check_sd1_architecture
 from stages.teacher_files.folder import read_json
 from stages.train.checkpoint import Checkpoints, Resume
@@ -73,6 +73,11 @@ class TrainConfig(Strict):
     )
     compile: bool = Field(False, description="let torch.compile fuse the UNet's operations; slow first steps")
     channels_last: bool = Field(False, description="lay the UNet out for the convolutions of recent GPUs")
+    shard_moments: bool = Field(
+        False,
+        description="with several processes: each keeps its part of AdamW's moments, updates that part of the weights "
+        "and sends it to the others - less memory, more traffic, same bits (Muon's momenta are always shared so)",
+    )
     max_skips: int = Field(5, ge=1, description="steps in a row without a finite gradient that end the run")
     spike_sigmas: float = Field(
         6.0, gt=0, description="deviations above the running mean of log loss from which a loss is journaled as a spike"
@@ -81,6 +86,20 @@ class TrainConfig(Strict):
     checkpoint_every_samples: int = Field(12_800, ge=1, description="samples between two checkpoints")
     keep: KeepConfig = KeepConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check_shards(self) -> "TrainConfig":
+        if self.shard_moments and self.optimizer.kind == "adamw_8bit":
+            raise ValueError(
+                f"shard_moments: optimizer.kind {self.optimizer.kind} has packed moments, which are not shared - take "
+                "kind adamw or muon, or leave shard_moments out"
+            )
+        return self
+
+    @property
+    def shares_moments(self) -> bool:
+        """Whether several processes keep a part each of most moments: those of AdamW if wanted, of Muon always."""
+        return self.shard_moments or self.optimizer.kind == "muon"
 
     def rows_of(self, size: PictureSize) -> int:
         """States a step of one picture size."""
@@ -95,6 +114,7 @@ NON_IDENTITY_FIELDS = {
     "max_skips",
     "spike_sigmas",
     "tracking",
+    "shard_moments",
 }
 ARITHMETIC_FIELDS = {"accumulate", "gradient_checkpointing", "compile", "channels_last"}
 """No part of the identity either, but a change is printed: a resumed run has other last bits."""
@@ -205,8 +225,8 @@ def _split_error(config: TrainConfig, world: int, sizes: Sequence[PictureSize]) 
 
 
 def claim_on_main(folder: Path, runtime: Runtime) -> AbstractContextManager[None]:
-    """The run folder, claimed by the main process for all processes of a run; see `claim_folder`."""
-    return claim_folder(folder, CLAIM_PURPOSE) if runtime.is_main else nullcontext()
+    """The run folder, claimed by the main process for all processes of a run; see `claim_place`."""
+    return claim_place(folder, CLAIM_PURPOSE) if runtime.is_main else nullcontext()
 
 
 def trainable_parameters(student: Student) -> dict[str, nn.Parameter]:
@@ -217,7 +237,7 @@ def trainable_parameters(student: Student) -> dict[str, nn.Parameter]:
 BYTES_OF_WEIGHTS = 4
 BYTES_OF_GRADIENT_AND_AVERAGE = 4 + 4
 BYTES_OF_MOMENTS = {"adamw": 8, "adamw_8bit": 2, "muon": 4}
-"""Of each parameter of the UNet, at least, in every process."""
+"""Of each parameter of the UNet, at least, in every process that keeps all moments."""
 
 
 def refuse_launch(
@@ -239,12 +259,13 @@ def refuse_launch(
         raise Refused(f"processes = {processes}: {error}, or other processes")
     if device.type == "cuda" and processes > torch.cuda.device_count():
         raise Refused(f"processes = {processes}: there are {torch.cuda.device_count()} GPUs - one process for each")
-    bytes_of_parameter = BYTES_OF_WEIGHTS  # of the student; the teacher has its weights alone
+    bytes_of_parameter = float(BYTES_OF_WEIGHTS)  # of the student; the teacher has its weights alone
     if not adapters_only:
-        bytes_of_parameter += BYTES_OF_GRADIENT_AND_AVERAGE + BYTES_OF_MOMENTS[train.optimizer.kind]
+        keepers = processes if train.shares_moments else 1
+        bytes_of_parameter += BYTES_OF_GRADIENT_AND_AVERAGE + BYTES_OF_MOMENTS[train.optimizer.kind] / keepers
     cache_bytes = sum(shard.bytes for shard in Manifest.open(cache).shards_of("train"))
     held_bytes = cache_bytes if cache_bytes <= DEFAULT_MEMORY_BUDGET_BYTES else 0
-    own_bytes = count_parameters(teacher, prune) * bytes_of_parameter
+    own_bytes = round(count_parameters(teacher, prune) * bytes_of_parameter)
     needed = count_parameters(teacher) * BYTES_OF_WEIGHTS + own_bytes + held_bytes
     refuse_too_many("processes", processes, needed, device)
 
