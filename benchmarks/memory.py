@@ -1,14 +1,14 @@
 """What training needs on a card: `python -m benchmarks.memory [--config A.yaml --config B.yaml] [--size 512x768]`.
 
-By default configs/sd15.yaml under each of configs/cards, at SD1.5's own picture size. Only bytes are computed: one
-micro-batch runs forward and backward on tensors without content, and every storage is counted while it is held,
-checkpointing and autocast included. Not counted: the card's own context, the allocator's gaps, workspaces of
-convolutions.
+By default configs/sd15.yaml under each of configs/cards, at SD1.5's own picture size. With `--processes 4` it is what
+the fullest of 4 processes needs, each with a card of its own. Only bytes are computed: one micro-batch runs forward and
+backward on tensors without content, and every storage is counted while it is held, checkpointing and autocast included.
+Not counted: the card's own context, the allocator's gaps, workspaces of convolutions, messages between processes.
 """
 
 import argparse
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from configs.load import load
 from configs.values import PictureSize
 from stages.distill import Config
 from stages.nets.student import Student
-from stages.train.optim import uses_muon
-from stages.train.setup import TrainConfig
+from stages.train.optim import build_optimizer, uses_muon
+from stages.train.optimizers.partition import Partitioned, ProcessGroup
+from stages.train.setup import TrainConfig, batch_split_error
 
 GIB = 2**30
 NATIVE_SIZE = PictureSize(512, 512)
@@ -91,21 +92,39 @@ class Networks:
     prompt: tuple[int, int] = (77, full_size.CONTEXT)
 
 
-def memory_use(config: TrainConfig, size: PictureSize, networks: Networks | None = None) -> MemoryUse:
-    """The parts for one process with a card of its own, in a step on pictures of this size; by default SD1.5's."""
+def memory_use(
+    config: TrainConfig, size: PictureSize, networks: Networks | None = None, processes: int = 1
+) -> MemoryUse:
+    """The parts for the fullest process with a card of its own, in a step on pictures of this size.
+
+    The networks are SD1.5's by default.
+    """
     networks = networks or Networks()
     with FakeTensorMode():
         student = Student(networks.unet()).train()
         weights = size_of(student)
-        working = working_bytes(student, config, size, networks.prompt)
+        moments = held_moment_bytes(config, dict(student.named_parameters()), processes)
+        working = working_bytes(student, config, size, networks.prompt, processes)
         teacher = weights + size_of(networks.vae()) + size_of(networks.text_encoder())
-        moments = sum(moment_bytes(name, p, config.optimizer.kind) for name, p in student.named_parameters())
     return MemoryUse(weights, weights, moments, weights, working, teacher)
 
 
 def size_of(module: nn.Module) -> int:
     """Bytes of all parameters."""
     return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def held_moment_bytes(config: TrainConfig, parameters: Mapping[str, nn.Parameter], processes: int) -> int:
+    """Bytes of the moments that the fullest of so many processes keeps."""
+    sizes = {name: moment_bytes(name, p, config.optimizer.kind) for name, p in parameters.items()}
+    if processes == 1 or not config.shares_moments:
+        return sum(sizes.values())
+    group = ProcessGroup()
+    group.world = processes
+    optimizer = build_optimizer(config.optimizer, parameters, group, config.shard_moments)
+    parts = [optimizer, *getattr(optimizer, "optimizers", {}).values()]
+    partition = next(part.partition for part in parts if isinstance(part, Partitioned))
+    return max(partition.loads) + sum(size for name, size in sizes.items() if parameters[name] not in partition)
 
 
 def moment_bytes(name: str, parameter: nn.Parameter, kind: str) -> int:
@@ -118,13 +137,15 @@ def moment_bytes(name: str, parameter: nn.Parameter, kind: str) -> int:
     return 2 * 4 * numbers
 
 
-def working_bytes(student: Student, config: TrainConfig, size: PictureSize, prompt: tuple[int, int]) -> int:
+def working_bytes(
+    student: Student, config: TrainConfig, size: PictureSize, prompt: tuple[int, int], processes: int = 1
+) -> int:
     """The most that a micro-batch holds beside weights and gradients; gradients exist from the step before."""
     if config.gradient_checkpointing:
         student.unet.enable_gradient_checkpointing()
     if config.precision != "fp32":
         compute_norms_in_fp32(student)
-    rows, latent = config.rows_of(size) // config.accumulate, (4, size.height // 8, size.width // 8)
+    rows, latent = config.rows_of(size) // (config.accumulate * processes), (4, size.height // 8, size.width // 8)
     with StorageCounter() as live:
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -145,11 +166,11 @@ def compute_norms_in_fp32(module: nn.Module) -> None:
             part.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
 
 
-def row(name: str, config: TrainConfig, size: PictureSize) -> str:
+def row(name: str, config: TrainConfig, size: PictureSize, processes: int = 1) -> str:
     """A line of the table."""
-    use = memory_use(config, size)
+    use = memory_use(config, size, processes=processes)
     how = [config.precision, config.optimizer.kind, "checkpointing" if config.gradient_checkpointing else "plain"]
-    batch = f"{config.accumulate} x {config.rows_of(size) // config.accumulate}"
+    batch = f"{config.accumulate} x {config.rows_of(size) // (config.accumulate * processes)}"
     parts = [f"{getattr(use, field.name) / GIB:.1f}" for field in fields(use)]
     return f"| {name} | {', '.join(how)} | {size} | {batch} | " + " | ".join(parts) + f" | **{use.total / GIB:.1f}** |"
 
@@ -159,16 +180,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, action="append", help="files of one configuration, later over earlier")
     parser.add_argument("--size", type=PictureSize.parse, action="append", help="picture sizes (512x512)")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share each batch, and the moments")
     parser.add_argument("options", nargs="*", help="after --, options of distill such as --train.batch-size 8")
     arguments = parser.parse_args(argv)
     configurations = [arguments.config] if arguments.config else [[BASE, card] for card in sorted(CARDS.glob("*.yaml"))]
-    print("GiB of a card, SD1.5's size, one process\n")
+    processes = arguments.processes
+    print(f"GiB of a card, SD1.5's size, {'one process' if processes == 1 else f'each of {processes} processes'}\n")
     print(f"| configuration | how | size | batch | {' | '.join(field.name for field in fields(MemoryUse))} | sum |")
     print("|---|---|---|---|" + "---|" * (len(fields(MemoryUse)) + 1))
     for files in configurations:
         config = load(Config, "distill", files, arguments.options).train
         for size in arguments.size or [NATIVE_SIZE]:
-            print(row(files[-1].stem, config, size), flush=True)
+            if error := batch_split_error(
+                config.batch_size, processes, config.accumulate, config.batch_pixels, [size], config.section
+            ):
+                parser.error(error)
+            print(row(files[-1].stem, config, size, processes), flush=True)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,8 @@ def fit(
             if writes_line and not signal:
                 _write_journal_line(journal, state, updates, hooks, runtime)
             if saves or signal:
-                runtime.on_main(_save_checkpoint, checkpoints, state, student, hooks, journal, validates=not signal)
+                with state.gathered():
+                    runtime.on_main(_save_checkpoint, checkpoints, state, student, hooks, journal, validates=not signal)
                 if signal:  # after the checkpoint: where the terminal is closed nothing can be printed
                     _write_journal_line(journal, state, updates, hooks, runtime)
                 if signal and not is_last:
@@ -202,7 +203,7 @@ def initial_state(
     return TrainingState(
         student,
         Ema(student),
-        build_optimizer(config.optimizer, trainable_parameters(student), runtime),
+        build_optimizer(config.optimizer, trainable_parameters(student), runtime, config.shard_moments),
         BlockTermWeight(objective.config),
         block_weighter,
         Anomalies(folder / "mishaps.jsonl" if runtime.is_main else None, config.spike_sigmas),

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from configs.values import Strict
 from stages.system.refusal import Refused, did_you_mean
-from stages.train.muon import SINGLE_PROCESS, MuonWithAdamW, ProcessGroup
+from stages.train.optimizers.muon import MuonWithAdamW
+from stages.train.optimizers.partition import SINGLE_PROCESS, Partition, Partitioned, PartitionedAdamW, ProcessGroup
 
 BLOCK_PATTERN = re.compile(r"\b(?:(down|up)_blocks\.(\d+)|(mid)_block)\.")
 REST_BLOCK = "rest"
@@ -79,11 +80,15 @@ def uses_muon(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_optimizer(
-    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], process_group: ProcessGroup = SINGLE_PROCESS
+    config: OptimizerConfig,
+    parameters: Mapping[str, nn.Parameter],
+    process_group: ProcessGroup = SINGLE_PROCESS,
+    shard_moments: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer of these parameters; one group for each rate, or for each block when they are balanced.
 
-    Muon's work is shared among the processes of the group, which hold the same parameters and gradients.
+    The processes of the group hold the same parameters and gradients, and share Muon's work and its momenta; with
+    `shard_moments` AdamW's too.
 
     Raises `Refused` for the rate of a block without parameters, and for 8 bits without bitsandbytes.
     """
@@ -96,10 +101,13 @@ def build_optimizer(
         return _adamw_8bit(_groups(config, parameters), options)
     # The fused form makes one pass over memory, on a CPU too, and no copies.
     options["fused"] = all(parameter.device.type in FUSED_DEVICES for parameter in parameters.values())
+    shards = shard_moments and process_group.world > 1
     if config.kind == "muon":
         matrices = {name: p for name, p in parameters.items() if uses_muon(name, p)}
         rest = {name: p for name, p in parameters.items() if name not in matrices}
-        return MuonWithAdamW(_groups(config, matrices), _groups(config, rest), process_group, **options)
+        return MuonWithAdamW(_groups(config, matrices), _groups(config, rest), process_group, shards, **options)
+    if shards:
+        return PartitionedAdamW(_groups(config, parameters), Partition(process_group), **options)
     return torch.optim.AdamW(_groups(config, parameters), **options)
 
 
@@ -150,23 +158,27 @@ def balanced_shares(optimizer: torch.optim.Optimizer) -> list[float]:
     ratio (You et al. 2020, algorithm 2) of a block instead of a tensor, times one factor for all blocks that keeps |dw|
     unchanged, so that the learning rate keeps its meaning. 1 where a block is zero or does not move, as there.
     """
-    w2, u2 = torch.stack([_squared_norms(optimizer, group) for group in optimizer.param_groups]).unbind(dim=1)
+    norms = [_norms(optimizer, group) for group in optimizer.param_groups]
+    if isinstance(optimizer, Partitioned):  # each weight's norms, and zeros from the processes that do not own it
+        norms = optimizer.partition.group.all_reduce_sum(norms)
+    w2, u2 = torch.stack([pairs.square().sum(dim=0) for pairs in norms]).unbind(dim=1)
     shares = (w2 / u2 * (u2.sum() / w2.sum())).sqrt().clamp(MIN_SHARE, MAX_SHARE)
     return torch.where((w2 > 0) & (u2 > 0), shares, 1.0).tolist()
 
 
-def _squared_norms(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Float[Tensor, "2"]:
-    """|w|^2 and |u|^2 of one group, in double precision."""
-    norms = [torch.stack([w.norm(), u.norm()]).double() for w, u in _weights_and_updates(optimizer, group)]
-    return torch.stack(norms).square().sum(dim=0)
+def _norms(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Float[Tensor, "n 2"]:
+    """|w| and |u| of each weight of a group, in double precision; 0 where another process has the moments."""
+    return torch.stack([torch.stack([w.norm(), u.norm()]).double() for w, u in _weights_and_updates(optimizer, group)])
 
 
 def _weights_and_updates(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """Each weight of a group and AdamW's step at rate 1, from its moments: m / (sqrt(v) + eps) + decay w."""
     beta1, beta2 = group["betas"]
     for weight in group["params"]:
-        state = optimizer.state[weight]
-        if state:
+        state = optimizer.state.get(weight)
+        if isinstance(optimizer, Partitioned) and not optimizer.partition.owns(weight):
+            yield torch.zeros_like(weight), torch.zeros_like(weight)
+        elif state:
             m = state["exp_avg"] / (1 - beta1 ** state["step"])
             v = state["exp_avg_sq"] / (1 - beta2 ** state["step"])
             yield weight, m / (v.sqrt() + group["eps"]) + group["weight_decay"] * weight

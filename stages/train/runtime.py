@@ -27,7 +27,7 @@ from configs.load import resolved_yaml
 from configs.values import Strict
 from stages.system.refusal import Refused
 from stages.system.signals import unless_nohup
-from stages.train.muon import ProcessGroup
+from stages.train.optimizers.partition import ProcessGroup
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 Result = TypeVar("Result")

@@ -3,9 +3,9 @@
 import json
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from stages.system.refusal import Refused, in_one_line
 from stages.train.block_weighter import BlockWeighter
 from stages.train.ema import Ema
 from stages.train.journal import truncate_after
-from stages.train.muon import MuonWithAdamW
 from stages.train.objective import BlockTermWeight, ObjectiveConfig
+from stages.train.optimizers.muon import Muon, MuonWithAdamW, relaid
+from stages.train.optimizers.partition import Partitioned
 
 HALF_LIFE_STEPS = 64
 """Steps after which a loss counts half in the running mean and variance."""
@@ -112,7 +113,7 @@ MOMENT_NAMES = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 
 @dataclass
 class TrainingState:
-    """All that a step changes; the same on every process."""
+    """All that a step changes; the same on every process, except that each may keep only its part of the moments."""
 
     student: nn.Module
     ema: Ema
@@ -126,6 +127,16 @@ class TrainingState:
     previous_arithmetic: Mapping[str, Any] = field(default_factory=dict)
     """The same of the checkpoint that was read."""
     samples: int = 0
+    _whole_moments: dict[str, Any] | None = None
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within it the main process has all moments, for `write`; entered by all processes."""
+        self._whole_moments = gather_state(self.optimizer)
+        try:
+            yield
+        finally:
+            self._whole_moments = None
 
     def write(self, folder: Path) -> None:
         """Write everything but the number of samples into a folder; of the weights, those that are trained."""
@@ -133,6 +144,7 @@ class TrainingState:
         weights = {k: v.contiguous() for k, v in self.student.state_dict().items() if k not in frozen}
         save_file(weights, folder / "student.safetensors")
         save_file({k: v.contiguous() for k, v in self.ema.tensors().items()}, folder / "ema.safetensors")
+        moments = self.optimizer.state_dict() if self._whole_moments is None else self._whole_moments
         memory = {
             "judge": self.block_weighter.state_dict(),
             "penalty": self.block_term_weight.state_dict(),
@@ -140,7 +152,7 @@ class TrainingState:
             "scaler": self.scaler.state_dict() if self.scaler else {},
             "arithmetic": dict(self.arithmetic),
         }
-        for name, content in (("optimizer.pt", self.optimizer.state_dict()), ("memory.pt", memory)):
+        for name, content in (("optimizer.pt", moments), ("memory.pt", memory)):
             with open(folder / name, "wb") as handle:  # with a path, torch hides the cause of a failure
                 torch.save(content, handle)
 
@@ -164,8 +176,7 @@ class TrainingState:
         weights = load_file(folder / "student.safetensors", device=device)
         self.student.load_state_dict({**self._frozen(), **weights})
         self.ema.load_tensors(load_file(folder / "ema.safetensors", device=device))
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
-        _check_moments(self.optimizer)
+        self._load_moments(folder / "optimizer.pt", device)
         memory = torch.load(folder / "memory.pt", map_location=device, weights_only=True)
         self.block_weighter.load_state_dict(memory["judge"])
         self.block_term_weight.load_state_dict(memory["penalty"])
@@ -173,6 +184,18 @@ class TrainingState:
         if self.scaler and memory["scaler"]:
             self.scaler.load_state_dict(memory["scaler"])
         self.previous_arithmetic = memory["arithmetic"]
+        before, now = (bool(each.get("channels_last")) for each in (self.previous_arithmetic, self.arithmetic))
+        if before != now:
+            _fit_layout(self.optimizer, before)
+
+    def _load_moments(self, file: Path, device: str) -> None:
+        """Load the moments, of which only this process's part is read where the processes share them."""
+        parts = [part for part in _parts(self.optimizer).values() if isinstance(part, Partitioned)]
+        is_shared = any(part.partition.group.world > 1 for part in parts)
+        place: dict[str, Any] = {"map_location": "cpu", "mmap": True} if is_shared else {"map_location": device}
+        content = torch.load(file, weights_only=True, **place)
+        self.optimizer.load_state_dict(content)
+        _check_moments(self.optimizer, content)
 
     def size_bytes(self) -> int:
         """About what `write` needs on the disk."""
@@ -187,11 +210,40 @@ def checkpoint_bytes(student: nn.Module) -> int:
     return 4 * sum(p.nelement() * p.element_size() for p in student.parameters() if p.requires_grad)
 
 
-def _check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raise `ValueError` for moments that have not their parameter's size, which torch does not check."""
-    optimizers = optimizer.optimizers.values() if isinstance(optimizer, MuonWithAdamW) else (optimizer,)
-    for parameter, moments in chain.from_iterable(part.state.items() for part in optimizers):
-        for name in MOMENT_NAMES & moments.keys():
-            if moments[name].numel() != parameter.numel():
-                shapes = f"{list(moments[name].shape)}, its parameter {list(parameter.shape)}"
-                raise ValueError(f"optimizer.pt: {name} has shape {shapes}")
+def gather_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of all processes on the main one; called by all of them."""
+    states = {
+        name: part.gather_state() if isinstance(part, Partitioned) else part.state_dict()
+        for name, part in _parts(optimizer).items()
+    }
+    return states if isinstance(optimizer, MuonWithAdamW) else states[""]
+
+
+def _parts(optimizer: torch.optim.Optimizer) -> Mapping[str, torch.optim.Optimizer]:
+    """The optimizers that have a state of their own."""
+    return optimizer.optimizers if isinstance(optimizer, MuonWithAdamW) else {"": optimizer}
+
+
+def _fit_layout(optimizer: torch.optim.Optimizer, was_channels_last: bool) -> None:
+    """Lay the moments as their parameters lie now; fused AdamW and Muon read both in the order of memory."""
+    for part in _parts(optimizer).values():
+        for parameter, moments in part.state.items():
+            for name in MOMENT_NAMES & moments.keys():
+                if isinstance(part, Muon):
+                    moments[name] = relaid(moments[name], parameter, was_channels_last)
+                elif moments[name].stride() != parameter.stride():
+                    moments[name] = torch.empty_like(parameter, requires_grad=False).copy_(moments[name])
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, content: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for moments that have not their parameter's size, which torch does not check.
+
+    Of a whole state, so that all processes raise alike.
+    """
+    for name, part in _parts(optimizer).items():
+        parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+        for index, moments in (content[name] if name else content)["state"].items():
+            for moment in MOMENT_NAMES & moments.keys():
+                if moments[moment].numel() != parameters[index].numel():
+                    shapes = f"{list(moments[moment].shape)}, its parameter {list(parameters[index].shape)}"
+                    raise ValueError(f"optimizer.pt: {moment} has shape {shapes}")

@@ -10,7 +10,7 @@ from stages.system.refusal import Refused
 from stages.train.checkpoint import Checkpoints
 from stages.train.checkpoint_store import CheckpointMeta, KeepConfig, fault_of, identity_differences
 from stages.train.ema import Ema
-from stages.train.optim import OptimizerConfig, build_optimizer
+from stages.train.optim import OptimizerConfig, build_optimizer, set_learning_rate
 from stages.train.state import TrainingState
 
 FILES = ["student.safetensors", "ema.safetensors", "optimizer.pt", "memory.pt", "state.json"]
@@ -284,3 +284,33 @@ def test_lack_of_memory_is_no_fault_of_a_checkpoint(tmp_path, state, monkeypatch
     monkeypatch.setattr(torch, "load", none_left)
     with pytest.raises(torch.OutOfMemoryError):
         state.read(tmp_path / "000000008", 8)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("layouts", [(False, True), (True, False), (True, True)])
+def test_another_memory_format_at_a_resume_changes_only_rounding(tmp_path, kind, layouts):
+    def state(is_last: bool) -> TrainingState:
+        network = torch.nn.ModuleDict({"mid_block": torch.nn.Conv2d(4, 6, 3), "other": torch.nn.Conv2d(3, 2, (2, 3))})
+        for number, parameter in enumerate(network.parameters()):
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        if is_last:
+            network.to(memory_format=torch.channels_last)
+        optimizer = build_optimizer(OptimizerConfig(kind=kind), dict(network.named_parameters()))
+        return TrainingState(network, Ema(network), optimizer, arithmetic={"channels_last": is_last})
+
+    def step(trained: TrainingState, seed: int) -> None:
+        for number, parameter in enumerate(trained.student.parameters()):
+            values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(10 * seed + number))
+            parameter.grad = torch.empty_like(parameter).copy_(values)
+        set_learning_rate(trained.optimizer, 0.01)
+        trained.optimizer.step()
+
+    before, resumed = state(layouts[0]), state(layouts[1])
+    step(before, 1)
+    before.write(tmp_path)
+    resumed.read(tmp_path, 8)
+    for seed in (2, 3):
+        step(before, seed)
+        step(resumed, seed)
+    for one, other in zip(before.student.parameters(), resumed.student.parameters(), strict=True):
+        torch.testing.assert_close(other, one, atol=1e-6, rtol=0)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from stages.train.ema import Ema
-from stages.train.muon import SINGLE_PROCESS, as_matrix
 from stages.train.optim import OptimizerConfig, build_optimizer, set_learning_rate
+from stages.train.optimizers.muon import as_matrix
+from stages.train.optimizers.partition import SINGLE_PROCESS, ProcessGroup
 
 CONFIG = OptimizerConfig(kind="muon", learning_rate=0.01, block_rates={"mid": 0.5})
 SHAPES = {"mid_block.conv.weight": (6, 4, 3, 3), "mid_block.conv.bias": (6,), "conv_in.weight": (6, 4, 3, 3)}
@@ -75,7 +76,7 @@ def test_a_state_of_torchs_muon_is_loaded():
     assert all(torch.equal(then[name], now[name]) for name in then)
 
 
-class ThreadProcessGroup:
+class ThreadProcessGroup(ProcessGroup):
     """Processes that are threads: a broadcast waits for all of them."""
 
     def __init__(self, rank: int, world: int, meeting: threading.Barrier, table: dict[int, torch.Tensor]) -> None:

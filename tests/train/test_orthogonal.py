@@ -1,13 +1,11 @@
-"""Newton and Schulz' iteration, and how its work is shared."""
+"""Newton and Schulz' iteration."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from stages.train import muon
-from stages.train.muon import COEFFICIENTS, ITERATIONS, MIN_NORM, assign_matrices, native_dtype, orthogonalize
+from stages.train.optimizers import muon
+from stages.train.optimizers.muon import COEFFICIENTS, ITERATIONS, MIN_NORM, native_dtype, orthogonalize
 
 
 def matrices(*shapes: tuple[int, int]) -> list[torch.Tensor]:
@@ -60,13 +58,3 @@ def test_a_cpu_computes_in_float32_always():
 def test_a_gpu_computes_in_bfloat16_from_ampere_on(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert native_dtype(torch.device("cuda", 0)) == dtype
-
-
-@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=30), st.integers(1, 6))
-def test_every_matrix_is_computed_once_and_no_process_does_much_more_than_another(shapes, count):
-    work = [torch.empty(shape) for shape in shapes]
-    shares = assign_matrices(work, count)
-    assert sorted(i for numbers in shares for i in numbers) == list(range(len(work)))
-    costs = [min(shape) ** 2 * max(shape) for shape in shapes]
-    loads = [sum(costs[i] for i in numbers) for numbers in shares]
-    assert max(loads) - min(loads) <= max(costs, default=0)

@@ -3,12 +3,15 @@
 Products are computed in the precision that is native to the device.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from stages.train.optimizers.partition import SINGLE_PROCESS, Partition, Partitioned, PartitionedAdamW, ProcessGroup
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of the odd quintic a x + b x^3 + c x^5, whose slope at 0 is steep (Jordan et al. 2024)."""
@@ -23,25 +26,12 @@ ParameterGrad: TypeAlias = tuple[dict[str, Any], Tensor, Tensor]
 """A group, one of its parameters, and its gradient."""
 
 
-class ProcessGroup:
-    """The processes with the same weights and gradients: here a single one; `Runtime` is several."""
-
-    rank: int = 0
-    world: int = 1
-
-    def broadcast(self, tensor: Tensor, rank: int) -> None:
-        """Overwrite the tensor by that of process `rank`."""
-
-
-SINGLE_PROCESS = ProcessGroup()
-
-
-class Muon(torch.optim.Optimizer):
+class Muon(Partitioned):
     """Moves a matrix along its orthogonalised Nesterov momentum (Jordan et al. 2024).
 
     Its updates have the root mean square of AdamW's (Liu et al. 2025, arXiv:2502.16982), so one learning rate and one
-    decay serve both. A convolution is the matrix [out, in x kernel]. Each of several processes orthogonalises its share
-    of the matrices and broadcasts it, so all of them get the same bits; each holds the whole momentum.
+    decay serve both. A convolution is the matrix [out, in x kernel]. Each of several processes keeps the momentum of
+    its part of the matrices, orthogonalises it and broadcasts that, so all of them get the same bits.
     """
 
     def __init__(
@@ -49,10 +39,14 @@ class Muon(torch.optim.Optimizer):
         groups: Sequence[dict[str, Any]],
         lr: float,
         weight_decay: float,
-        process_group: ProcessGroup = SINGLE_PROCESS,
+        partition: Partition | None = None,
     ) -> None:
         super().__init__([*map(dict, groups)], {"lr": lr, "weight_decay": weight_decay})
-        self._process_group = process_group
+        self.partition = partition or Partition()
+        # In the order of the work, so that the processes share what is computed together.
+        whole = [(group, parameter, parameter) for group in self.param_groups for parameter in group["params"]]
+        for bucket in reversed(list(_buckets(whole))):
+            self.partition.add((parameter for _, parameter, _ in reversed(bucket)), moments=1)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -61,7 +55,7 @@ class Muon(torch.optim.Optimizer):
             raise ValueError("step takes no closure")
         updated = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for bucket in _buckets(updated):
-            directions = self._orthogonal_directions([self._momentum(parameter, grad) for _, parameter, grad in bucket])
+            directions = self._orthogonal_directions(bucket)
             for (group, parameter, _), direction in zip(bucket, directions, strict=True):
                 matrix = as_matrix(parameter)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
@@ -76,19 +70,24 @@ class Muon(torch.optim.Optimizer):
         momentum: Tensor = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
         return gradient.lerp(momentum, MOMENTUM)
 
-    def _orthogonal_directions(self, momenta: Sequence[Tensor]) -> list[Tensor]:
-        """The orthogonalised momenta, of which this process computes its share."""
-        shares, own = assign_matrices(momenta, self._process_group.world), self._process_group.rank
-        results = dict(zip(shares[own], orthogonalize([momenta[i] for i in shares[own]]), strict=True))
-        for rank, indices in enumerate(shares if len(shares) > 1 else ()):
-            sizes = [momenta[i].numel() for i in indices]
-            flat = torch.empty(sum(sizes), dtype=native_dtype(momenta[0].device), device=momenta[0].device)
-            parts = {i: part.view(momenta[i].shape) for i, part in zip(indices, flat.split(sizes), strict=True)}
-            for i, part in parts.items() if rank == own else ():
+    def _orthogonal_directions(self, bucket: Sequence[ParameterGrad]) -> list[Float[Tensor, "out n"]]:
+        """The orthogonalised momenta, of which this process computes those it owns."""
+        group = self.partition.group
+        owners = [self.partition.owner(parameter) for _, parameter, _ in bucket]
+        own = {i: self._momentum(*bucket[i][1:]) for i, owner in enumerate(owners) if owner == group.rank}
+        results = dict(zip(own, orthogonalize(list(own.values())), strict=True))
+        for rank in sorted(set(owners)) if group.world > 1 else ():
+            indices = [i for i, owner in enumerate(owners) if owner == rank]
+            shapes = [as_matrix(bucket[i][1]).shape for i in indices]
+            device = bucket[0][1].device
+            flat = torch.empty(sum(map(math.prod, shapes)), dtype=native_dtype(device), device=device)
+            pieces = zip(shapes, flat.split([*map(math.prod, shapes)]), strict=True)
+            parts = {i: part.view(shape) for i, (shape, part) in zip(indices, pieces, strict=True)}
+            for i, part in parts.items() if rank == group.rank else ():
                 part.copy_(results[i])
-            self._process_group.broadcast(flat, rank)
+            group.broadcast(flat, rank)
             results |= parts
-        return [results[i] for i in range(len(momenta))]
+        return [results[i] for i in range(len(bucket))]
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -99,15 +98,22 @@ class MuonWithAdamW(torch.optim.Optimizer):
         matrices: Sequence[dict[str, Any]],
         rest: Sequence[dict[str, Any]],
         process_group: ProcessGroup = SINGLE_PROCESS,
+        shard_rest: bool = False,
         **options: Any,
     ) -> None:
-        """Groups of parameters with at least two dimensions, and with any number; `options` are AdamW's."""
+        """Groups of parameters with at least two dimensions, and with any number; `options` are AdamW's.
+
+        With `shard_rest` the processes share AdamW's moments as they share Muon's.
+        """
         super().__init__([*map(dict, matrices), *map(dict, rest)], dict(options))
         common = {name: options[name] for name in ("lr", "weight_decay")}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        partition = Partition(process_group)
         if matrices:
-            self.optimizers["muon"] = Muon(matrices, **common, process_group=process_group)
-        if rest:
+            self.optimizers["muon"] = Muon(matrices, **common, partition=partition)
+        if rest and shard_rest:
+            self.optimizers["adamw"] = PartitionedAdamW(rest, partition, **options)
+        elif rest:
             self.optimizers["adamw"] = torch.optim.AdamW([*map(dict, rest)], **options)
 
     @torch.no_grad()
@@ -153,20 +159,6 @@ def orthogonalize(
     return results
 
 
-def assign_matrices(matrices: Sequence[Float[Tensor, "_ _"]], process_count: int) -> list[list[int]]:
-    """The indices of the matrices that each process computes, balanced by cost; the same on every process.
-
-    Greedy: the most expensive matrix first, to the process with the least load.
-    """
-    costs = [min(matrix.shape) ** 2 * max(matrix.shape) for matrix in matrices]
-    loads, shares = [0] * process_count, [list[int]() for _ in range(process_count)]
-    for i in sorted(range(len(matrices)), key=lambda i: (-costs[i], i)):
-        least = loads.index(min(loads))
-        loads[least] += costs[i]
-        shares[least].append(i)
-    return [sorted(indices) for indices in shares]
-
-
 def _newton_schulz(x: Float[Tensor, "k m n"]) -> Float[Tensor, "k m n"]:
     """The iteration X <- a X + (b X X^T + c (X X^T)^2) X on matrices with m <= n, from X / |X|."""
     a, b, c = COEFFICIENTS
@@ -198,6 +190,20 @@ def _wide(matrix: Tensor) -> Tensor:
 def as_matrix(weight: Float[Tensor, "out ..."]) -> Float[Tensor, "out n"]:
     """A view as [out, in x kernel]; channels_last permutes the columns, to which Muon is invariant."""
     return _in_memory_order(weight, weight.detach()).view(len(weight), -1)
+
+
+def relaid(
+    momentum: Float[Tensor, "..."], weight: Float[Tensor, "out ..."], was_channels_last: bool
+) -> Float[Tensor, "..."]:
+    """A momentum of a weight that was channels_last or not, with the columns in the order of the weight's memory."""
+    if weight.ndim != 4 or was_channels_last != weight.is_contiguous():
+        return momentum
+    out, n_in, height, width = weight.shape
+    if was_channels_last:
+        values = momentum.view(out, height, width, n_in).movedim(-1, 1)
+    else:
+        values = momentum.view(weight.shape)
+    return _in_memory_order(weight, values).reshape(momentum.shape)
 
 
 def _in_memory_order(weight: Tensor, values: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Optimizers of one or of several processes."""
