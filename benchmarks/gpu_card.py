@@ -1,8 +1,7 @@
 """The card: what its maker states, what plain products reach on it, and clocks that do not disturb it."""
 
-import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,48 +11,14 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu_report import Budget, RecordFigures
+from stages.scale.cards import Card, card_of_device
 
 TERA, GIB = 1e12, 2**30
 
 
-@dataclass(frozen=True)
-class Peak:
-    """The stated rates of a card without sparsity, in 10^12 operations a second; half sums up in fp32."""
-
-    half: float
-    """fp16, and bf16 where the card has it"""
-    tf32: float | None
-    single: float
-    """fp32 outside of tensor cores"""
-
-
-PEAKS: Mapping[str, Peak] = {
-    r"\bB200\b": Peak(2250, 1100, 75),
-    r"\bGH200\b": Peak(989.4, 494.7, 67),
-    r"\bH200 NVL\b": Peak(835, 417, 60),
-    r"\bH200\b": Peak(989.4, 494.7, 67),
-    r"\bH100 NVL\b": Peak(835, 417, 60),
-    r"\bH100 PCIe\b": Peak(756, 378, 51),
-    r"\bH100\b": Peak(989.4, 494.7, 67),
-    r"\bA100\b": Peak(312, 156, 19.5),
-    r"\bA10\b": Peak(125, 62.5, 31.2),
-    r"\bL40S\b": Peak(362, 183, 91.6),
-    r"\bL40\b": Peak(181, 90.5, 90.5),
-    r"\bL4\b": Peak(121, 60, 30.3),
-    r"\bA40\b": Peak(149.7, 74.8, 37.4),
-    r"\bRTX 6000 Ada\b": Peak(364, 182, 91.1),
-    r"\bRTX A6000\b": Peak(154.8, 77.4, 38.7),
-    r"\bRTX 4090\b(?! D| Laptop)": Peak(165.2, 82.6, 82.6),
-    r"\bRTX 3090\b(?! Ti)": Peak(71, 35.6, 35.6),
-    r"\bV100\b": Peak(125, None, 15.7),
-    r"\bT4\b": Peak(65, None, 8.1),
-}
-"""By a pattern in the card's name, the first that fits; from data sheets, those of SXM where a name says nothing."""
-
-
-def peak_of(name: str) -> Peak | None:
+def peak_of(name: str) -> Card | None:
     """The stated rates of a card; None for one that is not in the table."""
-    return next((peak for pattern, peak in PEAKS.items() if re.search(pattern, name)), None)
+    return card_of_device(name)
 
 
 def card_name(device: torch.device) -> str:
@@ -169,7 +134,9 @@ def describe(world: Any, budget: Budget, record: RecordFigures) -> None:
     record(
         {
             "name": name,
-            "stated_peak_tflops": vars(peak) if peak else f"unknown: {name} is not in the table of cards",
+            "stated_peak_tflops": {key: getattr(peak, key) for key in ("half", "tf32", "single")}
+            if peak
+            else f"unknown: {name} is not in the table of cards",
             "torch": torch.__version__,
             "cpu_threads": torch.get_num_threads(),
         }

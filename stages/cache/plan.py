@@ -1,6 +1,5 @@
 """The cost of a cache before it is made, and the free disk space before and while it is."""
 
-import heapq
 import resource
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from stages.cache.fill import RecordMaker, ShardTask, count_prompts
 from stages.cache.landings import landing_times
 from stages.nets.features import feature_widths
 from stages.nets.teacher import Teacher
+from stages.scale.fleet import longest_share
 from stages.system.disk import free_bytes
 from stages.system.refusal import Refused
 
@@ -137,14 +137,6 @@ def time_batch(make: RecordMaker, task: ShardTask) -> tuple[list[Record], float]
     began = time.perf_counter()
     records = make(sample, keys, task.size)
     return records, (time.perf_counter() - began) / len(sample)
-
-
-def longest_share(costs: Sequence[float], workers: int) -> float:
-    """The cost of the worker that ends last, if each takes the next shard as soon as it is free."""
-    shares = [0.0] * workers
-    for cost in costs:
-        heapq.heapreplace(shares, shares[0] + cost)
-    return max(shares)
 
 
 def peak_memory() -> int:

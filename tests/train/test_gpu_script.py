@@ -10,9 +10,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from benchmarks import gpu, gpu_process
-from benchmarks.gpu_card import PEAKS, peak_of, shares_of_peak, unet_operations
+from benchmarks.gpu_card import peak_of, shares_of_peak, unet_operations
 from benchmarks.gpu_process import Executor, InProcess, OwnProcess, run_parts
 from benchmarks.gpu_report import Part, Report, as_json
+from stages.scale.cards import CARDS
 from tests.train.gpu_parts import Settings
 
 
@@ -215,7 +216,7 @@ def test_a_share_is_of_the_peak_of_its_type() -> None:
     assert shares_of_peak(98.94e12, torch.float16, "NVIDIA H100 80GB HBM3") == {"share_of_peak": pytest.approx(0.1)}
     single = shares_of_peak(6.7e12, torch.float32, "NVIDIA H100 80GB HBM3")
     assert single == {"share_of_tf32_peak": pytest.approx(6.7 / 494.7), "share_of_fp32_peak": pytest.approx(0.1)}
-    assert all(peak.half > peak.single for peak in PEAKS.values())
+    assert all(peak.half > peak.single for peak in CARDS)
 
 
 def test_operations_count_attention_to_each_token() -> None:
