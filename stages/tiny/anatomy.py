@@ -7,17 +7,21 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from stages.tiny.world import PIXELS, world_grammar
+from stages.prompts import Grammar
+from stages.tiny.scenes import PIXELS
+from stages.tiny.world import world_grammar
 
 LATENT = PIXELS // 8
 TOKENS = 24
 TEXT_WIDTH = 64
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer with merges that make every word of the world one token."""
+def build_tokenizer(grammar: Grammar | None = None) -> CLIPTokenizer:
+    """CLIP's byte-pair tokenizer with merges that make every word of a grammar one token; none: the embedded world."""
     extra = ("a", "an", "and", "the", "of", "photo", "picture")
-    texts = " ".join(f"{phrase.text} {' '.join(phrase.words)}" for phrase in world_grammar().phrases).replace("{}", "")
+    texts = " ".join(
+        f"{phrase.text} {' '.join(phrase.words)}" for phrase in (grammar or world_grammar()).phrases
+    ).replace("{}", "")
     vocabulary = list(bytes_to_unicode().values())  # type: ignore[no-untyped-call]
     vocabulary += [f"{letter}</w>" for letter in vocabulary]
     merges: list[str] = []

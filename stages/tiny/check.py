@@ -11,11 +11,12 @@ from torch import Tensor
 
 from stages.prompts import derived_seed
 from stages.system.atomic import atomic_write
+from stages.tiny.embedded import SEED
+from stages.tiny.folder import MODEL
+from stages.tiny.scenes import Scenes
 from stages.tiny.score import accuracies, score
-from stages.tiny.training import SEED, Scenes, draw_scenes
-from stages.tiny.world import ATTRIBUTES, world_grammar
+from stages.tiny.world import ATTRIBUTES, draw_scenes, world_grammar
 
-MODEL = Path(__file__).with_name("model")
 PICTURES = 2000
 PROMPTS = 500
 
@@ -46,6 +47,14 @@ def held_out_sentences(count: int) -> list[str]:
     ]
 
 
+def load_pipeline(model: Path) -> StableDiffusionPipeline:
+    """A teacher in the stock pipeline with DDIM, without progress bars."""
+    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def generate_pictures(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Float[Tensor, "b 3 64 64"]:
     """Pictures of the stock pipeline: 25 DDIM steps, guidance 5, one seed a picture."""
     pictures = []
@@ -60,9 +69,7 @@ def generate_pictures(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -
 
 def measure_accuracies(model: Path = MODEL) -> dict[str, Mapping[str, float]]:
     """Accuracies of true pictures, of the same through the autoencoder, and of the teacher's, by the classifier."""
-    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(model)
     scenes = draw_scenes(PICTURES, seed=SEED + 1)
     truth, sentences = scenes.normalised(torch.arange(PICTURES)), complete_sentences(scenes)
     prompts = [world_grammar().prompt(SEED + 2, index).text for index in range(PROMPTS)]
@@ -78,7 +85,6 @@ def measure_accuracies(model: Path = MODEL) -> dict[str, Mapping[str, float]]:
 
 MIN_ACCURACY = {"classifier on true pictures": 0.99, "through the autoencoder": 0.98, "teacher": 0.95}
 MIN_ACCURACY_ALL = {"teacher": 0.85}
-COLUMNS = (*ATTRIBUTES, "all")
 
 
 def passes(name: str, row: Mapping[str, float]) -> bool:
@@ -87,13 +93,15 @@ def passes(name: str, row: Mapping[str, float]) -> bool:
     return not any_below and row["all"] >= MIN_ACCURACY_ALL.get(name, 0.0)
 
 
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """The accuracies as a Markdown table, in percent."""
-    lines = [f"| % right | {' | '.join(COLUMNS)} | gate |", f"|---|{'---|' * (len(COLUMNS) + 1)}"]
+def table(rows: Mapping[str, Mapping[str, float]], gates: Mapping[str, str]) -> str:
+    """The accuracies as a Markdown table, in percent; gates: source -> its word in a last column."""
+    columns = list(next(iter(rows.values())))
+    head = [*columns, "gate"] if gates else columns
+    lines = [f"| % right | {' | '.join(head)} |", f"|---|{'---|' * len(head)}"]
     for name, row in rows.items():
-        cells = ["-" if math.isnan(row[column]) else f"{100 * row[column]:.1f}" for column in COLUMNS]
-        gate = ("passed" if passes(name, row) else "MISSED") if name in MIN_ACCURACY else "none"
-        lines.append(f"| {name} | {' | '.join(cells)} | {gate} |")
+        cells = ["-" if math.isnan(row[column]) else f"{100 * row[column]:.1f}" for column in columns]
+        cells += [gates.get(name, "none")] if gates else []
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -117,6 +125,8 @@ The weights are MIT, like the code.
 def check(model: Path = MODEL) -> bool:
     """Measure the accuracies, print them and write them into the model's README; whether all reach their minimum."""
     rows = measure_accuracies(model)
-    print(table(rows))
-    atomic_write(model / "README.md", README.format(table=table(rows), pictures=PICTURES, prompts=PROMPTS))
+    gates = {name: "passed" if passes(name, row) else "MISSED" for name, row in rows.items() if name in MIN_ACCURACY}
+    text = table(rows, gates)
+    print(text)
+    atomic_write(model / "README.md", README.format(table=text, pictures=PICTURES, prompts=PROMPTS))
     return all(passes(name, row) for name, row in rows.items())

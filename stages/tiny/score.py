@@ -1,79 +1,31 @@
-"""The attribute classifier, and how well pictures show the attributes that their sentences name."""
+"""The judge of the embedded world: `scorer: stages.tiny.score.score`, `features: stages.tiny.score.features`."""
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 
-import torch
-from jaxtyping import Float, Int
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from stages.tiny.world import ATTRIBUTES, PIXELS, parse_attributes, world_grammar
+from stages.tiny.judge import AttributeClassifier, accuracies, judge_features, judge_pictures, load_judge
+from stages.tiny.world import EMBEDDED
+
+__all__ = ["accuracies", "features", "load_classifier", "score"]
 
 FILE = Path(__file__).with_name("model") / "judge" / "judge.safetensors"
-
-
-class AttributeClassifier(nn.Module):
-    """Pictures [b, 3, 64, 64] in [-1, 1] -> one row of logits per attribute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts = [len(world_grammar().words_of(name)) for name in ATTRIBUTES]
-        layers: list[nn.Module] = []
-        for before, after in pairwise((3, 16, 32, 64, 64)):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.SiLU()]
-        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 128), nn.SiLU())
-        self.head = nn.Linear(128, sum(self.counts))
-
-    def forward(self, pictures: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b n"], ...]:
-        """Logits of every attribute, in the order of ATTRIBUTES."""
-        logits: Tensor = self.head(self.trunk(pictures))
-        return tuple(logits.split(self.counts, dim=1))
-
-    @torch.inference_mode()
-    def predict(self, pictures: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b 5"]:
-        """The most likely word of each attribute, as indices."""
-        return torch.stack([logits.argmax(1) for logits in self(pictures)], dim=1)
 
 
 @lru_cache(maxsize=1)
 def load_classifier() -> AttributeClassifier:
     """The shipped classifier, frozen and loaded once."""
-    net = AttributeClassifier()
-    net.load_state_dict({name: value.float() for name, value in load_file(FILE).items()})
-    return net.eval().requires_grad_(False)
+    return load_judge(EMBEDDED, FILE)
 
 
 def score(texts: Sequence[str], pictures: Float[Tensor, "b 3 h w"]) -> Mapping[str, Float[Tensor, " b"]]:
-    """Attribute -> 1 where the picture (in [0, 1]) shows the named word, 0 where not, nan where none is named.
-
-    Pictures of another size than 64 x 64 get nan throughout: the classifier was trained on that alone, and of the
-    teacher's own pictures of other sizes, resized or cropped, it would call at most a third right.
-    """
-    if pictures.shape[-2:] != (PIXELS, PIXELS):
-        return {name: torch.full([len(texts)], math.nan) for name in ATTRIBUTES}
-    predicted = load_classifier().predict(pictures.float().cpu() * 2 - 1).tolist()
-    scores: dict[str, list[float]] = {name: [] for name in ATTRIBUTES}
-    for text, indices in zip(texts, predicted, strict=True):
-        named = parse_attributes(text)
-        for name, index in zip(ATTRIBUTES, indices, strict=True):
-            word = world_grammar().words_of(name)[index]
-            scores[name].append(float(word == named[name]) if name in named else math.nan)
-    return {name: torch.tensor(values) for name, values in scores.items()}
+    """Attribute -> 1 where the picture (in [0, 1]) shows the named word, 0 where not, nan where none is named."""
+    return judge_pictures(EMBEDDED, load_classifier(), texts, pictures)
 
 
-@torch.inference_mode()
 def features(pictures: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b 128"]:
     """What the classifier judges from, of pictures in [0, 1]: for distances between sets of them."""
-    rows: Tensor = load_classifier().trunk(pictures.float().cpu() * 2 - 1)
-    return rows
-
-
-def accuracies(scores: Mapping[str, Float[Tensor, " b"]]) -> dict[str, float]:
-    """Mean of each attribute where it is named, and the share of pictures with everything right (`all`)."""
-    any_wrong = torch.stack([value == 0 for value in scores.values()]).any(0)
-    means = {name: float(value.nanmean()) for name, value in scores.items()}
-    return means | {"all": float((~any_wrong).float().mean())}
+    return judge_features(load_classifier(), pictures)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, ImageDraw
 
 from stages.prompts import Grammar, Prompt, load_grammar
+from stages.tiny.scenes import PIXELS, Scenes, World
 
-PIXELS = 64
 OVERSAMPLING = 4
 ATTRIBUTES = ("size", "colour", "shape", "place", "background")
 RADIUS = {"small": 13.0, "large": 20.0}
@@ -134,3 +135,25 @@ def draw_scene(scene: Scene, rng: random.Random) -> tuple[npt.NDArray[np.uint8],
 def label(scene: Scene) -> list[int]:
     """The index of each attribute's word, in the order of ATTRIBUTES."""
     return [world_grammar().words_of(name).index(getattr(scene, name)) for name in ATTRIBUTES]
+
+
+def draw_scenes(count: int, seed: int) -> Scenes:
+    """The pictures of the first `count` training sentences of a seed."""
+    prompts = [world_grammar().prompt(seed, index) for index in range(count)]
+    pictures, coverage, labels = [], [], []
+    for prompt in prompts:
+        scene, rng = sample_scene(prompt)
+        picture, covered = draw_scene(scene, rng)
+        pictures.append(torch.from_numpy(picture).permute(2, 0, 1))
+        coverage.append(torch.from_numpy(covered.copy()))
+        labels.append(torch.tensor(label(scene)))
+    texts = tuple(prompt.text for prompt in prompts)
+    return Scenes(torch.stack(pictures), torch.stack(coverage), torch.stack(labels), texts)
+
+
+EMBEDDED = World(
+    grammar_file=Path(__file__).with_name("grammar.yaml"),
+    attributes=ATTRIBUTES,
+    draw=draw_scenes,
+    parse=lambda _grammar, text: parse_attributes(text),
+)

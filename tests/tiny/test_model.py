@@ -13,10 +13,13 @@ from stages.nets.components import load_components
 from stages.nets.features import last_resnets
 from stages.nets.scheduler import flow_scheduler
 from stages.prompts import GrammarSource, prompts
-from stages.tiny.check import MODEL, reconstruct
+from stages.tiny.check import reconstruct
+from stages.tiny.embedded import PatchCode, fit_code
+from stages.tiny.folder import MODEL
+from stages.tiny.scenes import Scenes
 from stages.tiny.score import accuracies, load_classifier, score
-from stages.tiny.training import PatchCode, Scenes, TrainingSpec, draw_scenes, fit_code, train
-from stages.tiny.world import world_grammar
+from stages.tiny.training import TrainingSpec, train
+from stages.tiny.world import draw_scenes, world_grammar
 
 SOURCE = GrammarSource(grammar=Path("stages/tiny/grammar.yaml"))
 

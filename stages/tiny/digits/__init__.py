@@ -1,0 +1,1 @@
+"""A second world: digits that people wrote, in coloured ink, with sentences measured from them."""
