@@ -80,17 +80,19 @@ def finetune(home: Path, run: Path, files: Sequence[Path], overrides: Sequence[s
 
 
 def points_text(apart: Sequence[float]) -> str:
-    """Mean of paired differences in points, with its 95 % interval where there are several."""
-    if len(apart) < 2:
-        return f"{100 * apart[0]:+.2f}"
+    """Mean of paired differences in points, with its 95 % interval where there is one."""
     difference = Difference.paired(apart, [0.0] * len(apart))
-    return f"{100 * difference.mean:+.2f} +- {100 * (difference.high - difference.mean):.2f}"
+    own = difference.interval
+    return f"{100 * difference.mean:+.2f}" + ("" if own is None else f" +- {100 * (own.high - difference.mean):.2f}")
 
 
 def difference_text(arm: Sequence[float], control: Sequence[float]) -> str:
-    """Mean paired difference, its 95 % interval, and both as shares of the control."""
+    """Mean paired difference, its 95 % interval where there is one, and both as shares of the control."""
     difference, base = Difference.paired(arm, control), statistics.mean(control)
-    mean, half = difference.mean, difference.high - difference.mean
+    mean, own = difference.mean, difference.interval
+    if own is None:
+        return f"{mean:+.5f} ({mean / base:+.1%})"
+    half = own.high - mean
     return f"{mean:+.5f} +- {half:.5f} ({mean / base:+.1%} +- {half / base:.1%})"
 
 

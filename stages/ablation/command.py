@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from configs.values import path_argument
+from configs.arguments import path_argument
 from shards.verify import COMPLETE_FILE
+from stages.ablation.block import END, START, block_of, render_block, renew_block
 from stages.ablation.page import render_page
 from stages.ablation.study import Study, load_study
 from stages.ablation.table import Row, pyarrow_or_refuse, read_studies, read_table, write_table
@@ -12,7 +13,8 @@ from stages.system.atomic import atomic_write
 from stages.system.refusal import Parser, Refused
 
 DEFAULT_STUDIES = tuple(
-    Path("configs/ablation", f"{name}.yaml") for name in ("david", "first_failure", "flow_without_conversion")
+    Path("configs/ablation", f"{name}.yaml")
+    for name in ("david", "first_failure", "flow_without_conversion", "classes")
 )
 QUICK_STUDIES = DEFAULT_STUDIES[:1]
 TABLE_FILE, PAGE_FILE = "ablation.parquet", "ablation.md"
@@ -23,8 +25,10 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(list(argv))
     pyarrow_or_refuse()
     if args.table is not None:
-        write_page(args.table, args.page or args.table.with_suffix(".md"))
+        write_page(args.table, args.page or args.table.with_suffix(".md"), args.block)
         return 0
+    if args.block is not None:
+        raise Refused(f"--block: {args.block}: is renewed from a finished table - give --table FILE.parquet too")
     files = args.studies or (QUICK_STUDIES if args.quick else DEFAULT_STUDIES)
     studies = {file: load_study(file).shortened() if args.quick else load_study(file) for file in files}
     names = [study.name for study in studies.values()]
@@ -47,11 +51,14 @@ def run_studies(
 ) -> None:
     """Run what is not there yet; the table is written whole after each run, the page at the end."""
     # What follows loads networks, which takes seconds: an unreadable study is refused before.
-    from stages import cache_teacher
+    from stages import cache_teacher, distill
     from stages.ablation import scheduler
+    from stages.ablation.jobs import Job
     from stages.ablation.measuring import read_rows
-    from stages.ablation.plan import Job, make_plan
-    from stages.system.ownership import claim_folder, refuse_claimed
+    from stages.ablation.plan import make_plan
+    from stages.nets.run_folder import COMPLETE_MARK
+    from stages.system.ownership import refuse_claimed
+    from stages.system.storage.remote_claim import claim_place
 
     plans = [make_plan(study, file, run, out, device) for file, study in studies.items()]
     jobs = [job for plan in plans for job in plan.jobs]
@@ -67,7 +74,7 @@ def run_studies(
     print(f"{', '.join(named)}: {len(jobs)} runs, {len(rows)} are done, {len(missing)} to do", flush=True)
     if only_plan:
         for job in missing:
-            print(f"{job.label}: {job.distill.train.max_samples} samples" if job.trains else f"{job.label}: measured")
+            print(f"{job.label}: {job.samples} samples" if job.trains else f"{job.label}: measured")
         return
 
     def save() -> None:
@@ -79,20 +86,29 @@ def run_studies(
         rows[job.label] = found
         save()
 
-    with claim_folder(out, "ablate in"):
+    with claim_place(out, "ablate in"):
         if missing:
             if not (run / "cache" / COMPLETE_FILE).is_file():
                 cache_teacher.run(plans[0].cache.model_copy(update={"workers": processes}))
+            base = next((plan.base for plan in plans if plan.base is not None), None)
+            if base is not None and not (run / "distill" / COMPLETE_MARK).is_file():
+                distill.run(base)
             scheduler.run_jobs(missing, run, processes, on_finished)
         save()
     write_page(table, page or out / PAGE_FILE)
 
 
-def write_page(table: Path, page: Path) -> None:
-    """Write the page of a table, and print its verdicts."""
-    text = render_page(read_table(table), read_studies(table))
+def write_page(table: Path, page: Path, block: Path | None = None) -> None:
+    """Write the page of a table, and its verdicts on David between the comments of the file `block`."""
+    rows, studies = read_table(table), read_studies(table)
+    text = render_page(rows, studies)
+    if block is not None:
+        verdicts = render_block(rows, studies)
+        block_of(block)  # whatever is wrong with it is refused before the page is written
     atomic_write(page, text)
-    print(f"{table}: read; {page}: written")
+    if block is not None:
+        renew_block(block, verdicts)
+    print(f"{table}: read; {page}: written" + (f"; {block}: renewed" if block is not None else ""))
 
 
 def _parser() -> Parser:
@@ -112,6 +128,12 @@ def _parser() -> Parser:
     parser.add_argument("--plan", action="store_true", help="print what there is to do, and do nothing")
     parser.add_argument(
         "--table", type=path_argument, metavar="FILE.parquet", help="run nothing: write the page of this table"
+    )
+    parser.add_argument(
+        "--block",
+        type=path_argument,
+        metavar="README.md",
+        help=f"with --table: renew the verdicts on David between {START} and {END} of this file",
     )
     parser.add_argument("--page", type=path_argument, metavar="FILE.md", help="where the page goes (OUT/ablation.md)")
     return parser

@@ -3,11 +3,9 @@
 All runs of a study share the teacher's pictures, which are sampled once and kept.
 """
 
-import fcntl
 import json
 import pickle
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +15,8 @@ from torch import Tensor
 
 from configs.values import PictureSize
 from shards.reader import Reader
+from stages.ablation.jobs import HASH_CHARACTERS, MEASURED_FILE, DistillJob, Job, hash_of
 from stages.ablation.metrics import JOURNAL_KEYS, bin_metric, picture_metric
-from stages.ablation.plan import HASH_CHARACTERS, MEASURED_FILE, Job, hash_of
 from stages.ablation.table import Row
 from stages.evaluate.metrics import Fidelity, compute_fidelity
 from stages.evaluate.paired import PairedError, PairedInputs, TeacherReference, teacher_reference
@@ -33,6 +31,7 @@ from stages.sampling.sampler import Sampler
 from stages.system.atomic import atomic_path, atomic_write
 from stages.system.device import device_of
 from stages.system.disk import file_sha256
+from stages.system.sharing import made_by_one
 from stages.train.journal import read_events
 from stages.train.validation import VelocityErrors, read_first_states, velocity_errors
 
@@ -75,7 +74,7 @@ def read_rows(job: Job) -> list[Row] | None:
     return rows
 
 
-def measure(job: Job, origin: Origin) -> Measured:
+def measure(job: DistillJob, origin: Origin) -> Measured:
     """Measure a job's model, and store the figures; a student's also as its run's evaluation.json.
 
     `origin` is that of a student of the cache.
@@ -123,7 +122,7 @@ class PictureErrors:
     """the teacher's reference, and the model's pictures in the most steps"""
 
 
-def measure_pictures(job: Job, teacher: Teacher, field: TwoBranchField | None, guidance: float) -> PictureErrors:
+def measure_pictures(job: DistillJob, teacher: Teacher, field: TwoBranchField | None, guidance: float) -> PictureErrors:
     """The pictures of a student's field, or of the teacher itself where that is None, at each number of steps."""
     paired, scorer = job.evaluate.paired, job.evaluate.scorer
     texts, reference = shared_reference(job, teacher, guidance)
@@ -141,7 +140,7 @@ def measure_pictures(job: Job, teacher: Teacher, field: TwoBranchField | None, g
     return PictureErrors(errors, fidelity, own_fidelity, texts[:SHOWN], shown)
 
 
-def shared_reference(job: Job, teacher: Teacher, guidance: float) -> tuple[list[str], TeacherReference]:
+def shared_reference(job: DistillJob, teacher: Teacher, guidance: float) -> tuple[list[str], TeacherReference]:
     """The sentences, and the teacher's pictures of them, which the first run samples for all.
 
     A lock lets the others wait for it; a file that is broken is made again.
@@ -153,10 +152,7 @@ def shared_reference(job: Job, teacher: Teacher, guidance: float) -> tuple[list[
     digests = dict(components.files.digests) if components.files is not None else {}
     settings = {**job.evaluation_settings(), "guidance": guidance, "teacher": digests, "tail": teacher.bridge.tail}
     file = job.references / f"{hash_of({**settings, 'scorer': None, 'velocity_states': 0})}.pt"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".lock"), "w") as lock:
-        with suppress(OSError):  # a file system without locks: both sample the same
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with made_by_one(file):
         reference = _load_reference(file, sampler, components.unet.device)
         if reference is None:
             size = components.native_size
@@ -195,7 +191,7 @@ def decode(teacher: Teacher, latents: Float[Tensor, "b c h w"]) -> Float[Tensor,
 
 
 def save_evaluation(
-    job: Job, saved: SavedRun, size: PictureSize, pictures: PictureErrors, velocity: VelocityErrors | None
+    job: DistillJob, saved: SavedRun, size: PictureSize, pictures: PictureErrors, velocity: VelocityErrors | None
 ) -> None:
     """Write the run's evaluation.json, as `sollune evaluate` does, with what was measured here."""
     fidelity: dict[str, Fidelity] = {}
@@ -222,7 +218,7 @@ def _velocity_figures(velocity: VelocityErrors | None) -> dict[str, float]:
     return {"velocity error": velocity.velocity.overall, "guidance error": velocity.guidance.overall, **by_bin}
 
 
-def _picture_figures(job: Job, pictures: Sequence[PictureErrors]) -> dict[str, float]:
+def _picture_figures(job: DistillJob, pictures: Sequence[PictureErrors]) -> dict[str, float]:
     """By name; the guidance scale stands in it where there are several."""
     figures = dict[str, float]()
     for guidance, one in zip(job.guidance, pictures, strict=True):

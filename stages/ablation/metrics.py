@@ -1,30 +1,53 @@
 """The figures of a study: their names, and which of them are better when they are lower."""
 
 import re
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
 
+CommandName: TypeAlias = Literal["distill", "finetune_classes"]
 CURVES = ("validation velocity error", "validation guidance error", "cache gap")
 """Figures of the averaged student at every checkpoint, from the journal."""
 JOURNAL_KEYS = dict(zip(CURVES, ("held_out", "held_out_guidance", "cache_gap"), strict=True))
 """Figure of a curve -> key of the journal's validation line."""
-PATTERN = re.compile(
-    r"(velocity|guidance) error(, s 0\.\d to \d\.\d)?|(paired error|pictures right) at [1-9]\d* steps"
-    r"(, guidance \d+(\.\d+)?)?"
-)
+SHARE = "pictures right"
+"""How the names of shares begin: more of them is better."""
+EXAM_KINDS = {SHARE: "all", "paired error": "paired_error"}
+"""Kind of an exam's figure -> its quantity in the table of classes."""
+PATTERNS: Mapping[CommandName, re.Pattern[str]] = {
+    "distill": re.compile(
+        r"(velocity|guidance) error(, s 0\.\d to \d\.\d)?|(paired error|pictures right) at [1-9]\d* steps"
+        r"(, guidance \d+(\.\d+)?)?"
+    ),
+    "finetune_classes": re.compile(
+        rf"({'|'.join(EXAM_KINDS)}), ((top|mid|low|all) classes|outside)(, before)?",
+    ),
+}
+EXAMPLES: Mapping[CommandName, str] = {
+    "distill": "velocity error, guidance error, paired error at 8 steps, pictures right at 8 steps, or "
+    + ", ".join(CURVES),
+    "finetune_classes": "pictures right, top classes (mid, low, all), pictures right, outside, "
+    "or paired error, all classes",
+}
 
 
-def is_metric(name: str) -> bool:
-    """Whether a figure of this name may be measured."""
-    return name in CURVES or PATTERN.fullmatch(name) is not None
+def is_metric(name: str, command: CommandName = "distill") -> bool:
+    """Whether a figure of this name may be measured of the command's runs."""
+    return (command == "distill" and name in CURVES) or PATTERNS[command].fullmatch(name) is not None
 
 
 def lower_is_better(name: str) -> bool:
     """Whether less of this figure is better: of all errors, not of the share of right pictures."""
-    return not name.startswith("pictures right")
+    return not name.startswith(SHARE)
 
 
 def picture_metric(kind: str, steps: int, guidance: float | None) -> str:
     """The name of a figure of pictures; `guidance` where there are several scales."""
     return f"{kind} at {steps} steps" + ("" if guidance is None else f", guidance {guidance:g}")
+
+
+def exam_metric(kind: str, group: str, when: str) -> str:
+    """The name of a figure of the exam of classes: of one group of them, before or after the training."""
+    return f"{kind}, {group}" + (", before" if when == "before" else "")
 
 
 def bin_metric(number: int, bins: int) -> str:

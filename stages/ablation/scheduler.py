@@ -10,10 +10,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-from stages.ablation.plan import JOB_FILE, LOG_FILE, Job
+from stages.ablation.jobs import JOB_FILE, LOG_FILE, Job
 from stages.system.atomic import atomic_write
 from stages.system.forecast import duration
 from stages.system.refusal import Refused
+from stages.system.sharing import link
 from stages.system.signals import STOP_SIGNALS, interrupt_on
 from stages.train.runtime import tied_command
 
@@ -22,7 +23,6 @@ POLL_SECONDS = 0.2
 STOP_SECONDS = 60.0
 """How long an interrupted run may take for its checkpoint."""
 MAX_FAILURES_IN_A_ROW = 3
-LINKED = ("cache", "cache.yaml")
 
 
 def run_jobs(jobs: Sequence[Job], cache_run: Path, processes: int, on_finished: Callable[[Job], None]) -> None:
@@ -61,11 +61,8 @@ def run_jobs(jobs: Sequence[Job], cache_run: Path, processes: int, on_finished: 
 def prepare(job: Job, cache_run: Path) -> None:
     """Make a job's folder: its settings, and links to the cache that all runs share."""
     job.home.mkdir(parents=True, exist_ok=True)
-    for name in LINKED:
-        link, target = job.home / name, (cache_run / name).resolve()
-        if target.exists() and not (link.is_symlink() and link.resolve() == target):
-            link.unlink(missing_ok=True)
-            link.symlink_to(target)
+    for name in job.linked:
+        link(job.home / name, cache_run / name)
     atomic_write(job.home / JOB_FILE, job.model_dump_json(indent=1) + "\n")
 
 

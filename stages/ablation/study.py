@@ -1,4 +1,4 @@
-"""A study: arms of the same budget, which differ in settings of `distill`, in one or more regimes; read from YAML."""
+"""A study: arms of the same budget, which differ in settings of one command, in one or more regimes; read from YAML."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,10 +10,11 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from configs.load import first_error
 from configs.values import NonEmpty, Strict
 from configs.yaml_text import read_yaml
-from stages.ablation.metrics import CURVES, is_metric
+from stages.ablation.metrics import CURVES, EXAMPLES, CommandName, is_metric
 from stages.system.refusal import Refused, did_you_mean
 
-Outcome: TypeAlias = Literal["helps", "hurts", "no difference found"]
+Finding: TypeAlias = Literal["helps", "hurts", "no difference found"]
+Outcome: TypeAlias = Finding | Literal["no verdict"]
 DefectName: TypeAlias = Literal["noise_input", "default_schedule"]
 """Defects of the original experiment: `stages.ablation.defects` has what they do."""
 ModelName: TypeAlias = Literal["student", "teacher", "teacher_as_student"]
@@ -31,6 +32,12 @@ OWN_KEYS = {
     "teacher": "give it to sollune cache-teacher",
 }
 """Settings of `distill` that an arm cannot have, each with the way out."""
+CLASSES_KEYS = {
+    **{key: OWN_KEYS[key] for key in OWN_KEYS if key not in ("windows", "fast")},
+    "lora.seed": OWN_KEYS["train.seed"],
+    "stop": "runs of a study have the same budget",
+}
+"""The same of `finetune_classes`."""
 MIN_SEEDS = 2
 
 
@@ -52,7 +59,7 @@ class Regime(Strict):
     """A condition under which all arms are compared."""
 
     title: NonEmpty = Field(description="in words, for tables")
-    options: Settings = Field(default_factory=dict, description="settings of distill in this regime")
+    options: Settings = Field(default_factory=dict, description="settings of the command in this regime")
 
 
 class Arm(Strict):
@@ -60,7 +67,7 @@ class Arm(Strict):
 
     title: NonEmpty = Field(description="in words, for tables")
     files: tuple[Path, ...] = Field((), description="YAML files over those of the study")
-    options: Settings = Field(default_factory=dict, description="settings of distill over those of the regime")
+    options: Settings = Field(default_factory=dict, description="settings of the command over those of the regime")
     defects: tuple[DefectName, ...] = Field((), description="defects of the original that no setting can have")
     regimes: tuple[str, ...] = Field((), description="the regimes in which it runs; none: all")
     seeds: int | None = Field(None, ge=MIN_SEEDS, description="number of seeds; none: that of the study")
@@ -90,7 +97,7 @@ class Comparison(Strict):
     samples: int | None = Field(
         None, ge=1, description="after how many samples, by the curves of training; none: at the end"
     )
-    expected: Outcome | None = Field(
+    expected: Finding | None = Field(
         None, description="what must come out if the design can be trusted; none: an open question"
     )
 
@@ -102,7 +109,7 @@ class Quick(Strict):
     samples: int = Field(ge=1, description="budget of each run")
     arms: tuple[str, ...] = Field(min_length=1)
     regimes: tuple[str, ...] = Field(min_length=1)
-    options: Settings = Field(default_factory=dict, description="settings of distill for all runs")
+    options: Settings = Field(default_factory=dict, description="settings of the command for all runs")
     evaluate: Settings = Field(default_factory=dict, description="settings of evaluate for all runs")
 
 
@@ -111,8 +118,13 @@ class Study(Strict):
 
     name: Name = Field(description="of its runs' folder, and in the table; by default the file's")
     title: NonEmpty = Field(description="the question, in words")
+    command: CommandName = Field(
+        "distill",
+        description="what a run is: distill; or finetune_classes, from the distilled student beside the cache, "
+        "measured by its exam",
+    )
     files: tuple[Path, ...] = Field(min_length=1, description="YAML files, as for --config, that all runs share")
-    options: Settings = Field(default_factory=dict, description="settings of distill for all runs")
+    options: Settings = Field(default_factory=dict, description="settings of the command for all runs")
     evaluate: Settings = Field(default_factory=dict, description="settings of evaluate for all runs")
     guidance: tuple[float, ...] = Field(
         (), description="guidance scales of the paired pictures, such as 1 (one branch) and 5; none: evaluate's"
@@ -144,11 +156,20 @@ class Study(Strict):
     @model_validator(mode="after")
     def _check_metrics(self) -> "Study":
         for name in (*self.metrics, *(name for one in self.comparisons for name in one.metrics)):
-            if not is_metric(name):
-                raise ValueError(
-                    f"metrics: {name}: no figure that is measured - take velocity error, guidance error, "
-                    f"paired error at 8 steps, pictures right at 8 steps, or {', '.join(CURVES)}"
-                )
+            if not is_metric(name, self.command):
+                raise ValueError(f"metrics: {name}: no figure that is measured - take {EXAMPLES[self.command]}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_command(self) -> "Study":
+        if self.command == "distill":
+            return self
+        quick = self.quick.evaluate if self.quick else {}
+        for place, value in {"evaluate": self.evaluate, "guidance": self.guidance, "quick.evaluate": quick}.items():
+            if value:
+                raise ValueError(f"{place}: runs of {self.command} are measured by their exam - set it under options")
+        if wrong := [name for name, arm in self.arms.items() if arm.defects or arm.model != "student"]:
+            raise ValueError(f"arms.{wrong[0]}: defects and model are of distill, not of {self.command} - leave them")
         return self
 
     @model_validator(mode="after")
@@ -156,9 +177,10 @@ class Study(Strict):
         groups = {"options": self.options, **{f"arms.{name}.options": arm.options for name, arm in self.arms.items()}}
         groups |= {f"regimes.{name}.options": one.options for name, one in self.regimes.items()}
         groups |= {"quick.options": self.quick.options} if self.quick else {}
+        own_keys = OWN_KEYS if self.command == "distill" else CLASSES_KEYS
         for place, options in groups.items():
             for key in flat_keys(options):
-                for own, way_out in OWN_KEYS.items():
+                for own, way_out in own_keys.items():
                     if f"{key}.".startswith(f"{own}.") and not (own == "train.max_samples" and self.samples is None):
                         raise ValueError(f"{place}.{key}: is not for a study - {way_out}")
         return self
@@ -189,7 +211,13 @@ class Study(Strict):
         if quick is None:
             raise Refused(f"{self.name}: --quick: the study has no section quick - write one, or leave --quick out")
         arms = {
-            name: arm.model_copy(update={"seeds": None, "regimes": _common(arm.regimes, quick.regimes)})
+            name: arm.model_copy(
+                update={
+                    "seeds": None,
+                    "regimes": _common(arm.regimes, quick.regimes),
+                    "options": without_budget(arm.options),
+                }
+            )
             for name, arm in self.arms.items()
             if name in quick.arms and {*(arm.regimes or quick.regimes)} & {*quick.regimes}
         }
@@ -205,19 +233,25 @@ class Study(Strict):
             if {*one.arms} & {*quick.arms} and {*one.against} & {*quick.arms} and one.samples is None
             if not one.regimes or {*one.regimes} & {*quick.regimes}
         ]
-        return self.model_copy(
+        regimes = {
+            name: one.model_copy(update={"options": without_budget(one.options)})
+            for name, one in self.regimes.items()
+            if name in quick.regimes
+        }
+        short = self.model_copy(
             update={
                 "name": f"{self.name}-quick",
-                "options": merged(self.options, quick.options),
+                "options": without_budget(merged(self.options, quick.options)),
                 "evaluate": merged(self.evaluate, quick.evaluate),
                 "samples": quick.samples,
                 "seeds": quick.seeds,
-                "regimes": {name: one for name, one in self.regimes.items() if name in quick.regimes},
+                "regimes": regimes,
                 "arms": arms,
                 "comparisons": tuple(comparisons),
                 "quick": None,
             }
         )
+        return Study.model_validate(short.model_dump())  # a table holds it, and has to be readable
 
 
 def load_study(file: Path) -> Study:
@@ -234,6 +268,14 @@ def load_study(file: Path) -> Study:
         path, problem = first_error(error, Study, content)
         place = f"{file}: {'.'.join(map(str, path))}" if path else str(file)
         raise Refused(f"{place}: {problem}") from error
+
+
+def without_budget(options: Settings) -> Settings:
+    """The options without a number of samples of their own."""
+    train = options.get("train")
+    if not isinstance(train, Mapping):
+        return options
+    return {**options, "train": {k: value for k, value in train.items() if k.replace("-", "_") != "max_samples"}}
 
 
 def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:

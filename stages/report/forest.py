@@ -2,34 +2,40 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
-from stages.ablation.page import verdict_sentence
+from stages.ablation.figures import MAIN_CURVE, arms_table, arms_with_runs, controls_lines, curves_of, final_table
 from stages.ablation.study import Study
 from stages.ablation.table import read_studies, read_table
-from stages.ablation.verdicts import Verdict, compute_verdicts
-from stages.report.charts import linear_ticks
+from stages.ablation.verdicts import Values, Verdict, compute_verdicts, values_of
+from stages.ablation.wording import RULE, VerdictCells, cells_of, verdict_sentence
+from stages.report.charts import Chart, Series, linear_ticks
+from stages.report.tables import PageTable
 
-RULE = (
-    "A way of training helps, or hurts, when the 95 % interval of its difference from the control leaves out zero; "
-    "runs with the same random seed are compared with each other. Otherwise no difference was found, which does not "
-    "say that there is none: the smallest effect that four of five such comparisons would have found stands beside it."
-)
 WIDTH, MARGIN = 300.0, 28.0
 KINDS = {"helps": "helps", "hurts": "hurts"}
 """Verdict -> class of its row; any other is neutral."""
+FINAL_TEXT = (
+    "Means at the end of training, with the standard deviation between runs that differ in their random seed alone; "
+    "the last column, where there is one: after how many samples the run is as good as the first one at its end."
+)
+CURVE_TEXT = (
+    "How far predictions are from the teacher's on data kept out of training; bands: the 95 % interval of the mean."
+)
 
 
 @dataclass(frozen=True)
 class ForestRow:
-    """One comparison; its numbers are shares of the control's mean."""
+    """One comparison; its numbers are shares of the control's mean, or None where they cannot be given."""
 
     name: str
-    difference: float
-    low: float
-    high: float
+    difference: float | None
+    low: float | None
+    high: float | None
     verdict: str
     sentence: str
+    cells: VerdictCells
 
     @property
     def kind(self) -> str:
@@ -39,7 +45,7 @@ class ForestRow:
     @property
     def text(self) -> str:
         """The difference with its interval."""
-        return f"{self.difference:+.1%} ({self.low:+.1%} to {self.high:+.1%})"
+        return f"{self.cells.difference} ({self.cells.interval})" if self.low is not None else self.cells.difference
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,18 @@ class Forest:
 
     title: str
     rows: Sequence[ForestRow]
+    is_relative: bool = True
+    """Whether differences are shares of the control's mean."""
 
     @property
     def ticks(self) -> list[float]:
         """Round values around all intervals and zero."""
-        ends = [end for row in self.rows for end in (row.low, row.high, row.difference)]
-        return linear_ticks(min(0.0, *ends), max(0.0, *ends), 4, outside=True)
+        ends = [end for row in self.rows for end in (row.low, row.high, row.difference) if end is not None]
+        return linear_ticks(min([0.0, *ends]), max([0.0, *ends]), 4, outside=True)
+
+    def tick_text(self, value: float) -> str:
+        """A value of the scale."""
+        return f"{100 * value:+.3g} %" if self.is_relative else f"{value:+.3g}"
 
     def x(self, value: float) -> float:
         """Where a difference is across."""
@@ -62,31 +74,95 @@ class Forest:
 
 
 @dataclass(frozen=True)
+class StudyPart:
+    """What is shown of one study."""
+
+    title: str
+    arms: PageTable
+    finals: Sequence[PageTable]
+    charts: Sequence[Chart]
+    forests: Sequence[Forest]
+    controls: Sequence[str]
+    """a sentence on each control of the design"""
+
+
+@dataclass(frozen=True)
 class Ablation:
     """All verdicts of one table."""
 
-    forests: Sequence[Forest]
+    studies: Sequence[StudyPart]
     rule: str = RULE
+
+    @property
+    def forests(self) -> list[Forest]:
+        """Of all studies."""
+        return [forest for part in self.studies for forest in part.forests]
 
 
 def read_ablation(path: Path) -> Ablation:
     """The verdicts of a table that `sollune ablate` wrote; raises `Refused` for any other file."""
-    studies = read_studies(path)
-    return Ablation(make_forests(compute_verdicts(read_table(path), studies), studies))
+    studies, rows = read_studies(path), read_table(path)
+    values, verdicts, present = values_of(rows), compute_verdicts(rows, studies), {row.study for row in rows}
+    return Ablation([
+        _part(number, study, values, [one for one in verdicts if one.study == name])
+        for number, (name, study) in enumerate(studies.items())
+        if name in present
+    ])  # fmt: skip
 
 
-def make_forests(verdicts: Iterable[Verdict], studies: dict[str, Study]) -> list[Forest]:
-    """One for each study, regime and metric, in the order of the verdicts."""
-    groups: dict[tuple[str, ...], list[ForestRow]] = {}
+def _part(number: int, study: Study, values: Values, verdicts: Sequence[Verdict]) -> StudyPart:
+    finals, charts = [], []
+    for place, (regime, about) in enumerate(study.regimes.items()):
+        if not arms_with_runs(study, values, regime):
+            continue
+        final = final_table(study, values, regime)
+        finals.append(PageTable(about.title, final.heads, final.rows, FINAL_TEXT))
+        lines = [
+            Series(
+                f"{arm}: {study.arms[arm].title} ({points[0].seeds} seeds)",
+                [(float(point.samples), point.mean) for point in points],
+                [
+                    (float(point.samples), point.mean - point.half_width, point.mean + point.half_width)
+                    for point in points
+                    if point.half_width is not None
+                ],
+            )
+            for arm, points in curves_of(study, values, regime).items()
+        ]
+        key = f"study-{number}-{place}"
+        charts.append(Chart(key, f"{about.title}: {MAIN_CURVE}", "training samples", "error", CURVE_TEXT, lines))
+    arms = arms_table(study)
+    return StudyPart(
+        title=study.title,
+        arms=PageTable("What was compared", arms.heads, arms.rows),
+        finals=finals,
+        charts=[chart for chart in charts if chart.lines],
+        forests=make_forests(verdicts, study),
+        controls=[line.replace("**", "") for line in controls_lines(study, verdicts)],
+    )
+
+
+def make_forests(verdicts: Iterable[Verdict], study: Study) -> list[Forest]:
+    """One for each regime and metric, in the order of the verdicts; absolute differences apart."""
+    groups: dict[tuple[str, str, bool], list[ForestRow]] = {}
     for one in verdicts:
-        study = studies[one.study]
         when = "at the end" if one.samples is None else f"after {one.samples:,} samples"
-        key = (study.title, study.regimes[one.regime].title, f"{one.metric}, {when}")
+        key = (study.regimes[one.regime].title, f"{one.metric}, {when}", one.is_relative)
         groups.setdefault(key, []).append(_row(one, study))
-    return [Forest(": ".join(key), rows) for key, rows in groups.items()]
+    return [Forest(f"{regime}: {metric}", rows, relative)
+            for (regime, metric, relative), rows in groups.items()]  # fmt: skip
 
 
 def _row(one: Verdict, study: Study) -> ForestRow:
-    difference, low, high, _ = one.relative
+    relative = one.relative
     name = f"{study.arms[one.arm].title} against {study.arms[one.control].title}"
-    return ForestRow(name, difference, low, high, one.verdict, f"{verdict_sentence(one, study)}.")
+    own = relative.interval
+    return ForestRow(
+        name=name,
+        difference=relative.mean if isfinite(relative.mean) else None,
+        low=None if own is None else own.low,
+        high=None if own is None else own.high,
+        verdict=one.verdict,
+        sentence=f"{verdict_sentence(one, study)}.",
+        cells=cells_of(one),
+    )

@@ -2,13 +2,12 @@
 
 import copy
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from stages.ablation.verdicts import t_quantile
+from stages.ablation.curves import half_width
 from stages.report.charts import Point, Series
 from stages.report.records import RunRecord
 
@@ -43,7 +42,7 @@ def _seedless(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mean_series(name: str, lines: Sequence[Sequence[Point]]) -> Series:
-    """The mean of several lines where all have a value, with its 95 % interval by Student's t."""
+    """The mean of several lines where all have a value, with its 95 % interval where one can be given."""
     columns = [dict(line) for line in lines]
     shared = sorted(set.intersection(*(set(column) for column in columns)))
     points, band = list[Point](), list[tuple[float, float, float]]()
@@ -52,10 +51,6 @@ def mean_series(name: str, lines: Sequence[Sequence[Point]]) -> Series:
         if len(values) == len(columns):
             mean, half = fmean(values), half_width(values)
             points.append((x, mean))
-            band.append((x, mean - half, mean + half))
-    return Series(f"{name} (mean, 95 %)", points, band)
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of the mean of two or more values."""
-    return t_quantile(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+            if half is not None:
+                band.append((x, mean - half, mean + half))
+    return Series(f"{name} (mean, 95 %)" if band else f"{name} (mean)", points, band)

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from stages.ablation import command, scheduler
+from stages.ablation.jobs import Job
 from stages.ablation.measuring import Measured, read_rows
-from stages.ablation.plan import Job, make_plan
+from stages.ablation.plan import make_plan
 from stages.ablation.study import load_study
 from stages.ablation.table import read_studies, read_table
 from stages.ablation.worker import run_job

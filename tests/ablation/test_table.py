@@ -1,14 +1,18 @@
 """Laws of the table and of the page that is made from it."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from stages.ablation import command
-from stages.ablation.page import render_page, verdict_sentence
+from stages.ablation.jobs import read_job
+from stages.ablation.page import render_page
+from stages.ablation.plan import make_plan
 from stages.ablation.study import Study, load_study
 from stages.ablation.table import Row, read_studies, read_table, write_table
 from stages.ablation.verdicts import compute_verdicts
+from stages.ablation.wording import verdict_sentence
 from stages.system.refusal import Refused
 
 COMMITTED = Path("docs/ablation.parquet")
@@ -79,9 +83,45 @@ def test_the_committed_page_is_that_of_the_committed_table() -> None:
     assert COMMITTED.with_suffix(".md").read_text(encoding="utf-8") == page
 
 
+def test_runs_of_the_committed_table_would_be_taken_for_todays(tmp_path: Path) -> None:
+    """A setting that is new to every run changes all hashes, and finished runs would be measured again."""
+    kept = {(row.study, row.regime, row.arm): row.settings for row in read_table(COMMITTED)}
+    jobs = [
+        job
+        for study in read_studies(COMMITTED).values()
+        for job in make_plan(study, COMMITTED, tmp_path, tmp_path, "cpu").jobs
+        if (job.study, job.regime, job.arm) in kept
+    ]
+    assert {(job.study, job.regime, job.arm) for job in jobs} == kept.keys()
+    assert all(job.settings_hash() == kept[job.study, job.regime, job.arm] for job in jobs)
+
+
+def test_a_job_comes_back_as_it_was_stored_even_with_its_keys_in_another_order(tmp_path: Path) -> None:
+    study = load_study(Path("configs/ablation/david.yaml")).shortened()
+    (job, *_) = make_plan(study, Path("david.yaml"), tmp_path, tmp_path, "cpu").jobs
+    content = json.loads(job.model_dump_json())
+    assert set(content) == {
+        "study", "regime", "arm", "seed", "home", "references", "distill", "evaluate", "guidance", "defects", "model",
+    }  # fmt: skip
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(dict(reversed(content.items()))))
+    assert read_job(file) == job
+
+
 @pytest.mark.parametrize("file", [file for file in STUDIES if file.stem != "adamw_32"], ids=lambda file: file.stem)
 def test_the_studies_that_come_along_are_whole(file: Path) -> None:
     study = load_study(file)
     assert study.name == file.stem
     assert all(path.is_file() for path in study.files)
     assert all(path.is_file() for arm in study.arms.values() for path in arm.files)
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in STUDIES if "\nquick:" in file.read_text()], ids=lambda file: file.stem
+)
+def test_a_table_of_a_shortened_study_can_be_read(file: Path, tmp_path: Path) -> None:
+    study = load_study(file).shortened()
+    write_table(tmp_path / "a.parquet", [], {study.name: study})
+    assert read_studies(tmp_path / "a.parquet") == {study.name: study}
+    assert study.samples
+    assert "max_samples" not in study.model_dump_json()

@@ -125,6 +125,18 @@ def test_nothing_is_wider_than_the_window(written: Path, opened: Open, width: in
     assert box["y"] + box["height"] <= height
 
 
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_the_studies_of_a_table_fit_the_window(opened: Open, tmp_path: Path, width: int, height: int) -> None:
+    pytest.importorskip("pyarrow", reason="no pyarrow: pip install 'sollune[report]'")
+    out = tmp_path / "studies.html"
+    out.write_text(make_page([], Path("docs/ablation.parquet"), None).text)
+    page = opened(out, width, height)
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("#ablation .chart").count() == 2
+    assert page.locator("#ablation .forest").count() > 0
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_texts_stand_out_from_what_is_behind_them(written: Path, opened: Open, scheme: str) -> None:
     page = opened(written, 1600, 900, scheme)
