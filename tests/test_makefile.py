@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 def make(*words: str, folder: Path = ROOT, **environment: str) -> "subprocess.CompletedProcess[str]":
     """What make would do; nothing is done."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "ARGS"))}
     return subprocess.run(
         ["make", "-n", *words], cwd=folder, env={**kept, **environment}, capture_output=True, text=True, check=False
     )
