@@ -94,6 +94,8 @@ endif
 endif
 
 STAMP := .venv/.stamp
+# What only tests and checks need: no run does.
+TOOLS := .venv/.tools
 BIN := .venv/bin
 CACHE := $(RUN)/cache/COMPLETE
 DISTILL := $(RUN)/distill/COMPLETE
@@ -171,26 +173,30 @@ $(CLASSES): $(wildcard $(CONFIG)) $(if $(and $(ARGS),$(filter finetune-classes,$
 
 FORCE:
 
-test: $(STAMP) ## run the tests, two processes of one thread each
+test: $(TOOLS) ## run the tests, two processes of one thread each
 	$(BIN)/pytest -n 2 -q tests $(ARGS)
 
-check: $(STAMP) ## formatting, lint, strict types, the import staircase
+check: $(TOOLS) ## formatting, lint, strict types, the import staircase
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(STAMP) ## format the code and repair what lint can repair
+format: $(TOOLS) ## format the code and repair what lint can repair
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-venv: $(STAMP) ## make .venv (the other targets do it themselves)
+venv: $(TOOLS) ## make .venv (the other targets do it themselves)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "sollune needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1) - say make PYTHON=python3.12" >&2; exit 2; }
 	@echo "making .venv: torch and its company take some minutes and 1.5 GB (more with CUDA)"
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report]'
+	@touch $@
+
+$(TOOLS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
