@@ -56,7 +56,7 @@ class Kill:
 
 
 def run(arguments: Sequence[str], place: str, storage: Path, proxy: FaultyProxy | None, kill: Kill | None) -> int:
-    """Call a command with a folder of its own, and kill it as it is told; returns how it ended."""
+    """Call a command with a folder of its own, and kill it as `kill` says; returns how it ended."""
     environment = {**os.environ, "SOLLUNE_STORAGE": str(storage)}
     command = [sys.executable, "-m", "stages", *arguments, "--run", place]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
