@@ -98,6 +98,18 @@ def await_samples(log: Path, moment: int, jobs: Sequence["subprocess.Popen[bytes
         time.sleep(POLL_SECONDS)
 
 
+def await_listener(port: int, job: "subprocess.Popen[bytes]") -> None:
+    """Wait until the job, or what it started, accepts connections at this port."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        if time.monotonic() > deadline or job.poll() is not None:
+            raise RuntimeError(f"nothing listens at port {port}")
+        time.sleep(POLL_SECONDS)
+
+
 def end_by(job: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
     """Send a signal: SIGTERM to the command alone, SIGKILL to all of its processes, as when a machine is gone."""
     family = [job.pid] if number == signal.SIGTERM else family_of(job.pid)
@@ -136,11 +148,13 @@ def train_elastically(run: Path, log: Path, samples: int) -> None:
         *("--rdzv-id", "run", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"),
         *("--rdzv-conf", "last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=5"),
     )
-    agents = []
+    agents: list[subprocess.Popen[bytes]] = []
     try:
-        agents = [start(words, log, run, samples) for _ in range(2)]
+        agents.append(start(words, log, run, samples))
+        await_listener(port, agents[0])
+        agents.append(start(words, log, run, samples))
         await_samples(log, 4 * fifth, agents)
-        # The agent that holds the store of the rendezvous is the first one: a machine that must stay.
+        # The store of the rendezvous is held by the agent that was there first: a machine that must stay.
         end_by(agents[1], signal.SIGKILL)
         if code := agents[0].wait(timeout=DEADLINE_SECONDS):
             tail = log.with_name("output").read_text(encoding="utf-8").splitlines()[-30:]
