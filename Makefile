@@ -191,7 +191,7 @@ venv: $(TOOLS) ## make .venv (the other targets do it themselves)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "sollune needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1) - say make PYTHON=python3.12" >&2; exit 2; }
-	@echo "making .venv: torch and its company take some minutes and 1.5 GB (more with CUDA)"
+	@echo "making .venv: torch and its company take some minutes and 1.6 GB (more with CUDA)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report]'
 	@touch $@
