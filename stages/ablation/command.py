@@ -1,5 +1,6 @@
 """`sollune ablate [STUDY.yaml ...] --out FOLDER [--quick]`: run studies, keep one table, write the page of verdicts."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def main(argv: Sequence[str]) -> int:
         raise Refused(f"{repeated}: two studies have this name - give one of the files another name")
     if args.processes < 1:
         raise Refused(f"--processes: {args.processes} should be 1 or more")
-    run_studies(studies, args.run or args.out, args.out, args.page, args.processes, args.device, args.plan)
+    run_studies(
+        studies, args.run or args.out, args.out, args.page, args.processes, args.device, args.cluster, args.plan
+    )
     return 0
 
 
@@ -47,6 +50,7 @@ def run_studies(
     page: Path | None,
     processes: int,
     device: str,
+    cluster: str,
     only_plan: bool,
 ) -> None:
     """Run what is not there yet; the table is written whole after each run, the page at the end."""
@@ -55,11 +59,15 @@ def run_studies(
     from stages.ablation import scheduler
     from stages.ablation.jobs import Job
     from stages.ablation.measuring import read_rows
+    from stages.ablation.on_ray import ray_starter
     from stages.ablation.plan import make_plan
+    from stages.cache.engines import CLUSTER_PATTERN, HERE
     from stages.nets.run_folder import COMPLETE_MARK
     from stages.system.ownership import refuse_claimed
     from stages.system.storage.remote_claim import claim_place
 
+    if not re.fullmatch(CLUSTER_PATTERN, cluster):
+        raise Refused(f"--cluster: {cluster} - give here, ray, or ray:ADDRESS of a running cluster")
     plans = [make_plan(study, file, run, out, device) for file, study in studies.items()]
     jobs = [job for plan in plans for job in plan.jobs]
     for job in jobs:
@@ -88,12 +96,13 @@ def run_studies(
 
     with claim_place(out, "ablate in"):
         if missing:
+            start = None if cluster == HERE else ray_starter(cluster)
             if not (run / "cache" / COMPLETE_FILE).is_file():
-                cache_teacher.run(plans[0].cache.model_copy(update={"workers": processes}))
+                cache_teacher.run(plans[0].cache.model_copy(update={"workers": processes, "cluster": cluster}))
             base = next((plan.base for plan in plans if plan.base is not None), None)
             if base is not None and not (run / "distill" / COMPLETE_MARK).is_file():
                 distill.run(base)
-            scheduler.run_jobs(missing, run, processes, on_finished)
+            scheduler.run_jobs(missing, run, processes, on_finished, start)
         save()
     write_page(table, page or out / PAGE_FILE)
 
@@ -124,6 +133,12 @@ def _parser() -> Parser:
     )
     parser.add_argument("--quick", action="store_true", help="the small version: few arms, seeds and samples")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="runs at once, one thread each (2)")
+    parser.add_argument(
+        "--cluster",
+        default="here",
+        metavar="here|ray[:ADDRESS]",
+        help="where runs are made: on this machine, or on a Ray cluster that sees --run and --out",
+    )
     parser.add_argument("--device", default="auto", help="torch device; auto takes a GPU where there is one")
     parser.add_argument("--plan", action="store_true", help="print what there is to do, and do nothing")
     parser.add_argument(

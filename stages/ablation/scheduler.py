@@ -1,4 +1,4 @@
-"""Runs the jobs of a plan, some processes at once, each tied to this one; what is finished is not repeated."""
+"""Runs the jobs of a plan, some at once, each tied to this process; what is finished is not repeated."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from stages.ablation.jobs import JOB_FILE, LOG_FILE, Job
 from stages.system.atomic import atomic_write
@@ -25,28 +25,53 @@ STOP_SECONDS = 60.0
 MAX_FAILURES_IN_A_ROW = 3
 
 
-def run_jobs(jobs: Sequence[Job], cache_run: Path, processes: int, on_finished: Callable[[Job], None]) -> None:
+class Running(Protocol):
+    """A job that was started, wherever it runs."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+
+    def terminate(self) -> None:
+        """Have it end with a checkpoint."""
+
+    def wait(self, timeout: float) -> int:
+        """Its exit code at its end; raises `subprocess.TimeoutExpired` after so many seconds."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    cache_run: Path,
+    at_once: int,
+    on_finished: Callable[[Job], None],
+    start: "Callable[[Job], Running] | None" = None,
+) -> None:
     """Run all jobs; `cache_run` holds the cache; `on_finished` is called after each one that succeeded.
 
-    One thread each. Raises `Refused` at the end, or after three failures in a row, with what failed; an interruption
-    ends the runs, which keep a checkpoint.
+    `start` begins one, by default in a process of one thread on this machine. Raises `Refused` at the end, or after
+    three failures in a row, with what failed; an interruption ends the runs, which keep a checkpoint.
     """
-    waiting, failures, in_a_row, done, start = deque(jobs), list[str](), 0, 0, time.monotonic()
+    start = start or start_process
+    waiting, failures, in_a_row, done, began = deque(jobs), list[str](), 0, 0, time.monotonic()
     with _children() as running, interrupt_on(*STOP_SIGNALS):
         while (waiting and in_a_row < MAX_FAILURES_IN_A_ROW) or running:
-            while waiting and len(running) < processes and in_a_row < MAX_FAILURES_IN_A_ROW:
+            while waiting and len(running) < at_once and in_a_row < MAX_FAILURES_IN_A_ROW:
                 job = waiting.popleft()
                 prepare(job, cache_run)
-                running[start_process(job)] = job, time.monotonic()
-            for process in [process for process in running if process.poll() is not None]:
-                job, began = running.pop(process)
-                if process.returncode == 0:
+                running[start(job)] = job, time.monotonic()
+            for one, code in [(one, one.poll()) for one in running]:
+                if code is None:
+                    continue
+                job, since = running.pop(one)
+                if code == 0:
                     done, in_a_row = done + 1, 0
                     on_finished(job)
                     left = len(waiting) + len(running)
-                    seconds = (time.monotonic() - start) / done * left
+                    seconds = (time.monotonic() - began) / done * left
                     forecast = f", about {duration(seconds)} more" if left else ""
-                    took = duration(time.monotonic() - began)
+                    took = duration(time.monotonic() - since)
                     print(f"{job.label}: done in {took} - {left} of {len(jobs)} runs left{forecast}", flush=True)
                 else:
                     in_a_row += 1
@@ -79,24 +104,23 @@ def start_process(job: Job) -> "subprocess.Popen[bytes]":
 
 
 @contextmanager
-def _children() -> "Iterator[dict[subprocess.Popen[bytes], tuple[Job, float]]]":
-    """The running processes; those that still run at the end are asked to end, and then ended."""
-    running: dict[subprocess.Popen[bytes], tuple[Job, float]] = {}
+def _children() -> Iterator[dict[Running, tuple[Job, float]]]:
+    """What runs, and since when; what still runs at the end is terminated, and killed where that does not suffice."""
+    running: dict[Running, tuple[Job, float]] = {}
     with ExitStack() as stack:
         stack.callback(_end_all, running)
         yield running
 
 
-def _end_all(running: "dict[subprocess.Popen[bytes], tuple[Job, float]]") -> None:
-    for process in running:
-        process.terminate()
+def _end_all(running: dict[Running, tuple[Job, float]]) -> None:
+    for one in running:
+        one.terminate()
     deadline = time.monotonic() + STOP_SECONDS
-    for process in running:
+    for one in running:
         try:
-            process.wait(max(0.0, deadline - time.monotonic()))
+            one.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            one.kill()
 
 
 def _last_line(job: Job) -> str:

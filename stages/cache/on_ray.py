@@ -22,13 +22,15 @@ OBJECT_STORE_BYTES = 100 * 2**20
 def connect(address: str | None) -> None:
     """Join the cluster at `address`, or start one on this machine; it is left when the process ends.
 
-    Raises `Refused` when there is no cluster.
+    Without effect in a process that has joined one. Raises `Refused` when there is no cluster.
     """
     if address:
         refuse_silent(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send statistics over the network
     import ray  # an optional dependency
 
+    if ray.is_initialized():
+        return
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(

@@ -31,7 +31,9 @@ def jobs_of(file: Path, out: Path) -> Sequence[Job]:
     return make_plan(load_study(file), file, GOLDEN, out, "cpu").jobs
 
 
-def in_this_process(jobs: Sequence[Job], cache_run: Path, _processes: int, on_finished: Callable[[Job], None]) -> None:
+def in_this_process(
+    jobs: Sequence[Job], cache_run: Path, _at_once: int, on_finished: Callable[[Job], None], _start: object
+) -> None:
     """The scheduler without processes."""
     for job in jobs:
         scheduler.prepare(job, cache_run)
