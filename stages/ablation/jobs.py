@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from configs.values import Strict
 from stages import distill, finetune_classes
 from stages.ablation.study import DefectName, ModelName
+from stages.david.fusion import PLACEBOS
 from stages.evaluate.settings import Config as EvaluateConfig
 from stages.scale.fleet import FleetOptions
 from stages.system.refusal import Refused, in_one_line
@@ -123,6 +124,8 @@ class DistillJob(BaseJob):
         identity = self.identity()
         if self.trains:
             del identity["distill"]["train"]["seed"]
+            if self.distill.david.fusion.formula in PLACEBOS:
+                del identity["distill"]["david"]["fusion"]["placebo_seed"]
         return hash_of({**identity, "evaluate": self.evaluation_settings()})
 
     def evaluation_settings(self) -> dict[str, Any]:

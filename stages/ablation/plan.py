@@ -12,6 +12,7 @@ from stages import cache_teacher, distill, finetune_classes
 from stages.ablation.jobs import ClassesJob, DistillJob, Job
 from stages.ablation.study import Settings, Study
 from stages.classes.specification import load_classes
+from stages.david.fusion import PLACEBOS
 from stages.evaluate.settings import Config as EvaluateConfig
 from stages.system.refusal import Refused
 
@@ -60,7 +61,7 @@ def _distill_jobs(study: Study, places: _Places, evaluate: EvaluateConfig) -> li
     jobs = list[Job]()
     for seed, regime, name in _runs(study):
         arm, config, home = study.arms[name], configs[regime, name], _home(study, places, regime, name, seed)
-        train = config.train.model_copy(update={"seed": seed + arm.seed_offset})
+        config = with_seed(config, seed + arm.seed_offset)
         jobs.append(
             DistillJob(
                 study=study.name,
@@ -68,7 +69,7 @@ def _distill_jobs(study: Study, places: _Places, evaluate: EvaluateConfig) -> li
                 arm=name,
                 seed=seed,
                 home=home,
-                distill=config.model_copy(update={"run": home, "train": train}),
+                distill=config.model_copy(update={"run": home}),
                 evaluate=evaluate,
                 guidance=study.guidance or (evaluate.paired.sampler.guidance,),
                 defects=arm.defects,
@@ -77,6 +78,15 @@ def _distill_jobs(study: Study, places: _Places, evaluate: EvaluateConfig) -> li
             )
         )
     return jobs
+
+
+def with_seed(config: distill.Config, seed: int) -> distill.Config:
+    """The settings with this seed: that of the order of the data, and of the permutations where David is a placebo."""
+    train = config.train.model_copy(update={"seed": seed})
+    if config.david.fusion.formula not in PLACEBOS:
+        return config.model_copy(update={"train": train})
+    fusion = config.david.fusion.model_copy(update={"placebo_seed": seed})
+    return config.model_copy(update={"train": train, "david": config.david.model_copy(update={"fusion": fusion})})
 
 
 def _classes_jobs(study: Study, places: _Places) -> list[Job]:

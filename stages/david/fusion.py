@@ -35,7 +35,7 @@ class FusionConfig(Strict):
         "e / (e + e_ref), e_ref the response to noise of half a deviation; mean_kept: relative, the mean of lambda "
         "held at that of w_b; softmax: relative's emphasis as a softmax over the blocks; original: on "
         "cross-entropy in nats, entropy and alpha, as the original meant it (it saturates); permuted: relative, on "
-        "the assessments of other blocks (a placebo); shuffled: permuted, anew in each half-life",
+        "the assessments of other blocks that count (a placebo); shuffled: permuted, anew in each half-life",
     )
     alpha: float = Field(0.5, ge=0, description="weight of the timestep error")
     beta: float = Field(0.25, ge=0, description="weight of the pattern error")
@@ -161,6 +161,7 @@ def _permuted(assessment: Assessment, parameters: FormulaParameters) -> Tensor:
     return _clip(parameters.w * _relative_emphasis(assessment, parameters)[parameters.permutation], parameters)
 
 
+PLACEBOS = ("permuted", "shuffled")
 FORMULAS: Mapping[str, Callable[[Assessment, FormulaParameters], Tensor]] = {
     "static": lambda _assessment, parameters: parameters.w,
     "uniform": _uniform,

@@ -43,6 +43,7 @@ class RunningAssessment:
         """
         self.config, self.blocks, self.device = config, tuple(block_weights), torch.device(device)
         self._max_nats = math.log(bins)
+        self._active = [i for i, w in enumerate(block_weights.values()) if w > 0]
         alphas = dict.fromkeys(self.blocks, config.seed_coherence) if cantor_alphas is None else cantor_alphas
         self.formula_parameters = FormulaParameters(
             config,
@@ -118,11 +119,17 @@ class RunningAssessment:
         self._weight_sums = state["heard"].to(self._weight_sums, copy=True)
 
     def _permutation(self, samples: int) -> Int[Tensor, " n_blocks"]:
-        """The placebo's after so many samples; that of `shuffled` is another one in each half-life."""
+        """The placebo's after so many samples; that of `shuffled` is another one in each half-life.
+
+        Blocks of weight 0 stay where they are: they are not judged, and would give another one an emphasis that no
+        block has.
+        """
         seed, half_life = self.config.placebo_seed, max(1, self.config.half_life_samples)
         if self.config.formula == "shuffled":
             seed = SHUFFLE_STRIDE * seed + samples // half_life
-        return _random_cycle(len(self.blocks), seed).to(self.device)
+        active, permutation = torch.tensor(self._active, dtype=torch.long), torch.arange(len(self.blocks))
+        permutation[active] = active[_random_cycle(len(active), seed)]
+        return permutation.to(self.device)
 
     def _vector(self, values: Mapping[str, float]) -> PerBlock:
         return torch.tensor(list(values.values()), dtype=torch.float32, device=self.device)
