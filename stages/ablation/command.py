@@ -8,6 +8,7 @@ from configs.arguments import path_argument
 from shards.verify import COMPLETE_FILE
 from stages.ablation.block import END, START, block_of, render_block, renew_block
 from stages.ablation.page import render_page
+from stages.ablation.quick import shortened
 from stages.ablation.study import Study, load_study
 from stages.ablation.table import Row, pyarrow_or_refuse, read_studies, read_table, write_table
 from stages.system.atomic import atomic_write
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     if args.block is not None:
         raise Refused(f"--block: {args.block}: is renewed from a finished table - give --table FILE.parquet too")
     files = args.studies or (QUICK_STUDIES if args.quick else DEFAULT_STUDIES)
-    studies = {file: load_study(file).shortened() if args.quick else load_study(file) for file in files}
+    studies = {file: shortened(load_study(file)) if args.quick else load_study(file) for file in files}
     names = [study.name for study in studies.values()]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise Refused(f"{repeated}: two studies have this name - give one of the files another name")
@@ -57,6 +58,7 @@ def run_studies(
     # What follows loads networks, which takes seconds: an unreadable study is refused before.
     from stages import cache_teacher, distill
     from stages.ablation import scheduler
+    from stages.ablation.inputs import jobs_of, refuse_unlike_plans
     from stages.ablation.jobs import Job
     from stages.ablation.measuring import read_rows
     from stages.ablation.on_ray import ray_starter
@@ -69,9 +71,11 @@ def run_studies(
     if not re.fullmatch(CLUSTER_PATTERN, cluster):
         raise Refused(f"--cluster: {cluster} - give here, ray, or ray:ADDRESS of a running cluster")
     plans = [make_plan(study, file, run, out, device) for file, study in studies.items()]
-    jobs = [job for plan in plans for job in plan.jobs]
-    for job in jobs:
-        job.refuse_other_run()
+    cache_is_there = (run / "cache" / COMPLETE_FILE).is_file()
+    base = next((plan.base for plan in plans if plan.base is not None), None)
+    base_is_there = base is None or (run / "distill" / COMPLETE_MARK).is_file()
+    refuse_unlike_plans(plans, cache_is_there, base_is_there)
+    jobs = jobs_of(plans, run if cache_is_there and base_is_there else None)
     table = out / TABLE_FILE
     named = {study.name: study for study in studies.values()}
     others = [row for row in read_table(table) if row.study not in named] if table.exists() else []
@@ -97,11 +101,13 @@ def run_studies(
     with claim_place(out, "ablate in"):
         if missing:
             start = None if cluster == HERE else ray_starter(cluster)
-            if not (run / "cache" / COMPLETE_FILE).is_file():
+            if not cache_is_there:
                 cache_teacher.run(plans[0].cache.model_copy(update={"workers": processes, "cluster": cluster}))
-            base = next((plan.base for plan in plans if plan.base is not None), None)
-            if base is not None and not (run / "distill" / COMPLETE_MARK).is_file():
+            if base is not None and not base_is_there:
                 distill.run(base)
+            if not (cache_is_there and base_is_there):
+                of_label = {job.label: job for job in jobs_of(plans, run)}
+                missing = [of_label[job.label] for job in missing]
             scheduler.run_jobs(missing, run, processes, on_finished, start)
         save()
     write_page(table, page or out / PAGE_FILE)

@@ -6,13 +6,14 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.values import Strict
 from stages import distill, finetune_classes
 from stages.ablation.study import DefectName, ModelName
 from stages.david.fusion import PLACEBOS
 from stages.evaluate.settings import Config as EvaluateConfig
+from stages.nets.run_folder import ORIGIN_FILE
 from stages.scale.fleet import FleetOptions
 from stages.system.refusal import Refused, in_one_line
 from stages.train.checkpoint_store import identity_differences
@@ -24,7 +25,7 @@ PLACE_KEYS = {"run", "device", *FleetOptions.model_fields}
 MEMORY_KEYS = {"train": {"shard_moments"}}
 EXCLUDED: dict[str, Any] = {**dict.fromkeys(PLACE_KEYS, True), **MEMORY_KEYS, "fast": MEMORY_KEYS}
 """With what only divides the memory among processes, and changes no bit of the weights."""
-SHOWN_DIFFERENCES = 3
+SHOWN_DIFFERENCES, SHOWN_CHARACTERS = 3, 12
 
 
 class BaseJob(Strict):
@@ -38,6 +39,10 @@ class BaseJob(Strict):
     """holds the run's folder, links to what all runs share, and this job"""
     references: Path
     """where what runs share of the teacher's pictures is kept"""
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """what it is trained on beside its settings -> its hash; empty while that is not there, and in jobs of before"""
+    prompts: str = ""
+    """the hash of the list of prompts of its pictures, likewise; another list means another measurement"""
 
     linked: ClassVar[tuple[str, ...]] = ("cache", "cache.yaml")
     """what of the run folder of the cache lies in `home` as a link"""
@@ -76,17 +81,33 @@ class BaseJob(Strict):
         if not file.is_file():
             return
         try:
-            then = read_job(file).identity()
+            earlier = read_job(file)
         except (OSError, ValidationError) as error:
             raise Refused(
                 f"{file}: cannot be read ({in_one_line(error, 80)}) - choose another --out, or remove {self.home}"
             ) from error
+        then = earlier.identity()
         if changed := identity_differences(then, json.loads(json.dumps(self.identity()))):
             more = f"; and {len(changed) - SHOWN_DIFFERENCES} more" if len(changed) > SHOWN_DIFFERENCES else ""
             raise Refused(
                 f"{self.home}: holds a run with other settings ({'; '.join(changed[:SHOWN_DIFFERENCES])}{more}) - "
                 "choose another --out, give the study another name, or remove that folder"
             )
+        inputs = earlier.inputs or self._inputs_of_origin()
+        for name, now in self.inputs.items():
+            if inputs.get(name, now) != now:
+                raise Refused(
+                    f"{self.home}: holds a run with another {name} ({inputs[name][:SHOWN_CHARACTERS]}, now "
+                    f"{now[:SHOWN_CHARACTERS]}) - choose another --out, or remove that folder"
+                )
+
+    def _inputs_of_origin(self) -> dict[str, str]:
+        """What a run of before, whose job names no inputs, read as far as its student's origin says."""
+        try:
+            recipe = json.loads((self.run_folder / ORIGIN_FILE).read_text(encoding="utf-8"))["recipe_sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return {"cache": recipe} if recipe and isinstance(recipe, str) else {}
 
 
 class DistillJob(BaseJob):

@@ -47,16 +47,19 @@ class Measured:
     weights: str
     samples: int
     figures: Mapping[str, float]
+    prompts: str = ""
+    """the hash of the list of prompts of its pictures; empty in files of before"""
 
     @classmethod
     def read(cls, job: Job) -> "Measured | None":
-        """What was measured of a job with its present settings; None where nothing was."""
+        """What was measured of a job with its present settings and prompts; None where nothing was."""
         try:
             content = json.loads((job.home / MEASURED_FILE).read_text(encoding="utf-8"))
             measured = cls(**content)
         except (OSError, ValueError, TypeError):
             return None
-        return measured if measured.settings == job.settings_hash() else None
+        same_prompts = measured.prompts in ("", job.prompts) or not job.prompts
+        return measured if same_prompts and measured.settings == job.settings_hash() else None
 
 
 def read_rows(job: Job) -> list[Row] | None:
@@ -102,7 +105,7 @@ def measure(job: DistillJob, origin: Origin) -> Measured:
         weights = file_sha256(saved.weights)[:HASH_CHARACTERS]
         save_evaluation(job, saved, parts.native_size, pictures[0], velocity)
     figures = {**_velocity_figures(velocity), **_picture_figures(job, pictures)}
-    measured = Measured(job.settings_hash(), weights, saved.samples if saved is not None else 0, figures)
+    measured = Measured(job.settings_hash(), weights, saved.samples if saved is not None else 0, figures, job.prompts)
     atomic_write(job.home / MEASURED_FILE, json.dumps(vars(measured), indent=1) + "\n")
     return measured
 
@@ -150,7 +153,13 @@ def shared_reference(job: DistillJob, teacher: Teacher, guidance: float) -> tupl
     assert job.evaluate.prompts is not None
     texts = distinct_texts(job.evaluate.prompts, job.evaluate.seed, paired.prompts)
     digests = dict(components.files.digests) if components.files is not None else {}
-    settings = {**job.evaluation_settings(), "guidance": guidance, "teacher": digests, "tail": teacher.bridge.tail}
+    settings = {
+        **job.evaluation_settings(),
+        "prompts": texts,
+        "guidance": guidance,
+        "teacher": digests,
+        "tail": teacher.bridge.tail,
+    }
     file = job.references / f"{hash_of({**settings, 'scorer': None, 'velocity_states': 0})}.pt"
     with made_by_one(file):
         reference = _load_reference(file, sampler, components.unet.device)

@@ -1,7 +1,7 @@
 """The figures of a study: their names, and which of them are better when they are lower."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 CommandName: TypeAlias = Literal["distill", "finetune_classes"]
@@ -33,6 +33,15 @@ EXAMPLES: Mapping[CommandName, str] = {
 def is_metric(name: str, command: CommandName = "distill") -> bool:
     """Whether a figure of this name may be measured of the command's runs."""
     return (command == "distill" and name in CURVES) or PATTERNS[command].fullmatch(name) is not None
+
+
+def measurable(steps: Iterable[int], guidance: Sequence[float], with_scorer: bool, bins: int) -> set[str]:
+    """The figures of a distilled student: of pictures in so many steps, under each guidance scale; `bins` of s."""
+    kinds = ["paired error", *([SHARE] if with_scorer else [])]
+    scales: Sequence[float | None] = guidance if len(guidance) > 1 else [None]
+    pictures = {picture_metric(kind, n, scale) for kind in kinds for n in steps for scale in scales}
+    velocity = {"velocity error", "guidance error", *(bin_metric(i, bins) for i in range(bins))} if bins else set()
+    return {*CURVES, *pictures, *velocity}
 
 
 def lower_is_better(name: str) -> bool:

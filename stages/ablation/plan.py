@@ -10,11 +10,13 @@ from configs.schema import Layer
 from configs.values import Strict
 from stages import cache_teacher, distill, finetune_classes
 from stages.ablation.jobs import ClassesJob, DistillJob, Job
+from stages.ablation.metrics import measurable
 from stages.ablation.study import Settings, Study
 from stages.classes.specification import load_classes
 from stages.david.fusion import PLACEBOS
 from stages.evaluate.settings import Config as EvaluateConfig
-from stages.system.refusal import Refused
+from stages.system.refusal import Refused, did_you_mean
+from stages.train.validation import VALIDATION_BINS
 
 C = TypeVar("C", bound=Strict)
 
@@ -28,6 +30,8 @@ class Plan:
     cache: cache_teacher.Config
     base: distill.Config | None = None
     """the student from which all runs start, where they start from one"""
+    evaluate: EvaluateConfig | None = None
+    """how students are measured, where that is not by their exam"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,25 @@ def make_plan(study: Study, file: Path, run: Path, out: Path, device: str) -> Pl
     overlay = [Layer(f"{file}: evaluate", study.evaluate)]
     evaluate = load(EvaluateConfig, "evaluate", study.files, words, overlays=overlay)
     evaluate = evaluate.model_copy(update={"prompts": evaluate.prompts or cache.prompts})
-    return Plan(study, _distill_jobs(study, places, evaluate), cache)
+    refuse_unmeasured(study, file, evaluate)
+    return Plan(study, _distill_jobs(study, places, evaluate), cache, evaluate=evaluate)
+
+
+def refuse_unmeasured(study: Study, file: Path, evaluate: EvaluateConfig) -> None:
+    """Raise `Refused` where a verdict is wanted on a figure that these settings do not measure."""
+    bins = VALIDATION_BINS if evaluate.velocity_states else 0
+    known = measurable(evaluate.paired.steps, guidance_of(study, evaluate), evaluate.scorer is not None, bins)
+    for name in (*study.metrics, *(name for one in study.comparisons for name in one.metrics)):
+        if name not in known:
+            raise Refused(
+                f"{file}: metrics: {name}: is not measured with these settings: {did_you_mean(name, sorted(known))} - "
+                "name one of those, or change evaluate.paired.steps, guidance, evaluate.scorer or velocity_states"
+            )
+
+
+def guidance_of(study: Study, evaluate: EvaluateConfig) -> tuple[float, ...]:
+    """The guidance scales of the pictures."""
+    return study.guidance or (evaluate.paired.sampler.guidance,)
 
 
 def _distill_jobs(study: Study, places: _Places, evaluate: EvaluateConfig) -> list[Job]:
@@ -71,7 +93,7 @@ def _distill_jobs(study: Study, places: _Places, evaluate: EvaluateConfig) -> li
                 home=home,
                 distill=config.model_copy(update={"run": home}),
                 evaluate=evaluate,
-                guidance=study.guidance or (evaluate.paired.sampler.guidance,),
+                guidance=guidance_of(study, evaluate),
                 defects=arm.defects,
                 model=arm.model,
                 references=places.out / "references",

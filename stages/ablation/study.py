@@ -205,54 +205,6 @@ class Study(Strict):
         """Where an arm runs."""
         return self.arms[arm].regimes or tuple(self.regimes)
 
-    def shortened(self) -> "Study":
-        """What `--quick` runs, under a name of its own; raises `Refused` where the file has no such version."""
-        quick = self.quick
-        if quick is None:
-            raise Refused(f"{self.name}: --quick: the study has no section quick - write one, or leave --quick out")
-        arms = {
-            name: arm.model_copy(
-                update={
-                    "seeds": None,
-                    "regimes": _common(arm.regimes, quick.regimes),
-                    "options": without_budget(arm.options),
-                }
-            )
-            for name, arm in self.arms.items()
-            if name in quick.arms and {*(arm.regimes or quick.regimes)} & {*quick.regimes}
-        }
-        comparisons = [
-            one.model_copy(
-                update={
-                    "arms": _common(one.arms, quick.arms),
-                    "against": _common(one.against, quick.arms),
-                    "regimes": _common(one.regimes, quick.regimes),
-                }
-            )
-            for one in self.comparisons
-            if {*one.arms} & {*quick.arms} and {*one.against} & {*quick.arms} and one.samples is None
-            if not one.regimes or {*one.regimes} & {*quick.regimes}
-        ]
-        regimes = {
-            name: one.model_copy(update={"options": without_budget(one.options)})
-            for name, one in self.regimes.items()
-            if name in quick.regimes
-        }
-        short = self.model_copy(
-            update={
-                "name": f"{self.name}-quick",
-                "options": without_budget(merged(self.options, quick.options)),
-                "evaluate": merged(self.evaluate, quick.evaluate),
-                "samples": quick.samples,
-                "seeds": quick.seeds,
-                "regimes": regimes,
-                "arms": arms,
-                "comparisons": tuple(comparisons),
-                "quick": None,
-            }
-        )
-        return Study.model_validate(short.model_dump())  # a table holds it, and has to be readable
-
 
 def load_study(file: Path) -> Study:
     """The study of a YAML file; raises `Refused`, one line, for one that is broken."""
@@ -270,14 +222,6 @@ def load_study(file: Path) -> Study:
         raise Refused(f"{place}: {problem}") from error
 
 
-def without_budget(options: Settings) -> Settings:
-    """The options without a number of samples of their own."""
-    train = options.get("train")
-    if not isinstance(train, Mapping):
-        return options
-    return {**options, "train": {k: value for k, value in train.items() if k.replace("-", "_") != "max_samples"}}
-
-
 def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:
     """`upper` over `lower`, mapping by mapping."""
     both = {key: (lower[key], upper[key]) for key in lower.keys() & upper.keys()}
@@ -293,8 +237,3 @@ def flat_keys(options: Mapping[str, Any], path: str = "") -> Iterable[str]:
             yield from flat_keys(value, full)
         else:
             yield full
-
-
-def _common(names: Iterable[str], kept: Iterable[str]) -> tuple[str, ...]:
-    chosen = set(kept)
-    return tuple(name for name in names if name in chosen)

@@ -78,12 +78,13 @@ def _start_worker(ray: Any, name: str, remote: Any, job: FillJob) -> Worker:
         name,
         task.future(),
         lambda by_force: ray.cancel(task, force=by_force),
-        _error_text,
+        error_text,
         lambda error: _start_worker(ray, name, remote, job) if isinstance(error, lost) else None,
     )
 
 
-def _error_text(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
+    """A message of an error of a task: its refusal, its traceback, or Ray's sentence without the advice after it."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, Refused):
         return str(cause)

@@ -162,14 +162,18 @@ def _has_rebooted(claim: Mapping[str, Any]) -> bool:
     return bool(same and claim.get("boot") and boot_id() and claim["boot"] != boot_id())
 
 
+LAUNCH_VARIABLE = "SOLLUNE_LAUNCH"
+"""Environment variable: an id that processes of several machines share whose launcher starts one after another."""
+
+
 def launched_run() -> str:
-    """The id of the run of torchrun that this process belongs to; empty without one, or where the user gave none."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    """The id of the launch that this process belongs to, torchrun's or a study's; empty without one, or none given."""
+    run = os.environ.get(LAUNCH_VARIABLE) or os.environ.get("TORCHELASTIC_RUN_ID", "")
     return "" if run == "none" else run
 
 
 def _is_of_this_run(claim: Mapping[str, Any]) -> bool:
-    """Whether the claim is of this run of torchrun on another machine, which ends its processes before it goes on."""
+    """Whether the claim is of this launch on another machine, which ends its processes before it goes on."""
     return str(claim.get("run", "")) == launched_run() != ""
 
 

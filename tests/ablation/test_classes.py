@@ -1,7 +1,8 @@
 """Laws of studies of finetune-classes: from the distilled student, on shared pictures, measured by the exam."""
 
 import csv
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ import pytest
 import yaml
 
 from configs.load import load
+from shards.manifest import Manifest
 from stages import distill
 from stages.ablation import command, scheduler
 from stages.ablation.classes_run import exam_figures
-from stages.ablation.jobs import ClassesJob, read_job
+from stages.ablation.inputs import jobs_of as with_jobs
+from stages.ablation.jobs import ClassesJob, Job, read_job
 from stages.ablation.plan import make_plan
 from stages.ablation.study import Study, load_study
 from stages.ablation.table import read_table
 from stages.ablation.worker import run_job
 from stages.classes.specification import load_classes
 from stages.nets.run_folder import open_run
+from stages.system.disk import file_sha256
 from stages.system.refusal import Refused
 
 GOLDEN = Path("tests/golden/data")
@@ -118,7 +122,7 @@ def test_a_study_of_classes_is_trained_examined_and_kept(
 ) -> None:
     made: list[str] = []
 
-    def in_this_process(jobs, cache_run, _processes, on_finished):  # type: ignore[no-untyped-def]
+    def in_this_process(jobs, cache_run, _processes, on_finished, _start):  # type: ignore[no-untyped-def]
         for job in jobs:
             scheduler.prepare(job, cache_run)
             run_job(read_job(job.home / "job.json"))
@@ -168,12 +172,37 @@ def test_the_student_to_start_from_is_distilled_where_it_is_missing(
     run.mkdir()
     (run / "cache").symlink_to((GOLDEN / "cache").resolve())
     calls: list[object] = []
-    monkeypatch.setattr(distill, "run", lambda config: calls.append(config))
-    monkeypatch.setattr(scheduler, "run_jobs", lambda *_: calls.append("jobs"))
+
+    def make(config: object) -> None:
+        calls.append(config)
+        shutil.copytree(GOLDEN / "distill", run / "distill")
+
+    monkeypatch.setattr(distill, "run", make)
+    monkeypatch.setattr(scheduler, "run_jobs", lambda jobs, *_: calls.append(jobs[0].inputs))
     file = write_study()
     assert command.main([str(file), "--run", str(run), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     expected = load(distill.Config, "distill", load_study(file).files, ["--run", str(run), "--device", "cpu"])
-    assert calls == [expected, "jobs"]
+    weights = file_sha256(open_run(GOLDEN / "distill").weights)
+    recipe = Manifest.open(GOLDEN / "cache").recipe.fingerprint()
+    assert calls == [expected, {"cache": recipe, "distilled student": weights}]
+
+
+def test_runs_from_another_student_are_refused(write_study: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(GOLDEN, run)
+    job = inputs_of_run(write_study(), run, tmp_path / "out")[0]
+    scheduler.prepare(job, run)
+    inputs_of_run(write_study(), run, tmp_path / "out")
+    weights = open_run(run / "distill").weights
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(Refused, match="holds a run with another distilled student"):
+        inputs_of_run(write_study(), run, tmp_path / "out")
+
+
+def inputs_of_run(file: Path, run: Path, out: Path) -> Sequence[Job]:
+    return with_jobs([make_plan(load_study(file), file, run, out, "cpu")], run)
 
 
 def test_figures_are_means_over_the_classes_of_a_priority(tmp_path: Path) -> None:

@@ -144,7 +144,8 @@ def test_another_measurement_keeps_the_run(write_study: Write, tmp_path: Path) -
     rows = read_rows(job)
     assert rows is not None
     assert rows[0].value == 0.5
-    other = jobs_of(write_study(evaluate={"velocity_states": 4}), tmp_path)[0]
+    evaluate = {"velocity_states": 4, "paired": {"prompts": 2, "steps": [1, 2], "reference_steps": 2}}
+    other = jobs_of(write_study(evaluate=evaluate), tmp_path)[0]
     other.refuse_other_run()
     assert Measured.read(other) is None
 

@@ -9,6 +9,7 @@ from stages.ablation import command
 from stages.ablation.jobs import read_job
 from stages.ablation.page import render_page
 from stages.ablation.plan import make_plan
+from stages.ablation.quick import shortened
 from stages.ablation.study import Study, load_study
 from stages.ablation.table import Row, read_studies, read_table, write_table
 from stages.ablation.verdicts import compute_verdicts
@@ -97,11 +98,12 @@ def test_runs_of_the_committed_table_would_be_taken_for_todays(tmp_path: Path) -
 
 
 def test_a_job_comes_back_as_it_was_stored_even_with_its_keys_in_another_order(tmp_path: Path) -> None:
-    study = load_study(Path("configs/ablation/david.yaml")).shortened()
+    study = shortened(load_study(Path("configs/ablation/david.yaml")))
     (job, *_) = make_plan(study, Path("david.yaml"), tmp_path, tmp_path, "cpu").jobs
     content = json.loads(job.model_dump_json())
     assert set(content) == {
         "study", "regime", "arm", "seed", "home", "references", "distill", "evaluate", "guidance", "defects", "model",
+        "inputs", "prompts",
     }  # fmt: skip
     file = tmp_path / "job.json"
     file.write_text(json.dumps(dict(reversed(content.items()))))
@@ -120,7 +122,7 @@ def test_the_studies_that_come_along_are_whole(file: Path) -> None:
     "file", [file for file in STUDIES if "\nquick:" in file.read_text()], ids=lambda file: file.stem
 )
 def test_a_table_of_a_shortened_study_can_be_read(file: Path, tmp_path: Path) -> None:
-    study = load_study(file).shortened()
+    study = shortened(load_study(file))
     write_table(tmp_path / "a.parquet", [], {study.name: study})
     assert read_studies(tmp_path / "a.parquet") == {study.name: study}
     assert study.samples
