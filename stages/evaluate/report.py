@@ -79,6 +79,8 @@ def check_gates(evaluation: Evaluation, gates: Gates) -> list[GateResult]:
     if limit is not None and STUDENT in fidelity:
         for name, share in fidelity[STUDENT].by_attribute.items():
             loss = fidelity[TEACHER].by_attribute[name] - share
+            if math.isnan(loss):  # no sentence names it
+                continue
             results.append(GateResult.at_most(f"{name} lost to the teacher", loss, limit))
         loss = fidelity[TEACHER].all_at_once - fidelity[STUDENT_AS_NOISE_MODEL].all_at_once
         results.append(GateResult.above(f"{STUDENT_AS_NOISE_MODEL} loses", loss, limit))
@@ -140,7 +142,10 @@ def print_report(evaluation: Evaluation, gate_results: Sequence[GateResult], con
 def _fidelity_table(fidelity: Mapping[str, Fidelity]) -> Table:
     attributes = next(iter(fidelity.values())).by_attribute if fidelity else ()
     shares = {name: [*metrics.by_attribute.values(), metrics.all_at_once] for name, metrics in fidelity.items()}
-    rows = [(n, *(f"{100 * share:.1f}" for share in shares[n]), str(fidelity[n].pictures)) for n in fidelity]
+    rows = [
+        (n, *("-" if math.isnan(share) else f"{100 * share:.1f}" for share in shares[n]), str(fidelity[n].pictures))
+        for n in fidelity
+    ]
     return make_table("pictures that show what their prompts name, %", ["", *attributes, "all", "pictures"], rows)
 
 

@@ -12,10 +12,12 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from configs.values import PictureSize
-from stages.export.history import RunHistory, conversion_table, lora_table, metric_tables, model_index_results
+from stages.export.history import RunHistory, model_index_results
 from stages.export.landings import landing_table
 from stages.export.measured_loras import NOTE as LORA_NOTE
+from stages.export.measured_loras import lora_table
 from stages.export.shape import shape_notes
+from stages.export.tables import conversion_table, metric_tables
 from stages.flow.windows import window_ends
 from stages.sampling.few_steps import few_steps_of
 from stages.sampling.fields import DEFAULT_GUIDANCE

@@ -1,35 +1,143 @@
-"""What a run folder records of one checkpoint: its settings, its cache, its metrics, its pictures.
+"""What a run folder records of one checkpoint: its settings, its cache, its metrics, its pictures; all of it checked.
 
-The metrics are rendered as the Markdown tables and the `model-index` of the model card.
+A measured number that is missing or not finite is None.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from huggingface_hub import EvalResult
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from shards.manifest import MANIFEST_FILE, Manifest
 from stages.classes.specification import load_classes
 from stages.export.landings import read_landing_errors
-from stages.export.measured_loras import HEADS, lora_rows, read_measured_loras
-from stages.export.tables import format_cell, markdown_table
+from stages.export.measured_loras import read_measured_loras
 from stages.nets.run_folder import cache_folder, is_run
 from stages.system.refusal import Refused, in_one_line
+from stages.system.text import parse_measurements
 from stages.train.journal import JOURNAL_FILE
 
 STUDENT_KEY, POLISHED_KEY = "student", "polished"
-CONVERSION_FILE = "convert.json"
-"""The verdict of a conversion, in its run folder."""
+EVALUATION_FILE, CONVERSION_FILE = "evaluation.json", "convert.json"
+"""What `sollune evaluate` measured, and the verdict of a conversion, in a run folder."""
 LOCAL_SETTINGS = {
     "run", "teacher", "device", "processes", "resume", "hub", "classes",
     "base", "base_teacher", "mix", "out", "plan", "workers", "no_disk_check",
 }  # fmt: skip
 """Settings that mean something on the machine of the run alone."""
+
+
+class Stored(BaseModel):
+    """A part of a stored measurement; what is not named here is kept as it is."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+
+def _none_if_incomplete(ends: Any) -> Any:
+    return None if isinstance(ends, list) and None in ends else ends
+
+
+Number = float | None
+"""None for one that was not measured, or is not finite."""
+Ends = Annotated[
+    Annotated[Sequence[float], Field(min_length=2, max_length=2)] | None, BeforeValidator(_none_if_incomplete)
+]
+"""The ends of an interval; None where either is."""
+
+
+class StoredFidelity(Stored):
+    """Of a `Fidelity`."""
+
+    by_attribute: Mapping[str, Number]
+    all_at_once: Number
+    pictures: int
+
+
+class StoredPaired(Stored):
+    """Of a `PairedError`."""
+
+    steps: int
+    student: Number
+    floor: Number
+    ceiling: Number
+    score: Number
+    interval: Ends = None
+
+
+class StoredError(Stored):
+    """Of a `RelativeError`."""
+
+    overall: Number
+    by_bin: Annotated[Sequence[Number], Field(min_length=1)]
+
+
+class StoredVelocity(Stored):
+    """Of `VelocityErrors`."""
+
+    velocity: StoredError
+    guidance: StoredError
+    states: int
+
+
+class StoredSize(Stored):
+    """Of `SizeErrors`."""
+
+    paired: Sequence[StoredPaired]
+    velocity: Number
+
+
+class StoredStraightness(Stored):
+    """Of a `Straightness`."""
+
+    pictures: int
+    steps: Mapping[str, int]
+    relative: Mapping[str, Number]
+
+
+class StoredGate(Stored):
+    """Of a `GateResult`."""
+
+    name: str
+    found: Number
+    asked: str
+    passed: bool
+
+
+class StoredEvaluation(Stored):
+    """Of an `Evaluation`; a part that an older version did not measure may be missing."""
+
+    samples: int
+    size: str | None = None
+    fidelity: Mapping[str, StoredFidelity] | None = None
+    paired: Mapping[str, Sequence[StoredPaired]] | None = None
+    velocity: StoredVelocity | None = None
+    by_size: Mapping[str, StoredSize] | None = None
+    straightness: StoredStraightness | None = None
+    gates: Sequence[StoredGate] | None = None
+
+
+class StoredRatio(Stored):
+    """Of a `PairedComparison`."""
+
+    steps: int
+    ratio: Number
+    ratio_interval: Ends = None
+
+
+class StoredConversion(Stored):
+    """The verdict of a conversion."""
+
+    samples: int
+    errors: Mapping[str, Sequence[StoredPaired]] | None = None
+    comparisons: Mapping[str, Sequence[StoredRatio]] | None = None
+
+
+StoredT = TypeVar("StoredT", StoredEvaluation, StoredConversion)
 
 
 @dataclass(frozen=True)
@@ -50,6 +158,8 @@ class RunHistory:
     """What was measured of LoRAs on this very checkpoint."""
     landings: Mapping[str, Any] = field(default_factory=dict)
     """What the training of few steps measured of this very checkpoint; empty for any other run."""
+    evaluated_at: int | None = None
+    """Training samples of the checkpoint that was evaluated last, which need not be this one."""
 
     @property
     def prompts(self) -> list[str]:
@@ -65,14 +175,18 @@ def read_history(run: Path, samples: int) -> RunHistory | None:
     """
     if not is_run(run):
         return None
+    evaluation = _read_stored(run / EVALUATION_FILE, StoredEvaluation, "evaluation", "measure again or remove it")
+    way_out = "remove it and start the run's command again"
+    conversion = _read_stored(run / CONVERSION_FILE, StoredConversion, "verdict", way_out)
     return RunHistory(
         _read_settings(run / "config.yaml"),
         _read_cache_facts(cache_folder(run)),
-        _read_evaluation(run / "evaluation.json", samples),
+        evaluation.model_dump() if evaluation and evaluation.samples == samples else {},
         _newest_grid(run / "grids", samples),
-        _read_conversion(run / CONVERSION_FILE, samples),
+        conversion.model_dump() if conversion and conversion.samples == samples else {},
         read_measured_loras(run / "loras", samples),
         read_landing_errors(run / JOURNAL_FILE, samples),
+        evaluation.samples if evaluation else None,
     )
 
 
@@ -122,30 +236,18 @@ def _read_cache_facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def _read_evaluation(file: Path, samples: int) -> dict[str, Any]:
-    """The evaluation of this very checkpoint; that of another one does not describe this student."""
+def _read_stored(file: Path, kind: type[StoredT], name: str, way_out: str) -> StoredT | None:
+    """A measurement of a run, whichever checkpoint it is of; None where there is no file."""
     if not file.is_file():
-        return {}
+        return None
     try:
-        evaluation: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        metric_tables(evaluation), model_index_results(evaluation)  # metrics of another program fail here
-        return evaluation if evaluation["samples"] == samples else {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise Refused(f"{file}: no evaluation of ours ({in_one_line(error)}) - measure again or remove it") from error
-
-
-def _read_conversion(file: Path, samples: int) -> dict[str, Any]:
-    """The verdict of this very checkpoint."""
-    if not file.is_file():
-        return {}
-    try:
-        conversion: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        conversion_table(conversion)
-        return conversion if conversion["samples"] == samples else {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise Refused(
-            f"{file}: no verdict of ours ({in_one_line(error)}) - remove it and start the run's command again"
-        ) from error
+        return kind.model_validate(parse_measurements(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    raise Refused(f"{file}: no {name} of ours ({in_one_line(ValueError(reason))}) - {way_out}")
 
 
 def _newest_grid(folder: Path, samples: int) -> dict[str, Path]:
@@ -153,23 +255,6 @@ def _newest_grid(folder: Path, samples: int) -> dict[str, Path]:
     grids = {int(path.stem): path for path in folder.glob("*.png") if path.stem.isdecimal()}
     numbers = [number for number in grids if number <= samples]
     return {"samples.png": grids[max(numbers)]} if numbers else {}
-
-
-def metric_tables(evaluation: Mapping[str, Any]) -> str:
-    """Every table of one evaluation; an empty text when nothing was measured."""
-    tables = {
-        "fidelity": _fidelity_table,
-        "paired": _paired_table,
-        "velocity": _velocity_table,
-        "by_size": _size_table,
-    }
-    texts = [table(evaluation[name]) for name, table in tables.items() if evaluation.get(name)]
-    return "\n\n".join(filter(None, texts))
-
-
-def lora_table(loras: Sequence[Mapping[str, Any]]) -> str:
-    """The LoRAs that were measured; an empty text where there are none."""
-    return markdown_table("LoRAs of the teacher on this model", HEADS, lora_rows(loras))
 
 
 def model_index_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
@@ -188,88 +273,15 @@ def model_index_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def _student_metrics(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
-    if velocity := evaluation.get("velocity"):
+    velocity = evaluation.get("velocity")
+    if velocity and velocity["velocity"]["overall"] is not None:
         yield "relative_squared_error", "held-out velocity error", velocity["velocity"]["overall"]
     for error in (evaluation.get("paired") or {}).get(STUDENT_KEY, ()):
         if error["score"] is not None:
             yield "paired_noise_score", f"paired-noise score at {error['steps']} steps", error["score"]
     for size, errors in (evaluation.get("by_size") or {}).items():
-        if size == evaluation["size"]:
+        if size == evaluation.get("size"):
             continue
         for error in errors["paired"]:
             if error["score"] is not None:
                 yield "paired_noise_score", f"paired-noise score at {error['steps']} steps, {size}", error["score"]
-
-
-def _fidelity_table(fidelity: Mapping[str, Any]) -> str:
-    attributes = list(next(iter(fidelity.values()))["by_attribute"])
-    rows = []
-    for model, metrics in fidelity.items():
-        shares = (*metrics["by_attribute"].values(), metrics["all_at_once"])
-        rows.append([model, *(f"{100 * share:.1f}" for share in shares), str(metrics["pictures"])])
-    return markdown_table("Pictures that show what the prompt states, %", ["", *attributes, "all", "pictures"], rows)
-
-
-def _paired_table(paired: Mapping[str, Any]) -> str:
-    """The student's endpoint error from the same noise: score 0 is as good as the teacher, 1 unrelated."""
-    rows = [
-        [model, str(error["steps"]), *(format_cell(error[key]) for key in ("student", "floor", "ceiling", "score"))]
-        for model, errors in paired.items()
-        for error in errors
-    ]
-    heads = ["", "steps", "error", "teacher's own", "unrelated", "score"]
-    return markdown_table("Paired-noise error: the same noise must give the teacher's picture", heads, rows)
-
-
-def conversion_table(conversion: Mapping[str, Any]) -> str:
-    """Paired errors of the polished student, of its possible starts and of the base's student; "" for no conversion.
-
-    Beside each the ratio of the polished student's error to it, with its 95 % interval.
-    """
-    rows = []
-    for model, errors in (conversion.get("errors") or {}).items():
-        ratios = {one["steps"]: one for one in conversion["comparisons"].get(model, ())}
-        for error in errors:
-            ratio = ratios.get(error["steps"], {})
-            rows.append(
-                [
-                    model,
-                    str(error["steps"]),
-                    *(format_cell(error[key]) for key in ("student", "floor", "ceiling", "score")),
-                    _interval(error["interval"]),
-                    format_cell(ratio.get("ratio")),
-                    _interval(ratio.get("ratio_interval")),
-                ]
-            )
-    heads = ["", "steps", "error", "teacher's own", "unrelated", "score", "95 %", "polished / this", "95 %"]
-    title = (
-        f"Conversion: paired-noise error on {conversion.get('prompts')} prompts at {conversion.get('size')}; base is "
-        "the student of the base model, unchanged; delta that student plus what the fine-tune changed; graft the "
-        "fine-tune with its time embedding re-solved; polished is this model"
-    )
-    return markdown_table(title, heads, rows)
-
-
-def _interval(interval: Sequence[float] | None) -> str:
-    return "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
-
-
-def _velocity_table(velocity: Mapping[str, Any]) -> str:
-    bins = len(velocity["velocity"]["by_bin"])
-    heads = ["", "all", *(f"s {i / bins:.1f}-{(i + 1) / bins:.1f}" for i in range(bins))]
-    rows = [
-        [name, *map(format_cell, (error["overall"], *error["by_bin"]))]
-        for name, error in (("velocity", velocity["velocity"]), ("guidance difference", velocity["guidance"]))
-    ]
-    return markdown_table(f"Relative squared error at {velocity['states']} held-out states", heads, rows)
-
-
-def _size_table(by_size: Mapping[str, Any]) -> str:
-    """The student's paired scores and velocity error at each picture size; none where one alone was measured."""
-    steps = sorted({error["steps"] for errors in by_size.values() for error in errors["paired"]})
-    rows = []
-    for size, errors in by_size.items():
-        scores = {error["steps"]: error["score"] for error in errors["paired"]}
-        rows.append([size, *(format_cell(scores.get(n)) for n in steps), format_cell(errors["velocity"])])
-    heads = ["size", *(f"score at {n} steps" for n in steps), "velocity error"]
-    return markdown_table("The student at each picture size (width x height)", heads, rows)

@@ -1,11 +1,12 @@
 """What `sollune evaluate RUN --lora` measured of LoRAs, as the rows of the model card's table."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stages.export.tables import format_interval, markdown_table
 from stages.system.refusal import Refused, in_one_line
+from stages.system.text import parse_measurements
 
 HEADS = ["LoRA", "scale", "score", "95 %", "without it", "its effect, conditional", "unconditional", "best scale"]
 NOTE = """\
@@ -25,7 +26,7 @@ def read_measured_loras(folder: Path, samples: int) -> tuple[Mapping[str, Any], 
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
-        measured: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        measured: Mapping[str, Any] = parse_measurements(file.read_text(encoding="utf-8"))
         lora_rows([measured]), measured["samples"]  # what another program wrote fails here
         return measured
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -34,17 +35,23 @@ def _read(file: Path) -> Mapping[str, Any]:
         ) from error
 
 
+def lora_table(loras: Sequence[Mapping[str, Any]]) -> str:
+    """The LoRAs that were measured; an empty text where there are none."""
+    rows = [[_quoted(name), *cells] for name, *cells in lora_rows(loras)]
+    return markdown_table("LoRAs of the teacher on this model", HEADS, rows)
+
+
 def lora_rows(loras: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A row for each LoRA and scale; the best scale stands beside the full one."""
     rows = []
     for lora in loras:
         for strength in lora["strengths"]:
             student, without = strength["student"], strength["without"]
-            interval = "-" if student["interval"] is None else "{:.2f} to {:.2f}".format(*student["interval"])
+            interval = format_interval(student["interval"], ".2f")
             effects = [_number(strength[branch]["overall"]["ratio"]) for branch in ("conditional", "unconditional")]
             best = _best_scale(lora["correction"]) if strength["strength"] == 1 else ""
             scores = [_number(student["score"]), interval, _number(without["score"])]
-            rows.append([_plain(lora["name"]), f"{strength['scale']:g}", *scores, *effects, best])
+            rows.append([Path(lora["name"]).name, f"{strength['scale']:g}", *scores, *effects, best])
     return rows
 
 
@@ -54,9 +61,9 @@ def _best_scale(correction: Mapping[str, Any] | None) -> str:
     return f"{correction['factor']:g} times: {_number(correction['corrected']['score'])}"
 
 
-def _plain(name: str) -> str:
+def _quoted(name: str) -> str:
     """A file's name without what Markdown would read in a table."""
-    return "`" + Path(name).name.replace("`", "'").replace("|", "\\|") + "`"
+    return "`" + name.replace("`", "'").replace("|", "\\|") + "`"
 
 
 def _number(value: float | None) -> str:

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from stages.export.folder import FACTS_FILE
-from stages.export.history import RunHistory, read_history
+from stages.export.history import RunHistory, StoredGate, read_history
 from stages.nets.run_folder import COMPLETE_MARK, FAST_FOLDER, ORIGIN_FILE, Origin, is_run, newest_checkpoint
 from stages.system.refusal import Refused, in_one_line
 from stages.train.journal import JOURNAL_FILE, read_events, read_step_lines
 
-EVALUATION_FILE, GRIDS_FOLDER = "evaluation.json", "grids"
+GRIDS_FOLDER = "grids"
 MAX_RUNS, MAX_DEPTH = 64, 4
 """Runs of one page, and how many folders below a given one they are looked for."""
 ANY_SAMPLES = 1 << 62
@@ -82,17 +82,6 @@ class ExamLine(Line):
     lost: Numbers = {}
 
 
-class Gate(BaseModel):
-    """A limit of an evaluation."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
-    name: str
-    found: Number
-    """The measured value."""
-    asked: str
-    passed: bool
-
-
 LineT = TypeVar("LineT", bound=Line)
 
 
@@ -116,10 +105,8 @@ class RunRecord:
     """The rows of the final table by class, as they are written."""
     export: Mapping[str, Any]
     """The facts of its export; empty where there is none."""
-    gates: Sequence[Gate]
+    gates: Sequence[StoredGate]
     """The limits of its evaluation, if any."""
-    evaluated_at: int | None
-    """Training samples of the checkpoint that was measured last, which need not be this one."""
     grids: Mapping[int, Path]
     """Training samples -> comparison grid."""
 
@@ -193,8 +180,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         exams=_lines(ExamLine, folder, events["classes"]),
         classes=_class_rows(folder / "per_class.csv"),
         export=_read_json(folder / "export" / "diffusers" / FACTS_FILE),
-        gates=_gates(folder / EVALUATION_FILE, history.evaluation.get("gates")),
-        evaluated_at=_read_json(folder / EVALUATION_FILE).get("samples"),
+        gates=[StoredGate.model_validate(gate) for gate in history.evaluation.get("gates") or ()],
         grids={int(path.stem): path for path in sorted((folder / GRIDS_FOLDER).glob("*.png")) if path.stem.isdecimal()},
     )
 
@@ -222,14 +208,6 @@ def _lines(kind: type[LineT], folder: Path, lines: Sequence[Mapping[str, Any]]) 
                 "remove the line, or move the file away"
             ) from error
     return read
-
-
-def _gates(file: Path, gates: Any) -> list[Gate]:
-    try:
-        return TypeAdapter(list[Gate]).validate_python(gates or [])
-    except ValidationError as error:
-        reason = in_one_line(ValueError(error.errors(include_url=False)[0]["msg"]), 80)
-        raise Refused(f"{file}: gates: {reason} - measure again or remove it") from error
 
 
 def _final_samples(folder: Path) -> int:

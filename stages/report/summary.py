@@ -86,10 +86,9 @@ def judge(run: RunRecord) -> Outcome:
     if (error := picture_error(run)) is None:
         place = "RUN" if run.folder.is_absolute() else run.folder  # a page tells nothing of its machine
         words = [f"Measure them: sollune evaluate {place}"]
-        if run.evaluated_at is not None:
-            words.insert(
-                0, f"What was measured belongs to its checkpoint at {run.evaluated_at:,} samples, not this one."
-            )
+        other = run.history.evaluated_at
+        if other is not None and other != run.samples:
+            words.insert(0, f"What was measured belongs to its checkpoint at {other:,} samples, not this one.")
         return Outcome("unknown", words)
     value, where = error
     level: Level = "worked" if value <= WORKED_UP_TO else "partly" if value <= PARTLY_UP_TO else "failed"
@@ -126,7 +125,7 @@ def figures(run: RunRecord) -> list[Figure]:
             Figure(f"{error[0]:.3f}", f"error of its pictures {error[1]}", "0: the teacher's own, 1: unrelated")
         )
     shown = (run.history.evaluation.get("fidelity") or {}).get(STUDENT_KEY)
-    if shown:
+    if shown and shown["all_at_once"] is not None:
         teacher = (run.history.evaluation["fidelity"].get("teacher") or {}).get("all_at_once")
         against = "" if teacher is None else f"; the teacher: {percent(teacher)}"
         made.append(

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from stages.export.measured_loras import HEADS, lora_rows
+from stages.export.tables import attributes_of
 from stages.report.charts import short
 from stages.report.records import RunRecord
 
@@ -16,8 +18,19 @@ PAIRED_TEXT = (
     "Teacher and student start from the same noise and should end at the same picture. Floor: the teacher against "
     "itself with more steps. Ceiling: unrelated pictures. Score: 0 at the floor, 1 at the ceiling; 95 %: its interval."
 )
+STRAIGHTNESS_TEXT = (
+    "How far the ways from noise to picture are from straight lines: 0 for straight ones, which a single step follows "
+    "exactly. Relative to the squared distance from noise to picture."
+)
 VELOCITY_TEXT = "How far its predictions are from the teacher's on held-out data, over all and by time s (1 is noise)."
+LORA_TEXT = (
+    "LoRAs made for the teacher, loaded into this model. Score: 0 is the teacher's own picture with the LoRA, 1 an "
+    "unrelated one; beside it the score of this model without the LoRA. Effect: what it changes of the velocity, over "
+    "the same of the teacher."
+)
 MAX_TABLE_ROWS = 200
+SHOWN_SENTENCES, SHOWN_CHARACTERS = 3, 60
+"""Of a list of sentences, the first ones, and of each its beginning."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,9 @@ def evaluation_tables(run: RunRecord) -> list[PageTable]:
         _fidelity(evaluation.get("fidelity") or {}),
         _velocity(evaluation.get("velocity") or {}),
         _sizes(evaluation.get("by_size") or {}),
+        _straightness(evaluation.get("straightness") or {}),
         *_distances(evaluation.get("distances") or {}),
+        PageTable("LoRAs of its teacher on this model", HEADS, lora_rows(run.history.loras), LORA_TEXT),
         _paired(conversion.get("errors") or {}, "Conversion: same noise, same picture"),
     ]
     return [table for table in tables if table.rows]
@@ -102,12 +117,24 @@ def _paired(paired: Mapping[str, Any], title: str) -> PageTable:
 
 
 def _fidelity(fidelity: Mapping[str, Any]) -> PageTable:
-    attributes = list(next(iter(fidelity.values()))["by_attribute"]) if fidelity else []
+    attributes = attributes_of(fidelity)
     rows = [
-        [model, *(f"{100 * one['by_attribute'][name]:.1f}" for name in attributes), f"{100 * one['all_at_once']:.1f}"]
+        [model, *map(_hundredths, (*map(one["by_attribute"].get, attributes), one["all_at_once"]))]
         for model, one in fidelity.items()
     ]
     return PageTable("Pictures that show what was asked, %", ["", *attributes, "all at once"], rows, FIDELITY_TEXT)
+
+
+def _hundredths(share: float | None) -> str:
+    return short(None) if share is None else f"{100 * share:.1f}"
+
+
+def _straightness(measured: Mapping[str, Any]) -> PageTable:
+    if not measured:
+        return PageTable("", [], [])
+    rows = [[model, short(measured["steps"].get(model)), short(value)] for model, value in measured["relative"].items()]
+    text = f"{STRAIGHTNESS_TEXT} Of {measured['pictures']:,} pictures."
+    return PageTable("Straightness", ["", "steps", "curvature"], rows, text)
 
 
 def _velocity(velocity: Mapping[str, Any]) -> PageTable:
@@ -134,9 +161,7 @@ def _sizes(by_size: Mapping[str, Any]) -> PageTable:
 
 def _distances(distances: Any) -> list[PageTable]:
     """Distances between sets of pictures, whatever they are called: one row for each number, by its place."""
-    rows = [
-        [place, short(value) if isinstance(value, int | float) else str(value)] for place, value in _flat(distances)
-    ]
+    rows = [[place, value if isinstance(value, str) else _text(value)] for place, value in _flat(distances)]
     text = "How far sets of pictures are from each other in the features of a network."
     return [PageTable("Distances between sets of pictures", ["", "value"], rows[:MAX_TABLE_ROWS], text)]
 
@@ -149,8 +174,21 @@ def _flat(value: Any, place: str = "") -> list[tuple[str, Any]]:
     if isinstance(value, list) and any(isinstance(inner, Mapping | list) for inner in value):
         return [leaf for number, inner in enumerate(value, 1) for leaf in _flat(inner, f"{place} · {number}")]
     if isinstance(value, list):
-        return [(place, ", ".join(short(one) if isinstance(one, int | float) else str(one) for one in value))]
+        return [(place, _list_text(value))]
     return [] if value is None else [(place, value)]
+
+
+def _list_text(values: Sequence[Any]) -> str:
+    """Numbers one after the other; of sentences how many, and the first few."""
+    if not any(isinstance(one, str) for one in values):
+        return ", ".join(map(_text, values))
+    texts = [_text(one) for one in values[:SHOWN_SENTENCES]]
+    shown = [f"“{text[:SHOWN_CHARACTERS]}{'…' * (len(text) > SHOWN_CHARACTERS)}”" for text in texts]
+    return f"{len(values):,}: {', '.join([*shown, *(['…'] if len(values) > len(shown) else [])])}"
+
+
+def _text(value: Any) -> str:
+    return short(value) if value is None or isinstance(value, int | float) else str(value)
 
 
 def few_steps_table(runs: Sequence[RunRecord]) -> PageTable:
@@ -190,6 +228,6 @@ def class_table(run: RunRecord) -> PageTable:
     return PageTable(f"Classes: {run.name}, after {last.samples:,} samples", ["class", *columns], rows)
 
 
-def interval(ends: Sequence[float] | None) -> str:
+def interval(ends: Sequence[float | None] | None) -> str:
     """An interval as text."""
     return "–" if ends is None else f"{short(ends[0])} to {short(ends[1])}"

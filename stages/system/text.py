@@ -1,7 +1,11 @@
-"""Text files of users: UTF-8 and line ends, and JSON by its standard: no duplicate keys, no NaN, bounded numbers."""
+"""Text files of users: UTF-8 and line ends, and JSON by its standard: no duplicate keys, no NaN, bounded numbers.
+
+JSON of measurements may have numbers that are not finite.
+"""
 
 import codecs
 import json
+import math
 import os
 import re
 import stat
@@ -114,6 +118,25 @@ def parse_json(text: str) -> Any:
         raise ValueError(error.msg) from error
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+def parse_measurements(text: str) -> Any:
+    """The value of a JSON text of measurements, null for a number that is not finite.
+
+    Raises `ValueError` for a whole number that no float holds, and `RecursionError` for what is nested too deep.
+    """
+    return json.loads(text, parse_constant=lambda _: None, parse_float=_finite_or_none, parse_int=_measured_integer)
+
+
+def _finite_or_none(digits: str) -> float | None:
+    value = float(digits)
+    return value if math.isfinite(value) else None
+
+
+def _measured_integer(digits: str) -> int:
+    if not math.isfinite(float(digits)):
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from stages.evaluate.paired import PairedInputs, make_reference, paired_error
 from stages.evaluate.recorded_prompts import distinct_texts
 from stages.evaluate.report import Gates, check_gates, print_report, to_json
 from stages.evaluate.settings import Config
-from stages.export.history import metric_tables, model_index_results
+from stages.export.history import model_index_results
+from stages.export.tables import metric_tables
 from stages.nets.student import Student
 from stages.nets.teacher import Teacher
 from stages.prompts import FileSource, Prompt, derived_seed

@@ -15,8 +15,8 @@ from stages.evaluate.lora_file import ScaledLora
 from stages.evaluate.lora_report import correction_text
 from stages.evaluate.lora_weights import applied, compare_with_stock, open_for
 from stages.evaluate.measure import main
-from stages.export.history import lora_table, read_history
-from stages.export.measured_loras import read_measured_loras
+from stages.export.history import read_history
+from stages.export.measured_loras import lora_table, read_measured_loras
 from stages.nets.components import load_components
 from stages.nets.student import Student, make_vp_bridge
 from stages.nets.teacher import Teacher
