@@ -1,6 +1,7 @@
 """What the files of a run folder hold, checked: the lines of its journal, its measurements, its hashes, its grids."""
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +13,24 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from stages.export.folder import FACTS_FILE
 from stages.export.history import RunHistory, StoredGate, read_history
-from stages.nets.run_folder import COMPLETE_MARK, FAST_FOLDER, ORIGIN_FILE, Origin, is_run, newest_checkpoint
+from stages.nets.run_folder import (
+    BASE_PLACE,
+    COMPLETE_MARK,
+    FAST_FOLDER,
+    ORIGIN_FILE,
+    Origin,
+    is_run,
+    newest_checkpoint,
+)
 from stages.system.refusal import Refused, in_one_line
 from stages.train.journal import JOURNAL_FILE, read_events, read_step_lines
 
-GRIDS_FOLDER = "grids"
+GRIDS_FOLDER, CLASSES_FILE = "grids", "classes.yaml"
 MAX_RUNS, MAX_DEPTH = 64, 4
 """Runs of one page, and how many folders below a given one they are looked for."""
 ANY_SAMPLES = 1 << 62
+JOB_FILE = "job.json"
+"""Of `sollune ablate`, beside the folder of a run that it made; `stages.ablation.jobs` would take long to import."""
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -109,6 +120,8 @@ class RunRecord:
     """The limits of its evaluation, if any."""
     grids: Mapping[int, Path]
     """Training samples -> comparison grid."""
+    unlike_settings: Mapping[str, Any]
+    """What decided its weights beside its settings and its seed: cache, classes, the run it began with, its arm."""
 
     @property
     def seen_samples(self) -> int:
@@ -182,7 +195,21 @@ def read_run(folder: Path, name: str) -> RunRecord:
         export=_read_json(folder / "export" / "diffusers" / FACTS_FILE),
         gates=[StoredGate.model_validate(gate) for gate in history.evaluation.get("gates") or ()],
         grids={int(path.stem): path for path in sorted((folder / GRIDS_FOLDER).glob("*.png")) if path.stem.isdecimal()},
+        unlike_settings=_unlike_settings(folder, origin),
     )
+
+
+def _unlike_settings(folder: Path, origin: Origin) -> dict[str, Any]:
+    classes = folder / CLASSES_FILE
+    job = _read_json(folder.parent / JOB_FILE)
+    return {
+        "windows": origin.windows,
+        "recipe": origin.recipe_sha256,
+        "base": {key: value for key, value in (origin.base or {}).items() if key != BASE_PLACE},
+        "classes": hashlib.sha256(classes.read_bytes()).hexdigest() if classes.is_file() else None,
+        # Arms of a study may differ in what no setting says, such as a defect.
+        "arm": [job.get(key) for key in ("study", "regime", "arm")],
+    }
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
