@@ -11,7 +11,7 @@ from stages.ablation.page import render_page
 from stages.ablation.quick import shortened
 from stages.ablation.study import Study, load_study
 from stages.ablation.table import Row, pyarrow_or_refuse, read_studies, read_table, write_table
-from stages.system.atomic import atomic_write
+from stages.system.atomic import atomic_write, is_same_file
 from stages.system.refusal import Parser, Refused
 
 DEFAULT_STUDIES = tuple(
@@ -114,7 +114,14 @@ def run_studies(
 
 
 def write_page(table: Path, page: Path, block: Path | None = None) -> None:
-    """Write the page of a table, and its verdicts on David between the comments of the file `block`."""
+    """Write the page of a table, and its verdicts on David between the comments of the file `block`.
+
+    Raises `Refused`, with nothing written, where the page would replace either.
+    """
+    if block is not None and is_same_file(page, block):
+        raise Refused(f"--page: {page}: is the file of --block ({block}), which the page would replace - name another")
+    if is_same_file(page, table):
+        raise Refused(f"--page: {page}: is the table itself ({table}), which the page would replace - name another")
     rows, studies = read_table(table), read_studies(table)
     text = render_page(rows, studies)
     if block is not None:

@@ -42,6 +42,16 @@ def is_abandoned(path: Path) -> bool:
         return False
 
 
+def is_same_file(one: Path, other: Path) -> bool:
+    """Whether two names are of one file, by any spelling and through links; neither need be there."""
+    try:
+        if one.samefile(other):  # also two spellings where case does not count
+            return True
+    except OSError:
+        pass
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; renamed to `path` when the block succeeds, removed when it raises.

@@ -1,5 +1,6 @@
 """Studies of finetune-classes that are not whole, tried through the real command: each is refused in one line."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,40 @@ def test_a_file_without_a_place_for_the_verdicts_is_refused_before_the_page_is_w
         file.write_text(text)
     words = ["ablate", "--table", "docs/ablation.parquet", "--page", str(tmp_path / "page.md"), "--block", str(file)]
     refused(words, *named)
+
+
+@pytest.mark.parametrize(
+    ("page", "block"),
+    [
+        ("README.md", "README.md"),
+        ("sub/../README.md", "README.md"),
+        ("link.md", "README.md"),
+        ("README.md", "link.md"),
+        ("linked/README.md", "README.md"),
+        ("hard.md", "README.md"),
+    ],
+)
+def test_a_page_that_would_replace_the_file_of_the_verdicts_is_refused(
+    page: str, block: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    file = tmp_path / "README.md"
+    file.write_text("before\n<!-- verdicts -->\n<!-- /verdicts -->\nafter\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.md").symlink_to("README.md")
+    (tmp_path / "linked").symlink_to(".")
+    (tmp_path / "hard.md").hardlink_to(file)
+    words = ["ablate", "--table", "docs/ablation.parquet", "--page", f"{tmp_path}/{page}"]
+    refused([*words, "--block", f"{tmp_path}/{block}"], "--page", "--block", "name another")
+
+
+@pytest.mark.parametrize("words", [["--page", "TABLE"], ["--page", "./TABLE"], []])
+def test_a_page_that_would_replace_the_table_is_refused(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    name = "table.parquet" if words else "table.md"  # without --page it is the table's name with .md
+    shutil.copy("docs/ablation.parquet", tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    refused(["ablate", "--table", name, *(word.replace("TABLE", name) for word in words)], name, "is the table")
 
 
 def test_verdicts_are_renewed_from_a_finished_table_alone(tmp_path: Path, refused: Callable[..., str]) -> None:
