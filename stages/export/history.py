@@ -164,8 +164,10 @@ class RunHistory:
     @property
     def prompts(self) -> list[str]:
         """The prompts of the run's comparison grid."""
-        prompts: list[str] = (self.settings.get("grid") or {}).get("prompts") or []
-        return prompts
+        match self.settings:
+            case {"grid": {"prompts": list(prompts)}}:
+                return [prompt for prompt in prompts if isinstance(prompt, str)]
+        return []
 
 
 def read_history(run: Path, samples: int) -> RunHistory | None:

@@ -1,6 +1,8 @@
 """What the training of few steps measured of a checkpoint, for the model card: the journal's validation."""
 
 import json
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ LANDING_KEYS = {"landing", "landing_by_s"}
 
 
 def read_landing_errors(journal: Path, samples: int) -> dict[str, Any]:
-    """The newest validation of the checkpoint at `samples`; empty where the journal has none of few steps."""
+    """The newest validation of the checkpoint at `samples`; empty where the journal has none of few steps.
+
+    An error that is not finite is None.
+    """
     if not journal.is_file():
         return {}
     newest: dict[str, Any] = {}
@@ -22,7 +27,7 @@ def read_landing_errors(journal: Path, samples: int) -> dict[str, Any]:
         except (ValueError, RecursionError):
             continue  # cut by a kill: the journal's own readers leave such a line out too
         if isinstance(line, dict) and line.get("samples") == samples and line.keys() >= LANDING_KEYS:
-            newest = line if _is_measurement(line) else newest
+            newest = _finite(line) if _is_measurement(line) else newest
     return newest
 
 
@@ -48,5 +53,21 @@ def _is_measurement(line: Mapping[str, Any]) -> bool:
     return all(_is_number(value) for value in overall) and all(value is None or _is_number(value) for value in values)
 
 
+def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The line with None for each number that is not finite."""
+    by_window = [_finite_or_none(value) for value in line["landing_by_s"]]
+    overall = {key: _finite_or_none(line[key]) for key in ("landing", "end") if key in line}
+    return {**line, **overall, "landing_by_s": by_window}
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and not _is_too_long(value)
+
+
+def _is_too_long(value: float) -> bool:
+    """Whether it is a whole number that no float holds."""
+    return isinstance(value, int) and abs(value) > sys.float_info.max

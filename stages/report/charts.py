@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,8 @@ LOG_RATIO = 20.0
 """A chart whose largest value is so many times its smallest is logarithmic."""
 MAX_DECADES = 6
 """Powers of ten that have a tick."""
+LEAST, MOST = 1e-100, 1e100
+"""Sizes of a number that is drawn: squares, sums and shares of such numbers are numbers too."""
 COLOURS, DASHES = 10, ("", "7 4", "2 3")
 
 Point = tuple[float, float | None]
@@ -29,6 +31,13 @@ class Series:
     band: Sequence[tuple[float, float, float]] = ()
     """x, lower and upper end of an interval."""
     is_faint: bool = False
+
+    @property
+    def drawable(self) -> "Series":
+        """The same of numbers that can be drawn."""
+        ends = [(x, drawable(low), drawable(high)) for x, low, high in self.band]
+        band = [(x, low, high) for x, low, high in ends if low is not None and high is not None]
+        return replace(self, points=[(x, drawable(y)) for x, y in self.points], band=band)
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,9 @@ class Chart:
 
     @cached_property
     def lines(self) -> list[Series]:
-        """The series with few enough points, without those that have none."""
-        thinned = [Series(one.name, thin(one.points), one.band, one.is_faint) for one in self.series]
+        """The series with few enough points, without those that have none; what cannot be drawn is a gap."""
+        drawn = [one.drawable for one in self.series]
+        thinned = [Series(one.name, thin(one.points), one.band, one.is_faint) for one in drawn]
         return [one for one in thinned if any(y is not None for _, y in one.points)]
 
     @cached_property
@@ -141,6 +151,13 @@ class Chart:
         return [(short(x), [short(column.get(x)) for column in columns]) for x in shown]
 
 
+def drawable(value: float | None) -> float | None:
+    """A number between the sizes that can be drawn, 0 below them; None above them and for what is no number."""
+    if value is None or not abs(value) <= MOST:  # nan is not
+        return None
+    return value if abs(value) >= LEAST else 0.0
+
+
 def colour(number: int) -> int:
     """The colour of line `number`; when all are taken they come again with other dashes."""
     return number % COLOURS
@@ -190,8 +207,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def short(value: float | None) -> str:
-    """A number of three digits, thousands apart; a dash for none."""
-    if value is None:
+    """A number of three digits, thousands apart; a dash for none and for one that is not finite."""
+    if value is None or not math.isfinite(value):
         return "–"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from configs.arguments import path_argument
 from stages.nets.run_folder import is_run
 from stages.report.page import Page, make_environment, make_page
-from stages.system.atomic import atomic_write
+from stages.system.atomic import atomic_write, is_same_file
 from stages.system.disk import refuse_unwritable
 from stages.system.refusal import Parser, Refused
 from stages.system.terminal import console
@@ -25,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     table = path_argument(arguments.table) if arguments.table else None
     if not folders and table is None:
         raise Refused("report: no run is named - name one or several, such as runs/tiny, or a --table")
-    _refuse_out(out)
+    _refuse_out(out, table)
     watch = _watch_seconds(arguments.watch)
     make_environment()
     page = make_page(folders, table, watch)
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         time.sleep(watch)
         try:
             page = make_page(folders, table, watch)
-        except Refused as error:  # a run that is being written may be read again; its page stays as it is
+        except (Refused, OSError) as error:  # a run that is being written may be read again; its page stays as it is
             console().print(f"warning {error}", markup=False, highlight=False, soft_wrap=True)
             continue
         _write(out, page, quiet=not page.complete)
@@ -64,11 +65,13 @@ def _watch_seconds(text: str | None) -> float | None:
     return seconds
 
 
-def _refuse_out(out: Path) -> None:
-    """Raise `Refused` for a name that no browser opens as a page, and for a place inside a run."""
+def _refuse_out(out: Path, table: Path | None) -> None:
+    """Raise `Refused` for a name that no browser opens as a page, for a place inside a run, and for the table."""
     if out.suffix.lower() not in {".html", ".htm"}:
         raise Refused(f"--out: {out}: should end in .html - take a name such as {DEFAULT_OUT}")
-    for folder in out.absolute().resolve().parents:
+    if table is not None and is_same_file(out, table):
+        raise Refused(f"--out: {out}: is the table itself, which the page would replace - name another file")
+    for folder in Path(os.path.realpath(out)).parents:
         if is_run(folder):
             raise Refused(f"--out: {out}: lies inside the run {folder} - put the page beside the run")
     if out.is_dir():

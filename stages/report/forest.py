@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 
 from stages.ablation.figures import MAIN_CURVE, arms_table, arms_with_runs, controls_lines, curves_of, final_table
@@ -10,7 +9,7 @@ from stages.ablation.study import Study
 from stages.ablation.table import read_studies, read_table
 from stages.ablation.verdicts import Values, Verdict, compute_verdicts, values_of
 from stages.ablation.wording import RULE, VerdictCells, cells_of, verdict_sentence
-from stages.report.charts import Chart, Series, linear_ticks
+from stages.report.charts import Chart, Series, drawable, linear_ticks
 from stages.report.tables import PageTable
 
 WIDTH, MARGIN = 300.0, 28.0
@@ -157,11 +156,13 @@ def _row(one: Verdict, study: Study) -> ForestRow:
     relative = one.relative
     name = f"{study.arms[one.arm].title} against {study.arms[one.control].title}"
     own = relative.interval
+    ends = (None, None) if own is None else (drawable(own.low), drawable(own.high))
+    low, high = ends if None not in ends else (None, None)
     return ForestRow(
         name=name,
-        difference=relative.mean if isfinite(relative.mean) else None,
-        low=None if own is None else own.low,
-        high=None if own is None else own.high,
+        difference=drawable(relative.mean),
+        low=low,
+        high=high,
         verdict=one.verdict,
         sentence=f"{verdict_sentence(one, study)}.",
         cells=cells_of(one),

@@ -34,7 +34,7 @@ from stages.report.tables import (
     settings_text,
 )
 from stages.system.ending import installed_version
-from stages.system.refusal import Refused
+from stages.system.refusal import INVALID_CHARACTER, Refused
 
 if TYPE_CHECKING:
     from stages.report.forest import Ablation
@@ -131,7 +131,7 @@ def _render(runs: Sequence[RunRecord], album: Album, ablation: "Ablation | None"
         "hidden_runs": len(runs) - len(detailed),
     }  # fmt: skip
     rendered: str = environment.get_template("page.html").render(context)
-    return rendered
+    return visible(rendered)
 
 
 def _title(runs: Sequence[RunRecord]) -> str:
@@ -170,10 +170,23 @@ def _json_in_html(value: Any) -> Any:
     """JSON that cannot end the element it stands in."""
     from markupsafe import Markup
 
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    text = json.dumps(_visible_texts(value), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     for letter in "<>&":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     return Markup(text)
+
+
+def visible(text: str) -> str:
+    """The text with U+FFFD for each character that no page can hold, or that changes how others are shown."""
+    return INVALID_CHARACTER.sub("\ufffd", text)
+
+
+def _visible_texts(value: Any) -> Any:
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, dict):
+        return {key: _visible_texts(inner) for key, inner in value.items()}
+    return [_visible_texts(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _sha256(text: str) -> str:

@@ -3,16 +3,19 @@
 import base64
 import hashlib
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from PIL import Image, features
 
 from configs.values import PictureSize
-from stages.sampling.grids import FEW_STEPS, read_settings, sheet_cells
+from stages.classes.photographs import DECODE_ERRORS
+from stages.sampling.grids import FEW_STEPS, SETTINGS_KEY, sheet_cells
 from stages.system.refusal import Refused, in_one_line
 
 MAX_PICTURE_BYTES = 8 << 20
@@ -93,7 +96,12 @@ def _spread(numbers: Sequence[int], count: int) -> list[int]:
 
 def _read_sheet(path: Path, samples: int, side: int, pictures: dict[str, str]) -> Sheet:
     """One grid; its pictures are added to `pictures`."""
-    stat = path.stat()
+    try:
+        stat = path.stat()
+        if not S_ISREG(stat.st_mode):  # opening a pipe would wait for its writer
+            raise OSError("it is no file")
+    except OSError as error:
+        raise _no_picture(path, error) from error
     sheet, own = _encoded_sheet(path, stat.st_mtime_ns, stat.st_size, samples, side)
     pictures.update(own)
     return sheet
@@ -104,11 +112,14 @@ def _encoded_sheet(path: Path, _changed: int, _size: int, samples: int, side: in
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Refused(f"{path}: no picture ({in_one_line(error, 80)}) - remove it, the run goes on without") from error
-    settings = _settings(path)
+            settings = _settings(opened.info.get(SETTINGS_KEY))
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
+        raise _no_picture(path, error) from error
     rows, columns = _titles(settings)
-    cells = sheet_cells(image, len(rows), columns, _sizes(settings)) if rows and columns else None
+    try:
+        cells = sheet_cells(image, len(rows), columns, _sizes(settings)) if rows and columns else None
+    except ValueError:  # titles that are none
+        cells = None
     if cells is None:
         key, uri = _encode(image, MAX_SHEET_SIDES * side)
         return Sheet(samples, ("all prompts",), ("all models",), ((key,),), True, 0), {key: uri}
@@ -119,11 +130,15 @@ def _encoded_sheet(path: Path, _changed: int, _size: int, samples: int, side: in
     return sheet, {key: uri for row in encoded for key, uri in row}
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _no_picture(path: Path, error: Exception) -> Refused:
+    return Refused(f"{path}: no picture ({in_one_line(error, 80)}) - remove it, the run goes on without")
+
+
+def _settings(stored: Any) -> dict[str, Any]:
     """What a grid records of itself; empty for a picture of another program."""
     try:
-        settings = read_settings(path)
-    except (KeyError, ValueError, TypeError, RecursionError):
+        settings = json.loads(stored)
+    except (ValueError, TypeError, RecursionError):
         return {}
     return settings if isinstance(settings, dict) else {}
 
@@ -131,13 +146,14 @@ def _settings(path: Path) -> dict[str, Any]:
 def _titles(settings: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Labels of the rows and titles of the columns; grids of before recorded their prompts and sampler alone."""
     rows, columns = settings.get("rows", settings.get("prompts")), settings.get("columns")
-    steps = (settings.get("sampler") or {}).get("steps")
+    sampler, sizes = settings.get("sampler"), settings.get("sizes")
+    steps = sampler.get("steps") if isinstance(sampler, dict) else None
     if columns is None and steps is not None:
         is_distillation = "pictures" not in settings
         columns = [f"teacher {steps}", f"student {steps}", f"student {FEW_STEPS}"]
         columns = columns if is_distillation else ["teacher", "distilled", "finetuned"]
-        sizes = settings.get("sizes") or ()
-        columns = columns if len(sizes) < 2 else [f"{size} {title}" for size in sizes for title in columns]
+        if isinstance(sizes, list) and len(sizes) > 1:
+            columns = [f"{size} {title}" for size in sizes for title in columns]
     if not (isinstance(rows, list) and isinstance(columns, list)):
         return (), ()
     return tuple(map(str, rows)), tuple(map(str, columns))
@@ -145,8 +161,9 @@ def _titles(settings: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ..
 
 def _sizes(settings: Mapping[str, Any]) -> tuple[PictureSize, ...]:
     """The picture sizes of a grid that records several; empty for the teacher's own alone."""
+    sizes = settings.get("sizes")
     try:
-        return tuple(PictureSize.parse(str(size)) for size in settings.get("sizes") or ())
+        return tuple(PictureSize.parse(str(size)) for size in sizes) if isinstance(sizes, list) else ()
     except ValueError:
         return ()
 

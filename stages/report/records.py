@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,23 +21,25 @@ from stages.nets.run_folder import (
     is_run,
     newest_checkpoint,
 )
+from stages.report.charts import drawable
 from stages.system.refusal import Refused, in_one_line
 from stages.train.journal import JOURNAL_FILE, read_events, read_step_lines
 
 GRIDS_FOLDER, CLASSES_FILE = "grids", "classes.yaml"
 MAX_RUNS, MAX_DEPTH = 64, 4
 """Runs of one page, and how many folders below a given one they are looked for."""
-ANY_SAMPLES = 1 << 62
+ANY_SAMPLES, MAX_SAMPLES = 1 << 62, 10**15
+"""Above all, and the most of a line: neighbours of larger ones are the same place on an axis."""
 JOB_FILE = "job.json"
 """Of `sollune ablate`, beside the folder of a run that it made; `stages.ablation.jobs` would take long to import."""
 
 
-def _finite_or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _drawable(value: Any) -> Any:
+    return drawable(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-Number = Annotated[float | None, BeforeValidator(_finite_or_none)]
-"""A number of a journal; None for one that was not measured, or is not finite."""
+Number = Annotated[float | None, BeforeValidator(_drawable)]
+"""A number of a journal; None for one that was not measured, is not finite, or is too large to be drawn."""
 Numbers = Mapping[str, Number]
 ByTime = Sequence[Number]
 """One number for each equal part of s, 0 (the picture) to 1 (noise)."""
@@ -48,7 +49,7 @@ class Line(BaseModel):
     """A line of the journal; what the page does not show is left out."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
-    samples: int = Field(ge=0)
+    samples: int = Field(ge=0, le=MAX_SAMPLES)
 
 
 class StepLine(Line):
@@ -132,9 +133,10 @@ class RunRecord:
     def max_samples(self) -> int | None:
         """The samples that training was to reach; None where no settings are kept."""
         settings = self.history.settings
-        part = settings.get("fast") if self.origin.windows else settings
-        value = ((part or {}).get("train") or {}).get("max_samples")
-        return value if isinstance(value, int) else None
+        match settings.get("fast") if self.origin.windows else settings:
+            case {"train": {"max_samples": int(value)}} if not isinstance(value, bool) and 0 < value <= MAX_SAMPLES:
+                return value
+        return None
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:

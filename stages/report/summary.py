@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -115,7 +114,7 @@ def figures(run: RunRecord) -> list[Figure]:
     made = [Figure(f"{run.seen_samples:,}", "training samples", _of_all(run))]
     seconds = sum((line.window_seconds or 0) + (line.paused_seconds or 0) for line in run.steps)
     if seconds:
-        made.append(Figure(str(timedelta(seconds=round(seconds))), "time of training", "hours : minutes : seconds"))
+        made.append(Figure(_clock(round(seconds)), "time of training", "hours : minutes : seconds"))
     held_out = [line.held_out for line in run.validations if line.held_out is not None]
     if held_out:
         meaning = "difference from the teacher's predictions on unseen data; 100 % would be predicting nothing"
@@ -137,6 +136,10 @@ def figures(run: RunRecord) -> list[Figure]:
 def percent(share: float) -> str:
     """A share as a reader's number."""
     return f"{100 * share:.3g} %"
+
+
+def _clock(seconds: int) -> str:
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 def _of_all(run: RunRecord) -> str:

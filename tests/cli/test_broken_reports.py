@@ -1,5 +1,7 @@
 """Broken input of the report: refused in one line that names the file, with nothing written."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -44,6 +46,31 @@ def beside(name: str) -> Break:
     return lambda run: (run.parent / name).mkdir()
 
 
+def pipe(file: str) -> Break:
+    """A pipe of that name."""
+
+    def change(run: Path) -> None:
+        (run / file).unlink()
+        os.mkfifo(run / file)
+
+    return change
+
+
+def table(name: str, target: str = "") -> Break:
+    """A table of `sollune ablate` beside the run, or a link of this name to one."""
+
+    def change(run: Path) -> None:
+        shutil.copy("docs/ablation.parquet", run.parent / (target or name))
+        if target:
+            (run.parent / name).symlink_to(target)
+
+    return change
+
+
+def loop(name: str) -> Break:
+    return lambda run: (run.parent / name).symlink_to(name)
+
+
 TABLE: dict[str, tuple[Break, list[str], list[str]]] = {
     "no run": (gone("origin.json"), [], ["RUN", "origin.json is missing", "runs/tiny/distill"]),
     "no folder": (nothing, ["nowhere"], ["nowhere", "is no folder"]),
@@ -63,6 +90,23 @@ TABLE: dict[str, tuple[Break, list[str], list[str]]] = {
         ["at 5 samples", "held_out_by_s.1"]),
     "number for an exam": (
         text("journal.jsonl", '{"samples": 5, "kind": "classes", "all": 3}\n'), [], ["at 5 samples", "all"]),
+    "samples that no axis holds": (
+        text("journal.jsonl", '{"samples": 4611686018427387903}\n'), [], ["journal.jsonl", "samples"]),
+    "more samples than there are": (text("journal.jsonl", '{"samples": 1' + 300 * "0" + "}\n"), [], ["journal.jsonl"]),
+    "text for a landing error": (
+        text("journal.jsonl", '{"samples": 5, "kind": "validation", "end": "x"}\n'), [], ["at 5 samples", "end"]),
+    "grid that is a link to nothing": (
+        lambda run: (run / "grids/000000700.png").symlink_to("nowhere"), [], ["000000700.png", "no picture"]),
+    "grid that is a folder": (folder("grids/000000640.png"), [], ["000000640.png", "no picture"]),
+    "grid that is a pipe": (pipe("grids/000000640.png"), [], ["000000640.png", "no picture"]),
+    "text for a score": (
+        text("evaluation.json", '{"samples": 640, "paired": {"student": [{"steps": 4, "student": 1, "floor": 0, '
+             '"ceiling": 1, "score": "good"}]}}'), [], ["evaluation.json", "paired.student.0.score"]),
+    "text for the samples of an evaluation": (
+        text("evaluation.json", '{"samples": "640"}'), [], ["evaluation.json", "samples"]),
+    "number that no float holds": (
+        text("evaluation.json", '{"samples": 640, "distances": 1' + 400 * "0" + "}"), [], ["evaluation.json"]),
+    "verdict of a conversion that is none": (text("convert.json", '{"samples": []}'), [], ["convert.json", "samples"]),
     "grid that is no picture": (text("grids/000000640.png", "no"), [], ["000000640.png", "no picture"]),
     "evaluation that is no JSON": (text("evaluation.json", "{"), [], ["evaluation.json"]),
     "evaluation that is a list": (text("evaluation.json", "[]"), [], ["evaluation.json"]),
@@ -80,6 +124,10 @@ TABLE: dict[str, tuple[Break, list[str], list[str]]] = {
     "watch of no seconds": (nothing, ["--watch", "0"], ["--watch", "0"]),
     "watch for ever": (nothing, ["--watch", "inf"], ["--watch", "inf"]),
     "watch of nan": (nothing, ["--watch", "nan"], ["--watch", "nan"]),
+    "out that is the table": (table("t.html"), ["--out", "t.html", "--table", "./t.html"], ["t.html", "is the table"]),
+    "out that is a link to the table": (
+        table("t.html", "a.parquet"), ["--out", "t.html", "--table", "a.parquet"], ["t.html", "is the table"]),
+    "out that is a link to itself": (loop("x.html"), ["--out", "x.html", "--table", "none"], ["none"]),
     "table that is missing": (nothing, ["--table", "none.parquet"], ["none.parquet"]),
     "table that is none": (nothing, ["--table", "RUN/config.yaml"], ["config.yaml"]),
     "unknown option": (nothing, ["--wach", "5"], ["--wach"]),

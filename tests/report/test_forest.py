@@ -1,5 +1,7 @@
 """Laws of the forest plot: its rows are the verdicts of the table, and its marks lie where the numbers say."""
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,30 @@ def test_the_page_shows_all_of_them_escaped_even_without_a_run(file: Path) -> No
     assert "Made &lt;up&gt;" in page.text
     assert "no difference was found" in page.text
     assert "<up>" not in page.text
+
+
+@pytest.mark.parametrize("control", [[1e-320, 2e-320, 3e-320], [1e-200, 2e-200, 3e-200]])
+def test_shares_that_no_scale_holds_have_no_mark(tmp_path: Path, control: list[float]) -> None:
+    path = tmp_path / "ablation.parquet"
+    one = study.Study.model_validate(
+        {
+            "name": "made-up",
+            "title": "made up",
+            "files": ["configs/tiny.yaml"],
+            "samples": 100,
+            "metrics": ["velocity error"],
+            "regimes": {"all": {"title": "everywhere"}},
+            "arms": {"control": {"title": "control"}, "arm": {"title": "arm"}},
+            "comparisons": [{"arms": ["arm"], "against": ["control"]}],
+        }
+    )
+    rows = [
+        table.Row("made-up", "all", arm, seed, 100, "velocity error", value, "s", "w")
+        for arm, values in {"control": control, "arm": [0.5, 0.7, 1.1]}.items()
+        for seed, value in enumerate(values)
+    ]
+    table.write_table(path, rows, {"made-up": one})
+    (only,) = read_ablation(path).forests
+    assert all(0 <= only.x(tick) <= 300 for tick in only.ticks)
+    marks = re.findall(r'(?:cx|x1|x2)="([^"]+)"', make_page([], path, None).text)
+    assert all(math.isfinite(float(place)) for place in marks)

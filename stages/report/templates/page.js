@@ -75,7 +75,9 @@
       cards.dataset.signature = signature;
       cards.replaceChildren(...own.rows.map((prompt, row) => {
         const card = make("div", undefined, "card");
-        card.append(make("p", own.whole ? "The whole grid" : "“" + prompt + "”", "prompt"));
+        const words = make("p", own.whole ? "The whole grid" : "“" + prompt + "”", "prompt");
+        words.dir = "auto";
+        card.append(words);
         const pair = make("div", undefined, own.whole ? "" : "pair");
         columns.forEach(() => {
           const button = make("button");
