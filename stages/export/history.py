@@ -246,7 +246,7 @@ def _read_stored(file: Path, kind: type[StoredT], name: str, way_out: str) -> St
         return kind.model_validate(parse_measurements(file.read_text(encoding="utf-8")))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].partition(' or instance')[0]}".removeprefix(": ")
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error)
     raise Refused(f"{file}: no {name} of ours ({in_one_line(ValueError(reason))}) - {way_out}")

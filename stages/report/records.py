@@ -203,15 +203,23 @@ def read_run(folder: Path, name: str) -> RunRecord:
 
 def _unlike_settings(folder: Path, origin: Origin) -> dict[str, Any]:
     classes = folder / CLASSES_FILE
-    job = _read_json(folder.parent / JOB_FILE)
     return {
         "windows": origin.windows,
         "recipe": origin.recipe_sha256,
         "base": {key: value for key, value in (origin.base or {}).items() if key != BASE_PLACE},
         "classes": hashlib.sha256(classes.read_bytes()).hexdigest() if classes.is_file() else None,
         # Arms of a study may differ in what no setting says, such as a defect.
-        "arm": [job.get(key) for key in ("study", "regime", "arm")],
+        "arm": _arm(folder.parent / JOB_FILE),
     }
+
+
+def _arm(file: Path) -> tuple[Any, ...] | None:
+    """Study, regime and arm of a job; None for a file of another program."""
+    try:
+        job = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return tuple(job.get(key) for key in ("study", "regime", "arm")) if isinstance(job, dict) else None
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:

@@ -92,6 +92,13 @@ def test_a_placebos_permutations_are_no_seed_of_another_formula(tmp_path: Path) 
     assert len(group_by_settings(runs)) == 2
 
 
+def test_a_job_file_of_another_program_is_no_arm(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for content in ("[1]", "no JSON", "{}", "7"):
+        (tmp_path / JOB_FILE).write_text(content)
+        assert not any(read_run(run, "run").unlike_settings["arm"] or ())
+
+
 def test_settings_of_any_shape_are_compared(tmp_path: Path) -> None:
     for number, settings in enumerate(({1: 2, "a": 3}, {"fast": "x"}, {"train": 3}, {"lora": "x", "david": [1]})):
         run = make_run(tmp_path / str(number))
