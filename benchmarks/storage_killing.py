@@ -2,7 +2,8 @@
 
 A cache and a run of the embedded teacher are made in files of this machine, and then in s3:// (moto's server, a process
 of its own on loopback) with a share of the requests failing. There each command is killed with SIGKILL while it sends
-one of its objects, which arrives or is lost by turns, and called again with another, empty local folder, until it ends.
+one of its objects, which arrives or is lost by turns, and called again with another, empty local folder (or the same
+one with --same-machine), until it ends.
 Shards, weights, averages and optimizer must be the bytes of the local ones. OUT/storage_killing.json holds it all.
 """
 
@@ -86,12 +87,12 @@ def run(arguments: Sequence[str], place: str, storage: Path, proxy: FaultyProxy 
 
 
 def until_done(
-    arguments: Sequence[str], place: Location, folder: Path, proxy: FaultyProxy, kills: Sequence[Kill]
+    arguments: Sequence[str], place: Location, folder: Path, proxy: FaultyProxy, kills: Sequence[Kill], is_same: bool
 ) -> list[dict[str, Any]]:
-    """Call a command again and again, each time on a machine that has nothing; the last time it is left alone."""
+    """Call a command until it ends, on the same machine or on empty ones; the last time it is left alone."""
     rows = []
     for kill in (*kills, None):
-        storage = folder / f"machine {len(list(folder.glob('machine *')))}"
+        storage = folder / ("machine" if is_same else f"machine {len(list(folder.glob('machine *')))}")
         start = time.monotonic()
         code = run(arguments, str(place), storage, proxy, kill)
         row = {"command": arguments[0], "killed at": kill.path if kill else None, "exit": code}
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.05, help="of the requests that fail (.05)")
     parser.add_argument("--kills", type=int, default=2, help="of each command (2)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--same-machine", action="store_true", help="go on in the same local folder")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     work = (args.out / "work").resolve()
@@ -133,10 +135,10 @@ def main() -> None:
         store._files.mkdir("bucket")
         proxy.share = args.share
         kills = [Kill(".tar", random_.randint(1, 2), number % 2 == 1) for number in range(args.kills)]
-        rows = until_done(CACHE, remote, work, proxy, kills)
+        rows = until_done(CACHE, remote, work, proxy, kills, args.same_machine)
         rows += [{"command": "shards verify", "exit": verify(remote, work / "verifying")}]
         kills = [Kill("/distill/checkpoints/", random_.randint(2, 12), number % 2 == 1) for number in range(args.kills)]
-        rows += until_done(TRAIN, remote, work, proxy, kills)
+        rows += until_done(TRAIN, remote, work, proxy, kills, args.same_machine)
         faults, proxy.share = dict(proxy.faults), 0.0
         names = [f"cache/data/{path.name}" for path in sorted((local / "cache/data").iterdir())]
         names += [f"{LAST}/{name}" for name in COMPARED]

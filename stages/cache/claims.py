@@ -100,7 +100,7 @@ class Claims:
             self._busy_until[name] = time.monotonic() + REMOTE_POLL_SECONDS
             return False
         self._remote[name] = claim
-        bring_folder(self.folder.parent / JOURNAL_FOLDER)
+        bring_folder(self.folder.parent / JOURNAL_FOLDER, again=False)  # damaged shards are forgotten
         return True
 
     def release(self, name: str, *, is_done: bool = True) -> None:

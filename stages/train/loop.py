@@ -17,6 +17,7 @@ from shards.batch import Batch
 from stages.nets.student import Student
 from stages.system.refusal import Refused
 from stages.system.signals import Interruption
+from stages.system.storage.lease import loss_of, refuse_loss
 from stages.train.block_weighter import BlockWeighter
 from stages.train.checkpoint import CheckpointFetcher, Checkpoints, Resume
 from stages.train.ema import Ema
@@ -160,7 +161,9 @@ def fit(
                 updates.record_weights()
             result = step(batch, time.perf_counter() - waiting_since)
             journal.add(result, state.samples)
-            signal = runtime.all_reduce_max(interruption.signal_number)
+            signal = runtime.all_reduce_max(interruption.signal_number or int(loss_of(folder) is not None))
+            if signal:  # no checkpoint beside those of the machine that took the run over
+                runtime.on_main(refuse_loss, folder)
 
             if writes_line and not signal:
                 _write_journal_line(journal, state, updates, hooks, runtime)

@@ -4,6 +4,7 @@ import os
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3_server import KINDS, FaultyProxy
@@ -113,3 +114,59 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(fsspec, "filesystem", missing)
     with pytest.raises(Refused, match=r"gs://: needs a package .*gcsfs.* - pip install gcsfs"):
         object_store.ObjectStore("gs")
+
+
+class GoogleFiles:
+    """gcsfs' file system, in which another machine acts after the next `info`; each request is done by itself."""
+
+    base = "https://storage.googleapis.com/storage/v1/"
+
+    def __init__(self) -> None:
+        self.objects: dict[str, tuple[bytes, int]] = {}
+        self.after_info = lambda: None
+
+    def invalidate_cache(self) -> None:
+        """Nothing is kept."""
+
+    def info(self, key: str) -> dict[str, Any]:
+        if key not in self.objects:
+            raise FileNotFoundError(key)
+        content, generation = self.objects[key]
+        result = {"type": "file", "size": len(content), "etag": f"e{generation}", "generation": str(generation)}
+        action, self.after_info = self.after_info, lambda: None
+        action()
+        return result
+
+    def cat_file(self, key: str) -> bytes:
+        if key not in self.objects:
+            raise FileNotFoundError(key)
+        return self.objects[key][0]
+
+    def call(self, method: str, path: str, *arguments: str, data: bytes, **parameters: str) -> None:
+        assert (method, parameters["uploadType"]) == ("POST", "media")
+        assert path.format(*arguments) == "https://storage.googleapis.com/upload/storage/v1/b/bucket/o"
+        key = f"{arguments[0]}/{parameters['name']}"
+        if str(self.objects.get(key, (b"", 0))[1]) != parameters["ifGenerationMatch"]:
+            raise FileExistsError(key)  # so gcsfs answers 412
+        self.put(key, data)
+
+    def put(self, key: str, content: bytes) -> None:
+        self.objects[key] = content, self.objects.get(key, (b"", 6))[1] + 1
+
+
+def test_google_storage_replaces_an_object_for_one_of_two() -> None:
+    store, files = object.__new__(object_store.ObjectStore), GoogleFiles()
+    store.scheme, store._files = "gs", files
+    place = Location("gs", "bucket/a b/.claim")
+    files.put(place.key, b"stale")
+    stored = store.info(place)
+    assert stored is not None
+    files.after_info = lambda: files.put(place.key, b"of the other")
+    assert not store.replace(place, b"ours", stored)
+    assert store.read(place) == b"of the other"
+    stored = store.info(place)
+    assert stored is not None
+    assert store.replace(place, b"ours", stored)
+    assert store.read(place) == b"ours"
+    del files.objects[place.key]
+    assert not store.replace(place, b"again", stored)

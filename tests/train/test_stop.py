@@ -1,13 +1,16 @@
 """Early stopping: patience, the limit on losses, and the same decision in a resumed run."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from shards.batch import Batch
 from stages.classes.monitor import CheckpointScore, StopConfig, best_checkpoint, stop_reason
 from stages.system.refusal import Refused
+from stages.system.storage import lease
 from stages.train.checkpoint_store import CheckpointMeta
 from stages.train.journal import read_events
 from stages.train.loop import Hooks
@@ -121,3 +124,18 @@ def test_events_are_complete_lines_of_one_kind_up_to_a_number_of_samples(tmp_pat
     assert [event["samples"] for event in read_events(tmp_path, "classes", 24)] == [8, 24]
     assert [event["samples"] for event in read_events(tmp_path, "classes", 16)] == [8]
     assert read_events(tmp_path / "nowhere", "classes", 24) == []
+
+
+def test_a_run_that_another_machine_took_over_ends_without_another_checkpoint(tmp_path, train, power_cut, monkeypatch):
+    taken = "s3://b/run: elsewhere works here by now - start again when the other one is done"
+    monkeypatch.setattr(lease, "_losses", {})
+
+    def batches(first: int) -> Iterator[Batch]:
+        for batch in power_cut(20)(first):
+            if batch.keys[0] == "000000010":
+                lease._losses[tmp_path / ".claim"] = taken
+            yield batch
+
+    with pytest.raises(Refused, match=taken):
+        train(tmp_path, CHANGES, batches=batches)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("0*"))] == ["000000008"]

@@ -8,7 +8,7 @@ from typing import Any, TextIO, cast
 
 from stages.system.refusal import Refused
 from stages.system.storage.locations import Location, locations_in, show_locations, shown_here
-from stages.system.storage.mirror import Mirror
+from stages.system.storage.mirror import Mirror, print_error
 
 ATTACHED_VARIABLE = "SOLLUNE_ATTACHED"
 """Locations that this process, or one that started it, keeps the same."""
@@ -59,8 +59,8 @@ def _shown_locations() -> Iterator[None]:
 
 
 def detach_all() -> None:
-    """Send what is left of every location; raises the first `Refused` after all were tried."""
-    refusals = []
+    """Send what is left of every location; raises the first error after all were tried, and prints the others."""
+    errors: list[Exception] = []
     while _mirrors:
         mirror = _mirrors.pop()
         attached = os.environ.get(ATTACHED_VARIABLE, "").split("\n")
@@ -68,9 +68,13 @@ def detach_all() -> None:
         try:
             mirror.close()
         except Refused as refusal:
-            refusals.append(Refused(f"{refusal} (everything is still in {shown_here(mirror.folder)})"))
-    if refusals:
-        raise refusals[0]
+            errors.append(Refused(f"{refusal} (everything is still in {shown_here(mirror.folder)})"))
+        except Exception as error:  # of any kind: the other locations are sent all the same
+            errors.append(error)
+    for other in errors[1:]:
+        print_error(other)
+    if errors:
+        raise errors[0]
 
 
 @contextmanager
@@ -85,7 +89,7 @@ def attached_locations() -> Iterator[None]:
         except BaseException:
             try:
                 detach_all()
-            except Refused as refusal:
-                print(f"storage: {refusal}", file=sys.stderr)
+            except Exception as error:
+                print_error(error)
             raise
         detach_all()

@@ -3,7 +3,6 @@
 fsspec and what lies below it are imported with the first store, so that local paths never pay for them.
 """
 
-import errno
 import os
 import random
 import time
@@ -15,28 +14,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stages.system.atomic import temporary_path
-from stages.system.disk import unwritable_error
 from stages.system.refusal import Refused, in_one_line
-from stages.system.storage.locations import Location, storage_folder, store_name
+from stages.system.storage.locations import Location, store_name
 from stages.system.storage.obstore_reader import ObstoreReader
+from stages.system.storage.store_errors import LOGINS, http_status, lasting_refusal
 
 TRIES = 8
 MAX_PIPED_BYTES = 64 << 20
 """Larger files never change once they are there, and are sent in parts."""
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.1, 20.0
 PACKAGES = {"s3": '"sollune[remote]"', "gs": "gcsfs", "hf": "huggingface_hub"}
-LOGINS = {
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-    "gs": "run gcloud auth application-default login",
-    "hf": "run hf auth login, or set HF_TOKEN",
-}
 CREATES = ("s3", "gs")
 """Stores that put an object only where none is: what claims between machines need."""
-NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound")
-DENIED_CODES = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken")
 PRECONDITION_FAILED = 412
-LOCAL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
-"""Of this machine's disk, not of the store."""
 
 T = TypeVar("T")
 
@@ -188,14 +178,28 @@ class ObjectStore:
         return True
 
     def replace(self, location: Location, content: bytes, expected: StoredObject) -> bool:
-        """Store an object in the place of the one that is `expected`; False where it is another by now."""
-        if self.scheme != "s3":
-            if self.info(location) != expected:
-                return False
-            self.delete(location)
-            return self.create(location, content)
+        """Store an object in the place of the one that is `expected`; False where it is another by now.
+
+        The store itself compares, so of several that replace it one succeeds.
+        """
+
+        def replace() -> None:
+            if self.scheme == "s3":
+                self._files.pipe_file(location.key, content, IfMatch=f'"{expected.version}"')
+                return
+            info = self._file_info(location)
+            if StoredObject.from_info(info) != expected:
+                raise FileExistsError(str(location))
+            # gcsfs puts only where nothing is; the request that it would send takes another generation, too.
+            options = {"uploadType": "media", "name": location.key.partition("/")[2]}
+            place = f"{self._files.base.replace('/storage/', '/upload/storage/')}b/{{}}/o"
+            options["ifGenerationMatch"] = str(info["generation"])
+            self._files.call("POST", place, location.bucket, data=content, **options)
+
+        if self.scheme not in CREATES:
+            raise Refused(f"{location}: {self.scheme}:// has no conditional put - work in s3:// or gs://")
         try:
-            self._try(location, lambda: self._files.pipe_file(location.key, content, IfMatch=f'"{expected.version}"'))
+            self._try(location, replace)
         except (FileExistsError, FileNotFoundError):
             return self.read(location) == content
         return True
@@ -219,9 +223,9 @@ class ObjectStore:
             except (FileNotFoundError, FileExistsError):
                 raise
             except Exception as error:  # transports raise many kinds
-                if PRECONDITION_FAILED in (_status(error), _status(error.__cause__)):
+                if PRECONDITION_FAILED in (http_status(error), http_status(error.__cause__)):
                     raise FileExistsError(str(location)) from error
-                if refusal := _lasting_refusal(location, error):
+                if refusal := lasting_refusal(location, error):
                     raise refusal from error
                 if number == tries:
                     raise Refused(
@@ -261,7 +265,7 @@ def _open_file_system(scheme: str) -> Any:
         ) from error
     except Exception as error:  # gcsfs looks for credentials here, and each library in its own way
         place = Location(scheme, "")
-        raise _lasting_refusal(place, error) or Refused(
+        raise lasting_refusal(place, error) or Refused(
             f"{scheme}://: cannot be opened ({type(error).__name__}: {in_one_line(error)}) - {LOGINS[scheme]}"
         ) from error
 
@@ -270,30 +274,4 @@ def _retry_in_s3fs() -> None:
     """Let s3fs repeat a single request, or part, of a large object that failed in passing."""
     from s3fs.core import set_custom_error_handler
 
-    set_custom_error_handler(lambda error: _status(error) >= 500 or isinstance(error, ConnectionError))
-
-
-def _status(error: BaseException | None) -> int:
-    """The HTTP status of a botocore error; 0 for any other."""
-    response = getattr(error, "response", None)
-    meta = response.get("ResponseMetadata", {}) if isinstance(response, Mapping) else {}
-    status = meta.get("HTTPStatusCode", 0)
-    return status if isinstance(status, int) else 0
-
-
-def _lasting_refusal(location: Location, error: BaseException) -> Refused | None:
-    """The refusal of an error that trying again cannot mend; None for any other."""
-    causes = [error, *(cause for cause in (error.__cause__, error.__context__) if cause is not None)]
-    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
-    login = LOGINS[location.scheme]
-    if kinds.intersection(NO_CREDENTIALS):
-        return Refused(f"{location}: no credentials ({in_one_line(error)}) - {login}")
-    if isinstance(error, PermissionError) or any(code in str(error) for code in DENIED_CODES):
-        return Refused(f"{location}: access denied ({in_one_line(error)}) - {login}, or choose another bucket")
-    if isinstance(error, OSError) and error.errno in LOCAL_ERRORS:
-        return unwritable_error(storage_folder(), error)
-    if kinds & {"ParamValidationError", "InvalidRegionError", "InvalidConfigError"} or "InvalidBucketName" in str(
-        error
-    ):
-        return Refused(f"{location}: not taken by the store ({in_one_line(error)}) - mend the name or the settings")
-    return None
+    set_custom_error_handler(lambda error: http_status(error) >= 500 or isinstance(error, ConnectionError))
