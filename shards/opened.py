@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from configs.values import PictureSize
 from shards.archive import RecordSpan, Shard
 from shards.codec import decode, decode_metadata, landings_in, size_in
-from shards.files.handle import FileIdentity, ShardHandle, is_stamped, write_stamp
-from shards.files.local_copy import copies_at_once, drop_copy, fetch_ahead, hold_copy, is_remote
+from shards.files.handle import FileIdentity, ShardHandle, is_stamped, most_descriptors, write_stamp
+from shards.files.local_copy import drop_copy, fetch_ahead, hold_copy, is_remote, register_holder, share_bytes
 from shards.integrity import Damaged
 from shards.manifest import fault_message
 from shards.record import (
@@ -60,17 +61,23 @@ class OpenShards:
         `schema` is that of the manifest, and so of all records; `largest` is the bytes of the largest shard.
         """
         self.folder, self._schema = folder, schema
-        self._max_open = max(MAX_OPEN_FILES, 2 * WINDOW * min(sizes, MAX_OPEN_WINDOWS))
         self.is_remote = is_remote(folder)
+        self._files_each = 2 if self.is_remote else 1  # a copy has a lock beside it
+        most = max(MAX_OPEN_FILES, 2 * WINDOW * min(sizes, MAX_OPEN_WINDOWS))
+        self._max_open = max(1, min(most, most_descriptors() // self._files_each))
         if self.is_remote:
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            self._max_open = min(self._max_open, copies_at_once(largest, processes))
+            self._share_bytes = share_bytes(largest)
+            self._max_open = min(self._max_open, self._share_bytes // largest)
         self.most_ahead = min(self._max_open, 2 * WINDOW)
         self._handles: OrderedDict[str, ShardHandle] = OrderedDict()
         self._verified: dict[str, FileIdentity] = {}
         self._lock, self._lock_of = Lock(), dict[str, Lock]()
         self._shapes: list[tuple[str, tuple[int, ...]]] | None = None
         """name and `comparable_shape` of each tensor of the first record: the same, in this order, in every record"""
+        with _readers_lock:
+            _readers.add(self)
+        if self.is_remote:
+            register_holder(self)
 
     def record(self, shard: Shard, span: RecordSpan) -> Record:
         """A whole record, read at once into the memory where its tensors then lie."""
@@ -209,7 +216,47 @@ class OpenShards:
                 self._handles.move_to_end(shard.file)
                 while len(self._handles) > self._max_open:
                     self._handles.popitem(last=False)
+        self._close_surplus()
         return handle
+
+    def give_up(self, path: Path) -> None:
+        """Close the shard whose copy this is; it is opened again when it is read next."""
+        with self._lock:
+            files = [file for file, handle in self._handles.items() if handle.hold and handle.hold.path == path]
+            for file in files:
+                del self._handles[file]
+
+    def give_up_half(self) -> None:
+        """Close the first half of the shards: another process waits for room."""
+        with self._lock:
+            for _ in range(-(-len(self._handles) // 2)):
+                self._handles.popitem(last=False)
+
+    def _close_surplus(self) -> None:
+        """Close the first shards of the readers with the most until all of this process have what is theirs."""
+        with _readers_lock:
+            readers = list(_readers)
+        most = most_descriptors()
+        while sum(reader._files_each * len(reader._handles) for reader in readers) > most:
+            if not self._close_one(readers):
+                break
+        remote = [reader for reader in readers if reader.is_remote]
+        while self.is_remote and sum(reader._held_bytes() for reader in remote) > self._share_bytes:
+            if not self._close_one(remote):
+                break
+
+    def _close_one(self, readers: "Sequence[OpenShards]") -> bool:
+        """Close a shard of one of them; False where there is none but the one that this reader has just opened."""
+        reader = max(readers, key=lambda one: (len(one._handles), one is not self))
+        with reader._lock:
+            if len(reader._handles) > (reader is self):
+                reader._handles.popitem(last=False)
+                return True
+        return False
+
+    def _held_bytes(self) -> int:
+        with self._lock:
+            return sum(handle.identity.size for handle in self._handles.values())
 
     def _open_verified(self, shard: Shard, may_fetch_again: bool = True) -> ShardHandle:
         """The shard, opened: as it was when it was last read whole, or else read whole now.
@@ -240,3 +287,7 @@ class OpenShards:
             write_stamp(path, shard.sha256, handle.identity)
         self._verified[shard.file] = handle.identity
         return handle
+
+
+_readers: "WeakSet[OpenShards]" = WeakSet()
+_readers_lock = Lock()

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import platform
+import resource
+import sys
 import time
 from contextlib import suppress
 from functools import lru_cache
@@ -19,6 +21,7 @@ from typing import NamedTuple
 from shards.integrity import open_plain_file
 from stages.system.atomic import atomic_write
 from stages.system.refusal import Refused
+from stages.system.storage.local_copy import Hold
 
 DEFAULT_READ_AHEAD_BYTES = 128 << 10
 RESTED_SECONDS = 2.0
@@ -66,12 +69,18 @@ def _stamp_text(path: Path, sha256: str, identity: FileIdentity) -> str:
     return json.dumps({"file": str(path.resolve()), "sha256": sha256, **identity._asdict()}, indent=1) + "\n"
 
 
+def most_descriptors() -> int:
+    """How many files all readers of this process may have open: half of what the system lets it open."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit // 2
+
+
 class ShardHandle:
     """One open file; it closes with its last reference, in whichever thread that was."""
 
     def __init__(self, path: Path) -> None:
         self.fd = -1
-        self.hold: object = None
+        self.hold: Hold | None = None
         """keeps the copy of a remote shard on this machine"""
         self.fd = open_plain_file(path, os.O_RDONLY | os.O_CLOEXEC)
         self.identity = FileIdentity.from_stat(os.fstat(self.fd))

@@ -1,5 +1,6 @@
 """How the file of a shard is obtained: it lies in its cache, or is fetched into the bounded copy of a remote one."""
 
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from stages.system.storage.local_copy import Hold, delete_stored, drop_copy, hold_copy, limit_bytes, stored_size
+from stages.system.storage.holders import register_holder
+from stages.system.storage.local_copy import (
+    Hold,
+    delete_stored,
+    drop_copy,
+    hold_copy,
+    limit_bytes,
+    stored_size,
+)
 from stages.system.storage.locations import location_of
 
 FETCHES_AT_ONCE = 4
@@ -42,9 +51,10 @@ def obtained(path: Path, size: int) -> Iterator[Path]:
             hold.release()
 
 
-def copies_at_once(largest: int, processes: int) -> int:
-    """How many shards a process may hold at once, so that all of a machine leave room for one more each."""
-    return max(1, limit_bytes() // (largest * processes) - FETCHES_AT_ONCE)
+def share_bytes(largest: int) -> int:
+    """What the shards take that a process may hold, so that all of its training leave room for what is fetched."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(largest, limit_bytes() // processes - FETCHES_AT_ONCE * largest)
 
 
 def fetch_ahead(
@@ -81,11 +91,12 @@ def fetch_ahead(
 
 __all__ = [
     "absent_fault",
-    "copies_at_once",
     "delete_stored",
     "drop_copy",
     "fetch_ahead",
     "hold_copy",
     "is_remote",
     "obtained",
+    "register_holder",
+    "share_bytes",
 ]

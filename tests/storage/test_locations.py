@@ -99,3 +99,36 @@ def test_a_configuration_leads_to_each_location_once_and_the_outer_one_first() -
     assert [str(place) for place in locations_in(mapped)] == ["gs://c/x", "s3://b/run", "s3://b/run/cache"]
     assert locations_in({"text": "a star", "number": 3, "path": Path("relative")}) == []
     assert show_locations(mapped)["run"] == "s3://b/run"
+
+
+def link_to(place: Path, target: Path) -> Path:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(target)
+    return place
+
+
+def test_a_link_is_of_the_location_that_it_leads_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, other = Location("s3", "b/run"), Location("gs", "c/study")
+    (run.folder / "cache").mkdir(parents=True)
+    for place in (tmp_path / "out/0/cache", other.folder / "0/cache"):
+        assert location_of(link_to(place, run.folder / "cache")) == run / "cache"
+        assert location_of(place / "data/train-000000.tar") == run / "cache/data/train-000000.tar"
+    assert location_of(other.folder / "0") == other / "0"
+    twice = link_to(tmp_path / "twice", tmp_path / "out/0")
+    assert location_of(twice / "cache/x") == run / "cache/x"
+    monkeypatch.chdir(tmp_path)
+    assert location_of(Path("twice/cache")) == run / "cache"
+    assert locations_in({"run": str(twice / "cache"), "out": str(tmp_path / "out")}) == [run / "cache"]
+
+
+def test_a_working_folder_on_another_disk_keeps_its_name(tmp_path: Path) -> None:
+    run = Location("s3", "b/run")
+    (tmp_path / "disk/run").mkdir(parents=True)
+    link_to(run.folder.parent, tmp_path / "disk")
+    assert location_of(run.folder / "cache") == run / "cache"
+    assert location_of(tmp_path / "disk/run") is None
+
+
+def test_a_text_that_can_be_no_path_is_no_location(tmp_path: Path) -> None:
+    loop = link_to(tmp_path / "loop", tmp_path / "loop")
+    assert locations_in(["/a\0b", "/" + "x" * 5000, "/" + "x/" * 3000, "/\ud800", str(loop / "x")]) == []

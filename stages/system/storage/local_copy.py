@@ -9,18 +9,23 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
+from stages.system.atomic import temporary_path
 from stages.system.disk import free_bytes
 from stages.system.refusal import Refused
-from stages.system.storage.locations import BYTES_VARIABLE, location_of, storage_folder
-from stages.system.storage.object_store import store_of
+from stages.system.storage.holders import LOCKS_FOLDER, give_up_copy, room_wanted
+from stages.system.storage.lease import confirm_claims
+from stages.system.storage.locations import BYTES_VARIABLE, Location, location_of, storage_folder
+from stages.system.storage.object_store import ObjectStore, store_of
 from stages.system.storage.sync_state import (
     ABSENT,
     RESERVED,
     SyncedFile,
     forget_synced,
+    replace_synced,
     synced_file,
     synced_files,
     write_synced,
@@ -28,7 +33,6 @@ from stages.system.storage.sync_state import (
 
 SHARD = re.compile(r"(.*/)?data/[^/]+\.tar")
 """The files that are fetched when they are read."""
-LOCKS_FOLDER = ".locks"
 WAIT_SECONDS, POLL_SECONDS = 60.0, 0.05
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
@@ -38,7 +42,7 @@ class Hold:
     """A copy that is not removed as long as this lives."""
 
     def __init__(self, path: Path) -> None:
-        self._lock = -1
+        self.path, self._lock = path, -1
         self._lock = os.open(lock_file(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def lock(self, operation: int) -> None:
@@ -71,8 +75,9 @@ def hold_copy(path: Path, size: int) -> Hold | None:
     `size` is what it should have; whether it is the right file is for its reader to see.
     Raises `FileNotFoundError` where the store has no such object.
     """
-    if location_of(path) is None:
+    if (location := location_of(path)) is None:
         return None
+    path = location.folder  # a link to it is the same copy
     hold = Hold(path)
     try:
         hold.lock(fcntl.LOCK_SH)  # before it is here, so that nobody removes it in between
@@ -88,17 +93,27 @@ def hold_copy(path: Path, size: int) -> Hold | None:
 
 def drop_copy(path: Path) -> None:
     """Remove a copy that is not what it should be; a file that was made here, and is nowhere else, stays."""
+    if (location := location_of(path)) is None:
+        return
+    path = location.folder
     row = synced_file(path)
     if row is not None and row.is_of(path):
-        write_synced(path, row._replace(mtime_ns=ABSENT))
-        path.unlink(missing_ok=True)
+        _remove_copy(path, row)
+
+
+def _remove_copy(path: Path, row: SyncedFile) -> None:
+    """Remove a copy, the file first: one that is here without its row counts as made here, and is sent."""
+    path.unlink(missing_ok=True)
+    replace_synced(path, row, row._replace(mtime_ns=ABSENT))
 
 
 def delete_stored(path: Path) -> None:
     """Delete the object of a path in a working folder, which then counts as missing; nothing for any other path."""
     if (location := location_of(path)) is not None:
-        store_of(location).delete(location)
-        forget_synced(path)
+        store = store_of(location)
+        confirm_claims(location.folder, store)
+        store.delete(location)
+        forget_synced(location.folder)
 
 
 def stored_size(path: Path) -> int | None:
@@ -106,57 +121,85 @@ def stored_size(path: Path) -> int | None:
     location = location_of(path)
     if location is None:
         return None
-    if row := synced_file(path):
+    if row := synced_file(location.folder):
         return row.size
     stored = store_of(location).info(location)
     if stored is None:
         return None
-    write_synced(path, SyncedFile(stored.size, ABSENT, stored.version))
+    write_synced(location.folder, SyncedFile(stored.size, ABSENT, stored.version))
     return stored.size
 
 
 def limit_bytes() -> int:
-    """What all copies may take: SOLLUNE_STORAGE_BYTES, or else half of what is free and what they take already."""
+    """What all copies may take: SOLLUNE_STORAGE_BYTES, or else half of what was free at first, with what they took."""
     text = os.environ.get(BYTES_VARIABLE, "").strip()
     if not text:
-        return (free_bytes(storage_folder()) + sum(row.size for _, row in _copies())) // 2
+        return _default_limit(storage_folder())
     match = BYTES.fullmatch(text)
     if match is None or not (limit := int(float(match[1]) * UNITS[(match[2] or "").lower()])):
         raise Refused(f"{BYTES_VARIABLE}={text}: should be bytes such as 200GB or 50GiB - mend the variable")
     return limit
 
 
-def make_room(size: int) -> None:
-    """Remove the copies that were used least recently until `size` more bytes fit; those that are read stay.
+@lru_cache
+def _default_limit(folder: Path) -> int:
+    """Measured once by each process: a checkpoint that appears later would lower it below what is held."""
+    return (free_bytes(folder) + sum(row.size for _, row in _copies())) // 2
 
-    Raises `Refused` where those alone leave no room for long.
+
+def reserve_room(path: Path, size: int) -> None:
+    """Make room for a copy, and count it from now on; others fetch, and remove, while this waits.
+
+    Raises `Refused` where the copies that are read leave no room for long.
     """
     deadline = time.monotonic() + WAIT_SECONDS
-    while (excess := _remove_oldest(size)) > 0 and size:
-        if size > limit_bytes() or time.monotonic() > deadline:
-            raise Refused(
-                f"{storage_folder()}: {excess:,} bytes too few for the shards that are read at once, of "
-                f"{limit_bytes():,} - raise {BYTES_VARIABLE}, or make smaller shards (render.records_per_shard)"
-            )
-        time.sleep(POLL_SECONDS)
+    is_waiting = False
+    with ExitStack() as waiting:
+        while True:
+            with folder_lock(storage_folder()):
+                if (excess := make_room(size)) <= 0:
+                    write_synced(path, SyncedFile(size, RESERVED, ""))
+                    return
+            if size > limit_bytes() or time.monotonic() > deadline:
+                raise Refused(
+                    f"{storage_folder()}: {excess:,} bytes too few for the shards that are read at once, of "
+                    f"{limit_bytes():,} - raise {BYTES_VARIABLE}, or make smaller shards (render.records_per_shard)"
+                )
+            if not is_waiting:
+                waiting.enter_context(room_wanted())
+                is_waiting = True
+            time.sleep(POLL_SECONDS)
 
 
-def _remove_oldest(size: int) -> int:
-    """The bytes that are too many still, with `size` more; what fits is reserved by the caller's own lock."""
-    limit, copies = limit_bytes(), _copies()
+def make_room(size: int) -> int:
+    """Remove the copies that were used least recently until `size` more bytes fit; returns how many still do not.
+
+    Those that this process holds go after all others; those that are read, or that another process holds, stay. Where
+    something else fills the disk, copies make way, too.
+    """
+    limit, copies = limit_bytes(), sorted(_copies(), key=lambda copy: _last_use(copy[0]))
     excess = sum(row.size for _, row in copies) + size - limit
-    if excess <= 0:
-        return 0
-    for path, row in sorted(copies, key=lambda copy: _last_use(copy[0])):
-        hold = Hold(path)
-        if not hold.lock_at_once():
-            continue
-        write_synced(path, row._replace(mtime_ns=ABSENT))  # also one that a killed process was fetching
-        path.unlink(missing_ok=True)
-        excess -= row.size
-        if excess <= 0:
-            break
-    return excess
+    coming = size + sum(row.size for _, row in copies if row.mtime_ns == RESERVED)
+    short = coming - free_bytes(storage_folder()) if size else 0
+    for are_held in (False, True) if size else (False,):
+        for path, row in list(copies):
+            if excess <= 0 and short <= 0:
+                return 0
+            if are_held:
+                give_up_copy(path)
+            if _remove(path, row):
+                copies.remove((path, row))
+                excess, short = excess - row.size, short - row.size
+    return max(0, excess)
+
+
+def _remove(path: Path, row: SyncedFile) -> bool:
+    """Remove a copy, also one that a killed process was fetching; False while somebody holds it."""
+    hold = Hold(path)
+    if not hold.lock_at_once():
+        return False
+    _remove_copy(path, row)
+    return True
 
 
 def _copies() -> list[tuple[Path, SyncedFile]]:
@@ -173,15 +216,26 @@ def _fetch(path: Path, size: int) -> None:
     location = location_of(path)
     if location is None:
         raise ValueError(f"{path} is in no working folder")
-    with folder_lock(storage_folder()):
-        make_room(size)
-        write_synced(path, SyncedFile(size, RESERVED, ""))
+    reserve_room(path, size)
     try:
-        stored = store_of(location).get_whole(location, path)
+        fetch_synced(store_of(location), location, path)
     except BaseException:
         forget_synced(path)
         raise
-    write_synced(path, SyncedFile.of(path, stored.version))
+
+
+def fetch_synced(store: ObjectStore, location: Location, path: Path) -> None:
+    """Fetch an object into a file that appears whole and with its row, so that no thread takes it for one made here.
+
+    Raises `FileNotFoundError` where there is none.
+    """
+    fetched = temporary_path(path.with_name(lock_file(path).name))  # of a length that does not grow with the name's
+    try:
+        stored = store.get_whole(location, fetched)
+        write_synced(path, SyncedFile.of(fetched, stored.version))
+        fetched.replace(path)
+    finally:
+        fetched.unlink(missing_ok=True)
 
 
 def _last_use(path: Path) -> int:

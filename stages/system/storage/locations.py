@@ -137,8 +137,18 @@ def locations_in(value: Any) -> list[Location]:
 
 
 def location_of(path: Path) -> Location | None:
-    """The location whose working folder `path` is, or lies in; None for any other path."""
-    home, text = f"{storage_folder()}/", os.path.abspath(path)  # noqa: PTH100 - lexical, as the folder may not exist
+    """The location whose working folder `path` is, or lies in, where its links lead, or else by its name.
+
+    None for any other path. `Location.folder` of what is returned is the one name under which a file's lock and its
+    synced state are known.
+    """
+    home, named = f"{storage_folder()}/", os.path.abspath(path)  # noqa: PTH100 - the folder may not exist
+    try:
+        real = os.path.realpath(path)
+    except ValueError:  # a text that is no path
+        real = named
+    # Of a working folder that was moved to another disk, with a link in its place, the name counts.
+    text = real if real.startswith(home) else named
     if not text.startswith(home):
         return None
     store, _, key = text.removeprefix(home).partition("/")
