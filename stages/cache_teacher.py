@@ -17,7 +17,7 @@ from configs.values import PictureSize
 from shards.journal import JOURNAL_FOLDER
 from shards.manifest import Recipe, differences
 from shards.record import Record
-from shards.table import is_tabulated, write_table
+from shards.table import write_table
 from shards.verify import COMPLETE_FILE
 from shards.writer import CacheWriter
 from stages.cache.claims import Claims
@@ -34,6 +34,7 @@ from stages.cache.fill import (
     tasks_of,
     unfinished_tasks,
 )
+from stages.cache.finished import CACHE_CONFIG, complete_text, is_finished, take_finished
 from stages.cache.fleet import fill_by_many
 from stages.cache.plan import Cost, blank_record, estimate_cost, record_bytes, refuse_small_disk
 from stages.cache.sizes import RenderSizes
@@ -50,8 +51,7 @@ from stages.system.device import device_of, one_thread
 from stages.system.memory import refuse_too_many
 from stages.system.refusal import Refused
 from stages.system.signals import interrupt_on
-from stages.system.storage.locations import location_of
-from stages.system.storage.mirror import bring_folder
+from stages.system.storage.mirror import bring_folder, send_folder
 from stages.teacher_files.open import open_teacher_files
 from stages.teacher_files.source import TeacherSource
 
@@ -263,7 +263,7 @@ def finish(config: Config, writer: CacheWriter, all_tasks: Sequence[ShardTask], 
     """Write the table and `COMPLETE` if every shard is there; else print which are missing."""
     bring_folder(writer.folder / JOURNAL_FOLDER)
     writer.refresh()
-    folder, manifest = writer.folder, writer.manifest
+    folder = writer.folder
     missing = [number for number, task in enumerate(all_tasks) if not writer.is_finished(*task.shard)]
     if missing:
         print(
@@ -271,15 +271,20 @@ def finish(config: Config, writer: CacheWriter, all_tasks: Sequence[ShardTask], 
             f"{ranges(missing)} - the same command makes them with such a --shard-range, or all without one"
         )
         return
+    prompts = config.count + config.validation_count
     with Claims(folder) as claims:  # other processes may finish at the same moment
         while not claims.acquire("table"):
             time.sleep(POLL_SECONDS)
-        if location_of(folder) is not None:  # other machines entered shards, and the last one may have done all this
-            writer.rebuild_manifest()
-        if not is_tabulated(folder):
-            write_table(folder)
-        # The workers are no part of what the cache is: a repair runs in one process.
-        alone = config.model_copy(update={"workers": 1, "cluster": HERE, "shard_range": None})
-        atomic_write(config.run / "cache.yaml", resolved_yaml(alone, "cache_teacher"))
-        atomic_write(folder / COMPLETE_FILE, f"{config.count + config.validation_count}\n")
+        writer.refresh()
+        if not take_finished(config.run, writer.manifest, prompts):
+            if not is_finished(folder, writer.manifest):
+                writer.rebuild_manifest()
+                write_table(folder)
+            # The workers are no part of what the cache is: a repair runs in one process.
+            alone = config.model_copy(update={"workers": 1, "cluster": HERE, "shard_range": None})
+            atomic_write(config.run / CACHE_CONFIG, resolved_yaml(alone, "cache_teacher"))
+            atomic_write(folder / COMPLETE_FILE, complete_text(prompts))
+            send_folder(config.run)  # who waits for the claim takes it from there
+        claims.release("table")
+    manifest = writer.manifest
     print(f"{folder}: {made_count} shards made, {len(manifest.shards)} in all, {len(manifest.failures)} prompts failed")
