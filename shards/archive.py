@@ -15,7 +15,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from configs.values import PictureSize, Size, Stored
 from shards.codec import MAX_JSON_BYTES
 from shards.files.local_copy import absent_fault, obtained
-from shards.integrity import checked_path, open_plain_file
+from shards.integrity import Damaged, checked_path, open_plain_file
 from shards.record import MAX_RECORD_BYTES, MIN_STATE_BYTES, Split
 
 TAR_BLOCK_BYTES = 512
@@ -196,7 +196,12 @@ class Shard(Stored):
         path = folder / self.file
         if not path.is_file() and not path.is_symlink():
             return absent_fault(path, self.bytes)
-        size = checked_path(folder, self.file).stat().st_size
+        try:
+            size = checked_path(folder, self.file).stat().st_size
+        except (Damaged, FileNotFoundError):
+            if os.path.lexists(path):
+                raise
+            return absent_fault(path, self.bytes)  # a copy of a remote one, which made room this moment
         if size == self.bytes:
             return None
         records = len(record_spans(path))

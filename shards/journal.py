@@ -6,13 +6,14 @@ shard is made again. It carries its own sha256, and one that does not match coun
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from configs.values import Stored
 from shards.archive import Failure, Shard
-from shards.integrity import Damaged, Fault, append_seal, checked_path, read_at_most, seal_fault
+from shards.integrity import Damaged, Fault, append_seal, checked_path, read_at_most, repair_hint, seal_fault
 from shards.manifest import MAX_BYTES, Manifest
 from stages.system.atomic import atomic_write
 from stages.system.refusal import Refused
@@ -74,11 +75,12 @@ class ShardJournal:
         Raises `Refused` for an entry of another recipe.
         """
         entries: dict[str, tuple[tuple[int, int, int], JournalEntry | None]] = {}
-        for path in sorted(self.folder.glob("*.json")):
-            stat = path.lstat()
-            stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-            known = self._cached_entries.get(path.name)
-            entries[path.name] = known if known and known[0] == stamp else (stamp, self._read(path))
+        for path in _listed(self.folder):
+            with suppress(FileNotFoundError):  # its shard is made again, or it is brought, this moment
+                stat = path.lstat()
+                stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+                known = self._cached_entries.get(path.name)
+                entries[path.name] = known if known and known[0] == stamp else (stamp, self._read(path))
         self._cached_entries = entries
         return {entry.shard.file: entry for _, entry in entries.values() if entry}
 
@@ -137,7 +139,7 @@ def restore_entries(cache: Path, manifest: Manifest) -> list[Path]:
 
 def is_of_schema_1(cache: Path) -> bool:
     """Whether the shards in a journal tell no size, for a cache without a manifest; not where there is no entry."""
-    for path in sorted((cache / JOURNAL_FOLDER).glob("*.json")):
+    for path in _listed(cache / JOURNAL_FOLDER):
         if isinstance(entry := _read_entry(cache, f"{JOURNAL_FOLDER}/{path.name}"), JournalEntry):
             return entry.shard.size is None
     return False
@@ -145,9 +147,18 @@ def is_of_schema_1(cache: Path) -> bool:
 
 def broken_entries(cache: Path) -> Iterator[str]:
     """The entries that are damaged in themselves, for a cache without a manifest to compare them with."""
-    for path in sorted((cache / JOURNAL_FOLDER).glob("*.json")):
-        if isinstance(_read_entry(cache, file := f"{JOURNAL_FOLDER}/{path.name}"), str):
+    for path in _listed(cache / JOURNAL_FOLDER):
+        is_broken = isinstance(_read_entry(cache, file := f"{JOURNAL_FOLDER}/{path.name}"), str)
+        if is_broken and (path.exists() or path.is_symlink()):
             yield file
+
+
+def _listed(folder: Path) -> list[Path]:
+    """The entries that are there now; each may be gone when it is read."""
+    try:
+        return sorted(folder.glob("*.json"))
+    except FileNotFoundError:  # a folder that is removed while it is listed
+        return []
 
 
 def _read_entry(cache: Path, file: str) -> JournalEntry | str:
@@ -156,5 +167,7 @@ def _read_entry(cache: Path, file: str) -> JournalEntry | str:
         return JournalEntry.parse(read_at_most(checked_path(cache, file), MAX_BYTES))
     except ValidationError as error:
         return f"is no entry of a journal ({error.errors(include_url=False)[0]['msg']})"
+    except FileNotFoundError:
+        return f"missing - {repair_hint(cache)}"
     except (Damaged, ValueError, RecursionError) as error:
         return str(error)
