@@ -36,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
     names = [study.name for study in studies.values()]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise Refused(f"{repeated}: two studies have this name - give one of the files another name")
+    if args.page is not None:
+        refuse_lossy_page(args.page, args.out / TABLE_FILE)
     if args.processes < 1:
         raise Refused(f"--processes: {args.processes} should be 1 or more")
     run_studies(
@@ -118,10 +120,7 @@ def write_page(table: Path, page: Path, block: Path | None = None) -> None:
 
     Raises `Refused`, with nothing written, where the page would replace either.
     """
-    if block is not None and is_same_file(page, block):
-        raise Refused(f"--page: {page}: is the file of --block ({block}), which the page would replace - name another")
-    if is_same_file(page, table):
-        raise Refused(f"--page: {page}: is the table itself ({table}), which the page would replace - name another")
+    refuse_lossy_page(page, table, block)
     rows, studies = read_table(table), read_studies(table)
     text = render_page(rows, studies)
     if block is not None:
@@ -131,6 +130,14 @@ def write_page(table: Path, page: Path, block: Path | None = None) -> None:
     if block is not None:
         renew_block(block, verdicts)
     print(f"{table}: read; {page}: written" + (f"; {block}: renewed" if block is not None else ""))
+
+
+def refuse_lossy_page(page: Path, table: Path, block: Path | None = None) -> None:
+    """Raise `Refused` where the page would replace the table, or the file of the verdicts."""
+    if block is not None and is_same_file(page, block):
+        raise Refused(f"--page: {page}: is the file of --block ({block}), which the page would replace - name another")
+    if is_same_file(page, table):
+        raise Refused(f"--page: {page}: is the table itself ({table}), which the page would replace - name another")
 
 
 def _parser() -> Parser:

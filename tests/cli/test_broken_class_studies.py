@@ -116,5 +116,15 @@ def test_a_page_that_would_replace_the_table_is_refused(
     refused(["ablate", "--table", name, *(word.replace("TABLE", name) for word in words)], name, "is the table")
 
 
+@pytest.mark.parametrize("page", ["out/ablation.parquet", "./out/../out/ablation.parquet", "linked/ablation.parquet"])
+def test_a_page_in_the_place_of_the_table_to_be_is_refused_before_a_study_runs(
+    page: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    (tmp_path / "linked").symlink_to("out")
+    study = "configs/ablation/david.yaml"
+    refused(["ablate", study, "--quick", "--out", f"{tmp_path}/out", "--page", f"{tmp_path}/{page}"], "is the table")
+    assert not (tmp_path / "out").exists()
+
+
 def test_verdicts_are_renewed_from_a_finished_table_alone(tmp_path: Path, refused: Callable[..., str]) -> None:
     refused(["ablate", "--out", str(tmp_path / "out"), "--block", "README.md"], "--block", "--table")
