@@ -108,6 +108,20 @@ def test_a_tensor_that_did_not_train_is_found_at_its_new_place(teacher_folder: P
         check_trained({**student, moved: start[moved]}, start)
 
 
+def test_query_and_key_of_a_self_attention_may_stay_where_its_values_moved(teacher_folder: Path) -> None:
+    student = trained(teacher_folder, "small").unet.state_dict()
+    start = prune_unet(UNet2DConditionModel.from_pretrained(teacher_folder, subfolder="unet"), "small").state_dict()
+    layer = "up_blocks.1.attentions.0.transformer_blocks.0"
+    of_one_position = {f"{layer}.attn1.to_{part}.weight" for part in "qk"}
+    check_trained({**student, **{name: start[name] for name in of_one_position}}, start)
+    values, query = f"{layer}.attn1.to_v.weight", f"{layer}.attn2.to_q.weight"
+    for name in (values, query):  # nor may the query of an attention to the text, which has many positions
+        with pytest.raises(Refused, match=rf"1 of \d+ tensors are still the teacher's \({name} "):
+            check_trained({**student, name: start[name]}, start)
+    with pytest.raises(Refused, match="3 of "):
+        check_trained({**student, **{name: start[name] for name in (*of_one_position, values)}}, start)
+
+
 def test_an_export_under_another_teachers_name_is_refused(
     two_layers: Path, teacher_folder: Path, tmp_path: Path
 ) -> None:
