@@ -1,7 +1,8 @@
 """`sollune ablate [STUDY.yaml ...] --out FOLDER [--quick]`: run studies, keep one table, write the page of verdicts."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.arguments import path_argument
@@ -10,7 +11,7 @@ from stages.ablation.block import END, START, block_of, render_block, renew_bloc
 from stages.ablation.page import render_page
 from stages.ablation.quick import shortened
 from stages.ablation.study import Study, load_study
-from stages.ablation.table import Row, pyarrow_or_refuse, read_studies, read_table, write_table
+from stages.ablation.table import Row, pyarrow_or_refuse, read_inputs, read_studies, read_table, write_table
 from stages.system.atomic import atomic_write, is_same_file
 from stages.system.refusal import Parser, Refused
 
@@ -40,21 +41,31 @@ def main(argv: Sequence[str]) -> int:
         refuse_lossy_page(args.page, args.out / TABLE_FILE)
     if args.processes < 1:
         raise Refused(f"--processes: {args.processes} should be 1 or more")
-    run_studies(
-        studies, args.run or args.out, args.out, args.page, args.processes, args.device, args.cluster, args.plan
-    )
+    places = Places(args.run or args.out, args.out, args.page, args.known)
+    run_studies(studies, places, args.processes, args.device, args.cluster, args.plan)
     return 0
 
 
+@dataclass(frozen=True)
+class Places:
+    """The files and folders of a call."""
+
+    run: Path
+    """holds the cache"""
+    out: Path
+    """of the runs, and of their table"""
+    page: Path | None = None
+    known: Path | None = None
+    """a table whose runs are not made again"""
+
+    @property
+    def table(self) -> Path:
+        """Of all runs."""
+        return self.out / TABLE_FILE
+
+
 def run_studies(
-    studies: Mapping[Path, Study],
-    run: Path,
-    out: Path,
-    page: Path | None,
-    processes: int,
-    device: str,
-    cluster: str,
-    only_plan: bool,
+    studies: Mapping[Path, Study], places: Places, processes: int, device: str, cluster: str, only_plan: bool
 ) -> None:
     """Run what is not there yet; the table is written whole after each run, the page at the end."""
     # What follows loads networks, which takes seconds: an unreadable study is refused before.
@@ -62,6 +73,7 @@ def run_studies(
     from stages.ablation import scheduler
     from stages.ablation.inputs import jobs_of, refuse_unlike_plans
     from stages.ablation.jobs import Job
+    from stages.ablation.known import known_rows
     from stages.ablation.measuring import read_rows
     from stages.ablation.on_ray import ray_starter
     from stages.ablation.plan import make_plan
@@ -72,27 +84,35 @@ def run_studies(
 
     if not re.fullmatch(CLUSTER_PATTERN, cluster):
         raise Refused(f"--cluster: {cluster} - give here, ray, or ray:ADDRESS of a running cluster")
+    run, out, table = places.run, places.out, places.table
     plans = [make_plan(study, file, run, out, device) for file, study in studies.items()]
     cache_is_there = (run / "cache" / COMPLETE_FILE).is_file()
     base = next((plan.base for plan in plans if plan.base is not None), None)
     base_is_there = base is None or (run / "distill" / COMPLETE_MARK).is_file()
     refuse_unlike_plans(plans, cache_is_there, base_is_there)
     jobs = jobs_of(plans, run if cache_is_there and base_is_there else None)
-    table = out / TABLE_FILE
     named = {study.name: study for study in studies.values()}
-    others = [row for row in read_table(table) if row.study not in named] if table.exists() else []
-    known = {**(read_studies(table) if table.exists() else {}), **named}
+    earlier = EarlierTable.read(table, named)
     refuse_claimed(out, "ablate in")
-    rows: dict[str, list[Row]] = {job.label: found for job in jobs if (found := read_rows(job)) is not None}
+    known = known_rows(jobs, places.known) if places.known is not None else {}
+    made = {job.label: found for job in jobs if (found := read_rows(job)) is not None}
+    rows: dict[str, list[Row]] = {**known, **made}
     missing = [job for job in jobs if job.label not in rows]
-    print(f"{', '.join(named)}: {len(jobs)} runs, {len(rows)} are done, {len(missing)} to do", flush=True)
+    from_known = f" ({len(rows) - len(made)} of them in {places.known})" if places.known is not None else ""
+    print(f"{', '.join(named)}: {len(jobs)} runs, {len(rows)} are done{from_known}, {len(missing)} to do", flush=True)
     if only_plan:
         for job in missing:
             print(f"{job.label}: {job.samples} samples" if job.trains else f"{job.label}: measured")
         return
 
     def save() -> None:
-        write_table(table, [*others, *(row for found in rows.values() for row in found)], known)
+        inputs = {**earlier.inputs, **{job.study: job.read for job in jobs if job.read}}
+        write_table(
+            table,
+            [*earlier.rows, *(row for found in rows.values() for row in found)],
+            {**earlier.studies, **named},
+            inputs,
+        )
 
     def on_finished(job: Job) -> None:
         if (found := read_rows(job)) is None:
@@ -108,11 +128,34 @@ def run_studies(
             if base is not None and not base_is_there:
                 distill.run(base)
             if not (cache_is_there and base_is_there):
-                of_label = {job.label: job for job in jobs_of(plans, run)}
+                jobs = jobs_of(plans, run)
+                if places.known is not None:
+                    known_rows(jobs, places.known)  # what they read is known only now
+                of_label = {job.label: job for job in jobs}
                 missing = [of_label[job.label] for job in missing]
             scheduler.run_jobs(missing, run, processes, on_finished, start)
         save()
-    write_page(table, page or out / PAGE_FILE)
+    write_page(table, places.page or out / PAGE_FILE)
+
+
+@dataclass(frozen=True)
+class EarlierTable:
+    """What the table in `out` holds of studies that are not run now: it stays."""
+
+    rows: Sequence[Row] = ()
+    studies: Mapping[str, Study] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, table: Path, named: Collection[str]) -> "EarlierTable":
+        """The content of a table, if it is there, without the studies of these names."""
+        if not table.exists():
+            return cls()
+        return cls(
+            [row for row in read_table(table) if row.study not in named],
+            {name: study for name, study in read_studies(table).items() if name not in named},
+            {name: one for name, one in read_inputs(table).items() if name not in named},
+        )
 
 
 def write_page(table: Path, page: Path, block: Path | None = None) -> None:
@@ -150,6 +193,12 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--run", type=path_argument, help="run folder whose cache is used, and made if it is missing; default: --out"
+    )
+    parser.add_argument(
+        "--known",
+        type=path_argument,
+        metavar="FILE.parquet",
+        help="a table of the same studies: runs that it has, with the same settings, are taken from it and not made",
     )
     parser.add_argument("--quick", action="store_true", help="the small version: few arms, seeds and samples")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="runs at once, one thread each (2)")

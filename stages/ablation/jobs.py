@@ -58,6 +58,11 @@ class BaseJob(Strict):
         return True
 
     @property
+    def read(self) -> dict[str, str]:
+        """Everything that its figures come from beside its settings -> its hash; empty while that is not there."""
+        return {**self.inputs, **({"list of prompts": self.prompts} if self.prompts else {})}
+
+    @property
     @abstractmethod
     def run_folder(self) -> Path:
         """The ordinary folder of the trained student."""

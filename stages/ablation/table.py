@@ -6,7 +6,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from stages.ablation.study import Study
 from stages.system.atomic import atomic_path
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 STUDIES_KEY = b"sollune studies"
 """In the metadata of the file: the studies, as JSON by name, so that the table can be judged without its YAML files."""
+INPUTS_KEY = b"sollune inputs"
+"""Likewise: by the study's name, what its runs read -> the hash of it; tables of before have none."""
 COLUMN_TYPES = {str: "string", int: "int64", float: "float64"}
 
 
@@ -47,14 +49,22 @@ def pyarrow_or_refuse() -> Any:
     return pyarrow
 
 
-def write_table(path: Path, rows: Iterable[Row], studies: Mapping[str, Study] | None = None) -> None:
-    """Write all rows, sorted, with the studies that they belong to, whole or not at all."""
+def write_table(
+    path: Path,
+    rows: Iterable[Row],
+    studies: Mapping[str, Study] | None = None,
+    inputs: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
+    """Write all rows, sorted, with the studies that they belong to and what those read, whole or not at all."""
     arrow = pyarrow_or_refuse()
     columns = zip(*map(astuple, sorted(rows)), strict=True)
     names = [field.name for field in fields(Row)]
     types = [getattr(arrow, COLUMN_TYPES[Row.__annotations__[name]])() for name in names]
     content = {name: study.model_dump(mode="json") for name, study in sorted((studies or {}).items())}
-    schema = arrow.schema(list(zip(names, types, strict=True)), metadata={STUDIES_KEY: json.dumps(content).encode()})
+    metadata = {STUDIES_KEY: json.dumps(content).encode()}
+    if inputs:
+        metadata[INPUTS_KEY] = json.dumps(inputs, sort_keys=True).encode()
+    schema = arrow.schema(list(zip(names, types, strict=True)), metadata=metadata)
     arrays = [list(column) for column in columns] or [[] for _ in names]
     table = arrow.Table.from_arrays(
         [arrow.array(column, type=kind) for column, kind in zip(arrays, types, strict=True)], schema=schema
@@ -87,6 +97,15 @@ def read_studies(path: Path) -> dict[str, Study]:
         return {str(name): Study.model_validate(study) for name, study in content.items()}
     except (ValueError, AttributeError, ValidationError) as error:
         raise Refused(f"{path}: its studies cannot be read ({in_one_line(error)}) - make the table again") from error
+
+
+def read_inputs(path: Path) -> dict[str, dict[str, str]]:
+    """By study: what its runs read -> the hash of it; raises `Refused` where that is no mapping."""
+    content = (_open_table(path).schema.metadata or {}).get(INPUTS_KEY, b"{}")
+    try:
+        return TypeAdapter(dict[str, dict[str, str]]).validate_json(content)
+    except ValidationError as error:
+        raise Refused(f"{path}: what its runs read cannot be read ({in_one_line(error)}) - make it again") from error
 
 
 def _open_table(path: Path) -> "pyarrow.Table":
