@@ -1,6 +1,7 @@
 """`sollune ablate [STUDY.yaml ...] --out FOLDER [--quick]`: run studies, keep one table, write the page of verdicts."""
 
 import re
+from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from stages.ablation.quick import shortened
 from stages.ablation.study import Study, load_study
 from stages.ablation.table import Row, pyarrow_or_refuse, read_inputs, read_studies, read_table, write_table
 from stages.system.atomic import atomic_write, is_same_file
+from stages.system.disk import refuse_unwritable
 from stages.system.refusal import Parser, Refused
 
 DEFAULT_STUDIES = tuple(
@@ -25,9 +27,11 @@ TABLE_FILE, PAGE_FILE = "ablation.parquet", "ablation.md"
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; 0 when every run of every study is there."""
-    args = _parser().parse_args(list(argv))
+    parser = _parser()
+    args = parser.parse_args(list(argv))
     pyarrow_or_refuse()
     if args.table is not None:
+        refuse_options_of_runs(parser, args)
         write_page(args.table, args.page or args.table.with_suffix(".md"), args.block)
         return 0
     if args.block is not None:
@@ -38,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise Refused(f"{repeated}: two studies have this name - give one of the files another name")
     if args.page is not None:
-        refuse_lossy_page(args.page, args.out / TABLE_FILE)
+        refuse_lossy_page(args.page, args.out / TABLE_FILE, *filter(None, [args.known]), *files)
+        refuse_unwritable(args.page)
     if args.processes < 1:
         raise Refused(f"--processes: {args.processes} should be 1 or more")
     places = Places(args.run or args.out, args.out, args.page, args.known)
@@ -73,7 +78,7 @@ def run_studies(
     from stages.ablation import scheduler
     from stages.ablation.inputs import jobs_of, refuse_unlike_plans
     from stages.ablation.jobs import Job
-    from stages.ablation.known import known_rows
+    from stages.ablation.known import KnownRows, inputs_of, known_rows
     from stages.ablation.measuring import read_rows
     from stages.ablation.on_ray import ray_starter
     from stages.ablation.plan import make_plan
@@ -94,19 +99,23 @@ def run_studies(
     named = {study.name: study for study in studies.values()}
     earlier = EarlierTable.read(table, named)
     refuse_claimed(out, "ablate in")
-    known = known_rows(jobs, places.known) if places.known is not None else {}
+    metrics = {study.name: study.metrics for study in named.values()}
+    known = known_rows(jobs, places.known, metrics) if places.known is not None else KnownRows()
     made = {job.label: found for job in jobs if (found := read_rows(job)) is not None}
-    rows: dict[str, list[Row]] = {**known, **made}
-    missing = [job for job in jobs if job.label not in rows]
-    from_known = f" ({len(rows) - len(made)} of them in {places.known})" if places.known is not None else ""
-    print(f"{', '.join(named)}: {len(jobs)} runs, {len(rows)} are done{from_known}, {len(missing)} to do", flush=True)
+    # What the table here has of runs that are to be made again stays in it until they are.
+    before = known_rows(jobs, table, metrics) if table.exists() else KnownRows()
+    rows: dict[str, list[Row]] = {**before.rows, **known.rows, **made}
+    missing = [job for job in jobs if job.label not in {**known.rows, **made}]
+    done = len(jobs) - len(missing)
+    from_known = f" ({done - len(made)} of them in {places.known})" if places.known is not None else ""
+    print(f"{', '.join(named)}: {len(jobs)} runs, {done} are done{from_known}, {len(missing)} to do", flush=True)
     if only_plan:
         for job in missing:
             print(f"{job.label}: {job.samples} samples" if job.trains else f"{job.label}: measured")
         return
 
     def save() -> None:
-        inputs = {**earlier.inputs, **{job.study: job.read for job in jobs if job.read}}
+        inputs = {**earlier.inputs, **inputs_of(jobs, known, before)}
         write_table(
             table,
             [*earlier.rows, *(row for found in rows.values() for row in found)],
@@ -129,8 +138,8 @@ def run_studies(
                 distill.run(base)
             if not (cache_is_there and base_is_there):
                 jobs = jobs_of(plans, run)
-                if places.known is not None:
-                    known_rows(jobs, places.known)  # what they read is known only now
+                for file in filter(None, [places.known, table if before.rows else None]):
+                    known_rows(jobs, file, metrics)  # what they read is known only now
                 of_label = {job.label: job for job in jobs}
                 missing = [of_label[job.label] for job in missing]
             scheduler.run_jobs(missing, run, processes, on_finished, start)
@@ -163,24 +172,36 @@ def write_page(table: Path, page: Path, block: Path | None = None) -> None:
 
     Raises `Refused`, with nothing written, where the page would replace either.
     """
-    refuse_lossy_page(page, table, block)
+    refuse_lossy_page(page, table, *filter(None, [block]))
+    refuse_unwritable(page)
     rows, studies = read_table(table), read_studies(table)
     text = render_page(rows, studies)
     if block is not None:
         verdicts = render_block(rows, studies)
-        block_of(block)  # whatever is wrong with it is refused before the page is written
+        # Whatever is wrong with it is refused before the page is written.
+        block_of(block)
+        refuse_unwritable(block)
     atomic_write(page, text)
     if block is not None:
         renew_block(block, verdicts)
     print(f"{table}: read; {page}: written" + (f"; {block}: renewed" if block is not None else ""))
 
 
-def refuse_lossy_page(page: Path, table: Path, block: Path | None = None) -> None:
-    """Raise `Refused` where the page would replace the table, or the file of the verdicts."""
-    if block is not None and is_same_file(page, block):
-        raise Refused(f"--page: {page}: is the file of --block ({block}), which the page would replace - name another")
-    if is_same_file(page, table):
-        raise Refused(f"--page: {page}: is the table itself ({table}), which the page would replace - name another")
+def refuse_lossy_page(page: Path, *files: Path) -> None:
+    """Raise `Refused` where the page would replace a file that is read, or that is written beside it."""
+    for file in files:
+        if is_same_file(page, file):
+            raise Refused(
+                f"--page: {page}: is a file of this call ({file}), which the page would replace - name another"
+            )
+
+
+def refuse_options_of_runs(parser: Parser, args: Namespace) -> None:
+    """Raise `Refused` where an option that is for runs stands beside --table, which makes none."""
+    for name, value in vars(args).items():
+        if name not in ("table", "page", "block") and value not in (parser.get_default(name), []):
+            option = f"{value[0]}" if name == "studies" else f"--{name.replace('_', '-')}"
+            raise Refused(f"{option}: is for runs, and --table {args.table} makes none - leave one of the two out")
 
 
 def _parser() -> Parser:

@@ -58,7 +58,9 @@ def make_plan(study: Study, file: Path, run: Path, out: Path, device: str) -> Pl
     evaluate = load(EvaluateConfig, "evaluate", study.files, words, overlays=overlay)
     evaluate = evaluate.model_copy(update={"prompts": evaluate.prompts or cache.prompts})
     refuse_unmeasured(study, file, evaluate)
-    return Plan(study, _distill_jobs(study, places, evaluate), cache, evaluate=evaluate)
+    jobs = _distill_jobs(study, places, evaluate)
+    refuse_unreached(study, file, jobs)
+    return Plan(study, jobs, cache, evaluate=evaluate)
 
 
 def refuse_unmeasured(study: Study, file: Path, evaluate: EvaluateConfig) -> None:
@@ -73,14 +75,32 @@ def refuse_unmeasured(study: Study, file: Path, evaluate: EvaluateConfig) -> Non
             )
 
 
+def refuse_unreached(study: Study, file: Path, jobs: Sequence[DistillJob]) -> None:
+    """Raise `Refused` where a verdict is wanted after a number of samples at which a run has no checkpoint."""
+    for one in study.comparisons:
+        for job in jobs:
+            train = job.distill.train
+            if one.samples is None or job.arm not in (*one.arms, *one.against) or not job.trains:
+                continue
+            step, every, last = train.batch_size, train.checkpoint_every_samples, train.max_samples
+            # The first step at or after each multiple, and the last.
+            at_or_before = one.samples // every * every
+            reached = at_or_before > 0 and -(-at_or_before // step) * step == one.samples < last
+            if not reached and one.samples != -(-last // step) * step:
+                raise Refused(
+                    f"{file}: comparisons: samples {one.samples}: {job.arm} has no checkpoint there - name a multiple "
+                    f"of its train.checkpoint_every_samples ({every}), or {last}"
+                )
+
+
 def guidance_of(study: Study, evaluate: EvaluateConfig) -> tuple[float, ...]:
     """The guidance scales of the pictures."""
     return study.guidance or (evaluate.paired.sampler.guidance,)
 
 
-def _distill_jobs(study: Study, places: _Places, evaluate: EvaluateConfig) -> list[Job]:
+def _distill_jobs(study: Study, places: _Places, evaluate: EvaluateConfig) -> list[DistillJob]:
     configs = _configs_of_arms(study, places, distill.Config)
-    jobs = list[Job]()
+    jobs = list[DistillJob]()
     for seed, regime, name in _runs(study):
         arm, config, home = study.arms[name], configs[regime, name], _home(study, places, regime, name, seed)
         config = with_seed(config, seed + arm.seed_offset)
@@ -185,6 +205,6 @@ def _arm_config(study: Study, places: _Places, regime: str, name: str, config_ty
 def underscored(options: Settings) -> dict[str, Any]:
     """The same with underscores for the dashes of options in its keys."""
     return {
-        key.replace("-", "_"): underscored(value) if isinstance(value, dict) else value
+        str(key).replace("-", "_"): underscored(value) if isinstance(value, dict) else value
         for key, value in options.items()
     }

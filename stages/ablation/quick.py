@@ -73,7 +73,7 @@ def without_budget(options: Settings) -> Settings:
     train = options.get("train")
     if not isinstance(train, Mapping):
         return options
-    return {**options, "train": {k: value for k, value in train.items() if k.replace("-", "_") != "max_samples"}}
+    return {**options, "train": {k: value for k, value in train.items() if str(k).replace("-", "_") != "max_samples"}}
 
 
 def _common(names: Iterable[str], kept: Iterable[str]) -> tuple[str, ...]:

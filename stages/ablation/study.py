@@ -32,6 +32,11 @@ OWN_KEYS = {
     "teacher": "give it to sollune cache-teacher",
 }
 """Settings of `distill` that an arm cannot have, each with the way out."""
+UNMEASURED_KEYS = (
+    "run", "fidelity", "paired.controls", "paired.sizes", "features", "clip", "pictures", "coco", "lora",
+    "lora_prompts", "gates", "device",
+)  # fmt: skip
+"""Settings of `evaluate` that change nothing of what a study measures."""
 CLASSES_KEYS = {
     **{key: OWN_KEYS[key] for key in OWN_KEYS if key not in ("windows", "fast")},
     "lora.seed": OWN_KEYS["train.seed"],
@@ -154,6 +159,18 @@ class Study(Strict):
         return self
 
     @model_validator(mode="after")
+    def _check_comparisons(self) -> "Study":
+        for number, one in enumerate(self.comparisons):
+            for arm, control in ((arm, control) for arm in one.arms for control in one.against):
+                common = {*self.regimes_of(arm)} & {*self.regimes_of(control)}
+                if not common & {*(one.regimes or common)}:
+                    where = f" in {', '.join(one.regimes)}" if one.regimes else ""
+                    raise ValueError(
+                        f"comparisons.{number}: {arm} and {control} never run together{where} - leave it out"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _check_metrics(self) -> "Study":
         for name in (*self.metrics, *(name for one in self.comparisons for name in one.metrics)):
             if not is_metric(name, self.command):
@@ -177,6 +194,15 @@ class Study(Strict):
         groups = {"options": self.options, **{f"arms.{name}.options": arm.options for name, arm in self.arms.items()}}
         groups |= {f"regimes.{name}.options": one.options for name, one in self.regimes.items()}
         groups |= {"quick.options": self.quick.options} if self.quick else {}
+        for place, options in {
+            "evaluate": self.evaluate,
+            "quick.evaluate": self.quick.evaluate if self.quick else {},
+        }.items():
+            for key in flat_keys(options):
+                if any(f"{key}.".startswith(f"{one}.") for one in UNMEASURED_KEYS):
+                    raise ValueError(
+                        f"{place}.{key}: changes nothing that a study measures - use it with sollune evaluate"
+                    )
         own_keys = OWN_KEYS if self.command == "distill" else CLASSES_KEYS
         for place, options in groups.items():
             for key in flat_keys(options):

@@ -1,6 +1,7 @@
 """The tidy table of a study's results, one parquet file: a row for each figure of each run at a number of samples."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -78,15 +79,32 @@ def read_table(path: Path) -> list[Row]:
     table = _open_table(path)
     if missing := [field.name for field in fields(Row) if field.name not in table.column_names]:
         raise Refused(f"{path}: no table of an ablation (column {missing[0]} is missing) - name an ablation.parquet")
-    columns = {field.name: table.column(field.name).to_pylist() for field in fields(Row)}
+    names = [field.name for field in fields(Row)]
     try:
-        rows = [
-            Row(*(Row.__annotations__[name](value) for name, value in zip(columns, values, strict=True)))
-            for values in zip(*columns.values(), strict=True)
-        ]
+        columns = [_column_values(table, name) for name in names]
+        rows = [Row(*values) for values in zip(*columns, strict=True)]
     except (TypeError, ValueError) as error:
         raise Refused(f"{path}: no table of an ablation ({in_one_line(error)}) - make it again") from error
+    figures = Counter((row.study, row.regime, row.arm, row.seed, row.samples, row.metric) for row in rows)
+    if repeated := [figure for figure, count in figures.items() if count > 1]:
+        raise Refused(
+            f"{path}: no table of an ablation ({len(repeated)} figures stand there more than once, the first of "
+            f"{'/'.join(repeated[0][:3])} seed {repeated[0][3]}) - make it again"
+        )
     return rows
+
+
+def _column_values(table: "pyarrow.Table", name: str) -> list[Any]:
+    """The values of a column; raises `ValueError` for one of another type, or with gaps."""
+    column, kind = table.column(name), COLUMN_TYPES[Row.__annotations__[name]]
+    if str(column.type).removeprefix("large_") != kind.replace("float64", "double"):
+        raise ValueError(f"column {name} is {column.type}, not {kind}")
+    if column.null_count:
+        raise ValueError(f"column {name} has {column.null_count} gaps")
+    values = column.to_pylist()
+    if kind == "int64" and min(values, default=0) < 0:
+        raise ValueError(f"column {name} holds {min(values)}")
+    return list(values)
 
 
 def read_studies(path: Path) -> dict[str, Study]:
@@ -110,6 +128,8 @@ def read_inputs(path: Path) -> dict[str, dict[str, str]]:
 
 def _open_table(path: Path) -> "pyarrow.Table":
     arrow = pyarrow_or_refuse()
+    if path.is_dir():
+        raise Refused(f"{path}: is a folder, not a table - name an ablation.parquet")
     try:
         return arrow.parquet.read_table(path)
     except (OSError, ValueError, arrow.ArrowException) as error:

@@ -10,12 +10,14 @@ from stages.ablation.verdicts import MIN_PAIRS, Verdict
 
 NONE = "-"
 RULE = (
-    "Runs of the same seed are compared: the same order of the data and the same random numbers. An arm helps, or "
-    "hurts, where the 95 % interval of the mean difference (Student's t over the seeds) excludes 0; else no difference "
-    "was found, which does not say that there is none: beside it stands the smallest effect that four of five such "
-    f"experiments would have found. With fewer than {MIN_PAIRS} seeds, and where the seeds do not differ, no interval "
-    "can be given, and there is no verdict. Differences are shares of the control's mean. Each verdict stands for "
-    "itself: of twenty about nothing, one will be wrong."
+    "Runs of the same seed are compared: the same order of the data and the same random numbers, unless an arm says "
+    "that it has another order. An arm helps, or hurts, where the 95 % interval of the mean difference (Student's t "
+    "over the seeds) excludes 0; else no difference was found, which does not say that there is none: beside it stands "
+    "the smallest effect that four of five such experiments would have found, if the spread between seeds is as it was "
+    "measured, which is known within a factor of six by three seeds, of two by eight. With fewer than "
+    f"{MIN_PAIRS} seeds, and where the seeds do not differ, no interval can be given, and there is no verdict. "
+    "Differences are shares of the control's mean. Each verdict stands for itself: of twenty about nothing, one will "
+    "be wrong. While seeds are missing it is a verdict so far."
 )
 OUTCOMES = {
     "helps": "helps",

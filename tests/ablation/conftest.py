@@ -1,15 +1,11 @@
 """A study on the golden cache, whose teacher has eight channels: a run takes seconds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-
-from stages.ablation import command, scheduler
-from stages.ablation.jobs import Job
-from stages.ablation.worker import run_job
 
 GOLDEN = Path("tests/golden/data")
 
@@ -61,26 +57,3 @@ def write_study(tmp_path: Path) -> Callable[..., Path]:
         )
     )
     return write
-
-
-def in_this_process(
-    jobs: Sequence[Job], cache_run: Path, _at_once: int, on_finished: Callable[[Job], None], _start: object
-) -> None:
-    """The scheduler without processes."""
-    for job in jobs:
-        scheduler.prepare(job, cache_run)
-        run_job(job)
-        on_finished(job)
-
-
-@pytest.fixture
-def ablate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
-    """Run the command on the golden cache in this process; returns the folder of the runs."""
-    monkeypatch.setattr(scheduler, "run_jobs", in_this_process)
-
-    def run(*words: str) -> Path:
-        out = tmp_path / "out"
-        assert command.main([*words, "--run", str(GOLDEN), "--out", str(out), "--device", "cpu"]) == 0
-        return out
-
-    return run

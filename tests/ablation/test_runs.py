@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from stages.ablation import scheduler
+from stages.ablation import command, scheduler
 from stages.ablation.jobs import Job
 from stages.ablation.measuring import Measured, read_rows
 from stages.ablation.plan import make_plan
 from stages.ablation.study import load_study
 from stages.ablation.table import read_studies, read_table
+from stages.ablation.worker import run_job
 from stages.nets.run_folder import open_run
 from stages.system.ownership import is_alive
 from stages.system.refusal import Refused
@@ -28,6 +29,29 @@ Write = Callable[..., Path]
 
 def jobs_of(file: Path, out: Path) -> Sequence[Job]:
     return make_plan(load_study(file), file, GOLDEN, out, "cpu").jobs
+
+
+def in_this_process(
+    jobs: Sequence[Job], cache_run: Path, _at_once: int, on_finished: Callable[[Job], None], _start: object
+) -> None:
+    """The scheduler without processes."""
+    for job in jobs:
+        scheduler.prepare(job, cache_run)
+        run_job(job)
+        on_finished(job)
+
+
+@pytest.fixture
+def ablate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """Run the command on the golden cache in this process; returns the folder of the runs."""
+    monkeypatch.setattr(scheduler, "run_jobs", in_this_process)
+
+    def run(*words: str) -> Path:
+        out = tmp_path / "out"
+        assert command.main([*words, "--run", str(GOLDEN), "--out", str(out), "--device", "cpu"]) == 0
+        return out
+
+    return run
 
 
 def test_arms_differ_in_their_options_alone_and_share_seeds(write_study: Write, tmp_path: Path) -> None:
@@ -144,7 +168,7 @@ if (folder / f"go-{label}").read_text():
 LAUNCHER = """
 import sys
 from pathlib import Path
-from stages.ablation import scheduler
+from stages.ablation import command, scheduler
 from stages.ablation.plan import make_plan
 from stages.ablation.study import load_study
 file, out = Path(sys.argv[1]), Path(sys.argv[2])
