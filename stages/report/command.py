@@ -28,6 +28,10 @@ def main(argv: Sequence[str]) -> None:
         raise Refused("report: no run is named - name one or several, such as runs/tiny, or a --table")
     _refuse_out(out, table)
     watch = _watch_seconds(arguments.watch)
+    if watch and not folders:
+        raise Refused(
+            f"--watch: {arguments.watch}: no run is named that it could wait for - name one, or leave --watch out"
+        )
     make_environment()
     page = make_page(folders, table, watch)
     refuse_unwritable(out)

@@ -93,3 +93,15 @@ def test_runs_beyond_the_most_of_a_page_are_named_on_it_and_on_the_terminal(
 
 def test_a_page_takes_as_many_runs_as_its_documentation_says() -> None:
     assert f"A page takes up to {page_module.MAX_RUNS} runs" in Path("docs/report.md").read_text().replace("\n", " ")
+
+
+@pytest.mark.parametrize("table", ["docs/ablation.parquet", "none.parquet"])
+def test_watching_a_table_alone_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], table: str
+) -> None:
+    out = tmp_path / "new/page.html"
+    assert cli.main(["report", "--table", table, "--out", str(out), "--watch", "60"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--watch: 60: no run is named" in line
+    assert " - name one, or leave --watch out" in line
+    assert not list(tmp_path.iterdir())
