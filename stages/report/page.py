@@ -69,7 +69,7 @@ def make_page(folders: Sequence[Path], table: Path | None, watch_seconds: float 
     names = run_names(run_folders)
     shown, left_out = list(zip(run_folders, names, strict=True))[:MAX_RUNS], names[MAX_RUNS:]
     runs = [read_run(folder, name) for folder, name in shown]
-    ablation = _read_ablation(table) if table else None
+    ablation = _read_ablation(table, runs) if table else None
     complete = all(run.complete for run in runs)
     reload_seconds = None if complete else watch_seconds
     text = _render(runs, left_out, make_album([run.grids for run in runs]), ablation, reload_seconds)
@@ -78,11 +78,11 @@ def make_page(folders: Sequence[Path], table: Path | None, watch_seconds: float 
     return Page(text, complete, left_out)
 
 
-def _read_ablation(table: Path) -> "Ablation":
-    """The verdicts of a table; studies are imported for a table alone."""
+def _read_ablation(table: Path, runs: Sequence[RunRecord]) -> "Ablation":
+    """The verdicts of a table beside these runs; studies are imported for a table alone."""
     from stages.report.forest import read_ablation
 
-    return read_ablation(table)
+    return read_ablation(table, runs)
 
 
 def _render(
