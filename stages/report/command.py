@@ -9,7 +9,7 @@ from pathlib import Path
 
 from configs.arguments import path_argument
 from stages.nets.run_folder import is_run
-from stages.report.page import Page, make_environment, make_page
+from stages.report.page import MAX_RUNS, Page, make_environment, make_page
 from stages.system.atomic import atomic_write, is_same_file
 from stages.system.disk import refuse_unwritable
 from stages.system.refusal import Parser, Refused
@@ -28,16 +28,22 @@ def main(argv: Sequence[str]) -> None:
         raise Refused("report: no run is named - name one or several, such as runs/tiny, or a --table")
     _refuse_out(out, table)
     watch = _watch_seconds(arguments.watch)
+    if watch and not folders:
+        raise Refused(
+            f"--watch: {arguments.watch}: no run is named that it could wait for - name one, or leave --watch out"
+        )
     make_environment()
     page = make_page(folders, table, watch)
     refuse_unwritable(out)
     _write(out, page)
+    if page.left_out:
+        _print(f"warning {_left_out_line(page.left_out)}")
     while watch and not page.complete:
         time.sleep(watch)
         try:
             page = make_page(folders, table, watch)
         except (Refused, OSError) as error:  # a run that is being written may be read again; its page stays as it is
-            console().print(f"warning {error}", markup=False, highlight=False, soft_wrap=True)
+            _print(f"warning {error}")
             continue
         _write(out, page, quiet=not page.complete)
 
@@ -82,4 +88,13 @@ def _write(out: Path, page: Page, quiet: bool = False) -> None:
     atomic_write(out, page.text)
     if not quiet:
         size = len(page.text.encode()) / (1 << 20)
-        console().print(f"{out}: written, {size:.1f} MiB", markup=False, highlight=False, soft_wrap=True)
+        _print(f"{out}: written, {size:.1f} MiB")
+
+
+def _left_out_line(names: Sequence[str]) -> str:
+    first, more = names[0], f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{MAX_RUNS + len(names)} runs, a page takes {MAX_RUNS}: {first}{more} left out - name them for another page"
+
+
+def _print(line: str) -> None:
+    console().print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,15 +1,17 @@
 """The verdicts of an ablation table: differences with their intervals, and each in a plain sentence."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.ablation.figures import MAIN_CURVE, arms_table, arms_with_runs, controls_lines, curves_of, final_table
 from stages.ablation.study import Study
-from stages.ablation.table import read_studies, read_table
+from stages.ablation.table import read_inputs, read_studies, read_table
 from stages.ablation.verdicts import Values, Verdict, compute_verdicts, values_of
 from stages.ablation.wording import RULE, VerdictCells, cells_of, verdict_sentence
+from stages.report.basis import CACHE, basis_table, doubts, shown_path
 from stages.report.charts import Chart, Series, drawable, linear_ticks
+from stages.report.records import RunRecord
 from stages.report.tables import PageTable
 
 WIDTH, MARGIN = 300.0, 28.0
@@ -77,6 +79,9 @@ class StudyPart:
     """What is shown of one study."""
 
     title: str
+    basis: PageTable
+    doubts: Sequence[str]
+    """what it may not say about the runs of the page, where those are of another cache"""
     arms: PageTable
     finals: Sequence[PageTable]
     charts: Sequence[Chart]
@@ -89,6 +94,7 @@ class StudyPart:
 class Ablation:
     """All verdicts of one table."""
 
+    table: str
     studies: Sequence[StudyPart]
     rule: str = RULE
 
@@ -98,18 +104,25 @@ class Ablation:
         return [forest for part in self.studies for forest in part.forests]
 
 
-def read_ablation(path: Path) -> Ablation:
-    """The verdicts of a table that `sollune ablate` wrote; raises `Refused` for any other file."""
-    studies, rows = read_studies(path), read_table(path)
+def read_ablation(path: Path, runs: Sequence[RunRecord] = ()) -> Ablation:
+    """The verdicts of a table that `sollune ablate` wrote, beside these runs; raises `Refused` for any other file."""
+    studies, rows, inputs = read_studies(path), read_table(path), read_inputs(path)
     values, verdicts, present = values_of(rows), compute_verdicts(rows, studies), {row.study for row in rows}
-    return Ablation([
-        _part(number, study, values, [one for one in verdicts if one.study == name])
+    return Ablation(shown_path(path), [
+        _part(number, study, values, [one for one in verdicts if one.study == name], inputs.get(name, {}), runs)
         for number, (name, study) in enumerate(studies.items())
         if name in present
     ])  # fmt: skip
 
 
-def _part(number: int, study: Study, values: Values, verdicts: Sequence[Verdict]) -> StudyPart:
+def _part(
+    number: int,
+    study: Study,
+    values: Values,
+    verdicts: Sequence[Verdict],
+    read: Mapping[str, str],
+    runs: Sequence[RunRecord],
+) -> StudyPart:
     finals, charts = [], []
     for place, (regime, about) in enumerate(study.regimes.items()):
         if not arms_with_runs(study, values, regime):
@@ -133,6 +146,8 @@ def _part(number: int, study: Study, values: Values, verdicts: Sequence[Verdict]
     arms = arms_table(study)
     return StudyPart(
         title=study.title,
+        basis=basis_table(study.files, read),
+        doubts=doubts(read.get(CACHE), runs),
         arms=PageTable("What was compared", arms.heads, arms.rows),
         finals=finals,
         charts=[chart for chart in charts if chart.lines],

@@ -43,6 +43,8 @@ TEMPLATES = "templates"
 HERO_ROWS = 3
 MAX_PAGE_BYTES = 16 << 20
 """Of the whole page; its pictures take up to half of that."""
+MAX_RUNS = 64
+"""Runs of one page; further ones are left out, and it names them."""
 MAX_DETAILED_RUNS = 16
 """Runs with charts of their own; the learning curves and tables hold all."""
 
@@ -54,33 +56,42 @@ ABLATION_DESCRIPTION = (
 
 @dataclass(frozen=True)
 class Page:
-    """A page as text, and whether all its runs are finished."""
+    """A page as text, whether all its runs are finished, and the names of those that it has no place for."""
 
     text: str
     complete: bool
+    left_out: Sequence[str] = ()
 
 
 def make_page(folders: Sequence[Path], table: Path | None, watch_seconds: float | None) -> Page:
     """The page of these runs; raises `Refused`, naming the file, for anything that cannot be read."""
     run_folders = find_runs(folders)
-    runs = [read_run(folder, name) for folder, name in zip(run_folders, run_names(run_folders), strict=True)]
-    ablation = _read_ablation(table) if table else None
+    names = run_names(run_folders)
+    shown, left_out = list(zip(run_folders, names, strict=True))[:MAX_RUNS], names[MAX_RUNS:]
+    runs = [read_run(folder, name) for folder, name in shown]
+    ablation = _read_ablation(table, runs) if table else None
     complete = all(run.complete for run in runs)
     reload_seconds = None if complete else watch_seconds
-    text = _render(runs, make_album([run.grids for run in runs]), ablation, reload_seconds)
+    text = _render(runs, left_out, make_album([run.grids for run in runs]), ablation, reload_seconds)
     if (size := len(text.encode())) > MAX_PAGE_BYTES:
         raise Refused(f"page: {size >> 20} MiB, the most is {MAX_PAGE_BYTES >> 20} - name fewer runs on one page")
-    return Page(text, complete)
+    return Page(text, complete, left_out)
 
 
-def _read_ablation(table: Path) -> "Ablation":
-    """The verdicts of a table; studies are imported for a table alone."""
+def _read_ablation(table: Path, runs: Sequence[RunRecord]) -> "Ablation":
+    """The verdicts of a table beside these runs; studies are imported for a table alone."""
     from stages.report.forest import read_ablation
 
-    return read_ablation(table)
+    return read_ablation(table, runs)
 
 
-def _render(runs: Sequence[RunRecord], album: Album, ablation: "Ablation | None", reload_seconds: float | None) -> str:
+def _render(
+    runs: Sequence[RunRecord],
+    left_out: Sequence[str],
+    album: Album,
+    ablation: "Ablation | None",
+    reload_seconds: float | None,
+) -> str:
     """The template filled in; everything in it is escaped."""
     environment = make_environment()
     script, style = (_template_text(name) for name in ("page.js", "page.css"))
@@ -105,6 +116,8 @@ def _render(runs: Sequence[RunRecord], album: Album, ablation: "Ablation | None"
         "album": album,
         "viewer": _viewer(runs, album),
         "overview": overview_table(runs, [one.headline.rstrip(".") for one in outcomes]) if len(runs) > 1 else None,
+        "left_out": left_out,
+        "max_runs": MAX_RUNS,
         "hashes": [hash_table(run) for run in runs],
         "settings": [(run.name, text) for run in runs if (text := settings_text(run))],
         "learning": learning_charts(group_by_settings(runs)),

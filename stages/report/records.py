@@ -26,8 +26,8 @@ from stages.system.refusal import Refused, in_one_line
 from stages.train.journal import JOURNAL_FILE, read_events, read_step_lines
 
 GRIDS_FOLDER, CLASSES_FILE = "grids", "classes.yaml"
-MAX_RUNS, MAX_DEPTH = 64, 4
-"""Runs of one page, and how many folders below a given one they are looked for."""
+MAX_DEPTH = 5
+"""How many folders below a given one runs are looked for: a study's lie in OUT/STUDY/REGIME/ARM/seedN/distill."""
 ANY_SAMPLES, MAX_SAMPLES = 1 << 62, 10**15
 """Above all, and the most of a line: neighbours of larger ones are the same place on an axis."""
 JOB_FILE = "job.json"
@@ -140,7 +140,7 @@ class RunRecord:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """The run folders that are named, or lie in a named one; raises `Refused` where there are none, or too many."""
+    """The run folders that are named, or lie in a named one; raises `Refused` where there are none."""
     runs: dict[Path, Path] = {}
     for folder in folders:
         below = [folder] if is_run(folder) else sorted(_runs_below(folder, MAX_DEPTH), key=_training_order)
@@ -148,25 +148,26 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
             problem = "holds no run" if folder.is_dir() else "is no folder"
             raise Refused(f"{folder}: {problem} ({ORIGIN_FILE} is missing) - name a run such as runs/tiny/distill")
         runs |= {run.resolve(): run for run in below if run.resolve() not in runs}
-    if len(runs) > MAX_RUNS:
-        raise Refused(f"{folders[0]}: {len(runs)} runs, a page takes {MAX_RUNS} - name those that it should show")
     return list(runs.values())
 
 
-def _training_order(run: Path) -> tuple[int, list[Any]]:
+def _training_order(run: Path) -> tuple[int, tuple[str, ...], int, str]:
     """Distillation first, then more steps before fewer, then the rest by name."""
     kinds = {"distill": 0, FAST_FOLDER: 1}
     kind = kinds.get(run.parent.name if run.name.isdecimal() else run.name, 2)
-    return kind, [*run.parent.parts, -int(run.name) if run.name.isdecimal() else run.name]
+    return kind, run.parent.parts, -int(run.name) if run.name.isdecimal() else 0, run.name
 
 
 def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
-    """Every run folder in a folder, not below another run."""
+    """Every run folder in a folder, not below another run; beside a job, not those that it links to read them."""
     try:
         inner = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     except OSError as error:
         raise Refused(f"{folder}: cannot be read ({error.strerror}) - name a run that can") from error
+    is_job = (folder / JOB_FILE).is_file()
     for path in inner:
+        if is_job and path.is_symlink():
+            continue
         if is_run(path):
             yield path
         elif depth > 1:
