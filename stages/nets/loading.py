@@ -22,6 +22,9 @@ COMPONENT_CLASSES: Mapping[str, Any] = {
     "text_encoder": CLIPTextModel,
 }
 Loaded = TypeVar("Loaded")
+ALIGNMENT_BYTES = 64
+"""Where matrices begin for which a processor's library of linear algebra gives the same bits every time (Intel oneMKL
+developer guide, conditional numerical reproducibility)."""
 
 
 def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
@@ -43,7 +46,18 @@ def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
         )
     if reason := incomplete_reason(report) or non_finite_reason(module):
         raise Refused(f"{where}: {reason} - {FETCH_REMEDY}, or take the config that belongs to it")
+    align_weights(module)
     return module.eval().requires_grad_(False)
+
+
+def align_weights(module: nn.Module) -> None:
+    """Copy the tensors that lie elsewhere in memory, as those of a file do that is read where it is.
+
+    Some processors round otherwise there, and the same weights from two files would give two caches.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT_BYTES:
+            tensor.data = tensor.data.clone()
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.nets.components import Components, load_components
-from stages.nets.loading import load_component, load_tokenizer
+from stages.nets.loading import align_weights, load_component, load_tokenizer
 from stages.teacher_files.folder import component_digests
 
 MODEL = Path("stages/tiny/model")
@@ -137,3 +137,24 @@ def test_a_teacher_is_named_by_its_folder_however_that_is_written(
     (teacher.parent / "link").symlink_to(teacher)
     monkeypatch.chdir(teacher)
     assert named(location) == {"teacher": "teacher"}
+
+
+def test_weights_that_a_file_holds_in_fp32_are_moved_to_where_every_processor_rounds_alike(teacher: Path) -> None:
+    for part in ("unet", "vae", "text_encoder"):
+        whole = load_component(teacher, part, torch.float32)
+        stored(teacher, part, {name: value.clone() for name, value in whole.state_dict().items()})
+        read = load_component(teacher, part, torch.float32)
+        assert {tensor.data_ptr() % 64 for tensor in (*read.parameters(), *read.buffers())} == {0}
+        assert read.state_dict().keys() == whole.state_dict().keys()
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in read.state_dict().items())
+
+
+def test_unaligned_tensors_are_copied_and_others_stay() -> None:
+    layer = torch.nn.Linear(4, 4)
+    weight, bias = torch.randn(17)[1:].view(4, 4), layer.bias.data_ptr()
+    layer.weight.data = weight
+    assert layer.weight.data_ptr() % 64
+    align_weights(layer)
+    assert layer.weight.data_ptr() % 64 == 0
+    assert torch.equal(layer.weight, weight)
+    assert layer.bias.data_ptr() == bias

@@ -141,7 +141,8 @@ def test_stock_diffusers_loads_it_from_its_config_and_predicts_the_same(
     loaded, report = UNet2DConditionModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     with torch.no_grad():
-        assert torch.equal(Student(loaded.eval()).velocity(X, S, COND), student.velocity(X, S, COND))
+        velocities = [one.velocity(X, S, COND) for one in (Student(loaded.eval()), student)]
+    torch.testing.assert_close(*velocities, atol=1e-5, rtol=1e-5)  # where weights lie in memory changes their rounding
 
 
 @pytest.mark.parametrize("prune", PRUNED)
