@@ -94,7 +94,7 @@ def block_chart(run: RunRecord, key: str) -> Chart:
 def class_chart(run: RunRecord, quantity: str, key: str) -> Chart:
     """A measurement of each class at the checkpoints."""
     titles = {
-        "all": ("Right pictures", "share of pictures", "Pictures that show all that was asked; higher is better."),
+        "all": ("Right pictures", "share of pictures", "Pictures that show what their text says; higher is better."),
         "paired_error": ("Error against the teacher", "relative squared error", "0 is the teacher's own picture."),
     }  # fmt: skip
     title, label, text = titles[quantity]

@@ -66,11 +66,11 @@ def describe(run: RunRecord) -> str:
     if run.origin.base:
         return (
             f"This is a text-to-image model made from a fine-tuned one ({teacher}). It draws the same pictures along a "
-            "straight path from noise to picture (flow matching), which needs fewer steps."
+            "straight path from noise to picture (flow matching)."
         )
     return (
         f"This is a text-to-image model that was taught to imitate {teacher}, but to draw in another way: along a "
-        "straight path from pure noise to the picture (flow matching), which can be followed in fewer steps."
+        "straight path from pure noise to the picture (flow matching)."
     )
 
 
@@ -91,7 +91,8 @@ def judge(run: RunRecord) -> Outcome:
         return Outcome("unknown", words)
     value, where = error
     level: Level = "worked" if value <= WORKED_UP_TO else "partly" if value <= PARTLY_UP_TO else "failed"
-    return Outcome(level, [f"The error of its pictures is {value:.3g} {where} (0: the teacher's own, 1: unrelated)."])
+    scale = f"0: the teacher's own, 1: unrelated; up to {WORKED_UP_TO:g} counts as worked"
+    return Outcome(level, [f"The error of its pictures is {value:.3g} {where} ({scale})."])
 
 
 def picture_error(run: RunRecord) -> tuple[float, str] | None:
@@ -117,8 +118,8 @@ def figures(run: RunRecord) -> list[Figure]:
         made.append(Figure(_clock(round(seconds)), "time of training", "hours : minutes : seconds"))
     held_out = [line.held_out for line in run.validations if line.held_out is not None]
     if held_out:
-        meaning = "difference from the teacher's predictions on unseen data; 100 % would be predicting nothing"
-        made.append(Figure(percent(held_out[-1]), "error of its predictions", meaning))
+        meaning = "each step's difference from the teacher's, for texts that it was not trained on; 0 % is best"
+        made.append(Figure(percent(held_out[-1]), "error of its single steps", meaning))
     if error := picture_error(run):
         made.append(
             Figure(f"{error[0]:.3f}", f"error of its pictures {error[1]}", "0: the teacher's own, 1: unrelated")
@@ -126,9 +127,11 @@ def figures(run: RunRecord) -> list[Figure]:
     shown = (run.history.evaluation.get("fidelity") or {}).get(STUDENT_KEY)
     if shown and shown["all_at_once"] is not None:
         teacher = (run.history.evaluation["fidelity"].get("teacher") or {}).get("all_at_once")
-        against = "" if teacher is None else f"; the teacher: {percent(teacher)}"
+        of_how_many = f" of {shown['pictures']:,}" if shown.get("pictures") else ""
+        against = "" if teacher is None else f"; of the teacher's: {percent(teacher)}"
+        meaning = f"by a program that recognises what is on a picture{against}; 100 % is best"
         made.append(
-            Figure(percent(shown["all_at_once"]), "of its pictures show all that was asked", f"by a judge{against}")
+            Figure(percent(shown["all_at_once"]), f"of its pictures{of_how_many} show what their text says", meaning)
         )
     return made
 
