@@ -42,7 +42,9 @@ def main(argv: Sequence[str]) -> int:
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise Refused(f"{repeated}: two studies have this name - give one of the files another name")
     if args.page is not None:
-        refuse_lossy_page(args.page, args.out / TABLE_FILE, *filter(None, [args.known]), *files)
+        refuse_lossy_page(args.page, "the table itself", args.out / TABLE_FILE)
+        refuse_lossy_page(args.page, "the table of --known", *filter(None, [args.known]))
+        refuse_lossy_page(args.page, "a study", *files)
         refuse_unwritable(args.page)
     if args.processes < 1:
         raise Refused(f"--processes: {args.processes} should be 1 or more")
@@ -172,7 +174,8 @@ def write_page(table: Path, page: Path, block: Path | None = None) -> None:
 
     Raises `Refused`, with nothing written, where the page would replace either.
     """
-    refuse_lossy_page(page, table, *filter(None, [block]))
+    refuse_lossy_page(page, "the file of --block", *filter(None, [block]))
+    refuse_lossy_page(page, "the table itself", table)
     refuse_unwritable(page)
     rows, studies = read_table(table), read_studies(table)
     text = render_page(rows, studies)
@@ -187,13 +190,11 @@ def write_page(table: Path, page: Path, block: Path | None = None) -> None:
     print(f"{table}: read; {page}: written" + (f"; {block}: renewed" if block is not None else ""))
 
 
-def refuse_lossy_page(page: Path, *files: Path) -> None:
+def refuse_lossy_page(page: Path, what: str, *files: Path) -> None:
     """Raise `Refused` where the page would replace a file that is read, or that is written beside it."""
     for file in files:
         if is_same_file(page, file):
-            raise Refused(
-                f"--page: {page}: is a file of this call ({file}), which the page would replace - name another"
-            )
+            raise Refused(f"--page: {page}: is {what} ({file}), which the page would replace - name another")
 
 
 def refuse_options_of_runs(parser: Parser, args: Namespace) -> None:
