@@ -107,7 +107,7 @@ def run_studies(
     # What the table here has of runs that are to be made again stays in it until they are.
     before = known_rows(jobs, table, metrics) if table.exists() else KnownRows()
     rows: dict[str, list[Row]] = {**before.rows, **known.rows, **made}
-    missing = [job for job in jobs if job.label not in {**known.rows, **made}]
+    missing = [job for job in jobs if job.label not in known.rows and job.label not in made]
     done = len(jobs) - len(missing)
     from_known = f" ({done - len(made)} of them in {places.known})" if places.known is not None else ""
     print(f"{', '.join(named)}: {len(jobs)} runs, {done} are done{from_known}, {len(missing)} to do", flush=True)
